@@ -1,0 +1,156 @@
+"""``sp_attention``: exact attention whose queries and keys are divided over a sequence-parallel group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_lvxattn.comm import Communicator, communicator
+from ds_lvxattn.interval import KVInterval
+from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.dispatch import select_kernel
+from ds_lvxattn.kernels.operator import local_attention
+from ds_lvxattn.shards import SequenceShards, ShardLayout
+from ds_lvxattn.strategies import STRATEGIES, Exchange, strategy_named
+
+
+def sp_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    strategy: str = "lv_xattn",
+    interval: KVInterval | None = None,
+    scale: float | None = None,
+    queries: str = "sharded",
+    schedule: str = "auto",
+    kernel: str = "auto",
+    shards: ShardLayout | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the rank's own query rows over the keys and values of all ranks of ``group``.
+
+    Exact (no approximation), differentiable in ``q``, ``k``, ``v`` and through ``lse``. Every rank of the group
+    must call it with the same settings, and must use ``lse`` in its loss when any rank does.
+
+    Args:
+        q: ``[B, H_q, s_q, D]``, the rank's own rows; float64, float32, bfloat16 or float16, CPU or CUDA.
+        k, v: ``[B, H_kv, s_kv, D]``, the rank's own keys and values; ``H_q`` is a multiple of ``H_kv``.
+            Shards may be uneven or empty.
+        group: sequence-parallel process group; None is one rank.
+        strategy: ``lv_xattn`` (queries travel), ``ulysses`` (heads are redistributed) or ``ring`` (keys and
+            values travel).
+        interval: visible range of each row in global key positions; None: every key is visible.
+        scale: factor of the scores, ``1 / sqrt(D)`` by default.
+        queries: ``sharded``, or ``replicated`` when every rank passes all the (same) rows; then ``out`` is the
+            same on every rank and so must be its gradient, and ``dq`` is summed over the ranks.
+        schedule: ``auto``, or one that the strategy has: ``gather`` or ``ring`` for ``lv_xattn``.
+        kernel: local kernel: ``auto``, or a name to force one.
+        shards: lengths and placement of every rank's shard. None asks the other ranks (one small collective
+            and a host synchronisation) and assumes contiguous shards in rank order.
+
+    Returns:
+        ``out`` like ``q``, contiguous (0 for rows that see nothing), and ``lse [B, H_q, s_q]``, the natural
+        log-sum-exp in float32, float64 for float64 inputs (``-inf`` for such rows).
+
+    Raises:
+        ValueError: shapes, dtypes or settings do not fit; the message says what to change.
+    """
+    _check_tensors(q, k, v)
+    if queries not in ("sharded", "replicated"):
+        raise ValueError(f"queries is '{queries}'; choose 'sharded' or 'replicated'")
+    comm = communicator(group)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    chosen = strategy_named(strategy)
+    if schedule != "auto" and schedule not in chosen.schedules:
+        raise ValueError(f"schedule is '{schedule}'; strategy '{strategy}' has {('auto', *chosen.schedules)}")
+    replicated = queries == "replicated"
+    reason = chosen.unsupported(q.shape[1], k.shape[1], comm.ranks, replicated)
+    if reason is not None and comm.ranks > 1:
+        raise ValueError(f"strategy '{strategy}' cannot run this attention: {reason}")
+    select_kernel(kernel, Call.of(q, k, interval is not None))
+
+    if shards is None:
+        shards = _ask_for_shards(q, k, interval, comm, strategy, replicated)
+    _check_shards(q, k, shards, comm, replicated)
+    start, stop = _rows_of_all_ranks(interval, q, shards, comm, replicated)
+    if comm.ranks == 1:
+        bounds = (None, None) if start is None or stop is None else (start[0], stop[0])
+        return local_attention(q, k, v, *bounds, scale, kernel)
+    exchange = Exchange(comm, shards, start, stop, scale, kernel, schedule, replicated)
+    return chosen.attention(q, k, v, exchange)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(
+            f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
+            "give [B, H_q, s_q, D] and twice [B, H_kv, s_kv, D]"
+        )
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q {tuple(q.shape)} does not fit k {tuple(k.shape)}: batch and head size must be equal "
+            "and H_q a multiple of H_kv"
+        )
+    if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
+        raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; give one floating dtype")
+
+
+def _ask_for_shards(
+    q: Tensor, k: Tensor, interval: KVInterval | None, comm: Communicator, strategy: str, replicated: bool
+) -> ShardLayout:
+    """The shard lengths of every rank, and a check that all ranks make the same call."""
+    own_rows = interval is not None and not interval.of_all_ranks
+    settings = (*q.shape[:2], k.shape[1], q.shape[3], interval is not None, own_rows)
+    call = (*settings, q.element_size(), sorted(STRATEGIES).index(strategy), replicated)
+    mine = torch.tensor([q.shape[2], k.shape[2], *map(int, call)], device=q.device)
+    if comm.ranks == 1:
+        everyone = [mine.tolist()]
+    else:
+        everyone = comm.all_gather(mine, "shard lengths").tolist()
+    for rank, theirs in enumerate(everyone):
+        if theirs[2:] != everyone[0][2:]:
+            raise ValueError(
+                "the ranks of the group call sp_attention with different batch, heads, head size, interval, "
+                f"element size, strategy or queries: rank 0 {everyone[0][2:]}, rank {rank} {theirs[2:]}"
+            )
+    rows, keys = zip(*(theirs[:2] for theirs in everyone), strict=True)
+    return ShardLayout(SequenceShards(rows), SequenceShards(keys))
+
+
+def _check_shards(q: Tensor, k: Tensor, shards: ShardLayout, comm: Communicator, replicated: bool) -> None:
+    if shards.kv.ranks != comm.ranks:
+        raise ValueError(f"shards describes {shards.kv.ranks} ranks, the group has {comm.ranks}")
+    want = (shards.q.lengths[comm.rank], shards.kv.lengths[comm.rank])
+    if want != (q.shape[2], k.shape[2]):
+        raise ValueError(
+            f"rank {comm.rank} passes {q.shape[2]} query rows and {k.shape[2]} keys, "
+            f"but shards says {want[0]} and {want[1]}"
+        )
+    if replicated and not shards.q.even:
+        raise ValueError(f"replicated queries must have one length on every rank, not {shards.q.lengths}")
+
+
+def _rows_of_all_ranks(
+    interval: KVInterval | None, q: Tensor, shards: ShardLayout, comm: Communicator, replicated: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """``start, stop`` of the rows of every rank, ``[n, B, s_max]`` (``[1, B, s_q]`` for replicated queries)."""
+    if interval is None:
+        return None, None
+    batch, rows = q.shape[0], q.shape[2]
+    if interval.of_all_ranks:
+        want: Sequence[int] = (1 if replicated else comm.ranks, batch, shards.q.longest)
+    else:
+        want = (batch, rows)
+    if tuple(interval.start.shape) != tuple(want):
+        raise ValueError(f"interval has shape {tuple(interval.start.shape)}; this call needs {tuple(want)}")
+    if interval.of_all_ranks:
+        return interval.start, interval.stop
+    bounds = torch.stack((interval.start, interval.stop))
+    if replicated or comm.ranks == 1:
+        return bounds[0].unsqueeze(0), bounds[1].unsqueeze(0)
+    padded = torch.nn.functional.pad(bounds, (0, shards.q.longest - rows))
+    return comm.all_gather(padded, "intervals").unbind(1)

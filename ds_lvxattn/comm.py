@@ -1,0 +1,165 @@
+"""Collectives of one sequence-parallel group, counted.
+
+Every byte that an attention exchange receives passes here, so that traffic is tested against the formulas.
+Data moves as raw bytes: gloo and NCCL then carry every dtype, and nothing is converted on the way.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renamed the collective and warns at the old name, the only one that older releases have.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Message(NamedTuple):
+    """One tensor sent to a group rank while another arrives from a group rank.
+
+    ``send`` and ``receive`` are contiguous; ``what`` names the contents for the count.
+    """
+
+    what: str
+    send: Tensor
+    to: int
+    receive: Tensor
+    source: int
+
+
+class Communicator:
+    """One sequence-parallel group: its collectives and the bytes that this rank received through them.
+
+    Args:
+        group: process group, or None for a single rank (then nothing is ever sent).
+
+    Attributes:
+        ranks: ranks in the group.
+        rank: this process's rank in the group.
+        received: bytes received from *other* ranks, by what they carry (``queries``, ``outputs``, ...).
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.ranks = dist.get_world_size(group) if group is not None else 1
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.name = group.group_name if group is not None else ""
+        self.received: Counter[str] = Counter()
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes received from other ranks since the last reset."""
+        return sum(self.received.values())
+
+    def reset(self) -> None:
+        """Start counting from zero."""
+        self.received.clear()
+
+    def all_gather(self, x: Tensor, what: str) -> Tensor:
+        """Gather equal-shaped tensors of all ranks: ``[...]`` to ``[n, ...]``."""
+        x = x.contiguous()
+        gathered = x.new_empty((self.ranks, *x.shape))
+        if x.numel():
+            _all_gather(_raw(gathered), _raw(x), group=self.group)
+        self.received[what] += (self.ranks - 1) * x.nbytes
+        return gathered
+
+    def all_to_all(self, x: Tensor, what: str) -> Tensor:
+        """Send slice ``j`` of ``[n, ...]`` to rank ``j``; slice ``i`` of the result comes from rank ``i``."""
+        x = x.contiguous()
+        exchanged = torch.empty_like(x)
+        if x.numel():
+            dist.all_to_all_single(_raw(exchanged), _raw(x), group=self.group)
+        self.received[what] += x.nbytes // self.ranks * (self.ranks - 1)
+        return exchanged
+
+    def all_reduce(self, x: Tensor, what: str) -> Tensor:
+        """Sum over the ranks, in place. Counted as a ring: each element comes twice less its own part."""
+        if x.numel():
+            dist.all_reduce(x, group=self.group)
+        self.received[what] += 2 * x.nbytes * (self.ranks - 1) // self.ranks
+        return x
+
+    def exchange(self, messages: Sequence[Message]) -> Transfer:
+        """Start point-to-point messages together; empty tensors are not sent, so both ends know the lengths.
+
+        Returns:
+            A handle. ``wait`` orders the current stream after the messages; it does not block the host on CUDA.
+        """
+        ops = [
+            dist.P2POp(op, _raw(x), group=self.group, group_peer=peer)
+            for message in messages
+            for op, x, peer in (
+                (dist.isend, message.send, message.to),
+                (dist.irecv, message.receive, message.source),
+            )
+            if x.numel()
+        ]
+        for message in messages:
+            self.received[message.what] += message.receive.nbytes
+        return Transfer(dist.batch_isend_irecv(ops) if ops else [], [message.send for message in messages])
+
+    def account(self, x: Tensor, what: str) -> Tensor:
+        """Count an evenly divided all-to-all that a library ran: ``x`` is what this rank got out of it.
+
+        The gradient of ``x`` goes back through the same exchange, which counts the same bytes again.
+        """
+        return _Account.apply(x, self, what)
+
+    def count_all_to_all(self, x: Tensor, what: str) -> None:
+        self.received[what] += x.nbytes // self.ranks * (self.ranks - 1)
+
+
+class Transfer:
+    """Point-to-point messages in flight."""
+
+    def __init__(self, works: list[dist.Work], sent: list[Tensor]) -> None:
+        self._works = works
+        self._sent = sent  # keeps the buffers alive until they have left
+
+    def wait(self) -> None:
+        """Order what follows after the messages."""
+        for work in self._works:
+            work.wait()
+        self._sent.clear()
+
+
+class _Account(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, comm: Communicator, what: str) -> Tensor:
+        ctx.comm, ctx.what = comm, what
+        comm.count_all_to_all(x, what)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        ctx.comm.count_all_to_all(grad, ctx.what)
+        return grad, None, None
+
+
+def _raw(x: Tensor) -> Tensor:
+    return x.view(-1).view(torch.uint8) if x.dim() else x.view(1).view(torch.uint8)
+
+
+# An operator schema cannot hold a process group, so operators name it and find it here, as torch.distributed
+# itself resolves groups by name. Written once a group; holds no setting.
+_communicators: dict[str, Communicator] = {}
+
+
+def communicator(group: dist.ProcessGroup | None) -> Communicator:
+    """The one ``Communicator`` of ``group``, made at its first use."""
+    if group is None:
+        return Communicator(None)
+    known = _communicators.get(group.group_name)
+    if known is None or known.group is not group:
+        known = _communicators[group.group_name] = Communicator(group)
+    return known
+
+
+def communicator_by_name(name: str) -> Communicator:
+    """The ``Communicator`` of the group called ``name``; ``communicator`` must have been called for it."""
+    return _communicators[name]

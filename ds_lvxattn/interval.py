@@ -1,0 +1,70 @@
+"""The mask of every supported model: each query row sees one contiguous range of the key sequence.
+
+Two int32 numbers a row replace a dense ``S_q x S_kv`` mask, so masks cost ``O(S_q)`` memory at any key length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_lvxattn.shards import SequenceShards
+
+
+@dataclass(frozen=True)
+class KVInterval:
+    """Row ``i`` sees the global key positions ``[start_i, stop_i)``; an empty range sees nothing.
+
+    Args:
+        start: int32 ``[B, s_q]``, first visible key of each of the rank's own rows.
+        stop: int32 ``[B, s_q]``, one past the last visible key.
+
+    Where every rank already knows the rows of all ranks (the text of a batch is small), both may be
+    ``[n, B, s_max]``, rank-major and padded to the longest shard; then no collective is needed to share them.
+
+    Raises:
+        ValueError: shapes differ or the dtype is not int32.
+    """
+
+    start: Tensor
+    stop: Tensor
+
+    def __post_init__(self) -> None:
+        if self.start.shape != self.stop.shape:
+            raise ValueError(
+                f"KVInterval: start has shape {tuple(self.start.shape)} and stop {tuple(self.stop.shape)}; "
+                "give one start and one stop for each query row"
+            )
+        if self.start.dim() not in (2, 3):
+            raise ValueError(
+                f"KVInterval: start has shape {tuple(self.start.shape)}; give [B, s_q] (own rows) "
+                "or [n, B, s_max] (the rows of every rank)"
+            )
+        for name, bound in (("start", self.start), ("stop", self.stop)):
+            if bound.dtype != torch.int32:
+                raise ValueError(f"KVInterval: {name} has dtype {bound.dtype}; convert it to torch.int32")
+
+    @property
+    def of_all_ranks(self) -> bool:
+        """Whether the rows of every rank are given, ``[n, B, s_max]``."""
+        return self.start.dim() == 3
+
+
+def clip_to_rank(start: Tensor, stop: Tensor, kv: SequenceShards, rank: int) -> tuple[Tensor, Tensor]:
+    """Global key ranges to the local positions of the keys that ``rank`` holds.
+
+    Any placement that keeps a rank's tokens in ascending order keeps an interval an interval: count the
+    rank's tokens before each bound.
+
+    Args:
+        start, stop: int32 of any shape, global key positions (values outside the sequence are clamped).
+        kv: shards of the key sequence.
+        rank: rank in the sequence-parallel group.
+
+    Returns:
+        int32 local ``start, stop`` with ``0 <= start <= stop <= kv.lengths[rank]``.
+    """
+    local_start = kv.tokens_before(start, rank)
+    return local_start, torch.maximum(local_start, kv.tokens_before(stop, rank))

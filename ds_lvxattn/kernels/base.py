@@ -1,0 +1,74 @@
+"""What a local attention kernel is, and what it is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is known of a call before it runs, equal on every rank of a group.
+
+    The shard's own key length is left out on purpose: ranks with different shards must choose the same kernel,
+    because the choice decides what the backward pass exchanges.
+    """
+
+    device: str
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    head_dim: int
+    masked: bool
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, masked: bool) -> Call:
+        return cls(q.device.type, q.dtype, q.shape[1], k.shape[1], q.shape[3], masked)
+
+
+class Kernel(Protocol):
+    """One implementation of local attention.
+
+    Attributes:
+        name: the value of the configuration key ``kernel`` that forces it.
+        needs_out: the backward pass takes the output instead of ``delta`` (and then cannot take the gradient
+            of the log-sum-exp).
+    """
+
+    name: str
+    needs_out: bool
+
+    def unsupported(self, call: Call) -> str | None:
+        """Why this kernel cannot do ``call``, or None when it can."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of ``q [B, H_q, S_q, D]`` over ``k, v [B, H_kv, S_kv, D]``, both lengths above 0.
+
+        ``start, stop`` are int32 ``[B, S_q]`` local key ranges, or None when every key is visible.
+        Returns ``out [B, H_q, S_q, D]`` (0 for rows that see nothing) and the natural log-sum-exp
+        ``[B, H_q, S_q]`` in float32, float64 for float64 (``-inf`` for such rows).
+        """
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor | None,
+        lse: Tensor,
+        delta: Tensor | None,
+        start: Tensor | None,
+        stop: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients from the log-sum-exp over *all* keys of the group, local or not.
+
+        ``out`` is given to kernels with ``needs_out``, ``delta [B, H_q, S_q]`` to the others. Returns ``dq``
+        (the part that comes from these keys), ``dk`` and ``dv``, in the dtype of the inputs or wider.
+        """

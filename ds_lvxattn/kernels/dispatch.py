@@ -1,0 +1,29 @@
+"""The choice of a local attention kernel, per call."""
+
+from __future__ import annotations
+
+from ds_lvxattn.kernels.base import Call, Kernel
+from ds_lvxattn.kernels.cudnn import CudnnKernel
+from ds_lvxattn.kernels.flash import FlashKernel
+from ds_lvxattn.kernels.math import MathKernel
+
+# Fastest first, as measured (benchmarks/kernels.py); ``math`` does every call, so the search always ends.
+KERNELS: tuple[Kernel, ...] = (CudnnKernel(), FlashKernel(), MathKernel())
+KERNEL_NAMES = ("auto", *(kernel.name for kernel in KERNELS))
+
+
+def select_kernel(name: str, call: Call) -> Kernel:
+    """The kernel that ``name`` forces, or for ``auto`` the first that can do ``call``.
+
+    Raises:
+        ValueError: the name is unknown, or the forced kernel cannot do the call.
+    """
+    for kernel in KERNELS:
+        if name not in ("auto", kernel.name):
+            continue
+        reason = kernel.unsupported(call)
+        if reason is None:
+            return kernel
+        if name != "auto":
+            raise ValueError(f"kernel '{name}' cannot do this call: {reason}; use 'auto' or one of {KERNEL_NAMES}")
+    raise ValueError(f"kernel is '{name}'; choose one of {KERNEL_NAMES}")

@@ -1,0 +1,121 @@
+"""``ds_lvxattn::local_attention``: the local attention of one rank as one registered operator."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ds_lvxattn.kernels.base import Call, Kernel
+from ds_lvxattn.kernels.delta import attention_delta
+from ds_lvxattn.kernels.dispatch import select_kernel
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of the log-sum-exp of inputs in ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def backward_kernel(name: str, call: Call, with_dlse: bool) -> Kernel:
+    """The kernel of the backward pass: the chosen one, unless it cannot take the log-sum-exp's gradient."""
+    kernel = select_kernel(name, call)
+    if not (kernel.needs_out and with_dlse):
+        return kernel
+    return select_kernel("math", call)
+
+
+def forward_local(
+    q: Tensor, k: Tensor, v: Tensor, start: Optional[Tensor], stop: Optional[Tensor], scale: float, kernel: str
+) -> tuple[Tensor, Tensor]:
+    """Attention of ``q`` over the keys at hand, which may be none; see ``Kernel.forward``."""
+    if q.numel() == 0 or k.shape[2] == 0:
+        lse = torch.full(q.shape[:3], float("-inf"), dtype=lse_dtype(q.dtype), device=q.device)
+        return torch.zeros_like(q), lse
+    return select_kernel(kernel, Call.of(q, k, start is not None)).forward(q, k, v, start, stop, scale)
+
+
+def backward_local(
+    kernel: Kernel,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Optional[Tensor],
+    lse: Tensor,
+    delta: Optional[Tensor],
+    start: Optional[Tensor],
+    stop: Optional[Tensor],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``forward_local`` given the whole group's log-sum-exp; see ``Kernel.backward``."""
+    if q.numel() == 0 or k.shape[2] == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    return kernel.backward(dout, q, k, v, out, lse, delta, start, stop, scale)
+
+
+@torch.library.custom_op("ds_lvxattn::local_attention", mutates_args=())
+def local_attention(
+    q: Tensor, k: Tensor, v: Tensor, start: Optional[Tensor], stop: Optional[Tensor], scale: float, kernel: str
+) -> tuple[Tensor, Tensor]:
+    """Attention over the keys at hand, on one rank.
+
+    Args:
+        q: ``[B, H_q, S_q, D]``.
+        k, v: ``[B, H_kv, S_kv, D]``; ``H_q`` is a multiple of ``H_kv``.
+        start, stop: int32 ``[B, S_q]`` visible key ranges, or None when every key is visible.
+        scale: factor of the scores.
+        kernel: ``auto`` or a kernel's name.
+
+    Returns:
+        ``out [B, H_q, S_q, D]`` and the natural log-sum-exp ``[B, H_q, S_q]``, both differentiable.
+    """
+    out, lse = forward_local(q, k, v, start, stop, scale, kernel)
+    return out.contiguous(), lse.contiguous()
+
+
+@local_attention.register_fake
+def _(q, k, v, start, stop, scale, kernel):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+
+
+@torch.library.custom_op("ds_lvxattn::local_attention_backward", mutates_args=())
+def local_attention_backward(
+    dout: Tensor,
+    dlse: Optional[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    start: Optional[Tensor],
+    stop: Optional[Tensor],
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``local_attention`` in ``q``, ``k`` and ``v``."""
+    chosen = backward_kernel(kernel, Call.of(q, k, start is not None), dlse is not None)
+    delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
+    grads = backward_local(chosen, dout, q, k, v, out, lse, delta, start, stop, scale)
+    return tuple(grad.to(q.dtype).contiguous() for grad in grads)
+
+
+@local_attention_backward.register_fake
+def _(dout, dlse, q, k, v, out, lse, start, stop, scale, kernel):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, start, stop, ctx.scale, ctx.kernel = inputs
+    ctx.save_for_backward(q, k, v, start, stop, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    q, k, v, start, stop, out, lse = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    grads = torch.ops.ds_lvxattn.local_attention_backward(
+        dout, dlse, q, k, v, out, lse, start, stop, ctx.scale, ctx.kernel
+    )
+    return *grads, None, None, None, None
+
+
+local_attention.register_autograd(_backward, setup_context=_save)

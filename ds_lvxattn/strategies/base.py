@@ -1,0 +1,58 @@
+"""What a sequence-parallel strategy is: one exchange pattern around the local attention kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ds_lvxattn.comm import Communicator
+from ds_lvxattn.shards import ShardLayout
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Everything about an attention call but its tensors.
+
+    Args:
+        comm: communicator of the sequence-parallel group.
+        layout: shards of queries and keys, the same on every rank.
+        start, stop: int32 ``[n, B, s_max]``, the global key ranges of the query rows of every rank, padded to
+            the longest shard (for replicated queries ``[1, B, s_q]``); None when every key is visible.
+        scale: factor of the scores.
+        kernel: ``auto`` or a local kernel's name.
+        schedule: ``auto`` or a schedule's name, for strategies that have several.
+        replicated: every rank holds all the queries.
+    """
+
+    comm: Communicator
+    layout: ShardLayout
+    start: Tensor | None
+    stop: Tensor | None
+    scale: float
+    kernel: str = "auto"
+    schedule: str = "auto"
+    replicated: bool = False
+
+
+class Strategy(Protocol):
+    """A sequence-parallel strategy.
+
+    Attributes:
+        name: its value of the configuration key ``strategy``.
+        schedules: values of the configuration key ``schedule`` that it takes, besides ``auto``.
+    """
+
+    name: str
+    schedules: tuple[str, ...]
+
+    def unsupported(self, heads: int, kv_heads: int, ranks: int, replicated: bool) -> str | None:
+        """Why it cannot run a layer of these sizes (and what to use instead), or None when it can."""
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+        """Differentiable attention of the rank's own rows over the keys of all ranks.
+
+        ``q [B, H_q, s_q, D]``, ``k, v [B, H_kv, s_kv, D]``; returns ``out`` like ``q`` and the natural
+        log-sum-exp ``[B, H_q, s_q]``.
+        """

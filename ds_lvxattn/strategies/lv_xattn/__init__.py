@@ -1,0 +1,28 @@
+"""LV-XAttn (arXiv 2502.02406): keys and values stay where they are, the small queries are exchanged."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ds_lvxattn.strategies.base import Exchange
+from ds_lvxattn.strategies.lv_xattn.gather import gather_attention
+from ds_lvxattn.strategies.lv_xattn.replicated import replicated_attention
+from ds_lvxattn.strategies.lv_xattn.ring import ring_attention
+
+
+class LVXAttn:
+    """Query exchange. Works for any head counts, and for more ranks than key heads."""
+
+    name = "lv_xattn"
+    schedules = ("gather", "ring")
+
+    def unsupported(self, heads: int, kv_heads: int, ranks: int, replicated: bool) -> str | None:
+        return None
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+        if exchange.replicated:
+            return replicated_attention(q, k, v, exchange)
+        # Both schedules receive the same bytes; gather needs two messages where the ring needs 2(n - 1).
+        if exchange.schedule in ("auto", "gather"):
+            return gather_attention(q, k, v, exchange)
+        return ring_attention(q, k, v, exchange)

@@ -1,0 +1,104 @@
+"""Query exchange when every rank already holds all the queries: only partial results travel.
+
+Decoding, and the learned queries of a Q-Former or resampler. The output is the same on every rank, and so must
+be its gradient: each rank uses the output in the same way. ``dq`` is summed over the ranks.
+"""
+
+from typing import Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from ds_lvxattn.comm import communicator_by_name
+from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.delta import attention_delta
+from ds_lvxattn.kernels.merge import merge_partials
+from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, lse_dtype
+from ds_lvxattn.shards import SequenceShards
+from ds_lvxattn.strategies.base import Exchange
+from ds_lvxattn.strategies.rows import local_ranges
+
+
+def replicated_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """Attention of the shared rows over the keys of all ranks, on every rank; see ``Strategy.attention``."""
+    layout = exchange.layout
+    return torch.ops.ds_lvxattn.query_replicated(
+        q, k, v, exchange.start, exchange.stop, exchange.scale, exchange.kernel,
+        exchange.comm.name, layout.kv.lengths, layout.kv.stripe,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("ds_lvxattn::query_replicated", mutates_args=())
+def query_replicated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Optional[Tensor],
+    stop: Optional[Tensor],
+    scale: float,
+    kernel: str,
+    group: str,
+    kv_lengths: Sequence[int],
+    kv_stripe: int,
+) -> tuple[Tensor, Tensor]:
+    """Forward pass: ``out [B, H, s_q, D]`` and ``lse [B, H, s_q]``, equal on every rank."""
+    comm = communicator_by_name(group)
+    first, last = local_ranges(start, stop, SequenceShards(tuple(kv_lengths), kv_stripe), comm.rank)
+    partial_out, partial_lse = forward_local(q, k, v, first, last, scale, kernel)
+    out, lse = merge_partials(comm.all_gather(partial_out, "outputs"), comm.all_gather(partial_lse, "lse"))
+    return out.contiguous(), lse.contiguous()
+
+
+@query_replicated.register_fake
+def _(q, k, v, start, stop, scale, kernel, group, kv_lengths, kv_stripe):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+
+
+@torch.library.custom_op("ds_lvxattn::query_replicated_backward", mutates_args=())
+def query_replicated_backward(
+    dout: Tensor,
+    dlse: Optional[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    start: Optional[Tensor],
+    stop: Optional[Tensor],
+    scale: float,
+    kernel: str,
+    group: str,
+    kv_lengths: Sequence[int],
+    kv_stripe: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward pass: everything is at hand but the sum of ``dq``."""
+    comm = communicator_by_name(group)
+    first, last = local_ranges(start, stop, SequenceShards(tuple(kv_lengths), kv_stripe), comm.rank)
+    chosen = backward_kernel(kernel, Call.of(q, k, start is not None), dlse is not None)
+    delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
+    dq, dk, dv = backward_local(chosen, dout, q, k, v, out, lse, delta, first, last, scale)
+    dq = comm.all_reduce(dq.to(lse.dtype).contiguous(), "query gradients")
+    return dq.to(q.dtype), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
+
+
+@query_replicated_backward.register_fake
+def _(dout, dlse, q, k, v, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, start, stop, *ctx.call = inputs
+    ctx.save_for_backward(q, k, v, *output, start, stop)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    q, k, v, out, lse, start, stop = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    grads = torch.ops.ds_lvxattn.query_replicated_backward(
+        dout, dlse, q, k, v, out, lse, start, stop, *ctx.call
+    )
+    return *grads, *[None] * 7
+
+
+query_replicated.register_autograd(_backward, setup_context=_save)
