@@ -9,6 +9,7 @@ Under Llama 3.2 Vision's rule text sees only the last group of frames before it,
 
 import functools
 import importlib.util
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from ds_lvxattn.data.video import VideoError, decode_frames, probe_video
 
 Split = Literal["train", "eval"]
 
-CLIPS: dict[Split, tuple[str, ...]] = {"train": ("bigbuckbunny", "carphone_pristine"), "eval": ("bikes",)}
+CLIPS: dict[Split, tuple[str, ...]] = {"train": ("bikes", "carphone_pristine"), "eval": ("bigbuckbunny",)}
 # The digits come in the order in which their writers were recorded, so the last ones are also by other hands.
 TRAIN_DIGITS = 1400
 
@@ -32,6 +33,7 @@ QUESTION = "which digit ?"
 # `<|image|>` is the last id: Llama 3.2 Vision gives it an embedding row but no output logit.
 VOCABULARY = (PAD, BOS, EOS, "<|unk|>", *QUESTION.split(), *"0123456789", IMAGE)
 IGNORE = -100
+_COLOURS = tuple(itertools.permutations(range(3)))
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,13 @@ def needle_dataset(split: Split, size: int, seed: int, task: NeedleTask) -> data
     start = rng.integers(0, lengths[clip] - stride * (task.frames - 1))
     frame = start[..., None] + stride[..., None] * np.arange(task.frames)
 
+    # Clips are cached at twice the image size; a segment looks through a fixed window of that.
+    window = rng.integers(0, task.image_size + 1, size=(*shape, 2))
+    # Two clips are few: without other colours and mirroring the model learns them by heart.
+    mirror = rng.integers(2, size=shape) if split == "train" else np.zeros(shape, dtype=np.int64)
+    colours = rng.integers(len(_COLOURS), size=shape) if split == "train" else np.zeros(shape, dtype=np.int64)
+    light = rng.uniform(0.7, 1.4, size=shape) if split == "train" else np.ones(shape)
+
     shape = (*shape, task.frames)
     count = [task.needles_at(row, size) if split == "train" else task.needles for row in range(size)]
     is_needle = rng.random(shape).argsort(-1) < np.array(count)[:, None, None]
@@ -142,6 +151,10 @@ def needle_dataset(split: Split, size: int, seed: int, task: NeedleTask) -> data
         {
             "clip": [[clips[number] for number in row] for row in clip.tolist()],
             "answer": answer.tolist(),
+            "window": window.tolist(),
+            "mirror": mirror.tolist(),
+            "colours": colours.tolist(),
+            "light": light.tolist(),
             "frame": frame.reshape(flat).tolist(),
             "digit": digit.reshape(flat).tolist(),
             "box": np.stack([left, top, side], axis=-1).reshape(*flat, 3).tolist(),
@@ -164,7 +177,7 @@ class ClipCache:
         """Return the clip as uint8 `[num_frames, image_size, image_size, 3]`."""
         path = clip_path(name)
         indices = range(probe_video(path).num_frames)
-        return np.stack(decode_frames(path, indices, size=(self.image_size, self.image_size)))
+        return np.stack(decode_frames(path, indices, size=(2 * self.image_size, 2 * self.image_size)))
 
 
 @functools.lru_cache(maxsize=256)
@@ -187,14 +200,19 @@ def render_frames(row: Mapping[str, Any], frames: Sequence[int], cache: ClipCach
     per_segment = len(row["frame"]) // len(row["clip"])
     rendered = []
     for number in frames:
-        frame = cache.clip(row["clip"][number // per_segment])[row["frame"][number]].copy()
+        segment = number // per_segment
+        left, top = row["window"][segment]
+        frame = cache.clip(row["clip"][segment])[row["frame"][number]]
+        frame = frame[top : top + cache.image_size, left : left + cache.image_size]
+        frame = frame[:, :: -1 if row["mirror"][segment] else 1, _COLOURS[row["colours"][segment]]]
+        frame = np.minimum(frame * np.float32(row["light"][segment]), 255).astype(np.uint8)
         if row["digit"][number] >= 0:
             left, top, side = row["box"][number]
             resize = _resize(side)
             ink = (resize @ _digits()[0][row["digit"][number]] @ resize.T)[..., None]
             patch = frame[top : top + side, left : left + side]
             # Bright strokes on the darkened frame, legible over any content.
-            patch[...] = (1 - ink) * 0.3 * patch + ink * (255 * row["ink"][number])
+            patch[...] = (1 - ink) * 0.2 * patch + ink * (255 * row["ink"][number])
         rendered.append(frame)
     return rendered
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import av
 import numpy as np
 
+from ds_lvxattn.data.sample import SampleError
 
-class VideoError(ValueError):
+
+class VideoError(SampleError):
     """A missing, empty or broken video; the message names the path and the cause."""
 
 

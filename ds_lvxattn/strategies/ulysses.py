@@ -105,7 +105,7 @@ def _padded(x: Tensor, shards: SequenceShards) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _order(shards: SequenceShards, device: torch.device) -> Tensor | None:
     order = shards.order_from_padded()
-    return None if order is None else torch.tensor(order, device=device)
+    return None if order is None else torch.tensor(order, dtype=torch.int64, device=device)
 
 
 def _select(x: Tensor, order: Tensor | None) -> Tensor:

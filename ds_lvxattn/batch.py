@@ -1,0 +1,52 @@
+"""One micro-batch of a sequence-parallel group: which rank holds which tokens, and what each token sees.
+
+Made once a step on the host from the collator's metadata, which every rank has, and shared by all layers: no
+collective is needed to know another rank's shard or intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ds_lvxattn.comm import Communicator
+from ds_lvxattn.interval import KVInterval
+from ds_lvxattn.plan.plan import LayerPlan
+from ds_lvxattn.shards import ShardLayout
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What the layers of one role have in common.
+
+    Attributes:
+        layout: shards of queries and keys.
+        interval: key ranges of the rows of every rank, ``[n, B, s_max]``.
+    """
+
+    layout: ShardLayout
+    interval: KVInterval
+
+
+@dataclass(frozen=True)
+class SequenceParallelBatch:
+    """The argument ``sequence_parallel`` of the model's forward; see ``ds_lvxattn.registration``.
+
+    Attributes:
+        comm: communicator of the sequence-parallel group.
+        roles: inputs of each exchanged role.
+        plans: what each attention module runs with.
+        kernel: local attention kernel.
+        tiles: int64 ``[B * slot tiles]``, the visual tiles of this rank in the order of its keys, as indices into
+            the tiles that the vision encoder returns.
+        sees_frame: ``[B, 1, s_q, 1]`` in the model's dtype, 1 for the rank's text rows that see a frame.
+    """
+
+    comm: Communicator
+    roles: Mapping[str, AttentionInputs]
+    plans: Mapping[nn.Module, LayerPlan]
+    kernel: str
+    tiles: Tensor
+    sees_frame: Tensor

@@ -1,0 +1,199 @@
+"""Micro-batches: this rank's part of the samples as the arguments of the model's forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ds_lvxattn.batch import AttentionInputs, SequenceParallelBatch
+from ds_lvxattn.data.layout import BatchLayout, lay_out
+from ds_lvxattn.data.sample import IGNORE, Sample
+from ds_lvxattn.integration import SequenceParallel
+from ds_lvxattn.interval import KVInterval
+from ds_lvxattn.models.family import Family
+from ds_lvxattn.plan.traffic import LayerShape
+from ds_lvxattn.shards import SequenceShards
+
+Images = list[list[np.ndarray]]  # per sample, the frames that this rank loaded
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch, ready for the model.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward, on the device.
+        labels: int64 ``[B, s]``, the label that each of the rank's rows predicts.
+        answers: int64 ``[B, s]``, the number of the answer that each row belongs to, -1 for none.
+        num_answers: answers in the micro-batch, over all ranks of the group.
+        text_tokens, frames: its size, over all ranks of the group.
+    """
+
+    inputs: dict[str, Any]
+    labels: Tensor
+    answers: Tensor
+    num_answers: int
+    text_tokens: int
+    frames: int
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Samples to micro-batches.
+
+    Attributes:
+        family: the model's family.
+        model_config: the model's transformers config.
+        processor: image processor of the model.
+        pad_token: token id behind the end of a sample.
+        device: where the tensors go.
+        dtype: dtype of pixel values.
+        parallel: the model's sequence parallelism; None runs the unmodified model with its own dense mask.
+    """
+
+    family: Family
+    model_config: Any
+    processor: Any
+    pad_token: int
+    device: torch.device
+    dtype: torch.dtype
+    parallel: SequenceParallel | None
+
+    @property
+    def rank(self) -> int:
+        return self.parallel.comm.rank if self.parallel else 0
+
+    def layout(self, samples: Sequence[Sample]) -> BatchLayout:
+        """Layout of ``samples``, the same on every rank of the group."""
+        ranks, placement = (1, "contiguous")
+        if self.parallel:
+            ranks, placement = self.parallel.comm.ranks, self.parallel.config.placement
+        return lay_out(samples, self.family, self.model_config, ranks, placement, self.pad_token)
+
+    def load(self, samples: Sequence[Sample], layout: BatchLayout) -> Images:
+        """Decode the frames that lie on this rank. Raises what ``Sample.load_frames`` raises."""
+        return [sample.load_frames(layout.own_frames(i, self.rank)) for i, sample in enumerate(samples)]
+
+    def shapes(self, layout: BatchLayout) -> dict[str, LayerShape]:
+        """Sizes of the exchanged roles for the plan; heads are those of each layer."""
+        batch, element = len(layout.frames), self.dtype.itemsize
+        return {
+            role: LayerShape(batch, 1, 1, 1, shards.q.lengths, shards.kv.lengths, element)
+            for role, shards in (("cross", layout.cross), ("self", layout.self_attention))
+        }
+
+    def collate(self, layout: BatchLayout, images: Images) -> MicroBatch:
+        """This rank's micro-batch."""
+        rows = layout.text.positions(self.rank)
+        own = slice(rows[0], rows[-1] + 1)
+        labels = torch.from_numpy(layout.shift_labels[:, own]).contiguous()
+        answers, num_answers = number_answers(layout.shift_labels)
+        inputs: dict[str, Any] = {
+            "input_ids": torch.from_numpy(layout.input_ids[:, own]),
+            "position_ids": torch.arange(own.start, own.stop).expand(len(layout.frames), -1),
+            "use_cache": False,
+            # The model's own loss: summed over its rows and divided by the count of the whole group.
+            "labels": labels,
+            "shift_labels": labels,
+            "num_items_in_batch": max(layout.supervised_tokens, 1),
+        }
+        inputs |= self._visual(layout, images)
+        inputs = {
+            key: self._to_device(value) if isinstance(value, Tensor) else value for key, value in inputs.items()
+        }
+        if self.parallel:
+            inputs["sequence_parallel"] = self._exchange(layout, own)
+        return MicroBatch(
+            inputs,
+            inputs["labels"],
+            torch.from_numpy(answers[:, own]).to(self.device),
+            num_answers,
+            sum(len(ranges) for ranges in layout.ranges),
+            sum(layout.frames),
+        )
+
+    def _to_device(self, x: Tensor) -> Tensor:
+        return x.to(self.device, dtype=self.dtype if x.is_floating_point() else None)
+
+    def _visual(self, layout: BatchLayout, images: Images) -> dict[str, Tensor]:
+        if self.parallel:
+            flat = [image for sample in images for image in sample]
+            # A rank without frames encodes a blank one, so that every rank runs the same modules and collectives.
+            if not flat:
+                return dict(self.family.blank_pixels(self.model_config))
+            return dict(self.family.pixels(flat, self.processor, self.model_config))
+        if not max(layout.frames):
+            return {}  # the unmodified model skips its cross-attention
+        pixels = [
+            self.family.pixels(sample, self.processor, self.model_config)
+            if sample
+            else self.family.blank_pixels(self.model_config)
+            for sample in images
+        ]
+        dense = self.family.dense_mask(layout.ranges, max(layout.frames), self.model_config)
+        return {
+            **{key: torch.cat([_pad_frames(p[key], max(layout.frames)) for p in pixels]) for key in pixels[0]},
+            **dense,
+        }
+
+    def _exchange(self, layout: BatchLayout, own: slice) -> SequenceParallelBatch:
+        assert self.parallel is not None
+        comm = self.parallel.comm
+        batch, length = layout.input_ids.shape
+        causal = np.broadcast_to(np.arange(1, length + 1, dtype=np.int32), (batch, length))
+        roles = {
+            "cross": AttentionInputs(layout.cross, self._interval(layout.start, layout.stop, layout.text)),
+            "self": AttentionInputs(
+                layout.self_attention, self._interval(np.zeros_like(causal), causal, layout.text)
+            ),
+        }
+        # Tile 0 of a frame is the frame; an unused slot repeats tile 0 of the first frame, which no row sees.
+        loaded, tiles = 0, []
+        for frames in layout.frames:
+            for slot in layout.slots[comm.rank]:
+                tiles.append(loaded * self.family.tiles_per_frame(self.model_config) if slot < frames else 0)
+                loaded += slot < frames
+        sees_frame = torch.from_numpy(layout.sees_frame[:, own]).to(self.dtype)
+        return SequenceParallelBatch(
+            comm,
+            roles,
+            self.parallel.plans,
+            self.parallel.config.kernel,
+            torch.tensor(tiles, device=self.device),
+            sees_frame[:, None, :, None].to(self.device),
+        )
+
+    def _interval(self, start: np.ndarray, stop: np.ndarray, text: SequenceShards) -> KVInterval:
+        return KVInterval(self._by_rank(start, text), self._by_rank(stop, text))
+
+    def _by_rank(self, rows: np.ndarray, text: SequenceShards) -> Tensor:
+        """``[B, S]`` to ``[n, B, s_max]``."""
+        stacked = np.zeros((text.ranks, rows.shape[0], text.longest), dtype=np.int32)
+        for rank in range(text.ranks):
+            stacked[rank, :, : text.lengths[rank]] = rows[:, text.positions(rank)]
+        return torch.from_numpy(stacked).to(self.device)
+
+
+def _pad_frames(x: Tensor, frames: int) -> Tensor:
+    """``[1, f, ...]`` to ``[1, frames, ...]``."""
+    padded = x.new_zeros((1, frames, *x.shape[2:]))
+    padded[:, : x.shape[1]] = x
+    return padded
+
+
+def number_answers(shift_labels: np.ndarray) -> tuple[np.ndarray, int]:
+    """Number the answers: runs of adjacent labels.
+
+    Returns:
+        int64 ``[B, S]``, the number of the answer a row belongs to or -1, and how many there are.
+    """
+    supervised = shift_labels != IGNORE
+    begins = supervised.copy()
+    begins[:, 1:] &= ~supervised[:, :-1]
+    numbers = np.cumsum(begins.reshape(-1)).reshape(begins.shape) - 1
+    return np.where(supervised, numbers, -1).astype(np.int64), int(begins.sum())

@@ -1,0 +1,120 @@
+"""Where the text and the frames of a micro-batch lie on the ranks, and what each token sees.
+
+Pure host metadata, computed alike on every rank of a sequence-parallel group: the token ids of a batch are small,
+so every rank has all of them, while it decodes and encodes only its own frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ds_lvxattn.data.sample import IGNORE, Sample
+from ds_lvxattn.models.family import Family
+from ds_lvxattn.shards import SequenceShards, ShardLayout, runs, split_evenly
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """Layout of a micro-batch of ``B`` samples over ``n`` ranks.
+
+    Frames fill *slots*: sample ``b`` uses the first ``frames[b]`` of them. Every rank has at least one slot, since a
+    model cannot be fed nothing; slots that no sample uses hold no key of the attention.
+
+    Attributes:
+        text: shards of the text, padded to the longest sample.
+        keys: shards of the visual tokens, padded to the sample with most frames.
+        slots: the frame slots of every rank, ascending.
+        frames: frames of every sample.
+        input_ids, shift_labels: int64 ``[B, S]``; ``shift_labels[:, i]`` is the label of token ``i + 1``.
+        start, stop: int32 ``[B, S]``, the visual tokens that each text token sees.
+        sees_frame: bool ``[B, S]``, tokens that see a frame.
+        ranges: per sample, per token, the frames it sees.
+    """
+
+    text: SequenceShards
+    keys: SequenceShards
+    slots: tuple[tuple[int, ...], ...]
+    frames: tuple[int, ...]
+    input_ids: np.ndarray
+    shift_labels: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    sees_frame: np.ndarray
+    ranges: tuple[tuple[tuple[int, int], ...], ...]
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Labels that count in the loss, over all samples and ranks."""
+        return int((self.shift_labels != IGNORE).sum())
+
+    @property
+    def cross(self) -> ShardLayout:
+        return ShardLayout(self.text, self.keys)
+
+    @property
+    def self_attention(self) -> ShardLayout:
+        return ShardLayout(self.text, self.text)
+
+    def own_frames(self, sample: int, rank: int) -> list[int]:
+        """Frames of ``sample`` that ``rank`` decodes and encodes."""
+        return [slot for slot in self.slots[rank] if slot < self.frames[sample]]
+
+
+def lay_out(
+    samples: Sequence[Sample],
+    family: Family,
+    model_config: object,
+    ranks: int,
+    placement: str,
+    pad_token: int,
+) -> BatchLayout:
+    """The layout of ``samples`` over ``ranks``.
+
+    Args:
+        samples: the micro-batch; equal on every rank of the group.
+        family: the model's family.
+        model_config: the model's transformers config.
+        ranks: ranks of the sequence-parallel group.
+        placement: ``contiguous`` or ``striped`` frames.
+        pad_token: token id behind the end of a sample.
+    """
+    # A rank without a text token could not run the text layers, so very short text is padded to one token a rank.
+    length = max(ranks, *(len(sample.input_ids) for sample in samples))
+    frames = tuple(sample.num_frames for sample in samples)
+    per_frame = family.frame_tokens(model_config)
+    slots = _slots(max(frames), ranks, placement)
+    used = [sum(slot < max(frames) for slot in own) * per_frame for own in slots]
+    keys = SequenceShards(tuple(used), per_frame if placement == "striped" else 0)
+
+    shape = (len(samples), length)
+    input_ids = np.full(shape, pad_token, dtype=np.int64)
+    shift_labels = np.full(shape, IGNORE, dtype=np.int64)
+    start, stop = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.int32)
+    sees_frame = np.zeros(shape, dtype=bool)
+    ranges = []
+    for row, sample in enumerate(samples):
+        tokens = len(sample.input_ids)
+        input_ids[row, :tokens] = sample.input_ids
+        shift_labels[row, : max(tokens - 1, 0)] = sample.labels[1:]
+        seen = family.frame_ranges(sample.input_ids, model_config)
+        bounds = np.array(seen, dtype=np.int32).reshape(tokens, 2)
+        hidden = bounds[:, 0] >= bounds[:, 1]
+        sees_frame[row, :tokens] = ~hidden
+        if family.hidden_rows_see_all():
+            bounds[hidden] = (0, sample.num_frames)
+        start[row, :tokens], stop[row, :tokens] = (bounds * per_frame).T
+        ranges.append(tuple(seen))
+    return BatchLayout(
+        SequenceShards.contiguous(length, ranks), keys, slots, frames,
+        input_ids, shift_labels, start, stop, sees_frame, tuple(ranges),
+    )  # fmt: skip
+
+
+def _slots(frames: int, ranks: int, placement: str) -> tuple[tuple[int, ...], ...]:
+    count = max(frames, ranks)
+    if placement == "striped":
+        return tuple(tuple(range(rank, count, ranks)) for rank in range(ranks))
+    return tuple(tuple(run) for run in runs(split_evenly(count, ranks)))

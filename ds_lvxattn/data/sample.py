@@ -1,0 +1,56 @@
+"""One training or evaluation sample, and where samples come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+IGNORE = -100  # label of a token that no loss is taken on, as in transformers
+
+
+class SampleError(ValueError):
+    """A sample that cannot be used: broken media, text that is too long. Skipped or fatal, by the config."""
+
+
+def no_frames(frames: Sequence[int]) -> list[np.ndarray]:
+    """``load_frames`` of a sample without frames."""
+    return []
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A tokenised conversation and its frames, which are decoded only when asked for.
+
+    Attributes:
+        input_ids: token ids; one image token for each frame, in frame order.
+        labels: as long as ``input_ids``; the token itself where it is an answer, ``IGNORE`` elsewhere.
+        num_frames: frames of all its media.
+        load_frames: uint8 ``[H, W, 3]`` images of the frames asked for; raises ``SampleError`` (or ``VideoError``)
+            for broken media.
+        name: how messages call the sample.
+    """
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    num_frames: int = 0
+    load_frames: Callable[[Sequence[int]], list[np.ndarray]] = field(default=no_frames, repr=False)
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.input_ids) != len(self.labels):
+            raise SampleError(f"{self.name}: {len(self.input_ids)} tokens but {len(self.labels)} labels")
+
+
+class SampleSource(Protocol):
+    """A dataset whose rows become samples on request."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int) -> Sample:
+        """Row ``index`` as a sample. Raises ``SampleError`` when it cannot be used."""
+
+    def order(self, epoch: int) -> Sequence[int]:
+        """The rows in the order in which ``epoch`` takes them; the same on every rank."""

@@ -1,0 +1,83 @@
+"""Process groups of sequence-parallel training, as the ``mpu`` object that ``deepspeed.initialize`` takes.
+
+DeepSpeed 0.19.8 takes the groups from an ``mpu`` or from a device mesh. The mesh is no choice here: with it, ZeRO
+partitions and reduces over the data-parallel dimension alone, so gradients would not be summed over the ranks of
+a sequence-parallel group. With an ``mpu`` that has ``get_sequence_data_parallel_group``, ZeRO stages 1 to 3 work
+over all ranks and divide by ``ranks / sequence_parallel_size``.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from deepspeed import comm as ds_comm
+
+from ds_lvxattn.config import ConfigError
+
+
+class SequenceParallelGroups:
+    """Sequence-parallel groups of consecutive ranks; data parallelism across them.
+
+    Rank ``r`` is rank ``r % size`` of sequence-parallel group ``r // size``. Consecutive ranks share a node, where
+    links are fastest. The method names are those that DeepSpeed asks an ``mpu`` for.
+
+    Args:
+        size: ranks of a sequence-parallel group; divides the world size.
+
+    Raises:
+        ConfigError: ``size`` does not divide the world size.
+    """
+
+    def __init__(self, size: int) -> None:
+        world, rank = dist.get_world_size(), dist.get_rank()
+        if size < 1 or world % size:
+            raise ConfigError(f"sequence_parallel_size is {size}, which does not divide {world} ranks")
+        self.size = size
+        self._all = ds_comm.new_group(list(range(world)))
+        # Every rank takes part in making every group, in the same order, as torch.distributed asks.
+        self._sequence = _own_group([range(i, i + size) for i in range(0, world, size)], rank)
+        self._data = _own_group([range(i, world, size) for i in range(size)], rank)
+        self._model = _own_group([range(i, i + 1) for i in range(world)], rank)
+
+    def get_sequence_parallel_group(self) -> dist.ProcessGroup:
+        return self._sequence
+
+    def get_sequence_parallel_world_size(self) -> int:
+        return self.size
+
+    def get_sequence_parallel_rank(self) -> int:
+        return dist.get_rank(self._sequence)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._data
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._data)
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self._data)
+
+    def get_sequence_data_parallel_group(self) -> dist.ProcessGroup:
+        """All ranks: what ZeRO partitions over and reduces gradients over."""
+        return self._all
+
+    def get_sequence_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._all)
+
+    def get_sequence_data_parallel_rank(self) -> int:
+        return dist.get_rank(self._all)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """One rank: no tensor parallelism. DeepSpeed sums gradient norms over it."""
+        return self._model
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+
+def _own_group(partition: list[range], rank: int) -> dist.ProcessGroup:
+    """Make the groups of a partition of the ranks; return the one that ``rank`` is in."""
+    made = {members: ds_comm.new_group(list(members)) for members in partition}
+    return next(group for members, group in made.items() if rank in members)

@@ -1,0 +1,86 @@
+"""A transformers model made sequence-parallel: roles, hooks and the plan, without touching its code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ds_lvxattn.comm import Communicator, communicator
+from ds_lvxattn.config import ConfigError, SequenceParallelConfig
+from ds_lvxattn.groups import SequenceParallelGroups
+from ds_lvxattn.models import family_of
+from ds_lvxattn.plan.plan import LayerPlan, plan_layers
+from ds_lvxattn.plan.traffic import LayerShape
+from ds_lvxattn.registration import IMPLEMENTATION, register_with_transformers
+
+# transformers chooses these by itself; any other implementation is somebody's wish, which is not overruled.
+REPLACEABLE = ("sdpa", "eager", IMPLEMENTATION)
+
+
+class SequenceParallel:
+    """What training keeps for a sequence-parallel model.
+
+    Attaching sets the attention implementation of the text part to ``ds_lvxattn``, gives each attention module a
+    role and installs the family's hooks. The model's forward then takes ``sequence_parallel``.
+
+    Args:
+        model: a transformers model of a known family.
+        config: the sequence-parallel settings.
+        groups: the process groups.
+
+    Raises:
+        ConfigError: an attention implementation that would be overruled, or attention dropout above 0.
+        ValueError: no family knows the model's class.
+    """
+
+    def __init__(self, model: nn.Module, config: SequenceParallelConfig, groups: SequenceParallelGroups) -> None:
+        self.config = config
+        self.comm: Communicator = communicator(groups.get_sequence_parallel_group())
+        self.family = family_of(model)
+        self.model_config = model.config
+        text = getattr(model.config, self.family.attention_config)
+        if text._attn_implementation not in REPLACEABLE:
+            raise ConfigError(
+                f"the model's attention implementation is '{text._attn_implementation}', and sequence parallelism "
+                f"needs '{IMPLEMENTATION}': load the model without attn_implementation, or set "
+                "'sequence_parallel_size' to 1"
+            )
+        dropout = max(getattr(text, key, 0.0) or 0.0 for key in ("dropout", "attention_dropout"))
+        if dropout:
+            raise ConfigError(
+                f"the model's attention dropout is {dropout}; sequence-parallel attention has none, set it to 0 "
+                "in the model's config"
+            )
+        register_with_transformers()
+        model.set_attn_implementation({self.family.attention_config: IMPLEMENTATION})
+        self.family.install_hooks(model)
+        self._layers = self.family.attention_layers(model)
+        self.plans: dict[nn.Module, LayerPlan] = {}
+
+    @property
+    def plan(self) -> list[LayerPlan]:
+        """The plan, a layer each, in the model's order; empty before ``make_plan``."""
+        return list(self.plans.values())
+
+    def make_plan(self, shapes: Mapping[str, LayerShape], device: torch.device) -> None:
+        """Choose every layer's strategy for batches like ``shapes`` (role to sizes).
+
+        Rank 0 chooses and tells the others, so that no rank can come to another plan.
+
+        Raises:
+            ConfigError: on every rank, when a setting cannot work for a layer.
+        """
+        answer: list[list[LayerPlan] | ConfigError | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                answer[0] = plan_layers(list(self._layers.values()), shapes, self.config, device.type)
+            except ConfigError as error:
+                answer[0] = error
+        dist.broadcast_object_list(answer, src=0)
+        if isinstance(answer[0], ConfigError):
+            raise answer[0]
+        assert answer[0] is not None
+        self.plans = dict(zip(self._layers, answer[0], strict=True))

@@ -1,0 +1,62 @@
+"""What the integration must know of a model family.
+
+A family is one file: which modules play which role, how key ranges follow from the text, how images become the
+model's pixel arguments, and which hooks fit sharded inputs to the unmodified model code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from ds_lvxattn.plan.plan import AttentionLayer
+
+
+class Family(Protocol):
+    """Facts of one model family. ``model_config`` is the model's transformers config.
+
+    Attributes:
+        name: how errors call it.
+        attention_config: the sub-config (a key of ``model_config.sub_configs``) whose attention is exchanged.
+    """
+
+    name: str
+    attention_config: str
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether ``model`` belongs to the family."""
+
+    def attention_layers(self, model: nn.Module) -> dict[nn.Module, AttentionLayer]:
+        """Every attention module of ``model`` with its role and sizes."""
+
+    def install_hooks(self, model: nn.Module) -> None:
+        """Register the hooks that fit sharded inputs to the model's own forward."""
+
+    def frame_tokens(self, model_config: Any) -> int:
+        """Visual tokens of a frame."""
+
+    def tiles_per_frame(self, model_config: Any) -> int:
+        """Tiles that the vision encoder returns for a frame, of which the first is the frame."""
+
+    def frame_ranges(self, input_ids: Sequence[int], model_config: Any) -> list[tuple[int, int]]:
+        """For each text token the half-open range of frames that it sees; empty when it sees none."""
+
+    def hidden_rows_see_all(self) -> bool:
+        """Whether a token that sees no frame attends to every key (and its feed-forward output is dropped)."""
+
+    def pixels(self, frames: Sequence[np.ndarray], processor: Any, model_config: Any) -> Mapping[str, Tensor]:
+        """The model's pixel arguments, ``[1, frames, ...]``, for uint8 ``[H, W, 3]`` frames."""
+
+    def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
+        """Pixel arguments of one blank frame, for a rank that has none."""
+
+    def dense_mask(
+        self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int, model_config: Any
+    ) -> Mapping[str, Tensor]:
+        """The model's own dense mask argument for ``frame_ranges`` of each sample: the path without exchange."""
+
+    def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
+        """Parameter-name patterns (``fnmatch``) that a pretrained model trains unless the config says otherwise."""

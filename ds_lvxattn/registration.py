@@ -1,0 +1,76 @@
+"""Registration with Hugging Face transformers: attention and mask functions called ``ds_lvxattn``.
+
+A model whose attention implementation is ``ds_lvxattn`` gets its exchanges from the forward argument
+``sequence_parallel`` (a ``SequenceParallelBatch``), which transformers hands down to every attention function. So
+no model file is patched and no state is global.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ds_lvxattn.attention import sp_attention
+from ds_lvxattn.batch import SequenceParallelBatch
+
+IMPLEMENTATION = "ds_lvxattn"
+
+
+def register_with_transformers() -> None:
+    """Make ``attn_implementation="ds_lvxattn"`` known to transformers."""
+    AttentionInterface.register(IMPLEMENTATION, exchanged_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, no_dense_mask)
+
+
+def exchanged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sequence_parallel: SequenceParallelBatch | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of transformers: ``query [B, H_q, s_q, D]``, ``key, value [B, H_kv, s_kv, D]``.
+
+    Returns:
+        ``[B, s_q, H_q, D]`` and None (no attention weights).
+
+    Raises:
+        ValueError: called without ``sequence_parallel``, with dropout or with a dense mask.
+    """
+    if sequence_parallel is None:
+        raise ValueError(
+            f"attention implementation '{IMPLEMENTATION}' needs the forward argument sequence_parallel; pass the "
+            "batch that the collator made, or model.set_attn_implementation('sdpa') to run without it"
+        )
+    if dropout:
+        raise ValueError(f"attention dropout is {dropout}; sequence-parallel attention has none, set it to 0")
+    if attention_mask is not None:
+        raise ValueError("a dense attention mask was given; sequence-parallel attention takes intervals")
+    plan = sequence_parallel.plans[module]
+    inputs = sequence_parallel.roles[plan.role]
+    # A rank without frames still feeds one blank frame to the model; its keys belong to no sample.
+    keys = inputs.layout.kv.lengths[sequence_parallel.comm.rank]
+    out, _ = sp_attention(
+        query,
+        key[:, :, :keys],
+        value[:, :, :keys],
+        group=sequence_parallel.comm.group,
+        strategy=plan.strategy if plan.strategy != "local" else "lv_xattn",
+        interval=inputs.interval,
+        scale=scaling,
+        schedule=plan.schedule,
+        kernel=sequence_parallel.kernel,
+        shards=inputs.layout,
+    )
+    return out.transpose(1, 2), None
+
+
+def no_dense_mask(*_: Any, **__: Any) -> None:
+    """Mask function of transformers: intervals come with the batch, so no mask is built."""
+    return None

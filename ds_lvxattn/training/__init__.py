@@ -1,0 +1,1 @@
+"""The fine-tuning loop: settings, model, steps, evaluation, checkpoints, logs."""

@@ -1,0 +1,55 @@
+"""The ``finetuning`` block of a DeepSpeed config: what the loop needs beside DeepSpeed's own settings."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from pydantic import Field, ValidationError
+
+from ds_lvxattn.config import ConfigError
+
+BLOCK_KEY = "finetuning"
+
+
+class FinetuningConfig(DeepSpeedConfigModel):
+    """Keys of the ``finetuning`` block.
+
+    Attributes:
+        steps: optimizer steps, unless the command line gives them.
+        trainable: ``default`` (cross-attention layers and projector of a pretrained model, everything of the
+            quickstart one), ``all``, or parameter-name patterns (``fnmatch``).
+        frames: frames sampled from a video, at most.
+        max_text_tokens: longest text of a sample; None: the model's limit.
+        on_bad_sample: ``skip`` broken media or overlong text with a warning, or ``fail``.
+        eval_examples: samples of an evaluation; 0: none.
+        eval_every: steps between evaluations; 0: only at the end.
+        save_every: steps between checkpoints; 0: only at the end.
+    """
+
+    steps: int = Field(200, ge=1)
+    trainable: Literal["default", "all"] | list[str] = "default"
+    frames: int = Field(64, ge=1)
+    max_text_tokens: int | None = Field(None, ge=2)
+    on_bad_sample: Literal["skip", "fail"] = "skip"
+    eval_examples: int = Field(128, ge=0)
+    eval_every: int = Field(0, ge=0)
+    save_every: int = Field(0, ge=0)
+
+
+def finetuning_config(ds_config: dict[str, Any]) -> FinetuningConfig:
+    """The checked ``finetuning`` block.
+
+    Raises:
+        ConfigError: an unknown key or value.
+    """
+    block = ds_config.get(BLOCK_KEY, {})
+    if not isinstance(block, dict):
+        raise ConfigError(f"'{BLOCK_KEY}' is {block!r}; give an object")
+    try:
+        return FinetuningConfig(**block)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join([BLOCK_KEY, *map(str, problem["loc"])])
+        keys = list(FinetuningConfig.model_fields)
+        raise ConfigError(f"'{key}' is {problem['input']!r}: {problem['msg']}; the keys are {keys}") from None

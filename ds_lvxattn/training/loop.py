@@ -1,0 +1,196 @@
+"""The fine-tuning loop: one DeepSpeed engine, sequence-parallel micro-batches, metrics, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from ds_lvxattn.config import sequence_parallel_config
+from ds_lvxattn.data.collate import Collator
+from ds_lvxattn.data.loader import Loader
+from ds_lvxattn.data.sample import SampleSource
+from ds_lvxattn.groups import SequenceParallelGroups
+from ds_lvxattn.integration import SequenceParallel
+from ds_lvxattn.models import family_of
+from ds_lvxattn.plan.plan import plan_layers
+from ds_lvxattn.training import checkpoint
+from ds_lvxattn.training.config import FinetuningConfig
+from ds_lvxattn.training.evaluation import evaluate
+from ds_lvxattn.training.model import LoadedModel, model_dtype
+from ds_lvxattn.training.order import Order
+from ds_lvxattn.training.run_log import RunLog
+
+
+@dataclass(frozen=True)
+class Job:
+    """A fine-tuning run.
+
+    Attributes:
+        ds_config: the DeepSpeed config.
+        finetuning: the loop's settings.
+        loaded: the model and what its data needs; trainable parameters are chosen.
+        train, evaluation: the datasets; no evaluation when None.
+        steps: optimizer steps.
+        seed: of the data order.
+        output_dir: where everything is written.
+        resume: go on from the latest checkpoint there.
+    """
+
+    ds_config: dict[str, Any]
+    finetuning: FinetuningConfig
+    loaded: LoadedModel
+    train: SampleSource
+    evaluation: SampleSource | None
+    steps: int
+    seed: int
+    output_dir: Path
+    resume: bool
+
+
+class Trainer:
+    """Runs a ``Job``. All ranks make it and call ``run``.
+
+    Raises:
+        ConfigError: settings that cannot work, on every rank.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        config = sequence_parallel_config(job.ds_config, dist.get_world_size())
+        if not job.resume:
+            checkpoint.check_fresh(job.output_dir)
+        self.groups = SequenceParallelGroups(config.size)
+        model = job.loaded.model
+        self.parallel = SequenceParallel(model, config, self.groups) if config.size > 1 else None
+        self.device = torch.device(get_accelerator().current_device_name())
+        self.collator = Collator(
+            family_of(model), model.config, job.loaded.processor, job.loaded.pad_token,
+            self.device, model_dtype(job.ds_config), self.parallel,
+        )  # fmt: skip
+        self.control = _control_group(self.groups)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=parameters, config=job.ds_config, mpu=self.groups
+        )
+        self.facts = checkpoint.RunFacts(
+            dist.get_world_size(),
+            self.engine.zero_optimization_stage(),
+            self.engine.train_batch_size(),
+            job.seed,
+            config.size,
+        )
+        self.order = Order(
+            job.train, self.engine.train_micro_batch_size_per_gpu(),
+            self.groups.get_data_parallel_rank(), self.groups.get_data_parallel_world_size(),
+        )  # fmt: skip
+        self.loader = self._loader(job.train)
+
+    def _loader(self, source: SampleSource) -> Loader:
+        return Loader(source, self.collator, self.control, self.job.finetuning.on_bad_sample == "skip")
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last step, evaluate, save and export. Returns the evaluation."""
+        job, every = self.job, self.job.finetuning
+        done = checkpoint.resume(self.engine, job.output_dir, self.facts) if job.resume else 0
+        log = RunLog(job.output_dir, dist.get_rank(), job.steps, job.ds_config, job.resume)
+        result: dict[str, Any] = {}
+        accumulation = self.engine.gradient_accumulation_steps()
+        try:
+            self._plan(log, done * accumulation)
+            batches = self.loader.stream(self.order.rows, done * accumulation, job.steps * accumulation)
+            for step in range(done + 1, job.steps + 1):
+                log.step({"step": step, **self._step(batches, accumulation)})
+                last = step == job.steps
+                if last or (every.save_every and step % every.save_every == 0):
+                    checkpoint.save(self.engine, job.output_dir, step, self.facts)
+                if last or (every.eval_every and step % every.eval_every == 0):
+                    result = self._evaluate(log, step)
+            self._export(log)
+        finally:
+            log.close()
+        return result
+
+    def _plan(self, log: RunLog, first: int) -> None:
+        """Choose the strategies for batches like the first one."""
+        if self.parallel is None:
+            layers = self.collator.family.attention_layers(self.job.loaded.model).values()
+            config = sequence_parallel_config(self.job.ds_config, dist.get_world_size())
+            log.plan(plan_layers(list(layers), {}, config, self.device.type))
+            return
+        loaded = self.loader.load(self.order.rows(first))
+        self.parallel.make_plan(self.collator.shapes(loaded.layout), self.device)
+        log.plan(self.parallel.plan)
+
+    def _step(self, batches, accumulation: int) -> dict[str, Any]:
+        """One optimizer step; its metrics."""
+        if self.parallel:
+            self.parallel.comm.reset()
+        began = time.perf_counter()
+        total = torch.zeros((), device=self.device)
+        text_tokens = frames = 0
+        for _ in range(accumulation):
+            loaded = next(batches)
+            batch = self.collator.collate(loaded.layout, loaded.images)
+            loss = self.engine(**batch.inputs).loss
+            self.engine.backward(loss)
+            self.engine.step()
+            total += loss.detach()
+            text_tokens += batch.text_tokens
+            frames += batch.frames
+        # The parts of a group add up to its loss; groups are averaged, as ZeRO does with gradients.
+        dist.all_reduce(total)
+        data_ranks = self.groups.get_data_parallel_world_size()
+        value = total.item() / (accumulation * data_ranks)
+        seconds = time.perf_counter() - began
+        norm = self.engine.get_global_grad_norm()
+        return {
+            "loss": value,
+            "grad_norm": float(norm) if norm is not None else None,
+            "lr": self.engine.get_lr()[0],
+            "step_time_s": seconds,
+            "text_tokens_per_s": text_tokens * data_ranks / seconds,
+            "frames_per_s": frames * data_ranks / seconds,
+            "comm_bytes": self.parallel.comm.bytes_received if self.parallel else 0,
+            "peak_memory_bytes": peak_memory(),
+        }
+
+    def _evaluate(self, log: RunLog, step: int) -> dict[str, Any]:
+        source = self.job.evaluation
+        if source is None or not len(source):
+            return {}
+        micro_batch = self.engine.train_micro_batch_size_per_gpu()
+        result = evaluate(self.engine, self._loader(source), self.groups, micro_batch)
+        log.evaluation(step, result)
+        return result
+
+    def _export(self, log: RunLog) -> None:
+        state = checkpoint.full_state_dict(self.engine)
+        folder = self.job.output_dir / "model"
+        if dist.get_rank() == 0:
+            self.job.loaded.save(folder, state)
+        log.say(f"model saved in {folder}")
+
+
+def _control_group(groups: SequenceParallelGroups) -> dist.ProcessGroup:
+    """A gloo twin of the rank's sequence-parallel group, for host messages."""
+    own = dist.get_process_group_ranks(groups.get_sequence_parallel_group())
+    partition = [list(range(i, i + len(own))) for i in range(0, dist.get_world_size(), len(own))]
+    twins = [dist.new_group(ranks, backend="gloo") for ranks in partition]
+    return twins[partition.index(own)]
+
+
+def peak_memory() -> int:
+    """Peak bytes: of the accelerator's allocator, or on a CPU the process's resident set."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return accelerator.max_memory_allocated()

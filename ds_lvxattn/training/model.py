@@ -1,0 +1,96 @@
+"""The model to fine-tune: loaded or built, with its tokenizer, image processor and trainable parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+from ds_lvxattn.config import ConfigError
+from ds_lvxattn.models import family_of
+from ds_lvxattn.models.quickstart import build_quickstart
+from ds_lvxattn.data.needle import NeedleTask, build_tokenizer
+
+QUICKSTART = "quickstart"
+
+
+@dataclass
+class LoadedModel:
+    """A model with what its data needs."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    processor: Any
+    image_token: str
+
+    @property
+    def pad_token(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else self.tokenizer.eos_token_id
+
+    def save(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
+        """``save_pretrained`` of model, tokenizer and image processor."""
+        self.model.save_pretrained(folder, state_dict=state_dict)
+        self.tokenizer.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
+    """Load a model from a local path or hub name, or build the quickstart model.
+
+    Under ZeRO-3 a pretrained model is partitioned while it loads, so that it need not fit one rank.
+
+    Raises:
+        ConfigError: nothing loads under ``name``.
+    """
+    if name == QUICKSTART:
+        size = NeedleTask().image_size
+        processor = MllamaImageProcessorPil(
+            size={"height": size, "width": size}, max_image_tiles=1, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        )
+        model = build_quickstart(seed).to(model_dtype(ds_config))
+        return LoadedModel(model, build_tokenizer(), processor, "<|image|>")
+    # Alive while the model loads: transformers partitions what it loads when a ZeRO-3 config is.
+    zero3 = HfDeepSpeedConfig(ds_config) if ds_config.get("zero_optimization", {}).get("stage") == 3 else None
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=model_dtype(ds_config))
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        processor = MllamaImageProcessorPil.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--model {name}: cannot be loaded ({error})") from error
+    del zero3
+    family_of(model)
+    return LoadedModel(model, tokenizer, processor, "<|image|>")
+
+
+def model_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """dtype of the parameters, as the DeepSpeed config has it."""
+    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if ds_config.get(key, {}).get("enabled"):
+            return dtype
+    return torch.float32
+
+
+def select_trainable(model: nn.Module, name: str, trainable: str | Sequence[str]) -> None:
+    """Freeze all parameters but those that ``trainable`` names; see ``FinetuningConfig.trainable``.
+
+    Raises:
+        ConfigError: a pattern matches no parameter.
+    """
+    if trainable == "all" or (trainable == "default" and name == QUICKSTART):
+        return
+    patterns = family_of(model).trainable_by_default(model.config) if trainable == "default" else trainable
+    names = [parameter for parameter, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(parameter, pattern) for parameter in names):
+            raise ConfigError(f"'finetuning.trainable' has {pattern!r}, which matches no parameter of the model")
+    for parameter, tensor in model.named_parameters():
+        tensor.requires_grad_(any(fnmatchcase(parameter, pattern) for pattern in patterns))

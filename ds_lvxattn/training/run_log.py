@@ -1,0 +1,108 @@
+"""What a run tells: ``metrics.jsonl``, ``plan.json``, ``eval.json``, wandb and the console. Rank 0 writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import wandb
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ds_lvxattn.plan.plan import LayerPlan, write_plan
+
+PROJECT = "ds_lvxattn"
+
+
+class RunLog:
+    """The log of one run; on ranks other than 0 every method does nothing.
+
+    Args:
+        output_dir: where the files go.
+        rank: global rank.
+        steps: steps of the run, for the progress bar.
+        settings: config of the wandb run.
+        resumed: whether an earlier run goes on; its metrics file is then continued.
+    """
+
+    def __init__(self, output_dir: Path, rank: int, steps: int, settings: dict[str, Any], resumed: bool) -> None:
+        self.active = rank == 0
+        if not self.active:
+            return
+        self.output_dir = output_dir
+        self.console = Console()
+        self._metrics = (output_dir / "metrics.jsonl").open("a" if resumed else "w")
+        self._run = start_wandb(output_dir, settings)
+        self._progress = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self._task = self._progress.add_task("train", total=steps, note="")
+        self._progress.start()
+
+    def plan(self, plan: Sequence[LayerPlan]) -> None:
+        """Write ``plan.json`` and show the plan on the console and in wandb."""
+        if not self.active:
+            return
+        write_plan(plan, self.output_dir / "plan.json")
+        exchanged = [layer for layer in plan if layer.role != "local"]
+        columns = ["layer", "role", "strategy", "schedule", "reason"]
+        table = Table(*columns, title=f"attention plan ({len(plan) - len(exchanged)} local layers not shown)")
+        rows = [[str(asdict(layer)[column]) for column in columns] for layer in exchanged]
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+        self._run.log({"plan": wandb.Table(columns=columns, data=rows)}, step=0)
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """One object of ``metrics.jsonl``."""
+        if not self.active:
+            return
+        self._metrics.write(json.dumps(metrics) + "\n")
+        self._metrics.flush()
+        self._run.log({f"train/{key}": value for key, value in metrics.items() if key != "step"}, metrics["step"])
+        note = (
+            f"loss {metrics['loss']:.4f}  {metrics['step_time_s']:.3f} s/step  {metrics['frames_per_s']:.0f} frames/s"
+        )
+        self._progress.update(self._task, completed=metrics["step"], note=note)
+        if not self.console.is_terminal and (metrics["step"] % 20 == 0 or metrics["step"] == 1):
+            self.console.print(f"step {metrics['step']}  {note}")
+
+    def evaluation(self, step: int, result: dict[str, Any]) -> None:
+        """Write ``eval.json``; the last evaluation counts."""
+        if not self.active:
+            return
+        (self.output_dir / "eval.json").write_text(json.dumps({"step": step, **result}, indent=2) + "\n")
+        self._run.log({f"eval/{key}": value for key, value in result.items()}, step)
+        self.console.print(
+            f"step {step}: accuracy {result['accuracy']:.3f} on {result['examples']} answers, loss {result['loss']:.4f}"
+        )
+
+    def say(self, text: str) -> None:
+        """A line on the console."""
+        if self.active:
+            self.console.print(text)
+
+    def close(self) -> None:
+        """Finish the files and the wandb run."""
+        if self.active:
+            self._progress.stop()
+            self._metrics.close()
+            self._run.finish()
+
+
+def start_wandb(output_dir: Path, settings: dict[str, Any], **names: str) -> wandb.Run:
+    """A wandb run in ``output_dir``, offline unless a key is at hand; the usual WANDB_* variables count."""
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    arguments = {
+        "project": os.environ.get("WANDB_PROJECT", PROJECT), "dir": str(output_dir), "config": settings, **names
+    }  # fmt: skip
+    try:
+        return wandb.init(mode=mode, **arguments)
+    except wandb.errors.CommError:
+        return wandb.init(mode="offline", **arguments)
