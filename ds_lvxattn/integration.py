@@ -36,7 +36,9 @@ class SequenceParallel:
         ValueError: no family knows the model's class.
     """
 
-    def __init__(self, model: nn.Module, config: SequenceParallelConfig, groups: SequenceParallelGroups) -> None:
+    def __init__(
+        self, model: nn.Module, config: SequenceParallelConfig, groups: SequenceParallelGroups
+    ) -> None:
         self.config = config
         self.comm: Communicator = communicator(groups.get_sequence_parallel_group())
         self.family = family_of(model)

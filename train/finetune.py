@@ -1,6 +1,6 @@
 """Fine-tune a cross-attention video-language model under DeepSpeed, with sequence-parallel attention.
 
-    deepspeed train/finetune.py --ds_config ds_configs/quickstart.json
+deepspeed train/finetune.py --ds_config ds_configs/quickstart.json
 """
 
 from __future__ import annotations
@@ -25,14 +25,22 @@ from ds_lvxattn.training.model import QUICKSTART, load_model, select_trainable
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ds_config", required=True, help="DeepSpeed config file")
     parser.add_argument("--model", default=QUICKSTART, help="local path or hub name (default: %(default)s)")
-    parser.add_argument("--data", default="needle", help="'needle', a JSONL file or a hub dataset (%(default)s)")
+    parser.add_argument(
+        "--data", default="needle", help="'needle', a JSONL file or a hub dataset (%(default)s)"
+    )
     parser.add_argument("--steps", type=int, help="optimizer steps (default: finetuning.steps of the config)")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/finetune"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/finetune"), help="(default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in --output_dir")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the latest checkpoint in --output_dir"
+    )
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
     return parser.parse_args(arguments)
 

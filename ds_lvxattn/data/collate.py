@@ -104,7 +104,8 @@ class Collator:
         }
         inputs |= self._visual(layout, images)
         inputs = {
-            key: self._to_device(value) if isinstance(value, Tensor) else value for key, value in inputs.items()
+            key: self._to_device(value) if isinstance(value, Tensor) else value
+            for key, value in inputs.items()
         }
         if self.parallel:
             inputs["sequence_parallel"] = self._exchange(layout, own)
@@ -137,7 +138,9 @@ class Collator:
         ]
         dense = self.family.dense_mask(layout.ranges, max(layout.frames), self.model_config)
         return {
-            **{key: torch.cat([_pad_frames(p[key], max(layout.frames)) for p in pixels]) for key in pixels[0]},
+            **{
+                key: torch.cat([_pad_frames(p[key], max(layout.frames)) for p in pixels]) for key in pixels[0]
+            },
             **dense,
         }
 

@@ -54,9 +54,14 @@ class Loader:
             SampleError: on every rank, when a sample is broken and broken samples are fatal.
         """
         nothing = Sample([self.collator.pad_token], [IGNORE])
-        found = [nothing if row is None else _attempt(lambda row=row: self.source.sample(row)) for row in rows]
+        found = [
+            nothing if row is None else _attempt(lambda row=row: self.source.sample(row)) for row in rows
+        ]
         failures = self._compare([f if isinstance(f, SampleError) else _digest(f) for f in found])
-        samples = [nothing if bad or isinstance(f, SampleError) else f for f, bad in zip(found, failures, strict=True)]
+        samples = [
+            nothing if bad or isinstance(f, SampleError) else f
+            for f, bad in zip(found, failures, strict=True)
+        ]
         layout = self.collator.layout(samples)
         images = [
             _attempt(lambda i=i, s=s: s.load_frames(layout.own_frames(i, self.collator.rank)))
@@ -80,7 +85,9 @@ class Loader:
             if not errors and len(set(verdicts)) > 1:
                 errors = [f"the ranks of the group read different data: {sorted(set(verdicts))}"]
             if errors and not self.skip_bad:
-                raise SampleError(f"{errors[0]} (set 'finetuning.on_bad_sample' to 'skip' to go on without it)")
+                raise SampleError(
+                    f"{errors[0]} (set 'finetuning.on_bad_sample' to 'skip' to go on without it)"
+                )
             if errors and dist.get_rank(self.control) == 0:
                 logger.warning("skipped a sample: %s", errors[0])
             failed.append(bool(errors))

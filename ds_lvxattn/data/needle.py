@@ -24,6 +24,7 @@ from ds_lvxattn.data.video import VideoError, decode_frames, probe_video
 
 Split = Literal["train", "eval"]
 
+# Training takes the clip with many scenes; the animated film of the evaluation looks like neither of the two.
 CLIPS: dict[Split, tuple[str, ...]] = {"train": ("bikes", "carphone_pristine"), "eval": ("bigbuckbunny",)}
 # The digits come in the order in which their writers were recorded, so the last ones are also by other hands.
 TRAIN_DIGITS = 1400
@@ -33,7 +34,7 @@ QUESTION = "which digit ?"
 # `<|image|>` is the last id: Llama 3.2 Vision gives it an embedding row but no output logit.
 VOCABULARY = (PAD, BOS, EOS, "<|unk|>", *QUESTION.split(), *"0123456789", IMAGE)
 IGNORE = -100
-_COLOURS = tuple(itertools.permutations(range(3)))
+_CHANNEL_ORDERS = tuple(itertools.permutations(range(3)))
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,18 @@ class NeedleTask:
         segments: segments, so supervised answers, per sample.
         image_size: side in pixels of the square frames.
         digit_size: smallest and largest side in pixels of a drawn digit.
-        curriculum: `(share, needles)`: training rows before this share of the dataset have this many needles.
-            A model from random weights first has to learn to read digits, then to look for them; it does not
-            find out both at once in the time of a quickstart.
+        curriculum: `(share, needles)` in ascending order: the training rows before this share of the dataset have
+            this many needles. A model from random weights learns to read digits faster while every frame shows
+            one, and then has only the search left to learn. The curriculum is the order of the rows, so training
+            reads them in order.
     """
 
     frames: int = 8
     needles: int = 3
     segments: int = 4
     image_size: int = 28
-    digit_size: tuple[int, int] = (16, 22)
-    curriculum: tuple[tuple[float, int], ...] = ((0.3, 8), (0.4, 6), (0.5, 4))
+    digit_size: tuple[int, int] = (18, 24)
+    curriculum: tuple[tuple[float, int], ...] = ((0.15, 8), (0.25, 5))
 
     def __post_init__(self) -> None:
         counts = (self.needles, *(needles for _, needles in self.curriculum))
@@ -106,6 +108,9 @@ def needle_dataset(split: Split, size: int, seed: int, task: NeedleTask) -> data
     Columns:
         clip: str `[segments]`, a clip of `CLIPS[split]`.
         answer: int `[segments]`, the digit.
+        window: int `[segments, 2]`, left and top of the part of the clip that is seen.
+        mirror, colours: int `[segments]`, left-right mirroring and order of the colour channels; 0 in evaluation.
+        light: float `[segments]`, brightness factor; 1 in evaluation.
         frame: int `[segments * frames]`, frame numbers in the clip.
         digit: int `[segments * frames]`, the digit image in a frame, -1 in a frame without a needle.
         box: int `[segments * frames, 3]`, left, top and side of the digit in pixels.
@@ -126,15 +131,16 @@ def needle_dataset(split: Split, size: int, seed: int, task: NeedleTask) -> data
     start = rng.integers(0, lengths[clip] - stride * (task.frames - 1))
     frame = start[..., None] + stride[..., None] * np.arange(task.frames)
 
-    # Clips are cached at twice the image size; a segment looks through a fixed window of that.
+    # `ClipCache` holds clips at twice the image size; a segment shows one window of that.
     window = rng.integers(0, task.image_size + 1, size=(*shape, 2))
-    # Two clips are few: without other colours and mirroring the model learns them by heart.
-    mirror = rng.integers(2, size=shape) if split == "train" else np.zeros(shape, dtype=np.int64)
-    colours = rng.integers(len(_COLOURS), size=shape) if split == "train" else np.zeros(shape, dtype=np.int64)
-    light = rng.uniform(0.7, 1.4, size=shape) if split == "train" else np.ones(shape)
+    # Two training clips are few: seen always alike, they are learnt by heart, and a new clip then misleads.
+    train = split == "train"
+    mirror = train * rng.integers(2, size=shape)
+    colours = train * rng.integers(len(_CHANNEL_ORDERS), size=shape)
+    light = 1 + train * rng.uniform(-0.3, 0.4, size=shape)
 
     shape = (*shape, task.frames)
-    count = [task.needles_at(row, size) if split == "train" else task.needles for row in range(size)]
+    count = [task.needles_at(row, size) if train else task.needles for row in range(size)]
     is_needle = rng.random(shape).argsort(-1) < np.array(count)[:, None, None]
     draw = rng.random(shape)
     digit = np.empty(shape, dtype=np.int64)
@@ -164,9 +170,10 @@ def needle_dataset(split: Split, size: int, seed: int, task: NeedleTask) -> data
 
 
 class ClipCache:
-    """Whole clips scaled to the model's image size: at 28 pixels a clip of 250 frames takes 0.6 MB.
+    """Whole clips scaled to squares of twice the image size: for 28 pixels 250 frames take 2.4 MB.
 
-    Holds the `limit` clips used last, so memory stays bounded whatever the rows name.
+    `clip(name)` returns uint8 `[num_frames, 2 * image_size, 2 * image_size, 3]`, read-only by agreement. The `limit`
+    clips used last are kept, so memory stays bounded whatever the rows name.
     """
 
     def __init__(self, image_size: int, limit: int = 4):
@@ -174,10 +181,9 @@ class ClipCache:
         self.clip = functools.lru_cache(maxsize=limit)(self._decode)
 
     def _decode(self, name: str) -> np.ndarray:
-        """Return the clip as uint8 `[num_frames, image_size, image_size, 3]`."""
         path = clip_path(name)
-        indices = range(probe_video(path).num_frames)
-        return np.stack(decode_frames(path, indices, size=(2 * self.image_size, 2 * self.image_size)))
+        side = 2 * self.image_size
+        return np.stack(decode_frames(path, range(probe_video(path).num_frames), size=(side, side)))
 
 
 @functools.lru_cache(maxsize=256)
@@ -204,14 +210,15 @@ def render_frames(row: Mapping[str, Any], frames: Sequence[int], cache: ClipCach
         left, top = row["window"][segment]
         frame = cache.clip(row["clip"][segment])[row["frame"][number]]
         frame = frame[top : top + cache.image_size, left : left + cache.image_size]
-        frame = frame[:, :: -1 if row["mirror"][segment] else 1, _COLOURS[row["colours"][segment]]]
+        frame = frame[:, :: -1 if row["mirror"][segment] else 1, _CHANNEL_ORDERS[row["colours"][segment]]]
+        # The product is a new array: the cached clip stays as it is.
         frame = np.minimum(frame * np.float32(row["light"][segment]), 255).astype(np.uint8)
         if row["digit"][number] >= 0:
             left, top, side = row["box"][number]
             resize = _resize(side)
             ink = (resize @ _digits()[0][row["digit"][number]] @ resize.T)[..., None]
             patch = frame[top : top + side, left : left + side]
-            # Bright strokes on the darkened frame, legible over any content.
+            # Bright strokes on a darkened patch of the frame, legible over any content.
             patch[...] = (1 - ink) * 0.2 * patch + ink * (255 * row["ink"][number])
         rendered.append(frame)
     return rendered

@@ -93,7 +93,9 @@ class Mllama:
     def tiles_per_frame(self, model_config: Any) -> int:
         return model_config.vision_config.max_num_tiles
 
-    def dense_mask(self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int, model_config: Any) -> Mapping[str, Tensor]:
+    def dense_mask(
+        self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int, model_config: Any
+    ) -> Mapping[str, Tensor]:
         tokens = max(len(sample) for sample in ranges)
         tiles = model_config.vision_config.max_num_tiles
         mask = torch.zeros(len(ranges), tokens, frames, tiles, dtype=torch.long)

@@ -83,7 +83,11 @@ def _plan_layer(
     layer: AttentionLayer, sizes: LayerShape | None, config: SequenceParallelConfig, device: str
 ) -> LayerPlan:
     if sizes is None or config.size == 1:
-        why = "each rank attends within its own frames" if layer.role == "local" else "one rank, nothing to exchange"
+        why = (
+            "each rank attends within its own frames"
+            if layer.role == "local"
+            else "one rank, nothing to exchange"
+        )
         return LayerPlan(layer.name, layer.role, "local", "auto", {}, {}, why)
     shape = LayerShape(
         sizes.batch, layer.heads, layer.kv_heads, layer.head_dim,
@@ -110,7 +114,9 @@ def _plan_layer(
         chosen, reason = _fewest_bytes(predicted, obstacles, shape)
     link = NOMINAL_LINK.get(device, NOMINAL_LINK["cuda"])
     predicted_ms = {name: None if b is None else b / link * 1e3 for name, b in predicted.items()}
-    return LayerPlan(layer.name, layer.role, chosen, _schedule(chosen, config), predicted_ms, predicted, reason)
+    return LayerPlan(
+        layer.name, layer.role, chosen, _schedule(chosen, config), predicted_ms, predicted, reason
+    )
 
 
 def _schedule(strategy: str, config: SequenceParallelConfig) -> str:

@@ -27,7 +27,9 @@ class Ulysses:
         if replicated:
             return "it shards the queries; use lv_xattn for replicated queries"
         if heads % ranks:
-            return f"{heads} query heads do not divide over {ranks} ranks; use lv_xattn, which has no such limit"
+            return (
+                f"{heads} query heads do not divide over {ranks} ranks; use lv_xattn, which has no such limit"
+            )
         if kv_heads % ranks and ranks % kv_heads:
             return f"{kv_heads} key heads do not fit {ranks} ranks; use lv_xattn, which has no such limit"
         return None
@@ -44,7 +46,7 @@ class Ulysses:
         )
         out = comm.account(context, "outputs")
         lse = comm.account(_sequence_shard(local.lse, comm), "lse")
-        return out[:, :own].transpose(1, 2), lse[:, :own, :, 0].transpose(1, 2)
+        return out[:, :own].transpose(1, 2).contiguous(), lse[:, :own, :, 0].transpose(1, 2).contiguous()
 
 
 class _HeadShard:

@@ -15,7 +15,12 @@ NEEDLE = "needle"
 
 
 def load_sources(
-    data: str, loaded: LoadedModel, finetuning: FinetuningConfig, steps: int, ds_config: dict[str, Any], seed: int
+    data: str,
+    loaded: LoadedModel,
+    finetuning: FinetuningConfig,
+    steps: int,
+    ds_config: dict[str, Any],
+    seed: int,
 ) -> tuple[SampleSource, SampleSource | None]:
     """Training and evaluation samples of ``--data``.
 

@@ -15,9 +15,9 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from ds_lvxattn.config import ConfigError
+from ds_lvxattn.data.needle import NeedleTask, build_tokenizer
 from ds_lvxattn.models import family_of
 from ds_lvxattn.models.quickstart import build_quickstart
-from ds_lvxattn.data.needle import NeedleTask, build_tokenizer
 
 QUICKSTART = "quickstart"
 
@@ -91,6 +91,8 @@ def select_trainable(model: nn.Module, name: str, trainable: str | Sequence[str]
     names = [parameter for parameter, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatchcase(parameter, pattern) for parameter in names):
-            raise ConfigError(f"'finetuning.trainable' has {pattern!r}, which matches no parameter of the model")
+            raise ConfigError(
+                f"'finetuning.trainable' has {pattern!r}, which matches no parameter of the model"
+            )
     for parameter, tensor in model.named_parameters():
         tensor.requires_grad_(any(fnmatchcase(parameter, pattern) for pattern in patterns))

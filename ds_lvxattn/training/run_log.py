@@ -30,7 +30,9 @@ class RunLog:
         resumed: whether an earlier run goes on; its metrics file is then continued.
     """
 
-    def __init__(self, output_dir: Path, rank: int, steps: int, settings: dict[str, Any], resumed: bool) -> None:
+    def __init__(
+        self, output_dir: Path, rank: int, steps: int, settings: dict[str, Any], resumed: bool
+    ) -> None:
         self.active = rank == 0
         if not self.active:
             return
@@ -65,10 +67,10 @@ class RunLog:
             return
         self._metrics.write(json.dumps(metrics) + "\n")
         self._metrics.flush()
-        self._run.log({f"train/{key}": value for key, value in metrics.items() if key != "step"}, metrics["step"])
-        note = (
-            f"loss {metrics['loss']:.4f}  {metrics['step_time_s']:.3f} s/step  {metrics['frames_per_s']:.0f} frames/s"
+        self._run.log(
+            {f"train/{key}": value for key, value in metrics.items() if key != "step"}, metrics["step"]
         )
+        note = f"loss {metrics['loss']:.4f}  {metrics['step_time_s']:.3f} s/step  {metrics['frames_per_s']:.0f} frames/s"
         self._progress.update(self._task, completed=metrics["step"], note=note)
         if not self.console.is_terminal and (metrics["step"] % 20 == 0 or metrics["step"] == 1):
             self.console.print(f"step {metrics['step']}  {note}")

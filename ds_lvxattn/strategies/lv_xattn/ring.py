@@ -32,7 +32,9 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple
 class _Ring:
     """The tensors of one rank at a time, handed on to the next rank; what arrived is that of the rank before."""
 
-    def __init__(self, comm: Communicator, lengths: Sequence[int], what: Sequence[str], own: Sequence[Tensor]):
+    def __init__(
+        self, comm: Communicator, lengths: Sequence[int], what: Sequence[str], own: Sequence[Tensor]
+    ):
         self.comm, self.lengths, self.what = comm, lengths, what
         self.held = [x.contiguous() for x in own]
         self.owner = comm.rank

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Set up .venv and fine-tune the quickstart model on the needle task: 2 ranks, strategy chosen by the plan.
+#   bash launch/quickstart.sh [further arguments of train/finetune.py]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+prepare_environment quickstart
+deepspeed --num_gpus 2 train/finetune.py --ds_config ds_configs/quickstart.json --output_dir runs/quickstart "$@"

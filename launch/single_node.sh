@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Fine-tune on the GPUs of this node.
+#   bash launch/single_node.sh DS_CONFIG [arguments of train/finetune.py]
+# GPUS sets how many GPUs to use; all of them by default.
+set -euo pipefail
+config=${1:?usage: launch/single_node.sh DS_CONFIG [arguments of train/finetune.py]}
+shift
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+prepare_environment quickstart
+deepspeed ${GPUS:+--num_gpus "$GPUS"} train/finetune.py --ds_config "$config" "$@"
