@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.dispatch import select_kernel
 from ds_lvxattn.kernels.operator import local_attention
 from ds_lvxattn.shards import SequenceShards, ShardLayout
-from ds_lvxattn.strategies import STRATEGIES, Exchange, strategy_named
+from ds_lvxattn.strategies import Exchange, strategy_named
 
 
 def sp_attention(
@@ -74,7 +75,8 @@ def sp_attention(
     select_kernel(kernel, Call.of(q, k, interval is not None))
 
     if shards is None:
-        shards = _ask_for_shards(q, k, interval, comm, strategy, replicated)
+        options = (strategy, queries, schedule, kernel, scale)
+        shards = _ask_for_shards(q, k, interval, comm, options)
     _check_shards(q, k, shards, comm, replicated)
     start, stop = _rows_of_all_ranks(interval, q, shards, comm, replicated)
     if comm.ranks == 1:
@@ -100,13 +102,13 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _ask_for_shards(
-    q: Tensor, k: Tensor, interval: KVInterval | None, comm: Communicator, strategy: str, replicated: bool
+    q: Tensor, k: Tensor, interval: KVInterval | None, comm: Communicator, options: tuple[object, ...]
 ) -> ShardLayout:
     """The shard lengths of every rank, and a check that all ranks make the same call."""
     own_rows = interval is not None and not interval.of_all_ranks
-    settings = (*q.shape[:2], k.shape[1], q.shape[3], interval is not None, own_rows)
-    call = (*settings, q.element_size(), sorted(STRATEGIES).index(strategy), replicated)
-    mine = torch.tensor([q.shape[2], k.shape[2], *map(int, call)], device=q.device)
+    sizes = (*q.shape[:2], k.shape[1], q.shape[3], int(interval is not None), int(own_rows))
+    names = zlib.crc32(repr((q.dtype, *options)).encode())
+    mine = torch.tensor([q.shape[2], k.shape[2], *sizes, names], device=q.device)
     if comm.ranks == 1:
         everyone = [mine.tolist()]
     else:
@@ -114,8 +116,10 @@ def _ask_for_shards(
     for rank, theirs in enumerate(everyone):
         if theirs[2:] != everyone[0][2:]:
             raise ValueError(
-                "the ranks of the group call sp_attention with different batch, heads, head size, interval, "
-                f"element size, strategy or queries: rank 0 {everyone[0][2:]}, rank {rank} {theirs[2:]}"
+                "the ranks of the group call sp_attention with different settings; give all of them the same "
+                "[batch, query heads, key heads, head size, interval given, interval of own rows, hash of dtype, "
+                f"strategy, queries, schedule, kernel and scale]: rank 0 {everyone[0][2:]}, "
+                f"rank {rank} {theirs[2:]}"
             )
     rows, keys = zip(*(theirs[:2] for theirs in everyone), strict=True)
     return ShardLayout(SequenceShards(rows), SequenceShards(keys))

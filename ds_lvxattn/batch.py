@@ -41,6 +41,7 @@ class SequenceParallelBatch:
         kernel: local attention kernel.
         tiles: int64 ``[B * slot tiles]``, the visual tiles of this rank in the order of its keys, as indices into
             the tiles that the vision encoder returns.
+        key_rows: numbers of visual tokens of this rank that a dimension may count: of a sample, and of all of them.
         sees_frame: ``[B, 1, s_q, 1]`` in the model's dtype, 1 for the rank's text rows that see a frame.
     """
 
@@ -49,4 +50,5 @@ class SequenceParallelBatch:
     plans: Mapping[nn.Module, LayerPlan]
     kernel: str
     tiles: Tensor
+    key_rows: tuple[int, ...]
     sees_frame: Tensor

@@ -28,6 +28,8 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
         layers: module-name patterns (``fnmatch``) to a strategy, over ``strategy``; the first match counts.
         schedule: schedule of query exchange.
         kernel: local attention kernel.
+        recompute: what the backward pass computes again instead of storing: ``none``; ``kv``, the projections and
+            norms of K and V in cross-attention layers; ``layer``, every text layer but its attention operator.
         placement: how frames lie on the ranks.
         size: ranks of a sequence-parallel group, from ``sequence_parallel_size`` beside the block.
     """
@@ -36,6 +38,7 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
     layers: dict[str, StrategyName] = Field(default_factory=dict)
     schedule: Literal["auto", "gather", "ring"] = "auto"
     kernel: Literal["auto", "cudnn", "flash", "math"] = "auto"
+    recompute: Literal["none", "kv", "layer"] = "none"
     placement: Literal["contiguous", "striped"] = "contiguous"
     size: int = Field(1, ge=1)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ds_lvxattn.comm import Communicator, communicator
 from ds_lvxattn.config import ConfigError, SequenceParallelConfig
@@ -14,6 +15,7 @@ from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.models import family_of
 from ds_lvxattn.plan.plan import LayerPlan, plan_layers
 from ds_lvxattn.plan.traffic import LayerShape
+from ds_lvxattn.recompute import enable_recompute
 from ds_lvxattn.registration import IMPLEMENTATION, register_with_transformers
 
 # transformers chooses these by itself; any other implementation is somebody's wish, which is not overruled.
@@ -60,7 +62,19 @@ class SequenceParallel:
         model.set_attn_implementation({self.family.attention_config: IMPLEMENTATION})
         self.family.install_hooks(model)
         self._layers = self.family.attention_layers(model)
+        if config.recompute != "none":
+            roles = {"kv": ("cross",), "layer": ("cross", "self")}[config.recompute]
+            enable_recompute(self._decoder_layers(model, roles), config.recompute)
         self.plans: dict[nn.Module, LayerPlan] = {}
+
+    def _decoder_layers(self, model: nn.Module, roles: tuple[str, ...]) -> list[nn.Module]:
+        """The layers around attention of ``roles`` that transformers can checkpoint."""
+        attention = {module for module, layer in self._layers.items() if layer.role in roles}
+        return [
+            layer
+            for layer in model.modules()
+            if isinstance(layer, GradientCheckpointingLayer) and attention.intersection(layer.modules())
+        ]
 
     @property
     def plan(self) -> list[LayerPlan]:

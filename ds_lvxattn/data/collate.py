@@ -162,12 +162,14 @@ class Collator:
                 tiles.append(loaded * self.family.tiles_per_frame(self.model_config) if slot < frames else 0)
                 loaded += slot < frames
         sees_frame = torch.from_numpy(layout.sees_frame[:, own]).to(self.dtype)
+        keys = len(layout.slots[comm.rank]) * self.family.frame_tokens(self.model_config)
         return SequenceParallelBatch(
             comm,
             roles,
             self.parallel.plans,
             self.parallel.config.kernel,
             torch.tensor(tiles, device=self.device),
+            (keys, keys * batch),
             sees_frame[:, None, :, None].to(self.device),
         )
 

@@ -34,8 +34,11 @@ from ds_lvxattn.data.sample import IGNORE, Sample, SampleError
 from ds_lvxattn.data.video import decode_frames, probe_video, sample_indices
 from ds_lvxattn.shards import split_evenly
 
+MediaKind = Literal["image", "video"]
+Message = dict[str, str]  # role and content
+
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-MEDIA_KEYS = {"image": "image", "images": "image", "video": "video", "videos": "video"}
+MEDIA_KEYS: dict[str, MediaKind] = {"image": "image", "images": "image", "video": "video", "videos": "video"}
 PLACEHOLDER = re.compile(r"<image>|<video>|<\|image\|>")
 
 # For a tokenizer without a chat template.
@@ -49,8 +52,6 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
-Message = dict[str, str]  # role and content
-
 
 @dataclass(frozen=True)
 class Media:
@@ -62,7 +63,7 @@ class Media:
         frames: frame numbers in the file; ``(0,)`` for an image.
     """
 
-    kind: Literal["image", "video"]
+    kind: MediaKind
     source: str | bytes
     frames: tuple[int, ...]
 
@@ -123,14 +124,15 @@ class ConversationSource:
             raise ValueError(
                 f"{type(tokenizer).__name__} gives no character offsets; load the fast tokenizer"
             )
-        self.image_id = tokenizer.convert_tokens_to_ids(image_token)
-        if self.image_id is None or self.image_id == tokenizer.unk_token_id:
+        image_id = tokenizer.convert_tokens_to_ids(image_token)
+        if not isinstance(image_id, int) or image_id == tokenizer.unk_token_id:
             raise ValueError(f"the tokenizer has no token {image_token!r}; give the image token of the model")
+        self.image_id = image_id
         self.tokenizer, self.image_token = tokenizer, image_token
         self.max_frames, self.max_text_tokens, self.seed = max_frames, max_text_tokens, seed
 
         separate = eval_data is not None
-        self.table = _open_table(os.fspath(eval_data if separate and split == "eval" else data))
+        self.table = _open_table(os.fspath(eval_data if eval_data is not None and split == "eval" else data))
         self.media_root = self.table.folder if media_root is None else os.fspath(media_root)
         keys = dict(self.table.media_keys())
         if not keys:
@@ -175,9 +177,10 @@ class ConversationSource:
         messages, media = place_media(messages, media, self.image_token)
         input_ids, labels = encode(messages, self.tokenizer)
         frames = sum(len(m.frames) for m in media)
-        if input_ids.count(self.image_id) != frames:
+        image_tokens = input_ids.count(self.image_id)
+        if image_tokens != frames:
             raise SampleError(
-                f"{input_ids.count(self.image_id)} image tokens for {frames} frames; the text holds "
+                f"{image_tokens} image tokens for {frames} frames; the text holds "
                 f"{self.image_token!r} outside the user's turns, or the chat template drops turns"
             )
         if self.max_text_tokens is not None and len(input_ids) > self.max_text_tokens:
@@ -321,15 +324,21 @@ def encode(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple
     Raises:
         SampleError: the template refuses the conversation, or rewrites earlier turns when later ones follow.
     """
-    render = functools.partial(
-        tokenizer.apply_chat_template, chat_template=tokenizer.chat_template or PLAIN_TEMPLATE, tokenize=False
-    )
+    template = tokenizer.chat_template or PLAIN_TEMPLATE
+
+    def render(turns: list[Message], prompt: bool = False) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                turns, chat_template=template, tokenize=False, add_generation_prompt=prompt
+            )
+        )
+
     answers = []
     try:
         text = render(messages)
         for at, message in enumerate(messages):
             if message["role"] == "assistant":
-                prompt = render(messages[:at], add_generation_prompt=True)
+                prompt = render(messages[:at], prompt=True)
                 answered = render(messages[: at + 1])
                 if not (answered.startswith(prompt) and text.startswith(answered)):
                     raise SampleError(
@@ -415,9 +424,9 @@ def _holds_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _media_values(row: dict[str, Any]) -> list[tuple[str, Any]]:
+def _media_values(row: dict[str, Any]) -> list[tuple[MediaKind, Any]]:
     """``(kind, path or embedded media)`` of a row; null and empty ones are none."""
-    found = []
+    found: list[tuple[MediaKind, Any]] = []
     for key, kind in MEDIA_KEYS.items():
         value = row.get(key)
         found += [(kind, one) for one in (value if isinstance(value, list) else [value]) if one]

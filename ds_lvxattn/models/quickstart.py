@@ -1,4 +1,4 @@
-"""A Llama 3.2 Vision architecture small enough to learn the needle task on two CPU cores from random weights."""
+"""A Llama 3.2 Vision model small enough to learn the needle task from random weights on two CPU cores."""
 
 import torch
 from transformers import MllamaConfig, MllamaForConditionalGeneration
@@ -11,12 +11,12 @@ WIDTH = 96
 def quickstart_config() -> MllamaConfig:
     """Configuration with 0.64 M parameters, for the vocabulary and the image size of `data.needle`.
 
-    - One tile of 28 pixels in patches of 14: five vision tokens, which the encoder pads to eight. Patches of 7 would
-      need 24 for the same frame and learn more slowly per second.
+    - One tile of 28 pixels in patches of 14: five vision tokens, which the encoder pads to eight. Patches of
+      7 make 24 of the same frame, and learn more slowly per second.
     - One local and one global vision layer read a digit; a second local layer cost time and gained nothing.
     - Four query heads over two key-value heads, so that groups of two and of four ranks can share the heads.
-    - `initializer_range` is near `WIDTH**-0.5`, which keeps activations at unit scale. The usual 0.02 suits widths
-      of thousands; here it leaves the frames without influence, and training stays at chance.
+    - `initializer_range` is near `WIDTH**-0.5`, which keeps activations at unit scale. The usual 0.02 suits
+      widths of thousands; here it leaves the frames without influence, and training stays at chance.
     """
     vision = {
         "hidden_size": WIDTH,
@@ -60,8 +60,8 @@ def build_quickstart(seed: int) -> MllamaForConditionalGeneration:
         torch.manual_seed(seed)
         model = MllamaForConditionalGeneration(quickstart_config())
         for name, parameter in model.named_parameters():
-            # Mllama starts its gates at or near zero, to graft new layers onto trained ones. Nothing is trained
-            # here, and a closed gate would also stop the gradient of what lies behind it.
+            # Mllama starts its gates at or near zero, to graft new layers onto trained ones. Nothing is
+            # trained here, and a closed gate would also stop the gradient of what lies behind it.
             if name.endswith(("cross_attn_attn_gate", "cross_attn_mlp_gate", "gate_attn", "gate_ffn")):
                 parameter.fill_(1.0)
             # Patch embeddings of a few hundred pixels come out at a scale above 1; positions must stand out.

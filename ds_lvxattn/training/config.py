@@ -22,6 +22,9 @@ class FinetuningConfig(DeepSpeedConfigModel):
         frames: frames sampled from a video, at most.
         max_text_tokens: longest text of a sample; None: the model's limit.
         on_bad_sample: ``skip`` broken media or overlong text with a warning, or ``fail``.
+        media_root: folder that relative media paths start from; None: the folder of the data file.
+        eval_data: a dataset of its own to evaluate on; None: a held-out share of the training data.
+        eval_share: that share.
         eval_examples: samples of an evaluation; 0: none.
         eval_every: steps between evaluations; 0: only at the end.
         save_every: steps between checkpoints; 0: only at the end.
@@ -32,6 +35,9 @@ class FinetuningConfig(DeepSpeedConfigModel):
     frames: int = Field(64, ge=1)
     max_text_tokens: int | None = Field(None, ge=2)
     on_bad_sample: Literal["skip", "fail"] = "skip"
+    media_root: str | None = None
+    eval_data: str | None = None
+    eval_share: float = Field(0.05, gt=0, lt=1)
     eval_examples: int = Field(128, ge=0)
     eval_every: int = Field(0, ge=0)
     save_every: int = Field(0, ge=0)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+from torch import nn
+
 from ds_lvxattn.config import ConfigError
+from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.data.needle import NeedleTask
 from ds_lvxattn.data.needle_source import NeedleSource
 from ds_lvxattn.data.sample import SampleSource
@@ -31,5 +35,30 @@ def load_sources(
         task = NeedleTask()
         rows = steps * ds_config["train_batch_size"]
         train = NeedleSource("train", rows, seed, loaded.tokenizer, task)
+        if not finetuning.eval_examples:
+            return train, None
         return train, NeedleSource("eval", finetuning.eval_examples, seed, loaded.tokenizer, task)
-    raise ConfigError(f"--data {data}: unknown")
+    conversations = functools.partial(
+        ConversationSource,
+        data,
+        loaded.tokenizer,
+        image_token=loaded.image_token,
+        max_frames=finetuning.frames,
+        max_text_tokens=finetuning.max_text_tokens or text_limit(loaded.model),
+        eval_data=finetuning.eval_data,
+        eval_share=finetuning.eval_share,
+        media_root=finetuning.media_root,
+        seed=seed,
+    )
+    try:
+        train = conversations(split="train")
+        if not finetuning.eval_examples:
+            return train, None
+        return train, conversations(split="eval", limit=finetuning.eval_examples)
+    except ValueError as error:
+        raise ConfigError(f"--data {data}: {error}") from error
+
+
+def text_limit(model: nn.Module) -> int:
+    """Tokens that the model's positions reach."""
+    return model.config.get_text_config().max_position_embeddings

@@ -23,7 +23,7 @@ from ds_lvxattn.plan.plan import plan_layers
 from ds_lvxattn.training import checkpoint
 from ds_lvxattn.training.config import FinetuningConfig
 from ds_lvxattn.training.evaluation import evaluate
-from ds_lvxattn.training.model import LoadedModel, model_dtype
+from ds_lvxattn.training.model import LoadedModel, model_dtype, parameter_groups
 from ds_lvxattn.training.order import Order
 from ds_lvxattn.training.run_log import RunLog
 
@@ -75,9 +75,8 @@ class Trainer:
             self.device, model_dtype(job.ds_config), self.parallel,
         )  # fmt: skip
         self.control = _control_group(self.groups)
-        parameters = [p for p in model.parameters() if p.requires_grad]
         self.engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=parameters, config=job.ds_config, mpu=self.groups
+            model=model, model_parameters=parameter_groups(model), config=job.ds_config, mpu=self.groups
         )
         self.facts = checkpoint.RunFacts(
             dist.get_world_size(),

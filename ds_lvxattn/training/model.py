@@ -96,3 +96,11 @@ def select_trainable(model: nn.Module, name: str, trainable: str | Sequence[str]
             )
     for parameter, tensor in model.named_parameters():
         tensor.requires_grad_(any(fnmatchcase(parameter, pattern) for pattern in patterns))
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters for the optimizer: matrices decay, vectors and scalars (norms, biases, gates) do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
+    others = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    return [g for g in ({"params": matrices}, {"params": others, "weight_decay": 0.0}) if g["params"]]

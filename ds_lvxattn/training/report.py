@@ -1,6 +1,6 @@
 """Runs of the same data and seed side by side: a Markdown table and pictures from the files that runs write.
 
-The run called ``single`` (one rank, no sequence parallelism) is what the losses of the others are compared with.
+The losses are compared with those of the run called ``single``: one rank, no sequence parallelism.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 SINGLE = "single"
-# The first steps allocate memory, compile kernels and set up communicators: their times say nothing of the rest.
+# The first steps allocate memory, compile kernels and set up communicators; their times are not typical.
 WARM_UP_STEPS = 3
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the reference is grey.
@@ -50,9 +50,8 @@ class Run:
     failure: str | None = None
 
     def column(self, key: str) -> list[float]:
-        """A metric of every step; NaN where it was not measured."""
-        values = (metrics.get(key) for metrics in self.metrics)
-        return [float("nan") if value is None else float(value) for value in values]
+        """A metric of every step that measured it."""
+        return [float(step[key]) for step in self.metrics if step.get(key) is not None]
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def compare(runs: Sequence[Run]) -> list[Row]:
             steps, *differences = loss_differences(run, single)
             if steps:  # NaN stays NaN: a run that diverged must not look equal
                 absolute, relative = (float(np.max(difference)) for difference in differences)
-        losses, times = run.column("loss"), run.column("step_time_s")
+        losses, times, received = (run.column(key) for key in ("loss", "step_time_s", "comm_bytes"))
         warm = times[min(WARM_UP_STEPS, len(times) - 1) :] if times else []
         rows.append(
             Row(
@@ -152,7 +151,7 @@ def compare(runs: Sequence[Run]) -> list[Row]:
                 absolute,
                 relative,
                 statistics.median(warm) if warm else None,
-                statistics.fmean(run.column("comm_bytes")) if losses else None,
+                statistics.fmean(received) if received else None,
                 max(run.column("peak_memory_bytes"), default=None),
             )
         )
@@ -247,7 +246,7 @@ def readable_bytes(count: float) -> str:
 
 
 def plot(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Draw what the runs measured as PNG files in ``folder``: losses, step time, bytes received, peak memory."""
+    """Draw losses, step time, bytes received and peak memory of the runs, as PNG files in ``folder``."""
     drawn = [run for run in runs if run.metrics]
     if not drawn:
         return []
@@ -255,16 +254,15 @@ def plot(runs: Sequence[Run], folder: Path) -> list[Path]:
     for run in runs:  # by place among all runs, so that a failure changes no other run's colour
         colours[run.name] = REFERENCE_COLOUR if run.name == SINGLE else COLOURS[others % len(COLOURS)]
         others += run.name != SINGLE
-    style: dict[str, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(style):
+    with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         rows = [row for row in compare(runs) if row.steps]
         names = [row.name for row in rows]
         pictures = [_plot_losses(drawn, colours, folder / "losses.png")]
         for file, title, values, text in (
-            ("step_time", "Median step time", [r.step_time_s for r in rows], "{:.3f} s".format),
-            ("bytes_received", "Received in attention exchanges, a step", [r.received_bytes for r in rows], readable_bytes),
-            ("peak_memory", "Peak memory", [r.peak_memory_bytes for r in rows], readable_bytes),
-        ):  # fmt: skip
+            ("step_time", "Median step time", [row.step_time_s for row in rows], "{:.3f} s".format),
+            ("bytes_received", "Received a step", [row.received_bytes for row in rows], readable_bytes),
+            ("peak_memory", "Peak memory", [row.peak_memory_bytes for row in rows], readable_bytes),
+        ):
             heights = [float("nan") if value is None else value for value in values]
             pictures.append(_plot_bars(names, heights, text, colours, title, folder / f"{file}.png"))
     return pictures
@@ -315,9 +313,8 @@ def _plot_differences(axes: Axes, runs: Sequence[Run], single: Run, colours: dic
             markersize=3,
         )
         visible = shown[np.isfinite(shown)]
-        label = (
-            f"{run.name} (at most {np.max(relative):.0e})" if np.any(relative != 0) else f"{run.name} (equal)"
-        )
+        differs = bool(np.any(relative != 0))
+        label = f"{run.name} (max {np.max(relative):.1e})" if differs else f"{run.name} (equal)"
         ends.append((visible[-1] if len(visible) else float("nan"), label, run.name))
     if not any(math.isfinite(end) for end, _, _ in ends):
         axes.set_yticks([])

@@ -100,7 +100,7 @@ class RunLog:
 
 def start_wandb(output_dir: Path, settings: dict[str, Any], **names: str) -> wandb.Run:
     """A wandb run in ``output_dir``, offline unless a key is at hand; the usual WANDB_* variables count."""
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
     arguments = {
         "project": os.environ.get("WANDB_PROJECT", PROJECT), "dir": str(output_dir), "config": settings, **names
     }  # fmt: skip
