@@ -27,9 +27,10 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from ds_lvxattn.config import load_ds_config, sequence_parallel_config
 from ds_lvxattn.data.collate import Collator
 from ds_lvxattn.data.sample import IGNORE, Sample
-from ds_lvxattn.groups import SequenceParallelGroups
+from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.models import family_of
+from ds_lvxattn.recompute import keep_zero3_outside
 from ds_lvxattn.training.ds_config import resolve_ds_config
 from ds_lvxattn.training.model import model_dtype, select_trainable
 
@@ -39,6 +40,8 @@ IMAGE_SIZE = 560
 def model_config(text_layers: int) -> MllamaConfig:
     """Llama-3.2-11B-Vision: transformers' own defaults, at the published image size."""
     config = MllamaConfig(vision_config=MllamaVisionConfig(image_size=IMAGE_SIZE))
+    # Without it no row of the embedding is set to zero at initialisation, which a partitioned one cannot do.
+    config.text_config.pad_token_id = None
     config.text_config.num_hidden_layers = text_layers
     config.text_config.cross_attention_layers = [n for n in config.text_config.cross_attention_layers if n < text_layers]
     return config
@@ -66,10 +69,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--local_rank", type=int, default=0)
     args = parser.parse_args()
-    deepspeed.init_distributed()
+    start_distributed()
     get_accelerator().set_device(args.local_rank)
-    ds_config = resolve_ds_config(load_ds_config(args.ds_config), 100)
+    ds_config = load_ds_config(args.ds_config)
     config = sequence_parallel_config(ds_config, dist.get_world_size())
+    ds_config = resolve_ds_config(ds_config, 100, dist.get_world_size() // config.size)
     # A micro-batch of one a step: gradient accumulation would only repeat it.
     ds_config["train_micro_batch_size_per_gpu"] = 1
     ds_config["train_batch_size"] = dist.get_world_size() // config.size
@@ -90,6 +94,7 @@ def main() -> None:
     device = torch.device(get_accelerator().current_device_name())
     parameters = [p for p in model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=ds_config, mpu=groups)
+    keep_zero3_outside(engine)
     collator = Collator(family_of(model), sizes, processor, 0, device, dtype, parallel)
     results = []
     for frames in map(int, args.frames.split(",")):
@@ -105,7 +110,7 @@ def measure(engine: Any, collator: Collator, sample: Sample, steps: int) -> dict
     """Time of a step (mean over ``steps``), peak memory and traffic. Ends the process when memory runs out."""
     layout = collator.layout([sample])
     if collator.parallel:
-        collator.parallel.make_plan(collator.shapes(layout), collator.device)
+        collator.parallel.make_plan(collator.shapes(layout), collator.device, collator.dtype)
         collator.parallel.comm.reset()
     images = collator.load([sample], layout)
     torch.cuda.empty_cache()

@@ -105,20 +105,19 @@ def _ask_for_shards(
     q: Tensor, k: Tensor, interval: KVInterval | None, comm: Communicator, options: tuple[object, ...]
 ) -> ShardLayout:
     """The shard lengths of every rank, and a check that all ranks make the same call."""
+    if comm.ranks == 1:
+        return ShardLayout(SequenceShards((q.shape[2],)), SequenceShards((k.shape[2],)))
     own_rows = interval is not None and not interval.of_all_ranks
     sizes = (*q.shape[:2], k.shape[1], q.shape[3], int(interval is not None), int(own_rows))
     names = zlib.crc32(repr((q.dtype, *options)).encode())
     mine = torch.tensor([q.shape[2], k.shape[2], *sizes, names], device=q.device)
-    if comm.ranks == 1:
-        everyone = [mine.tolist()]
-    else:
-        everyone = comm.all_gather(mine, "shard lengths").tolist()
+    everyone = comm.all_gather(mine, "shard lengths").tolist()
     for rank, theirs in enumerate(everyone):
         if theirs[2:] != everyone[0][2:]:
             raise ValueError(
                 "the ranks of the group call sp_attention with different settings; give all of them the same "
-                "[batch, query heads, key heads, head size, interval given, interval of own rows, hash of dtype, "
-                f"strategy, queries, schedule, kernel and scale]: rank 0 {everyone[0][2:]}, "
+                "[batch, query heads, key heads, head size, interval given, interval of own rows, hash of "
+                f"dtype, strategy, queries, schedule, kernel and scale]: rank 0 {everyone[0][2:]}, "
                 f"rank {rank} {theirs[2:]}"
             )
     rows, keys = zip(*(theirs[:2] for theirs in everyone), strict=True)

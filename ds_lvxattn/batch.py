@@ -41,7 +41,8 @@ class SequenceParallelBatch:
         kernel: local attention kernel.
         tiles: int64 ``[B * slot tiles]``, the visual tiles of this rank in the order of its keys, as indices into
             the tiles that the vision encoder returns.
-        key_rows: numbers of visual tokens of this rank that a dimension may count: of a sample, and of all of them.
+        key_rows: how many visual tokens a dimension of a tensor on the way to K and V may count, on any rank; the
+            same on every rank, so that all recompute the same collectives.
         sees_frame: ``[B, 1, s_q, 1]`` in the model's dtype, 1 for the rank's text rows that see a frame.
     """
 
@@ -50,5 +51,5 @@ class SequenceParallelBatch:
     plans: Mapping[nn.Module, LayerPlan]
     kernel: str
     tiles: Tensor
-    key_rows: tuple[int, ...]
+    key_rows: frozenset[int]
     sees_frame: Tensor

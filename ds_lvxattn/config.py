@@ -37,7 +37,7 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
     strategy: StrategyChoice = "auto"
     layers: dict[str, StrategyName] = Field(default_factory=dict)
     schedule: Literal["auto", "gather", "ring"] = "auto"
-    kernel: Literal["auto", "cudnn", "flash", "math"] = "auto"
+    kernel: Literal["auto", "triton", "cudnn", "flash", "math"] = "auto"
     recompute: Literal["none", "kv", "layer"] = "none"
     placement: Literal["contiguous", "striped"] = "contiguous"
     size: int = Field(1, ge=1)

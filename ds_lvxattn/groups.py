@@ -3,11 +3,13 @@
 DeepSpeed 0.19.8 takes the groups from an ``mpu`` or from a device mesh. The mesh is no choice here: with it, ZeRO
 partitions and reduces over the data-parallel dimension alone, so gradients would not be summed over the ranks of
 a sequence-parallel group. With an ``mpu`` that has ``get_sequence_data_parallel_group``, ZeRO stages 1 to 3 work
-over all ranks and divide by ``ranks / sequence_parallel_size``.
+over all ranks and divide by ``ranks / sequence_parallel_size``; stage 3 only for parameters that are partitioned
+over all ranks beforehand, which ``training.model.partition_over_all_ranks`` sees to.
 """
 
 from __future__ import annotations
 
+import deepspeed
 import torch.distributed as dist
 from deepspeed import comm as ds_comm
 
@@ -75,6 +77,16 @@ class SequenceParallelGroups:
 
     def get_model_parallel_rank(self) -> int:
         return 0
+
+
+def start_distributed(backend: str | None = None) -> None:
+    """Start ``torch.distributed`` and DeepSpeed's front end to it, from the launcher's environment.
+
+    DeepSpeed's shared-memory all-reduce is left out: it serves inference on CPUs, and it would be compiled at the
+    first start on a machine, under a lock on which a later run waits for ever if this one is killed.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(backend, verbose=False)
 
 
 def _own_group(partition: list[range], rank: int) -> dist.ProcessGroup:

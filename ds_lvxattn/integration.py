@@ -12,6 +12,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ds_lvxattn.comm import Communicator, communicator
 from ds_lvxattn.config import ConfigError, SequenceParallelConfig
 from ds_lvxattn.groups import SequenceParallelGroups
+from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.dispatch import select_kernel
 from ds_lvxattn.models import family_of
 from ds_lvxattn.plan.plan import LayerPlan, plan_layers
 from ds_lvxattn.plan.traffic import LayerShape
@@ -34,8 +36,8 @@ class SequenceParallel:
         groups: the process groups.
 
     Raises:
-        ConfigError: an attention implementation that would be overruled, or attention dropout above 0.
-        ValueError: no family knows the model's class.
+        ConfigError: an attention implementation that would be overruled, attention dropout above 0, or a model
+            class that no family knows.
     """
 
     def __init__(
@@ -81,14 +83,21 @@ class SequenceParallel:
         """The plan, a layer each, in the model's order; empty before ``make_plan``."""
         return list(self.plans.values())
 
-    def make_plan(self, shapes: Mapping[str, LayerShape], device: torch.device) -> None:
-        """Choose every layer's strategy for batches like ``shapes`` (role to sizes).
+    def make_plan(self, shapes: Mapping[str, LayerShape], device: torch.device, dtype: torch.dtype) -> None:
+        """Choose every layer's strategy for batches like ``shapes`` (role to sizes), computed in ``dtype``.
 
         Rank 0 chooses and tells the others, so that no rank can come to another plan.
 
         Raises:
             ConfigError: on every rank, when a setting cannot work for a layer.
         """
+        for layer in self._layers.values():
+            if layer.role in shapes:
+                call = Call(device.type, dtype, layer.heads, layer.kv_heads, layer.head_dim, masked=True)
+                try:
+                    select_kernel(self.config.kernel, call)
+                except ValueError as error:
+                    raise ConfigError(f"layer {layer.name}: {error}") from error
         answer: list[list[LayerPlan] | ConfigError | None] = [None]
         if dist.get_rank() == 0:
             try:

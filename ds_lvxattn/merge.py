@@ -50,7 +50,7 @@ def _backward(ctx, dout, dlse):
     outs, lses, out, lse = ctx.saved_tensors
     weights = torch.exp(lses - lse.masked_fill(lse == float("-inf"), 0.0))
     if dout is None:
-        return torch.zeros_like(outs), weights * dlse
+        return torch.zeros_like(outs), torch.zeros_like(lses) if dlse is None else weights * dlse
     wide = dout.to(lse.dtype)
     douts = (weights.unsqueeze(-1) * wide).to(outs.dtype)
     row_terms = ((outs.to(lse.dtype) - out.to(lse.dtype)) * wide).sum(dim=-1)

@@ -13,10 +13,11 @@ prepare_environment quickstart
 port=${MASTER_PORT:-29500}
 if [ -n "${SLURM_JOB_ID:-}" ]; then
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  # One launcher a node, told its place by SLURM, so that no ssh is needed. Its variables are the node's own.
-  export CONFIG=$config FIRST=$first PORT=$port
-  srun --kill-on-bad-exit=1 bash -c 'deepspeed --no_ssh --num_nodes "$SLURM_NNODES" \
-    --num_gpus "${SLURM_GPUS_ON_NODE:?give --gpus-per-node}" --node_rank "$SLURM_NODEID" \
+  # One launcher a node, told its place by SLURM, so that no ssh is needed; the hostfile names the nodes.
+  export CONFIG=$config FIRST=$first PORT=$port HOSTS="$PWD/.hostfile.$SLURM_JOB_ID"
+  scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=${SLURM_GPUS_ON_NODE:?give --gpus-per-node}/" > "$HOSTS"
+  trap 'rm -f "$HOSTS"' EXIT
+  srun --kill-on-bad-exit=1 bash -c 'deepspeed --hostfile "$HOSTS" --no_ssh --node_rank "$SLURM_NODEID" \
     --master_addr "$FIRST" --master_port "$PORT" train/finetune.py --ds_config "$CONFIG" "$@"' launch "$@"
 else
   deepspeed --hostfile "${HOSTFILE:?set HOSTFILE, or run under SLURM}" --master_port "$port" \

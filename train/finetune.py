@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
-import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from transformers import set_seed
 
 from ds_lvxattn.config import ConfigError, load_ds_config, sequence_parallel_config
 from ds_lvxattn.data.sample import SampleError
+from ds_lvxattn.groups import start_distributed
 from ds_lvxattn.training.config import finetuning_config
 from ds_lvxattn.training.data import load_sources
 from ds_lvxattn.training.ds_config import resolve_ds_config
@@ -33,7 +34,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--data", default="needle", help="'needle', a JSONL file or a hub dataset (%(default)s)"
     )
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: finetuning.steps of the config)")
+    parser.add_argument("--steps", type=int, help="stop after so many steps (default: finetuning.steps of the config)")
     parser.add_argument(
         "--output_dir", type=Path, default=Path("runs/finetune"), help="(default: %(default)s)"
     )
@@ -47,21 +48,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def finetune(args: argparse.Namespace) -> None:
     """Set up and run one job on this rank."""
-    deepspeed.init_distributed()
+    start_distributed()
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
-        accelerator.set_device(args.local_rank)
+        accelerator.set_device(int(os.environ.get("LOCAL_RANK", args.local_rank)))
     ds_config = load_ds_config(args.ds_config)
     finetuning = finetuning_config(ds_config)
     steps = args.steps if args.steps is not None else finetuning.steps
     if steps < 1:
         raise ConfigError(f"--steps is {steps}; give at least 1")
-    sequence_parallel_config(ds_config, dist.get_world_size())
-    ds_config = resolve_ds_config(ds_config, steps)
+    config = sequence_parallel_config(ds_config, dist.get_world_size())
+    # Schedule and generated data have the length that the config says: a run that --steps ends earlier can be
+    # resumed, and is then the same as one that was never interrupted.
+    length = max(steps, finetuning.steps)
+    ds_config = resolve_ds_config(ds_config, length, dist.get_world_size() // config.size)
     set_seed(args.seed)
     loaded = load_model(args.model, ds_config, args.seed)
     select_trainable(loaded.model, args.model, finetuning.trainable)
-    train, evaluation = load_sources(args.data, loaded, finetuning, steps, ds_config, args.seed)
+    train, evaluation = load_sources(
+        args.data, loaded, finetuning, length * ds_config["train_batch_size"], args.seed
+    )
     if dist.get_rank() == 0:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     dist.barrier()

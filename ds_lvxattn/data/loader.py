@@ -10,14 +10,40 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
 from ds_lvxattn.data.collate import Collator, Images
 from ds_lvxattn.data.layout import BatchLayout
 from ds_lvxattn.data.sample import IGNORE, Sample, SampleError, SampleSource
+from ds_lvxattn.groups import SequenceParallelGroups
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ControlGroups:
+    """gloo groups for host messages, so that the device is never waited for.
+
+    A pair serves one loader: loaders run side by side in threads, and their messages must not cross.
+
+    Attributes:
+        sequence: the ranks of the sequence-parallel group.
+        everyone: all ranks.
+    """
+
+    sequence: dist.ProcessGroup
+    everyone: dist.ProcessGroup
+
+    @classmethod
+    def beside(cls, groups: SequenceParallelGroups) -> ControlGroups:
+        """New groups of the same ranks; all ranks call it."""
+        world = dist.get_world_size()
+        own = dist.get_process_group_ranks(groups.get_sequence_parallel_group())
+        partition = [list(range(i, i + len(own))) for i in range(0, world, len(own))]
+        twins = [dist.new_group(ranks, backend="gloo") for ranks in partition]
+        return cls(twins[partition.index(own)], dist.new_group(list(range(world)), backend="gloo"))
 
 
 @dataclass(frozen=True)
@@ -35,13 +61,11 @@ class Loader:
     Args:
         source: the dataset.
         collator: knows the layout and loads the frames.
-        control: gloo group over which the verdicts travel: host messages only, so the device is never waited for.
+        control: groups over which the verdicts travel.
         skip_bad: whether a broken sample is skipped with a warning (and counted) or fatal.
     """
 
-    def __init__(
-        self, source: SampleSource, collator: Collator, control: dist.ProcessGroup, skip_bad: bool
-    ) -> None:
+    def __init__(self, source: SampleSource, collator: Collator, control: ControlGroups, skip_bad: bool) -> None:
         self.source, self.collator, self.control, self.skip_bad = source, collator, control, skip_bad
 
     def load(self, rows: Sequence[int | None]) -> Loaded:
@@ -54,44 +78,35 @@ class Loader:
             SampleError: on every rank, when a sample is broken and broken samples are fatal.
         """
         nothing = Sample([self.collator.pad_token], [IGNORE])
-        found = [
-            nothing if row is None else _attempt(lambda row=row: self.source.sample(row)) for row in rows
-        ]
+        found = [nothing if row is None else _attempt(self.source.sample, row) for row in rows]
         failures = self._compare([f if isinstance(f, SampleError) else _digest(f) for f in found])
-        samples = [
-            nothing if bad or isinstance(f, SampleError) else f
-            for f, bad in zip(found, failures, strict=True)
-        ]
-        layout = self.collator.layout(samples)
-        images = [
-            _attempt(lambda i=i, s=s: s.load_frames(layout.own_frames(i, self.collator.rank)))
-            for i, s in enumerate(samples)
-        ]
-        broken = self._compare([i if isinstance(i, SampleError) else "" for i in images])
-        if any(broken):
-            samples = [nothing if bad else s for s, bad in zip(samples, broken, strict=True)]
+        samples = [nothing if bad or isinstance(f, SampleError) else f for f, bad in zip(found, failures, strict=True)]
+        skipped = sum(failures)
+        while True:
             layout = self.collator.layout(samples)
-            images = self.collator.load(samples, layout)
-        return Loaded(layout, images, sum(failures) + sum(broken))
+            own = [layout.own_frames(i, self.collator.rank) for i in range(len(samples))]
+            images = [_attempt(s.load_frames, frames) for s, frames in zip(samples, own, strict=True)]
+            broken = self._compare([i if isinstance(i, SampleError) else "" for i in images])
+            if not any(broken):
+                return Loaded(layout, images, skipped)
+            # Without them other frames lie on this rank, which may be broken too.
+            samples = [nothing if bad else s for s, bad in zip(samples, broken, strict=True)]
+            skipped += sum(broken)
 
     def _compare(self, findings: Sequence[SampleError | str]) -> list[bool]:
         """Which samples failed on any rank. ``findings`` hold an error, or a digest equal on all ranks."""
-        everyone: list[list[str]] = [[] for _ in range(dist.get_world_size(self.control))]
         mine = [f"!{f}" if isinstance(f, SampleError) else f for f in findings]
-        dist.all_gather_object(everyone, mine, group=self.control)
-        failed = []
-        for verdicts in zip(*everyone, strict=True):
-            errors = sorted({v[1:] for v in verdicts if v.startswith("!")})
-            if not errors and len(set(verdicts)) > 1:
-                errors = [f"the ranks of the group read different data: {sorted(set(verdicts))}"]
-            if errors and not self.skip_bad:
-                raise SampleError(
-                    f"{errors[0]} (set 'finetuning.on_bad_sample' to 'skip' to go on without it)"
-                )
-            if errors and dist.get_rank(self.control) == 0:
-                logger.warning("skipped a sample: %s", errors[0])
-            failed.append(bool(errors))
-        return failed
+        problems = [_problem(verdicts) for verdicts in zip(*_gather(mine, self.control.sequence), strict=True)]
+        if not self.skip_bad:
+            # The ranks of every group must stop, or those of another would wait for these in a collective.
+            first = next(filter(None, problems), "")
+            fatal = next(filter(None, _gather(first, self.control.everyone)), "")
+            if fatal:
+                raise SampleError(f"{fatal} (set 'finetuning.on_bad_sample' to 'skip' to go on without it)")
+        for problem in filter(None, problems):
+            if dist.get_rank(self.control.sequence) == 0:
+                logger.warning("skipped a sample: %s", problem)
+        return [bool(problem) for problem in problems]
 
     def stream(self, rows: Callable[[int], Sequence[int | None]], first: int, last: int) -> Iterator[Loaded]:
         """Micro-batches ``first`` to ``last - 1``; the next one loads while the present one is used.
@@ -108,9 +123,26 @@ class Loader:
                 yield loaded
 
 
-def _attempt(make: Callable[[], Sample] | Callable[[], list]):
+def _gather(mine: Any, group: dist.ProcessGroup) -> list[Any]:
+    """``mine`` of every rank of ``group``."""
+    everyone = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def _problem(verdicts: Sequence[str]) -> str:
+    """What is wrong with a sample by the verdicts of all ranks; empty when nothing is."""
+    errors = sorted({verdict[1:] for verdict in verdicts if verdict.startswith("!")})
+    if errors:
+        return errors[0]
+    if len(set(verdicts)) > 1:
+        return f"the ranks of the group read different data: {sorted(set(verdicts))}"
+    return ""
+
+
+def _attempt(make: Callable[..., Any], argument: Any) -> Any:
     try:
-        return make()
+        return make(argument)
     except SampleError as error:
         return error
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from ds_lvxattn.kernels.base import Call, Kernel
 from ds_lvxattn.kernels.cudnn import CudnnKernel
 from ds_lvxattn.kernels.flash import FlashKernel
+from ds_lvxattn.kernels.interval import TritonKernel
 from ds_lvxattn.kernels.math import MathKernel
 
-# Fastest first, as measured (benchmarks/kernels.py); ``math`` does every call, so the search always ends.
-KERNELS: tuple[Kernel, ...] = (CudnnKernel(), FlashKernel(), MathKernel())
+# Fastest first; ``math`` does every call, so the search always ends.
+KERNELS: tuple[Kernel, ...] = (CudnnKernel(), TritonKernel(), FlashKernel(), MathKernel())
 KERNEL_NAMES = ("auto", *(kernel.name for kernel in KERNELS))
 
 
@@ -25,5 +26,7 @@ def select_kernel(name: str, call: Call) -> Kernel:
         if reason is None:
             return kernel
         if name != "auto":
-            raise ValueError(f"kernel '{name}' cannot do this call: {reason}; use 'auto' or one of {KERNEL_NAMES}")
+            raise ValueError(
+                f"kernel '{name}' cannot do this call: {reason}; use 'auto' or one of {KERNEL_NAMES}"
+            )
     raise ValueError(f"kernel is '{name}'; choose one of {KERNEL_NAMES}")

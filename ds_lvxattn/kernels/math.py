@@ -36,6 +36,9 @@ class MathKernel:
             # Shifting hidden rows (-inf) by 0 makes exp(-inf - 0) = 0 instead of NaN.
             shift = row_lse.masked_fill(row_lse == float("-inf"), 0.0)
             probs = scores.sub_(shift.unsqueeze(-1)).exp_()
+            # The rounding of the log-sum-exp (1e-5 at 250 in float32) scales whole rows; their sums take it out.
+            total = probs.sum(dim=-1, keepdim=True)
+            probs.div_(total.masked_fill_(total == 0.0, 1.0))
             out[:, :, rows] = _ungroup(torch.matmul(_fold(probs), values), probs).to(q.dtype)
             lse[:, :, rows] = row_lse.flatten(1, 2)
         return out, lse
@@ -71,7 +74,9 @@ class MathKernel:
             dprobs = torch.matmul(_fold(grad), values.transpose(-1, -2)).view_as(probs)
             dscores = dprobs.sub_(_group(delta[:, :, rows].unsqueeze(-1), groups)).mul_(probs).mul_(scale)
             dq[:, :, rows] = _ungroup(torch.matmul(_fold(dscores), keys), dscores)
-            dk += torch.matmul(_fold(dscores).transpose(-1, -2), _fold(_group(q[:, :, rows].to(wide), groups)))
+            dk += torch.matmul(
+                _fold(dscores).transpose(-1, -2), _fold(_group(q[:, :, rows].to(wide), groups))
+            )
         return dq, dk, dv
 
 

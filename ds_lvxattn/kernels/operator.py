@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ds_lvxattn.kernels.base import Call, Kernel
 from ds_lvxattn.kernels.delta import attention_delta
-from ds_lvxattn.kernels.dispatch import select_kernel
+from ds_lvxattn.kernels.dispatch import KERNELS, select_kernel
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,11 +20,17 @@ def backward_kernel(name: str, call: Call, with_dlse: bool) -> Kernel:
     kernel = select_kernel(name, call)
     if not (kernel.needs_out and with_dlse):
         return kernel
-    return select_kernel("math", call)
+    return next(other for other in KERNELS if not other.needs_out and other.unsupported(call) is None)
 
 
 def forward_local(
-    q: Tensor, k: Tensor, v: Tensor, start: Optional[Tensor], stop: Optional[Tensor], scale: float, kernel: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Optional[Tensor],
+    stop: Optional[Tensor],
+    scale: float,
+    kernel: str,
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``q`` over the keys at hand, which may be none; see ``Kernel.forward``."""
     if q.numel() == 0 or k.shape[2] == 0:
@@ -54,7 +60,13 @@ def backward_local(
 
 @torch.library.custom_op("ds_lvxattn::local_attention", mutates_args=())
 def local_attention(
-    q: Tensor, k: Tensor, v: Tensor, start: Optional[Tensor], stop: Optional[Tensor], scale: float, kernel: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Optional[Tensor],
+    stop: Optional[Tensor],
+    scale: float,
+    kernel: str,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the keys at hand, on one rank.
 

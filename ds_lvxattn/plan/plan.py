@@ -17,7 +17,7 @@ from ds_lvxattn.strategies import STRATEGIES
 NOMINAL_LINK = {"cuda": 25e9, "cpu": 1e9}
 
 # The schedule that ``auto`` takes. Both schedules of query exchange receive the same bytes forward; gather sends
-# fewer, larger messages and keeps the queries for the backward pass.
+# fewer, larger messages, and keeps the queries for the backward pass instead of sending them again.
 AUTO_SCHEDULE = {"lv_xattn": "gather", "ulysses": "auto", "ring": "ring"}
 
 
@@ -92,6 +92,7 @@ def _plan_layer(
     shape = LayerShape(
         sizes.batch, layer.heads, layer.kv_heads, layer.head_dim,
         sizes.q_lengths, sizes.kv_lengths, sizes.element, sizes.needs_out,
+        _recomputed(layer.role, config),
     )  # fmt: skip
     ranks = shape.ranks
     predicted: dict[str, int | None] = {}
@@ -117,6 +118,10 @@ def _plan_layer(
     return LayerPlan(
         layer.name, layer.role, chosen, _schedule(chosen, config), predicted_ms, predicted, reason
     )
+
+
+def _recomputed(role: str, config: SequenceParallelConfig) -> str:
+    return "none" if config.recompute == "kv" and role != "cross" else config.recompute
 
 
 def _schedule(strategy: str, config: SequenceParallelConfig) -> str:

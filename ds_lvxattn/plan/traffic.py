@@ -19,6 +19,7 @@ class LayerShape:
         q_lengths, kv_lengths: query rows and keys of every rank.
         element: bytes of an element of ``q``, ``k``, ``v``.
         needs_out: the local kernel's backward pass takes the output instead of ``delta``.
+        recompute: ``none``, ``kv`` or ``layer``: what the backward pass computes, and Ulysses sends, again.
     """
 
     batch: int
@@ -29,6 +30,7 @@ class LayerShape:
     kv_lengths: tuple[int, ...]
     element: int
     needs_out: bool = False
+    recompute: str = "none"
 
     @property
     def ranks(self) -> int:
@@ -92,8 +94,11 @@ def head_all_to_all(shape: LayerShape, rank: int) -> Traffic:
     kv_heads = max(shape.kv_heads, n)
     kv_bytes = shape.batch * keys * kv_heads * shape.head_dim * shape.element
     share = (n - 1) / n**2
-    exchanged = round(share * 2 * (shape.query_bytes(rows) + kv_bytes))
-    return Traffic(exchanged + round(share * shape.statistic_bytes(rows)), exchanged)
+    keys_and_values = round(share * 2 * kv_bytes)
+    exchanged = round(share * 2 * shape.query_bytes(rows)) + keys_and_values
+    forward = exchanged + round(share * shape.statistic_bytes(rows))
+    again = {"none": 0, "kv": keys_and_values, "layer": forward}[shape.recompute]
+    return Traffic(forward, exchanged + again)
 
 
 def kv_ring(shape: LayerShape, rank: int) -> Traffic:

@@ -93,8 +93,10 @@ def _start_deepspeed_comm() -> None:
     """DeepSpeed sends through its own front end, which a caller who only started torch.distributed lacks."""
     import deepspeed.comm
 
+    from ds_lvxattn.groups import start_distributed
+
     if not deepspeed.comm.is_initialized():
-        deepspeed.comm.init_distributed(torch.distributed.get_backend(), verbose=False)
+        start_distributed(torch.distributed.get_backend())
 
 
 def _padded(x: Tensor, shards: SequenceShards) -> Tensor:

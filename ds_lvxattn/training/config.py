@@ -53,9 +53,9 @@ def finetuning_config(ds_config: dict[str, Any]) -> FinetuningConfig:
     if not isinstance(block, dict):
         raise ConfigError(f"'{BLOCK_KEY}' is {block!r}; give an object")
     try:
-        return FinetuningConfig(**block)
+        return FinetuningConfig(strict=True, **block)
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join([BLOCK_KEY, *map(str, problem["loc"])])
+        key = f"{BLOCK_KEY}.{problem['loc'][0]}"
         keys = list(FinetuningConfig.model_fields)
         raise ConfigError(f"'{key}' is {problem['input']!r}: {problem['msg']}; the keys are {keys}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 from torch import nn
 
@@ -22,18 +21,19 @@ def load_sources(
     data: str,
     loaded: LoadedModel,
     finetuning: FinetuningConfig,
-    steps: int,
-    ds_config: dict[str, Any],
+    rows: int,
     seed: int,
 ) -> tuple[SampleSource, SampleSource | None]:
     """Training and evaluation samples of ``--data``.
+
+    Args:
+        rows: training samples to generate, for data that is generated.
 
     Raises:
         ConfigError: the dataset cannot be read or is empty.
     """
     if data == NEEDLE:
         task = NeedleTask()
-        rows = steps * ds_config["train_batch_size"]
         train = NeedleSource("train", rows, seed, loaded.tokenizer, task)
         if not finetuning.eval_examples:
             return train, None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,20 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from ds_lvxattn.config import sequence_parallel_config
+from ds_lvxattn.config import ConfigError, sequence_parallel_config
 from ds_lvxattn.data.collate import Collator
-from ds_lvxattn.data.loader import Loader
+from ds_lvxattn.data.layout import BatchLayout
+from ds_lvxattn.data.loader import ControlGroups, Loaded, Loader
 from ds_lvxattn.data.sample import SampleSource
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.models import family_of
 from ds_lvxattn.plan.plan import plan_layers
+from ds_lvxattn.recompute import keep_zero3_outside
 from ds_lvxattn.training import checkpoint
 from ds_lvxattn.training.config import FinetuningConfig
 from ds_lvxattn.training.evaluation import evaluate
-from ds_lvxattn.training.model import LoadedModel, model_dtype, parameter_groups
+from ds_lvxattn.training.model import LoadedModel, model_dtype, parameter_groups, partition_over_all_ranks
 from ds_lvxattn.training.order import Order
 from ds_lvxattn.training.run_log import RunLog
 
@@ -64,6 +68,11 @@ class Trainer:
     def __init__(self, job: Job) -> None:
         self.job = job
         config = sequence_parallel_config(job.ds_config, dist.get_world_size())
+        if config.recompute == "layer" and job.ds_config.get("zero_optimization", {}).get("stage") == 3:
+            raise ConfigError(
+                "'sequence_parallel.recompute' is 'layer', which ZeRO-3 does not work with yet: it releases the "
+                "parameters that the recomputed layer still needs; use 'kv' or 'none', or ZeRO stage 1 or 2"
+            )
         if not job.resume:
             checkpoint.check_fresh(job.output_dir)
         self.groups = SequenceParallelGroups(config.size)
@@ -74,10 +83,12 @@ class Trainer:
             family_of(model), model.config, job.loaded.processor, job.loaded.pad_token,
             self.device, model_dtype(job.ds_config), self.parallel,
         )  # fmt: skip
-        self.control = _control_group(self.groups)
+        partition_over_all_ranks(model, job.ds_config, self.groups)
         self.engine, *_ = deepspeed.initialize(
             model=model, model_parameters=parameter_groups(model), config=job.ds_config, mpu=self.groups
         )
+        if config.recompute != "none":
+            keep_zero3_outside(self.engine)
         self.facts = checkpoint.RunFacts(
             dist.get_world_size(),
             self.engine.zero_optimization_stage(),
@@ -89,21 +100,28 @@ class Trainer:
             job.train, self.engine.train_micro_batch_size_per_gpu(),
             self.groups.get_data_parallel_rank(), self.groups.get_data_parallel_world_size(),
         )  # fmt: skip
+        self.skipped = 0  # broken samples of this rank's group, since the start
         self.loader = self._loader(job.train)
+        self.evaluation_loader = None if job.evaluation is None else self._loader(job.evaluation)
 
     def _loader(self, source: SampleSource) -> Loader:
-        return Loader(source, self.collator, self.control, self.job.finetuning.on_bad_sample == "skip")
+        control = ControlGroups.beside(self.groups)
+        return Loader(source, self.collator, control, self.job.finetuning.on_bad_sample == "skip")
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, evaluate, save and export. Returns the evaluation."""
         job, every = self.job, self.job.finetuning
         done = checkpoint.resume(self.engine, job.output_dir, self.facts) if job.resume else 0
-        log = RunLog(job.output_dir, dist.get_rank(), job.steps, job.ds_config, job.resume)
+        if done >= job.steps:
+            raise ConfigError(f"--resume: the checkpoint is at step {done} already; give --steps above {done}")
+        log = RunLog(job.output_dir, dist.get_rank(), job.steps, job.ds_config, done)
         result: dict[str, Any] = {}
         accumulation = self.engine.gradient_accumulation_steps()
         try:
-            self._plan(log, done * accumulation)
             batches = self.loader.stream(self.order.rows, done * accumulation, job.steps * accumulation)
+            first = next(batches)
+            self._plan(log, first.layout)
+            batches = itertools.chain((first,), batches)
             for step in range(done + 1, job.steps + 1):
                 log.step({"step": step, **self._step(batches, accumulation)})
                 last = step == job.steps
@@ -116,26 +134,27 @@ class Trainer:
             log.close()
         return result
 
-    def _plan(self, log: RunLog, first: int) -> None:
+    def _plan(self, log: RunLog, first: BatchLayout) -> None:
         """Choose the strategies for batches like the first one."""
         if self.parallel is None:
             layers = self.collator.family.attention_layers(self.job.loaded.model).values()
             config = sequence_parallel_config(self.job.ds_config, dist.get_world_size())
             log.plan(plan_layers(list(layers), {}, config, self.device.type))
             return
-        loaded = self.loader.load(self.order.rows(first))
-        self.parallel.make_plan(self.collator.shapes(loaded.layout), self.device)
+        self.parallel.make_plan(self.collator.shapes(first), self.device, self.collator.dtype)
         log.plan(self.parallel.plan)
 
-    def _step(self, batches, accumulation: int) -> dict[str, Any]:
+    def _step(self, batches: Iterator[Loaded], accumulation: int) -> dict[str, Any]:
         """One optimizer step; its metrics."""
         if self.parallel:
             self.parallel.comm.reset()
         began = time.perf_counter()
         total = torch.zeros((), device=self.device)
         text_tokens = frames = 0
+        rate = self.engine.get_lr()[0]
         for _ in range(accumulation):
             loaded = next(batches)
+            self.skipped += loaded.skipped
             batch = self.collator.collate(loaded.layout, loaded.images)
             loss = self.engine(**batch.inputs).loss
             self.engine.backward(loss)
@@ -152,20 +171,21 @@ class Trainer:
         return {
             "loss": value,
             "grad_norm": float(norm) if norm is not None else None,
-            "lr": self.engine.get_lr()[0],
+            "lr": rate,
             "step_time_s": seconds,
             "text_tokens_per_s": text_tokens * data_ranks / seconds,
             "frames_per_s": frames * data_ranks / seconds,
             "comm_bytes": self.parallel.comm.bytes_received if self.parallel else 0,
             "peak_memory_bytes": peak_memory(),
+            "skipped_samples": self.skipped,
         }
 
     def _evaluate(self, log: RunLog, step: int) -> dict[str, Any]:
-        source = self.job.evaluation
-        if source is None or not len(source):
+        loader = self.evaluation_loader
+        if loader is None or not len(loader.source):
             return {}
         micro_batch = self.engine.train_micro_batch_size_per_gpu()
-        result = evaluate(self.engine, self._loader(source), self.groups, micro_batch)
+        result = evaluate(self.engine, loader, self.groups, micro_batch)
         log.evaluation(step, result)
         return result
 
@@ -175,14 +195,6 @@ class Trainer:
         if dist.get_rank() == 0:
             self.job.loaded.save(folder, state)
         log.say(f"model saved in {folder}")
-
-
-def _control_group(groups: SequenceParallelGroups) -> dist.ProcessGroup:
-    """A gloo twin of the rank's sequence-parallel group, for host messages."""
-    own = dist.get_process_group_ranks(groups.get_sequence_parallel_group())
-    partition = [list(range(i, i + len(own))) for i in range(0, dist.get_world_size(), len(own))]
-    twins = [dist.new_group(ranks, backend="gloo") for ranks in partition]
-    return twins[partition.index(own)]
 
 
 def peak_memory() -> int:

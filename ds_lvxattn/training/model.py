@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed import zero
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
@@ -16,6 +17,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 
 from ds_lvxattn.config import ConfigError
 from ds_lvxattn.data.needle import NeedleTask, build_tokenizer
+from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.models import family_of
 from ds_lvxattn.models.quickstart import build_quickstart
 
@@ -91,11 +93,21 @@ def select_trainable(model: nn.Module, name: str, trainable: str | Sequence[str]
     names = [parameter for parameter, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatchcase(parameter, pattern) for parameter in names):
-            raise ConfigError(
-                f"'finetuning.trainable' has {pattern!r}, which matches no parameter of the model"
-            )
+            raise ConfigError(f"'finetuning.trainable' has {pattern!r}, which matches no parameter of the model")
     for parameter, tensor in model.named_parameters():
         tensor.requires_grad_(any(fnmatchcase(parameter, pattern) for pattern in patterns))
+
+
+def partition_over_all_ranks(model: nn.Module, ds_config: dict[str, Any], groups: SequenceParallelGroups) -> None:
+    """Under ZeRO-3, partition a model that is not yet: over all ranks, as ZeRO reduces its gradients.
+
+    Left to ``deepspeed.initialize``, DeepSpeed 0.19.8 partitions parameters over the data-parallel group of an
+    ``mpu``, and then sums their gradients over that group alone, not over the ranks of a sequence.
+    """
+    if ds_config.get("zero_optimization", {}).get("stage") != 3:
+        return
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        zero.Init(model, groups.get_sequence_data_parallel_group(), config_dict_or_path=ds_config, mpu=groups)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -27,18 +27,19 @@ class RunLog:
         rank: global rank.
         steps: steps of the run, for the progress bar.
         settings: config of the wandb run.
-        resumed: whether an earlier run goes on; its metrics file is then continued.
+        done: steps of an earlier run that goes on; what its metrics file says of later ones is dropped.
     """
 
-    def __init__(
-        self, output_dir: Path, rank: int, steps: int, settings: dict[str, Any], resumed: bool
-    ) -> None:
+    def __init__(self, output_dir: Path, rank: int, steps: int, settings: dict[str, Any], done: int) -> None:
         self.active = rank == 0
         if not self.active:
             return
         self.output_dir = output_dir
         self.console = Console()
-        self._metrics = (output_dir / "metrics.jsonl").open("a" if resumed else "w")
+        path = output_dir / "metrics.jsonl"
+        kept = path.read_text().splitlines(keepends=True)[:done] if path.exists() else []
+        self._metrics = path.open("w")
+        self._metrics.writelines(kept)
         self._run = start_wandb(output_dir, settings)
         self._progress = Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[note]}"),
@@ -67,10 +68,9 @@ class RunLog:
             return
         self._metrics.write(json.dumps(metrics) + "\n")
         self._metrics.flush()
-        self._run.log(
-            {f"train/{key}": value for key, value in metrics.items() if key != "step"}, metrics["step"]
-        )
-        note = f"loss {metrics['loss']:.4f}  {metrics['step_time_s']:.3f} s/step  {metrics['frames_per_s']:.0f} frames/s"
+        self._run.log({f"train/{key}": value for key, value in metrics.items() if key != "step"}, metrics["step"])
+        loss, seconds, frames = (metrics[key] for key in ("loss", "step_time_s", "frames_per_s"))
+        note = f"loss {loss:.4f}  {seconds:.3f} s/step  {frames:.0f} frames/s"
         self._progress.update(self._task, completed=metrics["step"], note=note)
         if not self.console.is_terminal and (metrics["step"] % 20 == 0 or metrics["step"] == 1):
             self.console.print(f"step {metrics['step']}  {note}")

@@ -22,7 +22,7 @@ class LVXAttn:
     def attention(self, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
         if exchange.replicated:
             return replicated_attention(q, k, v, exchange)
-        # Both schedules receive the same bytes; gather needs two messages where the ring needs 2(n - 1).
+        # Gather needs two messages where the ring needs 2(n - 1), and sends the queries once, not again backward.
         if exchange.schedule in ("auto", "gather"):
             return gather_attention(q, k, v, exchange)
         return ring_attention(q, k, v, exchange)

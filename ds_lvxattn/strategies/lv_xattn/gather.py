@@ -1,6 +1,6 @@
 """Query exchange by two collectives: all-gather the queries, attend, send the partial results to their owners.
 
-attention.md calls this schedule ``gather``. Forward: ``Q`` in, ``(o, l)`` out, one merge. Backward: ``dO``,
+Forward: ``Q`` in, ``(o, l)`` out, one merge. Backward: ``dO``,
 ``L`` and ``delta`` in (``O`` only for kernels that insist on it), ``dQ`` parts out, summed in float32. The
 gathered ``Q`` is kept from the forward pass, so it does not travel twice.
 """

@@ -1,0 +1,631 @@
+"""Attention of packed query heads over one contiguous key range a row, backward.
+
+The gradients of FlashAttention-2 (arXiv 2307.08691, algorithm 2) from the log-sum-exp over all keys of the
+group and ``delta = rowsum(dO * O) - dL``, both known before the pass (LV-XAttn, arXiv 2502.02406, section 3).
+
+Two kernels, five matrix products and no atomics. ``_key_grads_kernel`` owns a block of keys, walks the query
+rows that see it and keeps ``dK`` and ``dV`` in registers; ``dS``, which it has at hand, goes to a workspace
+in the input dtype. ``_query_grads_kernel`` multiplies the workspace by ``K``. Writing ``dS`` (2 bytes a
+score) costs less than computing the scores twice (seven products), and less than float32 partials of ``dQ`` a
+key block (``4 * D / BLOCK_N`` bytes a score, read and written). The workspace is bounded: the keys are taken
+in chunks that fill it, in a fixed order.
+
+Small heads under a mask are the exception: their products are cheap against ``dS`` traffic and chunk
+launches, so ``_query_grads_again_kernel`` computes the scores a second time and no workspace is needed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ds_lvxattn.kernels.interval_forward import (
+    LOG2_E,
+    is_hopper,
+    multiprocessors,
+    row_descriptor,
+    rows_for_copy_engine,
+)
+
+WORKSPACE_BYTES = 2 << 30
+
+_FAR = tl.constexpr(2**31 - 1)
+_LOG2_E = tl.constexpr(LOG2_E)
+
+
+@triton.jit(do_not_specialize=["heads_kv", "seq_q", "tiles"])
+def _pack_rows_kernel(
+    lse_ptr, delta_ptr, start_ptr, stop_ptr, terms_ptr, packed_start_ptr, packed_stop_ptr, bounds_ptr,
+    heads_kv, seq_q, tiles,
+    GROUP: tl.constexpr, TILE: tl.constexpr, HAS_INTERVAL: tl.constexpr,
+):  # fmt: skip
+    """Row terms in the packed order (query ``r // GROUP``, head ``r % GROUP``), padded to whole tiles.
+
+    ``terms [B * H_kv, 2, rows]`` holds the log-sum-exp in base 2, then delta. The log-sum-exp is ``+inf`` for
+    padding and for rows that see no key here or anywhere: their probabilities are then ``exp2(s - inf) = 0``
+    and no loop needs a row mask. ``bounds [B, 4, tiles]`` holds each tile's first key that some row sees,
+    last, first key that all rows see, last; rows that see nothing are left out.
+    """
+    tile = tl.program_id(0)
+    batch = tl.program_id(1) // heads_kv
+    head = tl.program_id(1) % heads_kv
+    row = tile * TILE + tl.arange(0, TILE)
+    query = row // GROUP
+    sees = row < seq_q * GROUP
+    source = ((batch * heads_kv + head) * GROUP + row % GROUP).to(tl.int64) * seq_q + query
+    lse = tl.load(lse_ptr + source, mask=sees, other=float("-inf"))
+    delta = tl.load(delta_ptr + source, mask=sees, other=0.0)
+    if HAS_INTERVAL:
+        bound = batch.to(tl.int64) * seq_q + query
+        start = tl.load(start_ptr + bound, mask=sees, other=0)
+        stop = tl.load(stop_ptr + bound, mask=sees, other=0)
+        sees = sees & (start < stop)
+        if head == 0:
+            packed = batch.to(tl.int64) * tiles * TILE + row
+            tl.store(packed_start_ptr + packed, start)
+            tl.store(packed_stop_ptr + packed, stop)
+            tile_bounds = bounds_ptr + batch.to(tl.int64) * 4 * tiles + tile
+            tl.store(tile_bounds, tl.min(tl.where(sees, start, _FAR), 0))
+            tl.store(tile_bounds + tiles, tl.max(tl.where(sees, stop, 0), 0))
+            tl.store(tile_bounds + 2 * tiles, tl.max(tl.where(sees, start, 0), 0))
+            tl.store(tile_bounds + 3 * tiles, tl.min(tl.where(sees, stop, _FAR), 0))
+    sees = sees & (lse > float("-inf"))
+    terms_ptr += tl.program_id(1).to(tl.int64) * 2 * tiles * TILE
+    tl.store(terms_ptr + row, tl.where(sees, lse * _LOG2_E, float("inf")))
+    tl.store(terms_ptr + tiles * TILE + row, tl.where(sees, delta, 0.0))
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def _seen_tiles_kernel(bounds_ptr, seen_ptr, count_ptr, tiles, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
+    """For one block of keys, the tiles of rows that see it: those that see all of it from the front of
+    ``seen [B, key blocks, tiles]``, those that see part of it from the back; ``count [B, key blocks, 2]``."""
+    block = tl.program_id(0)
+    here = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + block
+    bounds_ptr += tl.program_id(1).to(tl.int64) * 4 * tiles
+    seen_ptr += here * tiles
+    key_first = block * BLOCK_N
+    key_last = key_first + BLOCK_N
+    whole_count = 0
+    part_count = 0
+    for base in range(0, tiles, BLOCK_T):
+        tile = base + tl.arange(0, BLOCK_T)
+        inside = tile < tiles
+        first = tl.load(bounds_ptr + tile, mask=inside, other=_FAR)
+        last = tl.load(bounds_ptr + tiles + tile, mask=inside, other=0)
+        all_first = tl.load(bounds_ptr + 2 * tiles + tile, mask=inside, other=_FAR)
+        all_last = tl.load(bounds_ptr + 3 * tiles + tile, mask=inside, other=0)
+        some = (first < key_last) & (last > key_first)
+        whole = (some & (all_first <= key_first) & (all_last >= key_last)).to(tl.int32)
+        part = some.to(tl.int32) - whole
+        tl.store(seen_ptr + whole_count + tl.cumsum(whole, 0) - 1, tile, mask=whole > 0)
+        tl.store(seen_ptr + tiles - part_count - tl.cumsum(part, 0), tile, mask=part > 0)
+        whole_count += tl.sum(whole, 0)
+        part_count += tl.sum(part, 0)
+    tl.store(count_ptr + here * 2, whole_count)
+    tl.store(count_ptr + here * 2 + 1, part_count)
+
+
+@triton.jit
+def _visit_rows(
+    dk, dv, k, v, q_desc, dout_desc, ds_desc, terms_ptr, start_ptr, stop_ptr,
+    batch, head, row, seq_rows, key_first, ds_row, ds_column, seq_kv, scale_log2,
+    MASKED: tl.constexpr, HAS_INTERVAL: tl.constexpr, KEEP_DS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the rows ``[row, row + BLOCK_M)`` add to ``dK`` and ``dV``; keys along the first axis throughout,
+    so that ``P`` and ``dS`` feed the next product from registers.
+
+    The row terms come by plain asynchronous copies: each fetch by the copy engine costs a barrier.
+    """
+    rows = row + tl.arange(0, BLOCK_M)
+    q = q_desc.load([batch, head, row, 0]).reshape(BLOCK_M, BLOCK_D)
+    lse = tl.load(terms_ptr + rows)
+    scores = tl.dot(k, q.T, input_precision=PRECISION) * scale_log2
+    if MASKED:
+        key = key_first + tl.arange(0, BLOCK_N)
+        if HAS_INTERVAL:
+            start = tl.load(start_ptr + rows)
+            stop = tl.load(stop_ptr + rows)
+            seen = (key[:, None] >= start[None, :]) & (key[:, None] < stop[None, :])
+        else:
+            seen = (key < seq_kv)[:, None]
+        scores = tl.where(seen, scores, float("-inf"))
+    p = tl.exp2(scores - lse[None, :])
+    dout = dout_desc.load([batch, head, row, 0]).reshape(BLOCK_M, BLOCK_D)
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+    delta = tl.load(terms_ptr + seq_rows + rows)
+    dp = tl.dot(v, dout.T, input_precision=PRECISION)
+    ds = (p * (dp - delta[None, :])).to(q.dtype)
+    dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+    if KEEP_DS:
+        ds_desc.store([ds_row, ds_column], ds)
+    return dk, dv
+
+
+@triton.jit(
+    do_not_specialize=["pairs", "heads_kv", "seq_kv", "tiles", "blocks", "chunk", "chunk_blocks", "slots"]
+)
+def _key_grads_kernel(
+    q_desc, dout_desc, k_desc, v_desc, ds_desc, terms_ptr, start_ptr, stop_ptr, seen_ptr, count_ptr, edge_ptr,
+    base_ptr, k_ptr, v_ptr, dk_ptr, dv_ptr,
+    k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
+    dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s,
+    pairs, heads_kv, seq_kv, tiles, blocks, chunk, chunk_blocks, slots, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_INTERVAL: tl.constexpr, KEEP_DS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``dK``, ``dV`` of one chunk's key blocks, and their ``dS`` against all rows that see them.
+
+    One program a (head, key block) item; with a mask the launch may hold more programs than the chunk has
+    items. ``dS`` of key block ``n`` and row tile ``t`` fills slot ``base[t] + n``.
+    """
+    batches = pairs // heads_kv
+    if HAS_INTERVAL and KEEP_DS:
+        first_block = tl.load(edge_ptr + chunk)
+        here = tl.load(edge_ptr + chunk + 1) - first_block
+    else:
+        first_block = chunk * chunk_blocks
+        here = tl.minimum(chunk_blocks, blocks - first_block)
+    STEPS: tl.constexpr = TILE // BLOCK_M
+    item = tl.program_id(0)
+    if item < here * pairs:
+        pair = item // here
+        block = first_block + item % here
+        batch = pair // heads_kv
+        head = pair % heads_kv
+        key_first = block * BLOCK_N
+        terms = terms_ptr + pair.to(tl.int64) * 2 * tiles * TILE
+        rows_start = start_ptr
+        rows_stop = stop_ptr
+        tile_list = seen_ptr
+        base = base_ptr
+        if HAS_INTERVAL:
+            rows_start += batch.to(tl.int64) * tiles * TILE
+            rows_stop += batch.to(tl.int64) * tiles * TILE
+            entry = batch.to(tl.int64) * blocks + block
+            tile_list += entry * tiles
+            if KEEP_DS:
+                base += (chunk * batches + batch).to(tl.int64) * tiles
+            whole = tl.load(count_ptr + entry * 2)
+            part = tl.load(count_ptr + entry * 2 + 1)
+        else:
+            whole = tl.where(key_first + BLOCK_N <= seq_kv, tiles, 0)
+            part = tiles - whole
+
+        key = key_first + tl.arange(0, BLOCK_N)
+        dim = tl.arange(0, BLOCK_D)
+        mask = (key < seq_kv)[:, None] & (dim < HEAD_DIM)[None, :]
+        # Few visits follow where dS is not kept, so the start counts: plain loads overlap, while the copy
+        # engine outside a loop is waited for once a tensor. Elsewhere registers count, and it needs fewer.
+        if KEEP_DS:
+            k = k_desc.load([batch, head, key_first, 0]).reshape(BLOCK_N, BLOCK_D)
+            v = v_desc.load([batch, head, key_first, 0]).reshape(BLOCK_N, BLOCK_D)
+        else:
+            k_rows = k_ptr + batch.to(tl.int64) * k_stride_b + head.to(tl.int64) * k_stride_h
+            v_rows = v_ptr + batch.to(tl.int64) * v_stride_b + head.to(tl.int64) * v_stride_h
+            k = tl.load(k_rows + key.to(tl.int64)[:, None] * k_stride_s + dim[None, :], mask=mask, other=0.0)
+            v = tl.load(v_rows + key.to(tl.int64)[:, None] * v_stride_s + dim[None, :], mask=mask, other=0.0)
+        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        for step in tl.range(0, whole * STEPS):
+            tile = step // STEPS
+            if HAS_INTERVAL:
+                tile = tl.load(tile_list + tile)
+            if HAS_INTERVAL and KEEP_DS:
+                slot = tl.load(base + tile) + block
+            else:
+                slot = (batch * tiles + tile) * chunk_blocks + block - first_block
+            column = step % STEPS * BLOCK_M
+            dk, dv = _visit_rows(
+                dk, dv, k, v, q_desc, dout_desc, ds_desc, terms, rows_start, rows_stop,
+                batch, head, tile * TILE + column, tiles * TILE, key_first, (head * slots + slot) * BLOCK_N,
+                column, seq_kv, scale * _LOG2_E, False, HAS_INTERVAL, KEEP_DS, BLOCK_M, BLOCK_N, BLOCK_D,
+                PRECISION,
+            )  # fmt: skip
+        for step in tl.range(0, part * STEPS):
+            tile = step // STEPS
+            if HAS_INTERVAL:
+                tile = tl.load(tile_list + tiles - 1 - tile)
+            if HAS_INTERVAL and KEEP_DS:
+                slot = tl.load(base + tile) + block
+            else:
+                slot = (batch * tiles + tile) * chunk_blocks + block - first_block
+            column = step % STEPS * BLOCK_M
+            dk, dv = _visit_rows(
+                dk, dv, k, v, q_desc, dout_desc, ds_desc, terms, rows_start, rows_stop,
+                batch, head, tile * TILE + column, tiles * TILE, key_first, (head * slots + slot) * BLOCK_N,
+                column, seq_kv, scale * _LOG2_E, True, HAS_INTERVAL, KEEP_DS, BLOCK_M, BLOCK_N, BLOCK_D,
+                PRECISION,
+            )  # fmt: skip
+
+        key = key.to(tl.int64)[:, None]
+        dk_rows = (
+            dk_ptr + batch.to(tl.int64) * dk_stride_b + head.to(tl.int64) * dk_stride_h + key * dk_stride_s
+        )
+        dv_rows = (
+            dv_ptr + batch.to(tl.int64) * dv_stride_b + head.to(tl.int64) * dv_stride_h + key * dv_stride_s
+        )
+        tl.store(dk_rows + dim[None, :], (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
+        tl.store(dv_rows + dim[None, :], dv.to(dv_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["heads_kv", "tiles", "blocks", "chunk", "chunk_blocks", "slots"])
+def _query_grads_kernel(
+    ds_desc, k_desc, bounds_ptr, edge_ptr, base_ptr, dq_ptr,
+    heads_kv, tiles, blocks, chunk, chunk_blocks, slots,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_INTERVAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds ``dS K`` of one chunk of keys to the float32 ``dQ / scale`` of one tile; the first chunk sets it.
+
+    The rows of a tile see a contiguous run of key blocks, each of which wrote its ``dS``: nothing here is
+    masked.
+    """
+    tile = tl.program_id(0)
+    batch = tl.program_id(1) // heads_kv
+    head = tl.program_id(1) % heads_kv
+    if HAS_INTERVAL:
+        batches = tl.num_programs(1) // heads_kv
+        bounds_ptr += batch.to(tl.int64) * 4 * tiles + tile
+        last = tl.load(bounds_ptr + tiles)
+        low = tl.maximum(tl.minimum(tl.load(bounds_ptr), last) // BLOCK_N, tl.load(edge_ptr + chunk))
+        high = tl.minimum(tl.cdiv(last, BLOCK_N), tl.load(edge_ptr + chunk + 1))
+        base = tl.load(base_ptr + (chunk * batches + batch).to(tl.int64) * tiles + tile)
+    else:
+        low = chunk * chunk_blocks
+        high = tl.minimum(low + chunk_blocks, blocks)
+        base = (batch * tiles + tile) * chunk_blocks - low
+    if (low < high) | (chunk == 0):
+        dim = tl.arange(0, BLOCK_D)
+        row = (tl.program_id(1) * tiles + tile).to(tl.int64) * TILE + tl.arange(0, TILE)
+        dq = dq_ptr + row[:, None] * HEAD_DIM + dim[None, :]
+        mask = (dim < HEAD_DIM)[None, :] & (row >= 0)[:, None]
+        acc = tl.zeros([TILE, BLOCK_D], tl.float32)
+        if chunk > 0:
+            acc = tl.load(dq, mask=mask, other=0.0)
+        for block in tl.range(low, high):
+            ds = ds_desc.load([(head * slots + base + block) * BLOCK_N, 0])
+            k = k_desc.load([batch, head, block * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
+            acc = tl.dot(ds.T, k, acc, input_precision=PRECISION)
+        tl.store(dq, acc, mask=mask)
+
+
+@triton.jit
+def _add_query_grads(
+    acc, q, dout, lse, delta, k_desc, v_desc, batch, head, key_first, row_start, row_stop, scale_log2,
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``dS K`` of one block of keys, from the scores computed again."""
+    k = k_desc.load([batch, head, key_first, 0]).reshape(BLOCK_N, BLOCK_D)
+    scores = tl.dot(q, k.T, input_precision=PRECISION) * scale_log2
+    if MASKED:
+        key = key_first + tl.arange(0, BLOCK_N)
+        seen = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_stop[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
+    p = tl.exp2(scores - lse[:, None])
+    v = v_desc.load([batch, head, key_first, 0]).reshape(BLOCK_N, BLOCK_D)
+    ds = p * (tl.dot(dout, v.T, input_precision=PRECISION) - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["heads_kv", "tiles"])
+def _query_grads_again_kernel(
+    q_desc, dout_desc, k_desc, v_desc, terms_ptr, start_ptr, stop_ptr, bounds_ptr, dq_ptr,
+    heads_kv, tiles, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``dQ / scale`` of one tile of rows without a workspace, from only the keys that the tile sees."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch = tl.program_id(1) // heads_kv
+    head = tl.program_id(1) % heads_kv
+    rows = tile * TILE + tl.arange(0, TILE)
+    q = q_desc.load([batch, head, tile * TILE, 0]).reshape(TILE, BLOCK_D)
+    dout = dout_desc.load([batch, head, tile * TILE, 0]).reshape(TILE, BLOCK_D)
+    terms_ptr += tl.program_id(1).to(tl.int64) * 2 * tiles * TILE
+    lse = tl.load(terms_ptr + rows)
+    delta = tl.load(terms_ptr + tiles * TILE + rows)
+    row_start = tl.load(start_ptr + batch.to(tl.int64) * tiles * TILE + rows)
+    row_stop = tl.load(stop_ptr + batch.to(tl.int64) * tiles * TILE + rows)
+    bounds_ptr += batch.to(tl.int64) * 4 * tiles + tile
+    last = tl.load(bounds_ptr + tiles)
+    first = tl.minimum(tl.load(bounds_ptr), last)
+    clear_first = first + tl.cdiv(tl.load(bounds_ptr + 2 * tiles) - first, BLOCK_N) * BLOCK_N
+    clear_last = (
+        first + tl.maximum(tl.minimum(tl.load(bounds_ptr + 3 * tiles), last) - first, 0) // BLOCK_N * BLOCK_N
+    )
+    if clear_last <= clear_first:
+        clear_first = first
+        clear_last = first
+    blocks_before = (clear_first - first) // BLOCK_N
+    masked_blocks = blocks_before + tl.cdiv(last - clear_last, BLOCK_N)
+
+    acc = tl.zeros([TILE, BLOCK_D], tl.float32)
+    for key in tl.range(clear_first, clear_last, BLOCK_N):
+        acc = _add_query_grads(
+            acc, q, dout, lse, delta, k_desc, v_desc, batch, head, key, row_start, row_stop, scale * _LOG2_E,
+            False, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    for block in tl.range(0, masked_blocks):
+        after = clear_last + (block - blocks_before) * BLOCK_N
+        key = tl.where(block < blocks_before, first + block * BLOCK_N, after)
+        acc = _add_query_grads(
+            acc, q, dout, lse, delta, k_desc, v_desc, batch, head, key, row_start, row_stop, scale * _LOG2_E,
+            True, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    dim = tl.arange(0, BLOCK_D)
+    row = (tl.program_id(1) * tiles + tile).to(tl.int64) * TILE + tl.arange(0, TILE)
+    tl.store(dq_ptr + row[:, None] * HEAD_DIM + dim[None, :], acc, mask=(dim < HEAD_DIM)[None, :])
+
+
+class BackwardConfig(NamedTuple):
+    """Tiles of the kernels.
+
+    Args:
+        tile: rows that the mask is resolved to, a multiple of ``block_m``; also the rows of a ``dQ`` program.
+        block_m, block_n: rows and keys of one step.
+        num_warps, num_stages, max_registers: of the kernel that owns keys.
+        resident: its programs that a multiprocessor holds at once.
+        query_warps, query_stages: of the kernel that owns rows.
+        keep_ds: with a mask, whether ``dQ`` comes from the workspace or from scores computed again.
+    """
+
+    tile: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    resident: int
+    query_warps: int
+    query_stages: int
+    max_registers: int | None = None
+    keep_ds: bool = True
+
+
+def backward_config(head_dim: int, itemsize: int, masked: bool, hopper: bool) -> BackwardConfig:
+    """Tile sizes by head size, chosen by measurement on an H200; nothing is tuned at run time."""
+    if itemsize == 4:
+        return BackwardConfig(32, 32, 32, 4, 1, 1, 4, 1, keep_ds=head_dim > 64)
+    if not hopper:
+        if head_dim <= 64:
+            return BackwardConfig(64, 32, 64, 8, 2, 1, 8, 2, keep_ds=False)
+        if head_dim <= 128:
+            return BackwardConfig(64, 32, 64, 8, 2, 1, 8, 2)
+        return BackwardConfig(32, 32, 32, 8, 1, 1, 8, 1)
+    if head_dim <= 64:
+        if masked:
+            # 168 registers let three programs share a multiprocessor, which hides the start of short visits.
+            return BackwardConfig(64, 64, 64, 4, 2, 3, 4, 3, max_registers=168, keep_ds=False)
+        return BackwardConfig(128, 64, 64, 4, 2, 2, 8, 3)
+    if head_dim <= 128:
+        if masked:
+            return BackwardConfig(128, 64, 64, 4, 2, 2, 8, 4)
+        return BackwardConfig(128, 64, 128, 8, 3, 1, 8, 3)
+    return BackwardConfig(64, 32, 64, 8, 1, 1, 8, 2)
+
+
+class ChunkPlan(NamedTuple):
+    """How the keys are taken in chunks whose ``dS`` fits the workspace.
+
+    Args:
+        chunks: launches that suffice whatever the mask; chunks past the last key block are empty.
+        blocks: key blocks a chunk when every key is visible.
+        slots: blocks of ``dS`` that the workspace holds for one key/value head.
+        edges: int32 ``[chunks + 1]``, first key block of each chunk; None when every key is visible.
+        base: int32 ``[chunks, B, tiles]``; key block ``n`` and tile ``t`` have slot ``base[t] + n``.
+    """
+
+    chunks: int
+    blocks: int
+    slots: int
+    edges: Tensor | None
+    base: Tensor | None
+
+
+def plan_dense(blocks: int, batch: int, heads_kv: int, tiles: int, room: int, programs: int) -> ChunkPlan:
+    """Equal chunks: the key blocks that ``room`` slots hold, rounded down to full rounds of programs."""
+    fit = max(1, min(blocks, room // (batch * tiles)))
+    rounds = fit * batch * heads_kv // programs
+    if fit < blocks and rounds > 0:
+        fit = max(1, rounds * programs // (batch * heads_kv))
+    return ChunkPlan(triton.cdiv(blocks, fit), fit, fit * batch * tiles, None, None)
+
+
+def plan_masked(bounds: Tensor, count: Tensor, block_n: int, room: int) -> ChunkPlan:
+    """Chunks of about equal visible work, found on the device: only visible (block, tile) pairs take a slot.
+
+    Args:
+        bounds: int32 ``[B, 4, tiles]`` of ``_pack_rows_kernel``.
+        count: int32 ``[B, key blocks, 2]`` of ``_seen_tiles_kernel``.
+        block_n: keys a block.
+        room: slots of the workspace a key/value head.
+    """
+    batch, blocks, _ = count.shape
+    tiles = bounds.shape[2]
+    # A chunk ends after the block that fills it, so one block's worth of slots is kept back.
+    fill = max(1, room - batch * tiles)
+    chunks = triton.cdiv(blocks * batch * tiles, fill)
+    per_block = count.sum((0, 2), dtype=torch.int32)
+    before = per_block.cumsum(0, dtype=torch.int32) - per_block
+    marks = torch.arange(chunks + 1, dtype=torch.int32, device=count.device) * fill
+    edges = torch.searchsorted(before, marks, out_int32=True)
+    edges[-1] = blocks
+    last = (bounds[:, 1] + block_n - 1) // block_n
+    first = torch.minimum(bounds[:, 0] // block_n, last)
+    low = torch.maximum(first, edges[:-1, None, None])
+    length = (torch.minimum(last, edges[1:, None, None]) - low).clamp_(min=0).flatten(1)
+    base = (length.cumsum(1, dtype=torch.int32) - length).view_as(low) - low
+    return ChunkPlan(chunks, 0, fill + batch * tiles, edges, base)
+
+
+class ChunkSizes:
+    """Key blocks of each chunk, for the host to size its launches.
+
+    With a mask only the device knows them. Their copy to the host starts before the first chunk is launched
+    and is waited for after, so the device computes the first chunk while the host learns how many more there
+    are.
+    """
+
+    def __init__(self, plan: ChunkPlan, blocks: int) -> None:
+        self._plan = plan
+        self._blocks = blocks
+        self._edges: Tensor | list[int] | None = plan.edges
+        self._arrived: torch.cuda.Event | None = None
+        if plan.edges is None or not plan.edges.is_cuda or plan.chunks == 1:
+            return
+        if torch.cuda.is_current_stream_capturing():
+            self._edges = None  # a captured graph must do for every mask: all launches at full size
+        else:
+            self._edges = torch.empty(plan.edges.shape, dtype=plan.edges.dtype, pin_memory=True)
+            self._edges.copy_(plan.edges, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def upper_bound(self, chunk: int) -> int:
+        """Key blocks of ``chunk``, or more where that is not known; 0 when it needs no launch."""
+        if self._plan.edges is None:
+            return min(self._plan.blocks, self._blocks - chunk * self._plan.blocks)
+        if chunk == 0 or self._edges is None:
+            return self._blocks
+        if isinstance(self._edges, Tensor):
+            if self._arrived is not None:
+                self._arrived.synchronize()
+            self._edges = self._edges.tolist()
+        return self._edges[chunk + 1] - self._edges[chunk]
+
+
+def interval_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    start: Tensor | None,
+    stop: Tensor | None,
+    scale: float,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of attention over the keys at hand, given row terms over all ranks' keys. Deterministic.
+
+    Args:
+        dout: ``[B, H_q, S_q, D]`` gradient of the whole (merged) output, dtype of ``q``.
+        q: ``[B, H_q, S_q, D]`` bfloat16, float16 or float32; any strides.
+        k, v: ``[B, H_kv, S_kv, D]`` of the same dtype; ``H_q`` is a multiple of ``H_kv``.
+        lse: float32 ``[B, H_q, S_q]``, natural log-sum-exp over all keys of the group; rows with ``-inf`` add
+            nothing.
+        delta: float32 ``[B, H_q, S_q]``, ``rowsum(dO * O) - dL`` (``attention_delta``).
+        start, stop: int32 ``[B, S_q]`` local key ranges with ``0 <= start <= stop <= S_kv``, or None for all
+            visible.
+        scale: positive factor of the scores.
+        workspace_bytes: upper bound of the ``dS`` workspace (one block of keys at the least); more means
+            fewer and fuller launches.
+
+    Returns:
+        ``dq`` (the part from these keys), ``dk``, ``dv`` in the dtypes and dense strides of the inputs.
+
+    Raises:
+        ValueError: ``scale`` is not positive.
+    """
+    if scale <= 0:
+        raise ValueError(
+            f"interval_backward: scale is {scale}; it must be positive (negate q for a negative one)"
+        )
+    batch, heads_q, seq_q, head_dim = q.shape
+    heads_kv, seq_kv = k.shape[1], k.shape[2]
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if dq.numel() == 0 or dk.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+
+    has_interval = start is not None and stop is not None
+    config = backward_config(head_dim, q.element_size(), has_interval, is_hopper(q.device))
+    group = heads_q // heads_kv
+    pairs = batch * heads_kv
+    tiles = triton.cdiv(seq_q * group, config.tile)
+    rows = tiles * config.tile
+    blocks = triton.cdiv(seq_kv, config.block_n)
+    programs = multiprocessors(q.device) * config.resident
+    room = workspace_bytes // (heads_kv * config.block_n * config.tile * q.element_size())
+
+    int32 = dict(dtype=torch.int32, device=q.device)
+    terms = torch.empty((pairs * 2, rows), dtype=torch.float32, device=q.device)
+    packed_start = packed_stop = bounds = seen = count = None
+    if has_interval:
+        packed_start, packed_stop = torch.empty((2, batch, rows), **int32).unbind(0)
+        bounds = torch.empty((batch, 4, tiles), **int32)
+        start, stop = start.contiguous(), stop.contiguous()
+    _pack_rows_kernel[(tiles, pairs)](
+        lse.contiguous(), delta.contiguous(), start, stop, terms, packed_start, packed_stop, bounds,
+        heads_kv, seq_q, tiles, GROUP=group, TILE=config.tile, HAS_INTERVAL=has_interval,
+    )  # fmt: skip
+    if has_interval:
+        seen = torch.empty((batch, blocks, tiles), **int32)
+        count = torch.empty((batch, blocks, 2), **int32)
+        _seen_tiles_kernel[(blocks, batch)](bounds, seen, count, tiles, BLOCK_N=config.block_n, BLOCK_T=256)
+
+    # Q and dO are short next to K and V: packing them once (a copy only where heads share keys) lets the copy
+    # engine fetch a whole tile of rows in one instruction, at any group size.
+    q_rows, dout_rows = (
+        rows_for_copy_engine(x.unflatten(1, (heads_kv, group)).transpose(2, 3).flatten(2, 3))
+        for x in (q, dout)
+    )
+    q_desc = row_descriptor(q_rows, config.block_m)
+    dout_desc = row_descriptor(dout_rows, config.block_m)
+    k_desc = row_descriptor(rows_for_copy_engine(k), config.block_n)
+    v_desc = row_descriptor(rows_for_copy_engine(v), config.block_n)
+    dq_rows = torch.empty((batch, heads_kv, rows, head_dim), dtype=torch.float32, device=q.device)
+    tile_args = dict(
+        HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), TILE=config.tile, BLOCK_N=config.block_n,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+    )  # fmt: skip
+    key_args = dict(
+        BLOCK_M=config.block_m, HAS_INTERVAL=has_interval, num_warps=config.num_warps,
+        num_stages=config.num_stages, maxnreg=config.max_registers, **tile_args,
+    )  # fmt: skip
+    query_args = dict(num_warps=config.query_warps, num_stages=config.query_stages, **tile_args)
+    key_tensors = (k, v, dk, dv, *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3])
+
+    if has_interval and not config.keep_ds:
+        _key_grads_kernel[(blocks * pairs,)](
+            q_desc, dout_desc, k_desc, v_desc, None, terms, packed_start, packed_stop, seen, count, None,
+            None, *key_tensors, pairs, heads_kv, seq_kv, tiles, blocks, 0, blocks, 0, scale, KEEP_DS=False,
+            **key_args,
+        )  # fmt: skip
+        _query_grads_again_kernel[(tiles, pairs)](
+            row_descriptor(q_rows, config.tile), row_descriptor(dout_rows, config.tile), k_desc, v_desc,
+            terms, packed_start, packed_stop, bounds,
+            dq_rows, heads_kv, tiles, scale, **query_args,
+        )  # fmt: skip
+    else:
+        if has_interval:
+            plan = plan_masked(bounds, count, config.block_n, room)
+        else:
+            plan = plan_dense(blocks, batch, heads_kv, tiles, room, programs)
+        sizes = ChunkSizes(plan, blocks)
+        ds = torch.empty(
+            (heads_kv * plan.slots * config.block_n, config.tile), dtype=q.dtype, device=q.device
+        )
+        ds_out = TensorDescriptor.from_tensor(ds, [config.block_n, config.block_m])
+        ds_in = TensorDescriptor.from_tensor(ds, [config.block_n, config.tile])
+        for chunk in range(plan.chunks):
+            here = sizes.upper_bound(chunk)
+            if here == 0:
+                continue
+            _key_grads_kernel[(here * pairs,)](
+                q_desc, dout_desc, k_desc, v_desc, ds_out, terms, packed_start, packed_stop, seen, count,
+                plan.edges, plan.base, *key_tensors, pairs, heads_kv, seq_kv, tiles, blocks, chunk,
+                plan.blocks, plan.slots, scale, KEEP_DS=True, **key_args,
+            )  # fmt: skip
+            _query_grads_kernel[(tiles, pairs)](
+                ds_in, k_desc, bounds, plan.edges, plan.base, dq_rows, heads_kv, tiles, blocks, chunk,
+                plan.blocks, plan.slots, HAS_INTERVAL=has_interval, **query_args,
+            )  # fmt: skip
+    dq_groups = dq_rows[:, :, : seq_q * group].unflatten(2, (seq_q, group)).transpose(2, 3)
+    torch.mul(dq_groups, scale, out=dq.unflatten(1, (heads_kv, group)))
+    return dq, dk, dv
