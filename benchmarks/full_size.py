@@ -43,7 +43,9 @@ def model_config(text_layers: int) -> MllamaConfig:
     # Without it no row of the embedding is set to zero at initialisation, which a partitioned one cannot do.
     config.text_config.pad_token_id = None
     config.text_config.num_hidden_layers = text_layers
-    config.text_config.cross_attention_layers = [n for n in config.text_config.cross_attention_layers if n < text_layers]
+    config.text_config.cross_attention_layers = [
+        n for n in config.text_config.cross_attention_layers if n < text_layers
+    ]
     return config
 
 
@@ -136,7 +138,6 @@ def measure(engine: Any, collator: Collator, sample: Sample, steps: int) -> dict
         "peak_memory_bytes": torch.cuda.max_memory_allocated(),
         "comm_bytes": collator.parallel.comm.bytes_received // (steps + 1) if collator.parallel else 0,
         "cross_strategy": sorted({layer.strategy for layer in plan if layer.role == "cross"}),
-        "loss": loss.item(),
     }
 
 

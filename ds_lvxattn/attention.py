@@ -156,4 +156,5 @@ def _rows_of_all_ranks(
     if replicated or comm.ranks == 1:
         return bounds[0].unsqueeze(0), bounds[1].unsqueeze(0)
     padded = torch.nn.functional.pad(bounds, (0, shards.q.longest - rows))
-    return comm.all_gather(padded, "intervals").unbind(1)
+    start, stop = comm.all_gather(padded, "intervals").unbind(1)
+    return start, stop

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ds_lvxattn.comm import Communicator, communicator
@@ -40,9 +41,7 @@ class SequenceParallel:
             class that no family knows.
     """
 
-    def __init__(
-        self, model: nn.Module, config: SequenceParallelConfig, groups: SequenceParallelGroups
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, config: SequenceParallelConfig, groups: SequenceParallelGroups) -> None:
         self.config = config
         self.comm: Communicator = communicator(groups.get_sequence_parallel_group())
         self.family = family_of(model)
@@ -69,7 +68,7 @@ class SequenceParallel:
             enable_recompute(self._decoder_layers(model, roles), config.recompute)
         self.plans: dict[nn.Module, LayerPlan] = {}
 
-    def _decoder_layers(self, model: nn.Module, roles: tuple[str, ...]) -> list[nn.Module]:
+    def _decoder_layers(self, model: nn.Module, roles: tuple[str, ...]) -> list[GradientCheckpointingLayer]:
         """The layers around attention of ``roles`` that transformers can checkpoint."""
         attention = {module for module, layer in self._layers.items() if layer.role in roles}
         return [

@@ -8,20 +8,22 @@ query exchange sent is sent again.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from deepspeed import DeepSpeedEngine
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ds_lvxattn.batch import SequenceParallelBatch
 
 ATTENTION_OPERATORS = ("local_attention", "query_gather", "query_ring", "query_replicated", "kv_ring")
 
 
-def enable_recompute(layers: Iterable[nn.Module], policy: str) -> None:
+def enable_recompute(layers: Iterable[GradientCheckpointingLayer], policy: str) -> None:
     """Make transformers' checkpointed ``layers`` recompute by ``policy``.
 
     Args:
@@ -32,7 +34,7 @@ def enable_recompute(layers: Iterable[nn.Module], policy: str) -> None:
     """
     keep = {"kv": _keep_all_but_keys, "layer": _keep_attention}[policy]
     for layer in layers:
-        layer._gradient_checkpointing_func = functools.partial(_checkpoint, keep)
+        setattr(layer, "_gradient_checkpointing_func", functools.partial(_checkpoint, keep))  # noqa: B010
         layer.gradient_checkpointing = True
 
 
@@ -92,6 +94,4 @@ def _has_rows(x: Tensor, rows: frozenset[int]) -> bool:
     A dimension that has that size by chance is recomputed too, which costs time but is right.
     """
     sizes = x.shape
-    return any(size in rows for size in sizes) or any(
-        a * b in rows for a, b in zip(sizes[:-1], sizes[1:], strict=True)
-    )
+    return any(size in rows for size in sizes) or any(a * b in rows for a, b in itertools.pairwise(sizes))

@@ -33,7 +33,7 @@ def exchanged_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sequence_parallel: SequenceParallelBatch | None = None,
-    **_: Any,
+    **unused: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of transformers: ``query [B, H_q, s_q, D]``, ``key, value [B, H_kv, s_kv, D]``.
 
@@ -56,7 +56,7 @@ def exchanged_attention(
     inputs = sequence_parallel.roles[plan.role]
     # A rank without frames still feeds one blank frame to the model; its keys belong to no sample.
     keys = inputs.layout.kv.lengths[sequence_parallel.comm.rank]
-    out, _ = sp_attention(
+    out, _lse = sp_attention(
         query,
         key[:, :, :keys],
         value[:, :, :keys],
@@ -71,6 +71,6 @@ def exchanged_attention(
     return out.transpose(1, 2), None
 
 
-def no_dense_mask(*_: Any, **__: Any) -> None:
+def no_dense_mask(*unused: Any, **unused_too: Any) -> None:
     """Mask function of transformers: intervals come with the batch, so no mask is built."""
     return None

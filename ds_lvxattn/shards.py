@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -135,4 +136,4 @@ def runs(lengths: Sequence[int]) -> list[range]:
     edges = [0]
     for length in lengths:
         edges.append(edges[-1] + length)
-    return [range(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [range(a, b) for a, b in itertools.pairwise(edges)]

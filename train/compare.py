@@ -133,8 +133,7 @@ def _batch_sizes(ds_config: dict[str, Any], data_ranks: int) -> tuple[int, int]:
                 return batch, micro_batch
     given = ", ".join(f"'{key}' {ds_config.get(key)!r}" for key in keys)
     raise ConfigError(
-        f"{given}: give whole numbers, the first the product of the other two and the {data_ranks} "
-        "data-parallel ranks"
+        f"{given}: give whole numbers, the first the product of the other two and the {data_ranks} data-parallel ranks"
     )
 
 
@@ -213,12 +212,8 @@ def log_summary(runs: Sequence[Run], pictures: Sequence[Path], folder: Path, gro
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--ds_config", required=True, help="DeepSpeed config file of the sequence-parallel runs"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ds_config", required=True, help="DeepSpeed config file of the sequence-parallel runs")
     parser.add_argument(
         "--strategies", default="lv_xattn,ulysses,ring,auto,single", help="by comma (default: %(default)s)"
     )
@@ -247,9 +242,7 @@ def run_all(args: argparse.Namespace) -> list[Run]:
     configs = [derive_config(ds_config, variant, args.num_gpus) for variant in variants]
     for variant in variants:
         if (args.output_dir / variant.name).exists():
-            raise ConfigError(
-                f"--output_dir {args.output_dir} holds a run {variant.name}; give another folder"
-            )
+            raise ConfigError(f"--output_dir {args.output_dir} holds a run {variant.name}; give another folder")
     group = f"compare-{args.output_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     runs = []
     for variant, config in zip(variants, configs, strict=True):

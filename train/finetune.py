@@ -26,22 +26,14 @@ from ds_lvxattn.training.model import QUICKSTART, load_model, select_trainable
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ds_config", required=True, help="DeepSpeed config file")
     parser.add_argument("--model", default=QUICKSTART, help="local path or hub name (default: %(default)s)")
-    parser.add_argument(
-        "--data", default="needle", help="'needle', a JSONL file or a hub dataset (%(default)s)"
-    )
+    parser.add_argument("--data", default="needle", help="'needle', a JSONL file or a hub dataset (%(default)s)")
     parser.add_argument("--steps", type=int, help="stop after so many steps (default: finetuning.steps of the config)")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("runs/finetune"), help="(default: %(default)s)"
-    )
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/finetune"), help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the latest checkpoint in --output_dir"
-    )
+    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in --output_dir")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
     return parser.parse_args(arguments)
 
@@ -65,15 +57,11 @@ def finetune(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     loaded = load_model(args.model, ds_config, args.seed)
     select_trainable(loaded.model, args.model, finetuning.trainable)
-    train, evaluation = load_sources(
-        args.data, loaded, finetuning, length * ds_config["train_batch_size"], args.seed
-    )
+    train, evaluation = load_sources(args.data, loaded, finetuning, length * ds_config["train_batch_size"], args.seed)
     if dist.get_rank() == 0:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    job = Job(
-        ds_config, finetuning, loaded, train, evaluation, steps, args.seed, args.output_dir, args.resume
-    )
+    job = Job(ds_config, finetuning, loaded, train, evaluation, steps, args.seed, args.output_dir, args.resume)
     Trainer(job).run()
 
 

@@ -103,10 +103,7 @@ class Collator:
             "num_items_in_batch": max(layout.supervised_tokens, 1),
         }
         inputs |= self._visual(layout, images)
-        inputs = {
-            key: self._to_device(value) if isinstance(value, Tensor) else value
-            for key, value in inputs.items()
-        }
+        inputs = {key: self._to_device(value) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         if self.parallel:
             inputs["sequence_parallel"] = self._exchange(layout, own)
         return MicroBatch(
@@ -138,9 +135,7 @@ class Collator:
         ]
         dense = self.family.dense_mask(layout.ranges, max(layout.frames), self.model_config)
         return {
-            **{
-                key: torch.cat([_pad_frames(p[key], max(layout.frames)) for p in pixels]) for key in pixels[0]
-            },
+            **{key: torch.cat([_pad_frames(p[key], max(layout.frames)) for p in pixels]) for key in pixels[0]},
             **dense,
         }
 
@@ -151,9 +146,7 @@ class Collator:
         causal = np.broadcast_to(np.arange(1, length + 1, dtype=np.int32), (batch, length))
         roles = {
             "cross": AttentionInputs(layout.cross, self._interval(layout.start, layout.stop, layout.text)),
-            "self": AttentionInputs(
-                layout.self_attention, self._interval(np.zeros_like(causal), causal, layout.text)
-            ),
+            "self": AttentionInputs(layout.self_attention, self._interval(np.zeros_like(causal), causal, layout.text)),
         }
         # Tile 0 of a frame is the frame; an unused slot repeats tile 0 of the first frame, which no row sees.
         loaded, tiles = 0, []

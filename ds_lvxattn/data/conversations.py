@@ -121,9 +121,7 @@ class ConversationSource:
         if not 0 <= eval_share < 1:
             raise ValueError(f"eval_share is {eval_share}; give a share in [0, 1)")
         if not tokenizer.is_fast:
-            raise ValueError(
-                f"{type(tokenizer).__name__} gives no character offsets; load the fast tokenizer"
-            )
+            raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; load the fast tokenizer")
         image_id = tokenizer.convert_tokens_to_ids(image_token)
         if not isinstance(image_id, int) or image_id == tokenizer.unk_token_id:
             raise ValueError(f"the tokenizer has no token {image_token!r}; give the image token of the model")
@@ -196,17 +194,13 @@ class ConversationSource:
         videos = sum(kind == "video" for kind, _ in found)
         room = self.max_frames - (len(found) - videos)
         if room < videos:
-            raise SampleError(
-                f"{len(found)} images and videos, but max_frames is {self.max_frames}; raise it"
-            )
+            raise SampleError(f"{len(found)} images and videos, but max_frames is {self.max_frames}; raise it")
         shares = iter(split_evenly(room, videos) if videos else ())
         media = []
         for kind, value in found:
             source = self._source(value)
             if isinstance(source, bytes) and kind == "video":
-                raise SampleError(
-                    "an embedded video cannot be read; store videos as files and give their paths"
-                )
+                raise SampleError("an embedded video cannot be read; store videos as files and give their paths")
             # Every rank looks at every file of a sample: what is missing is missing on all of them.
             length = 1 if isinstance(source, bytes) else probe_video(source).num_frames
             frames = (0,) if kind == "image" else tuple(sample_indices(length, next(shares)))
@@ -328,9 +322,7 @@ def encode(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple
 
     def render(turns: list[Message], prompt: bool = False) -> str:
         return str(
-            tokenizer.apply_chat_template(
-                turns, chat_template=template, tokenize=False, add_generation_prompt=prompt
-            )
+            tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=prompt)
         )
 
     answers = []
@@ -410,9 +402,7 @@ class _Table:
         try:
             parsed = json.loads(row["text"])
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{self.row_name(number)}: not JSON ({error}); give one object a line"
-            ) from error
+            raise ValueError(f"{self.row_name(number)}: not JSON ({error}); give one object a line") from error
         if not isinstance(parsed, dict):
             raise ValueError(f"{self.row_name(number)}: holds a {type(parsed).__name__}, not an object")
         return parsed
@@ -460,9 +450,7 @@ def _read_file(path: str) -> tuple[datasets.Dataset, Literal["line", "row"]]:
             start = next((line.lstrip() for line in file if not line.isspace()), "")
             if start.startswith("["):
                 file.seek(0)
-                return datasets.Dataset.from_dict(
-                    {"text": [json.dumps(row) for row in json.load(file)]}
-                ), "row"
+                return datasets.Dataset.from_dict({"text": [json.dumps(row) for row in json.load(file)]}), "row"
             if not start:
                 raise ValueError("the file is empty")
         return datasets.load_dataset("text", data_files=path, split="train"), "line"

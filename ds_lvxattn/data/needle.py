@@ -141,19 +141,19 @@ def needle_dataset(split: Split, size: int, seed: int, task: NeedleTask) -> data
     colours = train * rng.integers(len(_CHANNEL_ORDERS), size=shape)
     light = 1 + train * rng.uniform(-0.3, 0.4, size=shape)
 
-    shape = (*shape, task.frames)
+    per_frame = (*shape, task.frames)
     count = [task.needles_at(row, size) if train else task.needles for row in range(size)]
-    is_needle = rng.random(shape).argsort(-1) < np.array(count)[:, None, None]
-    draw = rng.random(shape)
-    digit = np.empty(shape, dtype=np.int64)
+    is_needle = rng.random(per_frame).argsort(-1) < np.array(count)[:, None, None]
+    draw = rng.random(per_frame)
+    digit = np.empty(per_frame, dtype=np.int64)
     for label, images in enumerate(images_of):
         chosen = answer == label
         digit[chosen] = images[(draw[chosen] * len(images)).astype(np.int64)]
     digit[~is_needle] = -1
 
-    side = rng.integers(task.digit_size[0], task.digit_size[1] + 1, size=shape)
+    side = rng.integers(task.digit_size[0], task.digit_size[1] + 1, size=per_frame)
     left, top = (rng.integers(0, task.image_size - side + 1) for _ in range(2))
-    ink = rng.uniform(0.7, 1.0, size=shape)
+    ink = rng.uniform(0.7, 1.0, size=per_frame)
     flat = (size, task.segments * task.frames)
     return datasets.Dataset.from_dict(
         {
@@ -249,10 +249,12 @@ def encode_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> tu
         `(input_ids, labels)` of equal length; labels are `IGNORE` except on the answers, and not shifted.
     """
     per_segment = len(row["frame"]) // len(row["clip"])
-    input_ids, labels = [tokenizer.bos_token_id], [IGNORE]
+    words: list[str] = []
+    supervised: list[bool] = []
     for answer in row["answer"]:
-        prompt = tokenizer.encode(IMAGE * per_segment + QUESTION, add_special_tokens=False)
-        target = tokenizer.convert_tokens_to_ids(str(answer))
-        input_ids += [*prompt, target]
-        labels += [IGNORE] * len(prompt) + [target]
-    return [*input_ids, tokenizer.eos_token_id], [*labels, IGNORE]
+        prompt = tokenizer.tokenize(IMAGE * per_segment + QUESTION)
+        words += [*prompt, str(answer)]
+        supervised += [False] * len(prompt) + [True]
+    words, supervised = [tokenizer.bos_token, *words, tokenizer.eos_token], [False, *supervised, False]
+    input_ids = [tokenizer.vocab[word] for word in words]
+    return input_ids, [token if answer else IGNORE for token, answer in zip(input_ids, supervised, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from ds_lvxattn.data.needle import ClipCache, NeedleTask, Split, encode_row, needle_dataset, render_frames
 from ds_lvxattn.data.sample import Sample
@@ -22,7 +22,7 @@ class NeedleSource:
     """
 
     def __init__(
-        self, split: Split, size: int, seed: int, tokenizer: PreTrainedTokenizerBase, task: NeedleTask
+        self, split: Split, size: int, seed: int, tokenizer: PreTrainedTokenizerFast, task: NeedleTask
     ) -> None:
         self.rows = needle_dataset(split, size, seed, task)
         self.tokenizer = tokenizer

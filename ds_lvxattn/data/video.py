@@ -77,10 +77,10 @@ def _index(path: str, mtime_ns: int, size: int) -> _Index:
         keys: tuple[int, ...] = ()
         count = len(packets)
         # AVI stores no presentation times; what FFmpeg makes up for it is off by one around B-frames.
-        known = container.format.name != "avi" and all(pts is not None for pts, _ in packets)
-        if known and len({pts for pts, _ in packets}) == count:
-            times = tuple(sorted(pts for pts, _ in packets if pts >= packets[0][0]))
-            keys = tuple(sorted(pts for pts, is_key in packets if is_key))
+        stamped = [(pts, is_key) for pts, is_key in packets if pts is not None]
+        if container.format.name != "avi" and len({pts for pts, _ in stamped}) == count:
+            times = tuple(sorted(pts for pts, _ in stamped if pts >= stamped[0][0]))
+            keys = tuple(sorted(pts for pts, is_key in stamped if is_key))
             count = len(times)
         fps = float(stream.average_rate or stream.guessed_rate or 0.0)
         return _Index(VideoInfo(count, fps, stream.width, stream.height), times, keys)

@@ -32,9 +32,7 @@ class CudnnKernel:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, False, False, scale=scale
-        )
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)
         return out, lse.reshape(q.shape[:3])
 
     def backward(

@@ -26,7 +26,5 @@ def select_kernel(name: str, call: Call) -> Kernel:
         if reason is None:
             return kernel
         if name != "auto":
-            raise ValueError(
-                f"kernel '{name}' cannot do this call: {reason}; use 'auto' or one of {KERNEL_NAMES}"
-            )
+            raise ValueError(f"kernel '{name}' cannot do this call: {reason}; use 'auto' or one of {KERNEL_NAMES}")
     raise ValueError(f"kernel is '{name}'; choose one of {KERNEL_NAMES}")

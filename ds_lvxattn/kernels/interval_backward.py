@@ -147,9 +147,7 @@ def _visit_rows(
     return dk, dv
 
 
-@triton.jit(
-    do_not_specialize=["pairs", "heads_kv", "seq_kv", "tiles", "blocks", "chunk", "chunk_blocks", "slots"]
-)
+@triton.jit(do_not_specialize=["pairs", "heads_kv", "seq_kv", "tiles", "blocks", "chunk", "chunk_blocks", "slots"])
 def _key_grads_kernel(
     q_desc, dout_desc, k_desc, v_desc, ds_desc, terms_ptr, start_ptr, stop_ptr, seen_ptr, count_ptr, edge_ptr,
     base_ptr, k_ptr, v_ptr, dk_ptr, dv_ptr,
@@ -244,12 +242,8 @@ def _key_grads_kernel(
             )  # fmt: skip
 
         key = key.to(tl.int64)[:, None]
-        dk_rows = (
-            dk_ptr + batch.to(tl.int64) * dk_stride_b + head.to(tl.int64) * dk_stride_h + key * dk_stride_s
-        )
-        dv_rows = (
-            dv_ptr + batch.to(tl.int64) * dv_stride_b + head.to(tl.int64) * dv_stride_h + key * dv_stride_s
-        )
+        dk_rows = dk_ptr + batch.to(tl.int64) * dk_stride_b + head.to(tl.int64) * dk_stride_h + key * dk_stride_s
+        dv_rows = dv_ptr + batch.to(tl.int64) * dv_stride_b + head.to(tl.int64) * dv_stride_h + key * dv_stride_s
         tl.store(dk_rows + dim[None, :], (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
         tl.store(dv_rows + dim[None, :], dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
@@ -336,9 +330,7 @@ def _query_grads_again_kernel(
     last = tl.load(bounds_ptr + tiles)
     first = tl.minimum(tl.load(bounds_ptr), last)
     clear_first = first + tl.cdiv(tl.load(bounds_ptr + 2 * tiles) - first, BLOCK_N) * BLOCK_N
-    clear_last = (
-        first + tl.maximum(tl.minimum(tl.load(bounds_ptr + 3 * tiles), last) - first, 0) // BLOCK_N * BLOCK_N
-    )
+    clear_last = first + tl.maximum(tl.minimum(tl.load(bounds_ptr + 3 * tiles), last) - first, 0) // BLOCK_N * BLOCK_N
     if clear_last <= clear_first:
         clear_first = first
         clear_last = first
@@ -401,11 +393,9 @@ def backward_config(head_dim: int, itemsize: int, masked: bool, hopper: bool) ->
         if masked:
             # 168 registers let three programs share a multiprocessor, which hides the start of short visits.
             return BackwardConfig(64, 64, 64, 4, 2, 3, 4, 3, max_registers=168, keep_ds=False)
-        return BackwardConfig(128, 64, 64, 4, 2, 2, 8, 3)
+        return BackwardConfig(128, 64, 64, 4, 2, 3, 8, 4, max_registers=168)
     if head_dim <= 128:
-        if masked:
-            return BackwardConfig(128, 64, 64, 4, 2, 2, 8, 4)
-        return BackwardConfig(128, 64, 128, 8, 3, 1, 8, 3)
+        return BackwardConfig(128, 64, 64, 4, 2, 2, 8, 4)
     return BackwardConfig(64, 32, 64, 8, 1, 1, 8, 2)
 
 
@@ -533,9 +523,7 @@ def interval_backward(
         ValueError: ``scale`` is not positive.
     """
     if scale <= 0:
-        raise ValueError(
-            f"interval_backward: scale is {scale}; it must be positive (negate q for a negative one)"
-        )
+        raise ValueError(f"interval_backward: scale is {scale}; it must be positive (negate q for a negative one)")
     batch, heads_q, seq_q, head_dim = q.shape
     heads_kv, seq_kv = k.shape[1], k.shape[2]
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
@@ -553,27 +541,25 @@ def interval_backward(
     programs = multiprocessors(q.device) * config.resident
     room = workspace_bytes // (heads_kv * config.block_n * config.tile * q.element_size())
 
-    int32 = dict(dtype=torch.int32, device=q.device)
     terms = torch.empty((pairs * 2, rows), dtype=torch.float32, device=q.device)
     packed_start = packed_stop = bounds = seen = count = None
-    if has_interval:
-        packed_start, packed_stop = torch.empty((2, batch, rows), **int32).unbind(0)
-        bounds = torch.empty((batch, 4, tiles), **int32)
+    if start is not None and stop is not None:
+        packed_start, packed_stop = start.new_empty((2, batch, rows)).unbind(0)
+        bounds = start.new_empty((batch, 4, tiles))
         start, stop = start.contiguous(), stop.contiguous()
     _pack_rows_kernel[(tiles, pairs)](
         lse.contiguous(), delta.contiguous(), start, stop, terms, packed_start, packed_stop, bounds,
         heads_kv, seq_q, tiles, GROUP=group, TILE=config.tile, HAS_INTERVAL=has_interval,
     )  # fmt: skip
-    if has_interval:
-        seen = torch.empty((batch, blocks, tiles), **int32)
-        count = torch.empty((batch, blocks, 2), **int32)
+    if bounds is not None:
+        seen = bounds.new_empty((batch, blocks, tiles))
+        count = bounds.new_empty((batch, blocks, 2))
         _seen_tiles_kernel[(blocks, batch)](bounds, seen, count, tiles, BLOCK_N=config.block_n, BLOCK_T=256)
 
     # Q and dO are short next to K and V: packing them once (a copy only where heads share keys) lets the copy
     # engine fetch a whole tile of rows in one instruction, at any group size.
     q_rows, dout_rows = (
-        rows_for_copy_engine(x.unflatten(1, (heads_kv, group)).transpose(2, 3).flatten(2, 3))
-        for x in (q, dout)
+        rows_for_copy_engine(x.unflatten(1, (heads_kv, group)).transpose(2, 3).flatten(2, 3)) for x in (q, dout)
     )
     q_desc = row_descriptor(q_rows, config.block_m)
     dout_desc = row_descriptor(dout_rows, config.block_m)
@@ -603,14 +589,12 @@ def interval_backward(
             dq_rows, heads_kv, tiles, scale, **query_args,
         )  # fmt: skip
     else:
-        if has_interval:
+        if bounds is not None and count is not None:
             plan = plan_masked(bounds, count, config.block_n, room)
         else:
             plan = plan_dense(blocks, batch, heads_kv, tiles, room, programs)
         sizes = ChunkSizes(plan, blocks)
-        ds = torch.empty(
-            (heads_kv * plan.slots * config.block_n, config.tile), dtype=q.dtype, device=q.device
-        )
+        ds = torch.empty((heads_kv * plan.slots * config.block_n, config.tile), dtype=q.dtype, device=q.device)
         ds_out = TensorDescriptor.from_tensor(ds, [config.block_n, config.block_m])
         ds_in = TensorDescriptor.from_tensor(ds, [config.block_n, config.tile])
         for chunk in range(plan.chunks):

@@ -80,9 +80,7 @@ def _interval_forward_kernel(
     q_head = head * GROUP + row % GROUP
     dim = tl.arange(0, BLOCK_D)
     tile_mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
-    q_row = (
-        batch.to(tl.int64) * q_stride_b + q_head.to(tl.int64) * q_stride_h + query.to(tl.int64) * q_stride_s
-    )
+    q_row = batch.to(tl.int64) * q_stride_b + q_head.to(tl.int64) * q_stride_h + query.to(tl.int64) * q_stride_s
     q = tl.load(q_ptr + q_row[:, None] + dim[None, :], mask=tile_mask, other=0.0)
 
     # [first, last): keys that some row sees. [all_first, all_last): keys that every row sees, rows that see
@@ -143,11 +141,7 @@ def _interval_forward_kernel(
         + query.to(tl.int64) * out_stride_s
     )
     tl.store(out_ptr + out_row[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=tile_mask)
-    lse_row = (
-        split.to(tl.int64) * lse_stride_split
-        + (batch * heads_kv * GROUP + q_head).to(tl.int64) * seq_q
-        + query
-    )
+    lse_row = split.to(tl.int64) * lse_stride_split + (batch * heads_kv * GROUP + q_head).to(tl.int64) * seq_q + query
     tl.store(lse_ptr + lse_row, lse, mask=inside)
 
 
@@ -222,9 +216,7 @@ def key_splits(tiles: int, key_blocks: int, slots: int) -> int:
     if tiles >= 4 * slots:
         return 1
     most = max(1, min(key_blocks // 8, triton.cdiv(4 * slots, tiles), 64))
-    return min(
-        range(1, most + 1), key=lambda s: triton.cdiv(tiles * s, slots) / s + 0.01 * (s - 1) * tiles / slots
-    )
+    return min(range(1, most + 1), key=lambda s: triton.cdiv(tiles * s, slots) / s + 0.01 * (s - 1) * tiles / slots)
 
 
 def interval_forward(
@@ -247,9 +239,7 @@ def interval_forward(
         ValueError: ``scale`` is not positive.
     """
     if scale <= 0:
-        raise ValueError(
-            f"interval_forward: scale is {scale}; it must be positive (negate q for a negative one)"
-        )
+        raise ValueError(f"interval_forward: scale is {scale}; it must be positive (negate q for a negative one)")
     if q.stride(-1) != 1:
         q = q.contiguous()
     batch, heads_q, seq_q, head_dim = q.shape
@@ -268,11 +258,9 @@ def interval_forward(
     if splits == 1:
         part_out, part_lse = out.unsqueeze(0), lse.unsqueeze(0)
     else:
-        part_out = torch.empty(
-            (splits, batch, heads_q, seq_q, head_dim), dtype=torch.float32, device=q.device
-        )
+        part_out = torch.empty((splits, batch, heads_q, seq_q, head_dim), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((splits, batch, heads_q, seq_q), dtype=torch.float32, device=q.device)
-    if has_interval:
+    if start is not None and stop is not None:
         start, stop = start.contiguous(), stop.contiguous()
 
     _interval_forward_kernel[(tiles, splits, batch * heads_kv)](

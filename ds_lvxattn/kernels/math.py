@@ -74,9 +74,7 @@ class MathKernel:
             dprobs = torch.matmul(_fold(grad), values.transpose(-1, -2)).view_as(probs)
             dscores = dprobs.sub_(_group(delta[:, :, rows].unsqueeze(-1), groups)).mul_(probs).mul_(scale)
             dq[:, :, rows] = _ungroup(torch.matmul(_fold(dscores), keys), dscores)
-            dk += torch.matmul(
-                _fold(dscores).transpose(-1, -2), _fold(_group(q[:, :, rows].to(wide), groups))
-            )
+            dk += torch.matmul(_fold(dscores).transpose(-1, -2), _fold(_group(q[:, :, rows].to(wide), groups)))
         return dq, dk, dv
 
 

@@ -107,7 +107,8 @@ def local_attention_backward(
     chosen = backward_kernel(kernel, Call.of(q, k, start is not None), dlse is not None)
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
     grads = backward_local(chosen, dout, q, k, v, out, lse, delta, start, stop, scale)
-    return tuple(grad.to(q.dtype).contiguous() for grad in grads)
+    dq, dk, dv = (grad.to(q.dtype).contiguous() for grad in grads)
+    return dq, dk, dv
 
 
 @local_attention_backward.register_fake

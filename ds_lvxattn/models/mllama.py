@@ -46,7 +46,7 @@ class Mllama:
         return layers
 
     def install_hooks(self, model: nn.Module) -> None:
-        model.model.language_model.register_forward_pre_hook(fit_visual_inputs, with_kwargs=True)
+        model.get_submodule("model.language_model").register_forward_pre_hook(fit_visual_inputs, with_kwargs=True)
 
     def frame_tokens(self, model_config: Any) -> int:
         vision = model_config.vision_config

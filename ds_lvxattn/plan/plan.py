@@ -83,11 +83,7 @@ def _plan_layer(
     layer: AttentionLayer, sizes: LayerShape | None, config: SequenceParallelConfig, device: str
 ) -> LayerPlan:
     if sizes is None or config.size == 1:
-        why = (
-            "each rank attends within its own frames"
-            if layer.role == "local"
-            else "one rank, nothing to exchange"
-        )
+        why = "each rank attends within its own frames" if layer.role == "local" else "one rank, nothing to exchange"
         return LayerPlan(layer.name, layer.role, "local", "auto", {}, {}, why)
     shape = LayerShape(
         sizes.batch, layer.heads, layer.kv_heads, layer.head_dim,
@@ -104,7 +100,9 @@ def _plan_layer(
         else:
             traffic = TRAFFIC[name, _schedule(name, config)]
             predicted[name] = max(traffic(shape, rank).total for rank in range(ranks))
-    forced = next((name for pattern, name in config.layers.items() if fnmatchcase(layer.name, pattern)), None)
+    forced: str | None = next(
+        (name for pattern, name in config.layers.items() if fnmatchcase(layer.name, pattern)), None
+    )
     if forced is None and config.strategy != "auto":
         forced = config.strategy
     if forced is not None:
@@ -115,9 +113,7 @@ def _plan_layer(
         chosen, reason = _fewest_bytes(predicted, obstacles, shape)
     link = NOMINAL_LINK.get(device, NOMINAL_LINK["cuda"])
     predicted_ms = {name: None if b is None else b / link * 1e3 for name, b in predicted.items()}
-    return LayerPlan(
-        layer.name, layer.role, chosen, _schedule(chosen, config), predicted_ms, predicted, reason
-    )
+    return LayerPlan(layer.name, layer.role, chosen, _schedule(chosen, config), predicted_ms, predicted, reason)
 
 
 def _recomputed(role: str, config: SequenceParallelConfig) -> str:

@@ -108,9 +108,7 @@ def kv_ring(shape: LayerShape, rank: int) -> Traffic:
     others = sum(shape.kv_lengths) - shape.kv_lengths[rank]
     # Gradients come home last, so every shard but that of the rank before passes through here.
     gradients = sum(shape.kv_lengths) - shape.kv_lengths[(rank - 1) % n]
-    return Traffic(
-        per_key * others * shape.element, per_key * (others * shape.element + gradients * shape.statistic)
-    )
+    return Traffic(per_key * others * shape.element, per_key * (others * shape.element + gradients * shape.statistic))
 
 
 TRAFFIC = {

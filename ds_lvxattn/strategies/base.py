@@ -44,8 +44,11 @@ class Strategy(Protocol):
         schedules: values of the configuration key ``schedule`` that it takes, besides ``auto``.
     """
 
-    name: str
-    schedules: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def schedules(self) -> tuple[str, ...]: ...
 
     def unsupported(self, heads: int, kv_heads: int, ranks: int, replicated: bool) -> str | None:
         """Why it cannot run a layer of these sizes (and what to use instead), or None when it can."""

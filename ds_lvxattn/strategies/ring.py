@@ -78,7 +78,7 @@ def kv_ring(
         if step < comm.ranks - 1:
             arriving, transfer = _pass_on(comm, held, kv_lengths, owner, "keys and values")
         first, last = _ranges_of(start, stop, kv, owner)
-        part, part_lse = forward_local(q, *held, first, last, scale, kernel)
+        part, part_lse = forward_local(q, held[0], held[1], first, last, scale, kernel)
         # The running result stays in float32: rounding it at every step would cost accuracy.
         part = part.to(part_lse.dtype)
         if out is None or lse is None:
@@ -132,7 +132,7 @@ def kv_ring_backward(
             arriving, transfer = _pass_on(comm, held, kv_lengths, owner, "keys and values")
         first, last = _ranges_of(start, stop, kv, owner)
         part_dq, *parts = backward_local(
-            chosen, dout, q, *held, out if chosen.needs_out else None, lse, delta, first, last, scale
+            chosen, dout, q, held[0], held[1], out if chosen.needs_out else None, lse, delta, first, last, scale
         )
         dq += part_dq
         parts = [part.to(wide).contiguous() for part in parts]

@@ -27,9 +27,7 @@ class Ulysses:
         if replicated:
             return "it shards the queries; use lv_xattn for replicated queries"
         if heads % ranks:
-            return (
-                f"{heads} query heads do not divide over {ranks} ranks; use lv_xattn, which has no such limit"
-            )
+            return f"{heads} query heads do not divide over {ranks} ranks; use lv_xattn, which has no such limit"
         if kv_heads % ranks and ranks % kv_heads:
             return f"{kv_heads} key heads do not fit {ranks} ranks; use lv_xattn, which has no such limit"
         return None

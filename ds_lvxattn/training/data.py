@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from ds_lvxattn.config import ConfigError
 from ds_lvxattn.data.conversations import ConversationSource
@@ -34,10 +34,10 @@ def load_sources(
     """
     if data == NEEDLE:
         task = NeedleTask()
-        train = NeedleSource("train", rows, seed, loaded.tokenizer, task)
+        needles = NeedleSource("train", rows, seed, loaded.tokenizer, task)
         if not finetuning.eval_examples:
-            return train, None
-        return train, NeedleSource("eval", finetuning.eval_examples, seed, loaded.tokenizer, task)
+            return needles, None
+        return needles, NeedleSource("eval", finetuning.eval_examples, seed, loaded.tokenizer, task)
     conversations = functools.partial(
         ConversationSource,
         data,
@@ -59,6 +59,6 @@ def load_sources(
         raise ConfigError(f"--data {data}: {error}") from error
 
 
-def text_limit(model: nn.Module) -> int:
+def text_limit(model: PreTrainedModel) -> int:
     """Tokens that the model's positions reach."""
     return model.config.get_text_config().max_position_embeddings

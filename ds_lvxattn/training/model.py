@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from deepspeed import zero
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
@@ -28,8 +28,8 @@ QUICKSTART = "quickstart"
 class LoadedModel:
     """A model with what its data needs."""
 
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
     processor: Any
     image_token: str
 
@@ -58,13 +58,14 @@ def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
         processor = MllamaImageProcessorPil(
             size={"height": size, "width": size}, max_image_tiles=1, image_mean=[0.5] * 3, image_std=[0.5] * 3
         )
-        model = build_quickstart(seed).to(model_dtype(ds_config))
-        return LoadedModel(model, build_tokenizer(), processor, "<|image|>")
+        quickstart = build_quickstart(seed)
+        nn.Module.to(quickstart, model_dtype(ds_config))
+        return LoadedModel(quickstart, build_tokenizer(), processor, "<|image|>")
     # Alive while the model loads: transformers partitions what it loads when a ZeRO-3 config is.
     zero3 = HfDeepSpeedConfig(ds_config) if ds_config.get("zero_optimization", {}).get("stage") == 3 else None
     try:
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=model_dtype(ds_config))
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(name, dtype=model_dtype(ds_config))
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
         processor = MllamaImageProcessorPil.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--model {name}: cannot be loaded ({error})") from error

@@ -106,9 +106,7 @@ def read_run(folder: Path, name: str, failure: str | None = None) -> Run:
             others[file] = nothing
         except json.JSONDecodeError:
             problems.append(f"{file} is not JSON")
-    return Run(
-        name, metrics, others["plan.json"], others["eval.json"], failure or "; ".join(problems) or None
-    )
+    return Run(name, metrics, others["plan.json"], others["eval.json"], failure or "; ".join(problems) or None)
 
 
 def loss_differences(run: Run, single: Run) -> tuple[list[int], np.ndarray, np.ndarray]:
@@ -272,9 +270,7 @@ def _plot_losses(runs: Sequence[Run], colours: dict[str, str], path: Path) -> Pa
     """The losses over each other, and below them the relative difference to ``single``, if it was run."""
     single = _single(runs)
     panels = 1 if single is None else 2
-    figure, axes = plt.subplots(
-        panels, 1, figsize=(8, 3.2 * panels), sharex=True, squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(panels, 1, figsize=(8, 3.2 * panels), sharex=True, squeeze=False, layout="constrained")
     # Equal losses hide each other, so the reference is a broad band and the marks of the runs take turns.
     ends = []
     for number, run in enumerate(runs):
@@ -337,9 +333,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], colours: dic
     for rank, at in enumerate(sorted(range(len(ends)), key=heights.__getitem__)):
         _, label, run = ends[at]
         placed = max(min(heights[at], top + gap * rank), placed + gap)
-        axes.text(
-            1.01, placed, label, transform=axes.transAxes, color=colours[run], va="center", clip_on=False
-        )
+        axes.text(1.01, placed, label, transform=axes.transAxes, color=colours[run], va="center", clip_on=False)
 
 
 def _plot_bars(

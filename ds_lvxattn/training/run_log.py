@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +53,13 @@ class RunLog:
             return
         write_plan(plan, self.output_dir / "plan.json")
         exchanged = [layer for layer in plan if layer.role != "local"]
-        columns = ["layer", "role", "strategy", "schedule", "reason"]
-        table = Table(*columns, title=f"attention plan ({len(plan) - len(exchanged)} local layers not shown)")
-        rows = [[str(asdict(layer)[column]) for column in columns] for layer in exchanged]
-        for row in rows:
-            table.add_row(*row)
-        self.console.print(table)
+        columns: list[str | int] = ["layer", "role", "strategy", "schedule", "reason"]
+        rows = [[getattr(layer, str(column)) for column in columns] for layer in exchanged]
         self._run.log({"plan": wandb.Table(columns=columns, data=rows)}, step=0)
+        table = Table("layers", "role", "strategy", "schedule", "why", title="attention plan, layers that exchange")
+        for (*choice, reason), names in _grouped(exchanged).items():
+            table.add_row(names[0] if len(names) == 1 else f"{len(names)}, first {names[0]}", *choice, reason)
+        self.console.print(table)
 
     def step(self, metrics: dict[str, Any]) -> None:
         """One object of ``metrics.jsonl``."""
@@ -98,13 +97,19 @@ class RunLog:
             self._run.finish()
 
 
+def _grouped(plan: Sequence[LayerPlan]) -> dict[tuple[str, str, str, str], list[str]]:
+    """Layer names by role, strategy, schedule and reason: most layers of a model share them."""
+    groups: dict[tuple[str, str, str, str], list[str]] = {}
+    for layer in plan:
+        groups.setdefault((layer.role, layer.strategy, layer.schedule, layer.reason), []).append(layer.layer)
+    return groups
+
+
 def start_wandb(output_dir: Path, settings: dict[str, Any], **names: str) -> wandb.Run:
     """A wandb run in ``output_dir``, offline unless a key is at hand; the usual WANDB_* variables count."""
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-    arguments = {
-        "project": os.environ.get("WANDB_PROJECT", PROJECT), "dir": str(output_dir), "config": settings, **names
-    }  # fmt: skip
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+    arguments: dict[str, Any] = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "config": settings, **names}
     try:
-        return wandb.init(mode=mode, **arguments)
+        return wandb.init(mode=mode, dir=str(output_dir), **arguments)
     except wandb.errors.CommError:
-        return wandb.init(mode="offline", **arguments)
+        return wandb.init(mode="offline", dir=str(output_dir), **arguments)

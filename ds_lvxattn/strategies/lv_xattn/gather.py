@@ -122,9 +122,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dout, dlse, _):
     q_all, k, v, out, lse, start, stop = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    grads = torch.ops.ds_lvxattn.query_gather_backward(
-        dout, dlse, q_all, k, v, out, lse, start, stop, *ctx.call
-    )
+    grads = torch.ops.ds_lvxattn.query_gather_backward(dout, dlse, q_all, k, v, out, lse, start, stop, *ctx.call)
     return *grads, *[None] * 8
 
 

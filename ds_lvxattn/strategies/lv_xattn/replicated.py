@@ -95,9 +95,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dout, dlse):
     q, k, v, out, lse, start, stop = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    grads = torch.ops.ds_lvxattn.query_replicated_backward(
-        dout, dlse, q, k, v, out, lse, start, stop, *ctx.call
-    )
+    grads = torch.ops.ds_lvxattn.query_replicated_backward(dout, dlse, q, k, v, out, lse, start, stop, *ctx.call)
     return *grads, *[None] * 7
 
 

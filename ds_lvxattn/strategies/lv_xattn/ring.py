@@ -32,9 +32,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple
 class _Ring:
     """The tensors of one rank at a time, handed on to the next rank; what arrived is that of the rank before."""
 
-    def __init__(
-        self, comm: Communicator, lengths: Sequence[int], what: Sequence[str], own: Sequence[Tensor]
-    ):
+    def __init__(self, comm: Communicator, lengths: Sequence[int], what: Sequence[str], own: Sequence[Tensor]):
         self.comm, self.lengths, self.what = comm, lengths, what
         self.held = [x.contiguous() for x in own]
         self.owner = comm.rank
@@ -48,10 +46,7 @@ class _Ring:
                 arriving = [_rows_like(x, self.lengths[following]) for x in self.held]
                 to, of = (self.comm.rank + 1) % ranks, (self.comm.rank - 1) % ranks
                 transfer = self.comm.exchange(
-                    [
-                        Message(what, x, to, y, of)
-                        for what, x, y in zip(self.what, self.held, arriving, strict=True)
-                    ]
+                    [Message(what, x, to, y, of) for what, x, y in zip(self.what, self.held, arriving, strict=True)]
                 )
             yield self.owner, self.held
             if step < ranks - 1:

@@ -1,0 +1,90 @@
+"""The blocks of the DeepSpeed config: what they accept, and what they say otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_lvxattn.config import ConfigError, SequenceParallelConfig, load_ds_config, sequence_parallel_config
+from ds_lvxattn.training.config import FinetuningConfig, finetuning_config
+
+CONFIGS = Path(__file__).parent.parent / "ds_configs"
+STRATEGIES = ("lv_xattn", "ulysses", "ring")
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.json")), ids=lambda file: file.stem)
+def test_the_configs_that_come_along_are_valid(file: Path) -> None:
+    config = load_ds_config(file)
+    size = config["sequence_parallel_size"]
+    assert size > 1 and sequence_parallel_config(config, 2 * size).size == size
+    finetuning_config(config)
+
+
+def test_without_the_block_training_is_plain_deepspeed() -> None:
+    assert sequence_parallel_config({}, 3) == SequenceParallelConfig(size=1)
+    assert sequence_parallel_config({"sequence_parallel_size": 2}, 4).strategy == "auto"
+    assert finetuning_config({}) == FinetuningConfig()
+
+
+@pytest.mark.parametrize(
+    ("block", "parts"),
+    [
+        ({"strategie": "ring"}, ("'sequence_parallel.strategie'", "'ring'", "strategy", "layers", "placement")),
+        ({"strategy": "megatron"}, ("'sequence_parallel.strategy'", "'megatron'", "auto", *STRATEGIES)),
+        ({"strategy": None}, ("'sequence_parallel.strategy'", "None", "auto", *STRATEGIES)),
+        ({"layers": {"*.cross_attn": "fast"}}, ("layers.*.cross_attn'", "'fast'", *STRATEGIES)),
+        ({"layers": ["ring"]}, ("'sequence_parallel.layers'", "['ring']", "dict")),
+        ({"schedule": "tree"}, ("'sequence_parallel.schedule'", "'tree'", "auto", "gather", "ring")),
+        ({"kernel": "xla"}, ("'sequence_parallel.kernel'", "'xla'", "auto", "cudnn", "flash", "math")),
+        ({"recompute": True}, ("'sequence_parallel.recompute'", "True", "none", "kv", "layer")),
+        ({"placement": "random"}, ("'sequence_parallel.placement'", "'random'", "contiguous", "striped")),
+        ({"size": 2}, ("'sequence_parallel.size'", "'sequence_parallel_size'")),
+        ("ring", ("'sequence_parallel'", "'ring'", "strategy")),
+        ({"strategy": "a", "kernel": "b"}, ("'sequence_parallel.strategy'", "'sequence_parallel.kernel'")),
+    ],
+    ids=str,
+)
+def test_errors_name_key_value_and_what_is_accepted(block: Any, parts: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as error:
+        sequence_parallel_config({"sequence_parallel_size": 2, "sequence_parallel": block}, 2)
+    assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+@pytest.mark.parametrize("size", [0, -2, "2", 2.0, True, None])
+def test_the_size_is_a_whole_number(size: Any) -> None:
+    with pytest.raises(ConfigError, match=f"'sequence_parallel_size' is {size!r}; give a whole number"):
+        sequence_parallel_config({"sequence_parallel_size": size}, 4)
+
+
+def test_the_size_divides_the_ranks() -> None:
+    with pytest.raises(ConfigError, match=r"is 4, which does not divide the 6 ranks.*\[1, 2, 3, 6\]"):
+        sequence_parallel_config({"sequence_parallel_size": 4}, 6)
+
+
+@pytest.mark.parametrize(
+    ("block", "parts"),
+    [
+        ({"step": 3}, ("'finetuning.step'", "3", "steps", "on_bad_sample")),
+        ({"steps": 0}, ("'finetuning.steps'", "0", "greater than or equal to 1")),
+        ({"on_bad_sample": "ignore"}, ("'finetuning.on_bad_sample'", "'ignore'", "'skip' or 'fail'")),
+        (7, ("'finetuning' is 7", "object")),
+    ],
+    ids=str,
+)
+def test_errors_of_the_finetuning_block(block: Any, parts: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as error:
+        finetuning_config({"finetuning": block})
+    assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "cannot be read"), ("{1}", "not valid JSON"), ("[1]", "holds a list")]
+)
+def test_unreadable_files(tmp_path: Path, content: str | None, message: str) -> None:
+    file = tmp_path / "ds.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=f"--ds_config .*ds.json: {message}"):
+        load_ds_config(file)

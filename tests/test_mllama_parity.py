@@ -1,0 +1,165 @@
+"""Llama 3.2 Vision on several ranks against the unmodified transformers model with its dense mask on one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.models.mllama.processing_mllama import (
+    convert_sparse_cross_attention_mask_to_dense,
+    get_cross_attention_token_mask,
+)
+
+from ds_lvxattn.data.sample import Sample
+from ds_lvxattn.models.mllama import Mllama
+from tests.distributed import run
+from tests.tiny_model import (
+    IMAGE_TOKEN,
+    MODES,
+    PATTERNS,
+    attach,
+    loss_of,
+    loss_of_each_alone,
+    tiny_collator,
+    tiny_config,
+    tiny_model,
+    tiny_processor,
+    tiny_sample,
+)
+
+# Micro-batches, as patterns of ``tiny_sample``. Those of BATCHES start with an image where samples are of unequal
+# frames: text ahead of the first image sees the padding of the batch in transformers, see ``loss_of_each_alone``.
+BATCHES = {
+    **{name: (pattern,) for name, pattern in PATTERNS.items()},
+    "unequal samples": ("IItaItIIItta", "Ita", "IIttaIItaIIItaI"),
+    "equal frames, text first": ("tIItIa", "ttIIItaaa"),
+}
+UNEQUAL_TEXT_FIRST = ("tItIIta", "ttIa", "tta")
+
+Gradients = dict[str, Tensor]
+
+
+def samples_of(patterns: Sequence[str]) -> list[Sample]:
+    return [tiny_sample(pattern, seed) for seed, pattern in enumerate(patterns)]
+
+
+def gradients_of(model: torch.nn.Module) -> Gradients:
+    """float64 gradients; zeros for parameters that the loss does not reach."""
+    named = model.named_parameters()
+    return {name: (torch.zeros_like(p) if p.grad is None else p.grad).double() for name, p in named}
+
+
+@functools.cache
+def on_one_rank(
+    patterns: tuple[str, ...], dtype: torch.dtype, tiles: int, loss: Callable[..., Tensor]
+) -> tuple[float, Gradients]:
+    """Loss and gradients of the unmodified model."""
+    model = tiny_model(tiny_config(tiles), dtype)
+    value = loss(model, samples_of(patterns))
+    value.backward()
+    return value.item(), gradients_of(model)
+
+
+def in_all_modes(
+    batches: Sequence[tuple[str, ...]], dtype: torch.dtype, tiles: int = 1
+) -> list[list[tuple[float, Gradients]]]:
+    """Per batch and mode, the loss and the gradients, summed over the ranks of the group (on rank 0)."""
+    results = []
+    for patterns in batches:
+        samples = samples_of(patterns)
+        results.append([])
+        for mode in MODES:
+            model = tiny_model(tiny_config(tiles), dtype)
+            loss = loss_of(model, samples, attach(model, dist.get_world_size(), mode, samples))
+            loss.backward()
+            gradients = gradients_of(model)
+            whole = torch.cat([loss.detach().double().reshape(1), *(g.flatten() for g in gradients.values())])
+            dist.all_reduce(whole)
+            parts = whole[1:].split([g.numel() for g in gradients.values()])
+            shaped = {name: part.view_as(g) for (name, g), part in zip(gradients.items(), parts, strict=True)}
+            results[-1].append((whole[0].item(), shaped if dist.get_rank() == 0 else {}))
+    return results
+
+
+def largest_differences(got: tuple[float, Gradients], want: tuple[float, Gradients]) -> tuple[float, float]:
+    """Of the loss, and of the gradients of any parameter beside its largest one; both relative."""
+    scale = max(g.abs().max().item() for g in want[1].values())
+    differences = [
+        (got[1][name] - g).abs().max().item() / max(g.abs().max().item(), 1e-6 * scale) for name, g in want[1].items()
+    ]
+    return abs(got[0] - want[0]) / abs(want[0]), max(differences)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_loss_and_gradients_in_float64(ranks: int) -> None:
+    batches = tuple(BATCHES.values())
+    for patterns, results in zip(batches, run(ranks, in_all_modes, batches, torch.float64)[0], strict=True):
+        want = on_one_rank(patterns, torch.float64, 1, loss_of)
+        for mode, got in zip(MODES, results, strict=True):
+            loss, gradient = largest_differences(got, want)
+            assert loss < 1e-12 and gradient < 1e-9, (patterns, mode, loss, gradient)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_loss_in_float32(ranks: int) -> None:
+    batches = (BATCHES["several images"], BATCHES["unequal samples"])
+    for patterns, results in zip(batches, run(ranks, in_all_modes, batches, torch.float32)[0], strict=True):
+        want = on_one_rank(patterns, torch.float32, 1, loss_of)
+        for mode, got in zip(MODES, results, strict=True):
+            loss, gradient = largest_differences(got, want)
+            assert loss < 1e-5 and gradient < 1e-3, (patterns, mode, loss, gradient)
+
+
+def test_a_batch_gives_each_sample_what_it_gives_alone() -> None:
+    want = on_one_rank(UNEQUAL_TEXT_FIRST, torch.float64, 1, loss_of_each_alone)
+    for mode, got in zip(MODES, run(2, in_all_modes, (UNEQUAL_TEXT_FIRST,), torch.float64)[0][0], strict=True):
+        loss, gradient = largest_differences(got, want)
+        assert loss < 1e-12 and gradient < 1e-9, (mode, loss, gradient)
+
+
+def test_padding_tiles_are_dropped() -> None:
+    """Two tiles a frame, of which a frame fills one. Every row sees a frame: a row that sees none would see the
+    padding tiles in transformers, and the frames here."""
+    patterns = ("ItIItttaaItaI", "IIta")
+    want = on_one_rank(patterns, torch.float64, 2, loss_of)
+    for mode, got in zip(MODES, run(2, in_all_modes, (patterns,), torch.float64, 2)[0][0], strict=True):
+        loss, gradient = largest_differences(got, want)
+        assert loss < 1e-12 and gradient < 1e-9, (mode, loss, gradient)
+
+
+# The one-rank path itself
+
+
+def test_the_one_rank_inputs_are_those_of_transformers() -> None:
+    samples = samples_of(BATCHES["unequal samples"])
+    collator = tiny_collator(tiny_model(), None)
+    layout = collator.layout(samples)
+    images = collator.load(samples, layout)
+    inputs = collator.collate(layout, images).inputs
+    theirs = tiny_processor()(images, return_tensors="pt")
+    masks = [get_cross_attention_token_mask(sample.input_ids, IMAGE_TOKEN) for sample in samples]
+    length = inputs["input_ids"].shape[1]
+    dense = convert_sparse_cross_attention_mask_to_dense(masks, [[1] * len(mask) for mask in masks], 1, length)
+
+    frames = torch.tensor([[n < sample.num_frames for n in range(max(layout.frames))] for sample in samples])
+    for key in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
+        torch.testing.assert_close(inputs[key][frames], theirs[key][frames].to(inputs[key].dtype))
+    text = torch.tensor([[n < len(sample.input_ids) for n in range(length)] for sample in samples])
+    torch.testing.assert_close(inputs["cross_attention_mask"][text], torch.from_numpy(dense)[text])
+
+
+@given(st.lists(st.sampled_from([IMAGE_TOKEN, IMAGE_TOKEN, 4, 5]), max_size=30))
+def test_frame_ranges_are_the_mask_of_transformers(input_ids: list[int]) -> None:
+    mask = get_cross_attention_token_mask(input_ids, IMAGE_TOKEN)
+    [dense] = convert_sparse_cross_attention_mask_to_dense([mask], [[1] * len(mask)], 1, len(input_ids))
+    ours = np.zeros(dense.shape, dtype=dense.dtype)
+    for token, (first, last) in enumerate(Mllama().frame_ranges(input_ids, tiny_config())):
+        ours[token, first:last] = 1
+    np.testing.assert_array_equal(ours, dense)

@@ -1,0 +1,149 @@
+"""The registered operators: ``opcheck``, ``torch.compile``, and selective activation checkpointing."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
+from ds_lvxattn.comm import communicator
+from tests.distributed import device, run
+
+ops = torch.ops.ds_lvxattn
+
+Q_LENGTHS, KV_LENGTHS = (3, 2), (4, 6)
+
+
+def qkv(rank: int = 0, dtype: torch.dtype = torch.float32, requires_grad: bool = True) -> tuple[Tensor, ...]:
+    torch.manual_seed(rank)
+    shapes = [(2, 4, Q_LENGTHS[rank], 8), *[(2, 2, KV_LENGTHS[rank], 8)] * 2]
+    return tuple(torch.randn(s, dtype=dtype, device=device(), requires_grad=requires_grad) for s in shapes)
+
+
+def ranges(*shape: int, seed: int = 5) -> tuple[Tensor, Tensor]:
+    """Equal on every rank, with rows that see nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    bounds = torch.randint(0, sum(KV_LENGTHS), (2, *shape), generator=generator, dtype=torch.int32)
+    return bounds[0].to(device()), bounds[1].to(device())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kernel", ["auto", "math"])
+def test_opcheck_of_local_attention(masked: bool, kernel: str) -> None:
+    start, stop = ranges(2, Q_LENGTHS[0]) if masked else (None, None)
+    torch.library.opcheck(ops.local_attention, (*qkv(), start, stop, 0.3, kernel))
+
+
+def test_opcheck_of_local_attention_backward() -> None:
+    q, k, v = qkv(requires_grad=False)
+    start, stop = ranges(2, Q_LENGTHS[0])
+    out, lse = ops.local_attention(q, k, v, start, stop, 0.3, "auto")
+    args = (torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse, start, stop, 0.3, "auto")
+    torch.library.opcheck(ops.local_attention_backward, args)
+
+
+def test_opcheck_of_merge_attention() -> None:
+    outs = torch.randn(3, 2, 4, 5, 8, device=device(), requires_grad=True)
+    lses = torch.randn(3, 2, 4, 5, device=device(), requires_grad=True)
+    torch.library.opcheck(ops.merge_attention, (outs, lses))
+
+
+def opcheck_distributed(name: str, masked: bool) -> dict[str, str]:
+    """``opcheck`` of an operator and of its backward, on all ranks together."""
+    comm = communicator(dist.group.WORLD)
+    forward, backward = getattr(ops, name), getattr(ops, f"{name}_backward")
+    q, k, v = qkv(comm.rank)
+    rows = [2, max(Q_LENGTHS)] if name != "kv_ring" else [2, q.shape[2]]
+    if name == "query_replicated":
+        q, rows = qkv(0)[0], [1, 2, Q_LENGTHS[0]]
+    elif name != "kv_ring":
+        rows = [comm.ranks, *rows]
+    start, stop = ranges(*rows) if masked else (None, None)
+    q_lengths = [list(Q_LENGTHS)] if name in ("query_gather", "query_ring") else []
+    call = (start, stop, 0.3, "math", comm.name, *q_lengths, list(KV_LENGTHS), 0)
+    results = torch.library.opcheck(forward, (q, k, v, *call))
+    with torch.no_grad():
+        out, lse, *rest = forward(q, k, v, *call)
+    q, k, v = (x.detach() for x in (q, k, v))
+    kept = rest or [q]
+    torch.library.opcheck(
+        backward, (torch.ones_like(out), torch.ones_like(lse), *kept, k, v, out, lse, *call)
+    )
+    return results
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["query_gather", "query_ring", "query_replicated", "kv_ring"])
+def test_opcheck_of_distributed_operators(name: str, masked: bool) -> None:
+    for results in run(2, opcheck_distributed, name, masked):
+        assert set(results.values()) == {"SUCCESS"}
+
+
+def test_compiled_whole() -> None:
+    """One graph, no break; the operator stays one node of it."""
+    q, k, v = qkv()
+    start, stop = ranges(2, Q_LENGTHS[0])
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = sp_attention(q.sin(), k, v, interval=KVInterval(start, stop))
+        return (out.cos().sum() + lse.exp().sum()).sin()
+
+    want = torch.autograd.grad(layer(q, k, v), (q, k, v))
+    got = torch.autograd.grad(torch.compile(layer, fullgraph=True, backend="aot_eager")(q, k, v), (q, k, v))
+    torch.testing.assert_close(got, want)
+
+
+def keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if getattr(operator, "namespace", "") == "ds_lvxattn":
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def gradients_with_recomputation(schedule: str, queries: str, mode: str) -> tuple[list[Tensor], int]:
+    """Gradients of a layer with projections around the attention, and the bytes of its backward pass."""
+    comm = communicator(dist.group.WORLD)
+    x, y, _ = qkv(comm.rank)
+    q_lengths: tuple[int, ...] = Q_LENGTHS
+    if queries == "replicated":
+        x, q_lengths = qkv(0)[0], (Q_LENGTHS[0],) * comm.ranks
+    weight = torch.eye(8, device=device(), requires_grad=True)
+    interval = KVInterval(*ranges(1 if queries == "replicated" else comm.ranks, 2, max(q_lengths)))
+    shards = ShardLayout(SequenceShards(q_lengths), SequenceShards(KV_LENGTHS))
+
+    def layer(x: Tensor, y: Tensor) -> Tensor:
+        out, _ = sp_attention(
+            x @ weight, y @ weight, (y @ weight).sin(), group=comm.group, schedule=schedule, queries=queries,
+            interval=interval, shards=shards,
+        )  # fmt: skip
+        return (out @ weight).cos()
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, keep_attention)
+    if mode == "none":
+        out = layer(x, y)
+    elif mode == "all":
+        out = checkpoint(layer, x, y, use_reentrant=False)
+    else:
+        out = checkpoint(layer, x, y, use_reentrant=False, context_fn=contexts)
+    comm.reset()
+    gradients = torch.autograd.grad(out.sum(), (x, y, weight))
+    return [gradient.cpu() for gradient in gradients], comm.bytes_received
+
+
+@pytest.mark.parametrize(
+    ("schedule", "queries"), [("gather", "sharded"), ("ring", "sharded"), ("auto", "replicated")]
+)
+def test_recomputation_that_keeps_the_attention_receives_nothing(schedule: str, queries: str) -> None:
+    plain, everything, selective = (
+        run(2, gradients_with_recomputation, schedule, queries, mode) for mode in ("none", "all", "selective")
+    )
+    for (want, without), (_, with_exchange), (got, received) in zip(
+        plain, everything, selective, strict=True
+    ):
+        assert received == without < with_exchange
+        torch.testing.assert_close(got, want, rtol=0, atol=0)

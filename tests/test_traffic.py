@@ -1,0 +1,235 @@
+"""Bytes that a rank receives: the communicator's count, what really moves, and the formulas of the design."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
+from ds_lvxattn.comm import communicator
+from tests.distributed import device, run
+
+GATHER = ("lv_xattn", "gather", "sharded")
+QUERY_RING = ("lv_xattn", "ring", "sharded")
+REPLICATED = ("lv_xattn", "auto", "replicated")
+ULYSSES = ("ulysses", "auto", "sharded")
+KV_RING = ("ring", "ring", "sharded")
+MODES = (GATHER, QUERY_RING, REPLICATED, ULYSSES, KV_RING)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Sizes of one attention layer; ``out_travels``: its backward kernel takes ``O``, not ``delta``."""
+
+    q_lengths: tuple[int, ...]
+    kv_lengths: tuple[int, ...]
+    batch: int = 2
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    kernel: str = "math"
+    lse_in_loss: bool = True
+
+    @property
+    def ranks(self) -> int:
+        return len(self.q_lengths)
+
+    @property
+    def out_travels(self) -> bool:
+        return self.kernel == "flash" and not self.lse_in_loss
+
+
+@dataclass
+class Traffic:
+    """Bytes that one rank received in a forward and in a backward pass: by the count, and as measured."""
+
+    forward: Counter[str]
+    backward: Counter[str]
+    measured_forward: int
+    measured_backward: int
+
+
+@contextmanager
+def measured() -> Iterator[Counter[str]]:
+    """Bytes that arrive from other ranks, seen where every collective enters the process group.
+
+    Below ``torch.distributed``, so DeepSpeed's exchanges are seen too. An all-reduce counts as a ring.
+    """
+    seen: Counter[str] = Counter()
+    ranks = dist.get_world_size()
+    arriving = {
+        "all_to_all_single": lambda out, *_: out.nbytes * (ranks - 1) // ranks,
+        "all_gather_single": lambda out, *_: out.nbytes * (ranks - 1) // ranks,
+        "allreduce": lambda tensors, *_: 2 * tensors[0].nbytes * (ranks - 1) // ranks,
+        "recv": lambda tensors, *_: tensors[0].nbytes,
+    }
+    # Releases before torch 2.13 have other names for the same two.
+    arriving |= {
+        "alltoall_base": arriving["all_to_all_single"],
+        "_allgather_base": arriving["all_gather_single"],
+    }
+    group_type = dist.ProcessGroup
+    original = {name: vars(group_type)[name] for name in arriving if name in vars(group_type)}
+
+    def counting(name: str):
+        def method(self, *args, **kwargs):
+            seen[name] += arriving[name](*args)
+            return original[name](self, *args, **kwargs)
+
+        return method
+
+    try:
+        for name in original:
+            setattr(group_type, name, counting(name))
+        yield seen
+    finally:
+        for name, method in original.items():
+            setattr(group_type, name, method)
+
+
+def traffic_of(layer: Layer, modes: tuple[tuple[str, str, str], ...]) -> list[Traffic]:
+    """Traffic of this rank in each mode."""
+    comm = communicator(dist.group.WORLD)
+    results = []
+    for strategy, schedule, queries in modes:
+        replicated = queries == "replicated"
+        rows = sum(layer.q_lengths) if replicated else layer.q_lengths[comm.rank]
+        q_lengths = (rows,) * comm.ranks if replicated else layer.q_lengths
+        options: dict[str, Any] = {"dtype": layer.dtype, "device": device(), "requires_grad": True}
+        q = torch.randn(layer.batch, layer.heads, rows, layer.head_dim, **options)
+        k = torch.randn(layer.batch, layer.kv_heads, layer.kv_lengths[comm.rank], layer.head_dim, **options)
+        v = torch.randn_like(k, requires_grad=True)
+        shards = ShardLayout(SequenceShards(q_lengths), SequenceShards(layer.kv_lengths))
+        # The first call of a strategy may start DeepSpeed's front end, which has traffic of its own.
+        sp_attention(q, k, v, group=comm.group, strategy=strategy, queries=queries, shards=shards)
+        comm.reset()
+        with measured() as forward:
+            out, lse = sp_attention(
+                q, k, v, group=comm.group, strategy=strategy, schedule=schedule, queries=queries,
+                kernel=layer.kernel, shards=shards,
+            )  # fmt: skip
+        counted_forward = Counter(comm.received)
+        comm.reset()
+        with measured() as backward:
+            (out.sum() + lse.sum() if layer.lse_in_loss else out.sum()).backward()
+        results.append(
+            Traffic(counted_forward, Counter(comm.received), sum(forward.values()), sum(backward.values()))
+        )
+    return results
+
+
+def formulas(layer: Layer, mode: tuple[str, str, str], rank: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of the forward and of the backward pass, by kind, for shards of any lengths.
+
+    Collectives pad to the longest shard; point-to-point messages do not.
+    """
+    n, size, wide = layer.ranks, layer.dtype.itemsize, 8 if layer.dtype == torch.float64 else 4
+    row, stat = layer.batch * layer.heads * layer.head_dim * size, layer.batch * layer.heads * wide
+    total, own = sum(layer.q_lengths), layer.q_lengths[rank]
+    if mode == GATHER:
+        sent = returned = (n - 1) * max(layer.q_lengths)
+    else:
+        sent, returned = total - own, (n - 1) * own
+    outputs, stats = ({"outputs": sent * row}, 1) if layer.out_travels else ({}, 2)
+    if mode in (GATHER, QUERY_RING):
+        forward = {"queries": sent * row, "outputs": returned * row, "lse": returned * stat}
+        queries_again = {} if mode == GATHER else {"queries": sent * row}
+        return forward, {
+            "output gradients": sent * row,
+            "query gradients": returned * row,
+            "lse": stats * sent * stat,
+            **outputs,
+            **queries_again,
+        }
+    if mode == REPLICATED:
+        forward = {"outputs": (n - 1) * total * row, "lse": (n - 1) * total * stat}
+        return forward, {"query gradients": 2 * (n - 1) * total * row // size * wide // n}
+    if mode == ULYSSES:
+        kv_row = layer.batch * max(layer.kv_heads, n) * layer.head_dim * size
+        rows, keys = (n - 1) * max(layer.q_lengths), (n - 1) * max(layer.kv_lengths)
+        forward = {
+            "queries": rows * row // n,
+            "outputs": rows * row // n,
+            "keys and values": 2 * keys * kv_row // n,
+            "lse": rows * stat // n,
+        }
+        return forward, forward if layer.lse_in_loss else {k: b for k, b in forward.items() if k != "lse"}
+    key = 2 * layer.batch * layer.kv_heads * layer.head_dim
+    keys = sum(layer.kv_lengths)
+    visiting = (keys - layer.kv_lengths[rank]) * key * size
+    # The gradients of all keys arrive here, its own last, but for those of the rank before.
+    gradients = (keys - layer.kv_lengths[rank - 1]) * key * wide
+    return {"keys and values": visiting}, {"keys and values": visiting, "key and value gradients": gradients}
+
+
+LAYERS = {
+    "even": Layer((6, 6), (40, 40)),
+    "out travels": Layer((6, 6), (40, 40), kernel="flash", lse_in_loss=False),
+    "delta travels": Layer((6, 6), (40, 40), kernel="math", lse_in_loss=False),
+    "uneven": Layer((5, 2), (31, 8), dtype=torch.float32),
+    "empty": Layer((0, 3), (7, 0), dtype=torch.float64),
+    "4 ranks": Layer((4, 4, 4, 4), (24, 24, 24, 24)),
+    "4 ranks, uneven, fewer key heads": Layer((5, 0, 2, 1), (9, 31, 0, 12), kv_heads=2, dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+def test_count_equals_formulas_and_measurement(layer: Layer) -> None:
+    for rank, results in enumerate(run(layer.ranks, traffic_of, layer, MODES)):
+        for mode, result in zip(MODES, results, strict=True):
+            forward, backward = formulas(layer, mode, rank)
+            assert +result.forward == +Counter(forward), (mode, rank, "forward")
+            assert +result.backward == +Counter(backward), (mode, rank, "backward")
+            assert result.measured_forward == sum(forward.values()), (mode, rank)
+            assert result.measured_backward == sum(backward.values()), (mode, rank)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_even_shards_receive_what_the_table_of_the_design_says(ranks: int) -> None:
+    layer = Layer((8,) * ranks, (40,) * ranks)
+    n, size = ranks, layer.dtype.itemsize
+    queries = sum(layer.q_lengths) * layer.heads * layer.head_dim * layer.batch
+    keys = sum(layer.kv_lengths) * layer.kv_heads * layer.head_dim * layer.batch
+    exchange = (n - 1) * 2 * queries * size // n
+    all_to_all = (n - 1) * (2 * queries + 2 * keys) * size // n**2
+    ring = (n - 1) * 2 * keys * size // n
+    ring_gradients = (n - 1) * 2 * keys * 4 // n
+    table = {
+        GATHER: (exchange, exchange),
+        QUERY_RING: (exchange, exchange + exchange // 2),  # Q is sent again
+        ULYSSES: (all_to_all, all_to_all),
+        KV_RING: (ring, ring + ring_gradients),
+    }
+    for results in run(ranks, traffic_of, layer, tuple(table)):
+        for (mode, (forward, backward)), result in zip(table.items(), results, strict=True):
+            assert result.forward.total() - result.forward["lse"] == forward, mode
+            assert result.backward.total() - result.backward["lse"] == backward, mode
+
+
+def metadata_traffic(interval_of_all_ranks: bool, shards_given: bool) -> Counter[str]:
+    comm = communicator(dist.group.WORLD)
+    q = torch.randn(2, 2, 3, 8, device=device())
+    shape = (comm.ranks, 2, 3) if interval_of_all_ranks else (2, 3)
+    bound = torch.zeros(shape, dtype=torch.int32, device=device())
+    lengths = SequenceShards((3,) * comm.ranks)
+    comm.reset()
+    sp_attention(
+        q, q, q, group=comm.group, interval=KVInterval(bound, bound + 4),
+        shards=ShardLayout(lengths, lengths) if shards_given else None,
+    )  # fmt: skip
+    return Counter({what: comm.received[what] for what in ("intervals", "shard lengths")})
+
+
+def test_metadata_travels_only_when_the_caller_does_not_give_it() -> None:
+    assert all(not +seen for seen in run(2, metadata_traffic, True, True))
+    for seen in run(2, metadata_traffic, False, False):
+        assert seen["intervals"] == 2 * 2 * 3 * 4  # start and stop, batch 2, 3 rows, int32
+        assert seen["shard lengths"] > 0
