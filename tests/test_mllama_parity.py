@@ -89,10 +89,10 @@ def in_all_modes(
 
 
 def largest_differences(got: tuple[float, Gradients], want: tuple[float, Gradients]) -> tuple[float, float]:
-    """Of the loss, and of the gradients of any parameter beside its largest one; both relative."""
+    """Of the loss and of a gradient, relative: to the largest of its parameter, or to a thousandth of the largest."""
     scale = max(g.abs().max().item() for g in want[1].values())
     differences = [
-        (got[1][name] - g).abs().max().item() / max(g.abs().max().item(), 1e-6 * scale) for name, g in want[1].items()
+        (got[1][name] - g).abs().max().item() / max(g.abs().max().item(), 1e-3 * scale) for name, g in want[1].items()
     ]
     return abs(got[0] - want[0]) / abs(want[0]), max(differences)
 
@@ -104,7 +104,7 @@ def test_loss_and_gradients_in_float64(ranks: int) -> None:
         want = on_one_rank(patterns, torch.float64, 1, loss_of)
         for mode, got in zip(MODES, results, strict=True):
             loss, gradient = largest_differences(got, want)
-            assert loss < 1e-12 and gradient < 1e-9, (patterns, mode, loss, gradient)
+            assert loss < 1e-12 and gradient < 1e-11, (patterns, mode, loss, gradient)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -114,14 +114,14 @@ def test_loss_in_float32(ranks: int) -> None:
         want = on_one_rank(patterns, torch.float32, 1, loss_of)
         for mode, got in zip(MODES, results, strict=True):
             loss, gradient = largest_differences(got, want)
-            assert loss < 1e-5 and gradient < 1e-3, (patterns, mode, loss, gradient)
+            assert loss < 1e-5 and gradient < 1e-4, (patterns, mode, loss, gradient)
 
 
 def test_a_batch_gives_each_sample_what_it_gives_alone() -> None:
     want = on_one_rank(UNEQUAL_TEXT_FIRST, torch.float64, 1, loss_of_each_alone)
     for mode, got in zip(MODES, run(2, in_all_modes, (UNEQUAL_TEXT_FIRST,), torch.float64)[0][0], strict=True):
         loss, gradient = largest_differences(got, want)
-        assert loss < 1e-12 and gradient < 1e-9, (mode, loss, gradient)
+        assert loss < 1e-12 and gradient < 1e-11, (mode, loss, gradient)
 
 
 def test_padding_tiles_are_dropped() -> None:
@@ -131,7 +131,7 @@ def test_padding_tiles_are_dropped() -> None:
     want = on_one_rank(patterns, torch.float64, 2, loss_of)
     for mode, got in zip(MODES, run(2, in_all_modes, (patterns,), torch.float64, 2)[0][0], strict=True):
         loss, gradient = largest_differences(got, want)
-        assert loss < 1e-12 and gradient < 1e-9, (mode, loss, gradient)
+        assert loss < 1e-12 and gradient < 1e-11, (mode, loss, gradient)
 
 
 # The one-rank path itself

@@ -94,11 +94,10 @@ def head_all_to_all(shape: LayerShape, rank: int) -> Traffic:
     kv_heads = max(shape.kv_heads, n)
     kv_bytes = shape.batch * keys * kv_heads * shape.head_dim * shape.element
     share = (n - 1) / n**2
-    keys_and_values = round(share * 2 * kv_bytes)
-    exchanged = round(share * 2 * shape.query_bytes(rows)) + keys_and_values
+    exchanged = round(share * 2 * (shape.query_bytes(rows) + kv_bytes))
     forward = exchanged + round(share * shape.statistic_bytes(rows))
-    again = {"none": 0, "kv": keys_and_values, "layer": forward}[shape.recompute]
-    return Traffic(forward, exchanged + again)
+    # DeepSpeed's exchange is no operator that checkpointing can keep: all of it runs again, whatever is recomputed.
+    return Traffic(forward, exchanged + (forward if shape.recompute != "none" else 0))
 
 
 def kv_ring(shape: LayerShape, rank: int) -> Traffic:
