@@ -31,9 +31,7 @@ def visible(start: Tensor | None, stop: Tensor | None, keys: int) -> Tensor | No
     return ((position >= start[..., None]) & (position < stop[..., None]))[:, None]
 
 
-def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention by its definition, in the dtype of the inputs; rows that see nothing give 0 and ``-inf``."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * scale

@@ -194,7 +194,5 @@ def test_every_rank_says_what_a_strategy_cannot_do(sizes: dict, options: dict, m
 
 
 def test_replicated_queries_of_different_lengths() -> None:
-    for error in run(
-        2, errors_of, [{"rows": 3}, {"rows": 4}], [{"queries": "replicated"}], [False], timeout=30
-    ):
+    for error in run(2, errors_of, [{"rows": 3}, {"rows": 4}], [{"queries": "replicated"}], [False], timeout=30):
         assert "replicated queries must have one length on every rank, not (3, 4)" in error

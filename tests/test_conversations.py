@@ -105,9 +105,7 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
 def source_of(folder: Path) -> Callable[..., ConversationSource]:
     """A source of the given rows, none held out."""
 
-    def make(
-        *rows: Row, tokenizer: PreTrainedTokenizerFast = TOKENIZER, **options: Any
-    ) -> ConversationSource:
+    def make(*rows: Row, tokenizer: PreTrainedTokenizerFast = TOKENIZER, **options: Any) -> ConversationSource:
         path = write_rows(folder / "data.jsonl", list(rows))
         options = {"image_token": IMAGE, "max_frames": 8, "eval_share": 0.0, **options}
         return ConversationSource(path, tokenizer, **options)
@@ -195,9 +193,7 @@ def test_media_root(folder, source_of):
 
 
 def test_text_only_rows_beside_rows_of_other_shapes(source_of):
-    source = source_of(
-        chat(), chat(video=None, image=[]), chat(image="red.png"), chat(video=["media/short.mp4"])
-    )
+    source = source_of(chat(), chat(video=None, image=[]), chat(image="red.png"), chat(video=["media/short.mp4"]))
     assert [source.sample(i).num_frames for i in range(4)] == [0, 0, 1, 3]
 
 
@@ -281,9 +277,7 @@ def test_limit_spreads_over_the_rows(source_of):
 
 
 def test_order_depends_on_seed_and_epoch_alone(source_of):
-    orders = [
-        list(source_of(*[chat()] * 30, seed=seed).order(epoch)) for seed in (0, 1) for epoch in (0, 1, 0)
-    ]
+    orders = [list(source_of(*[chat()] * 30, seed=seed).order(epoch)) for seed in (0, 1) for epoch in (0, 1, 0)]
     assert all(sorted(order) == list(range(30)) for order in orders)
     assert orders[0] == orders[2] and orders[3] == orders[5]
     assert len({tuple(order) for order in orders}) == 4
@@ -321,15 +315,10 @@ def test_hub_dataset_with_paths(folder):
     datasets.Dataset.from_list(rows).to_parquet(str(folder / "hub" / "train.parquet"))
     options = {"image_token": IMAGE, "max_frames": 4, "media_root": folder, "eval_share": 0.34}
     train, held_out = (
-        ConversationSource(str(folder / "hub"), TOKENIZER, split=split, **options)
-        for split in ("train", "eval")
+        ConversationSource(str(folder / "hub"), TOKENIZER, split=split, **options) for split in ("train", "eval")
     )
     assert sorted(train.rows + held_out.rows) == [0, 1, 2]
-    counts = {
-        source.rows[i]: source.sample(i).num_frames
-        for source in (train, held_out)
-        for i in range(len(source))
-    }
+    counts = {source.rows[i]: source.sample(i).num_frames for source in (train, held_out) for i in range(len(source))}
     assert counts == {0: 0, 1: 3, 2: 4}
     with pytest.raises(ValueError, match="neither a file nor a dataset"):
         ConversationSource(f"{folder / 'hub'}:nosuchsplit", TOKENIZER, **options)
@@ -346,9 +335,7 @@ def test_hub_dataset_with_embedded_images(folder):
     rows = {"image": embedded, "conversations": [chat()["conversations"]] * 2}
     (folder / "hub").mkdir()
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / "hub" / "train.parquet"))
-    source = ConversationSource(
-        f"{folder / 'hub'}:train", TOKENIZER, image_token=IMAGE, max_frames=4, eval_share=0.0
-    )
+    source = ConversationSource(f"{folder / 'hub'}:train", TOKENIZER, image_token=IMAGE, max_frames=4, eval_share=0.0)
     assert source.sample(0).load_frames([0])[0][0, 0].tolist() == [255, 0, 0]
     with pytest.raises(SampleError, match="embedded image cannot be decoded"):
         source.sample(1).load_frames([0])

@@ -72,9 +72,7 @@ def opcheck_distributed(name: str, masked: bool) -> dict[str, str]:
         out, lse, *rest = forward(q, k, v, *call)
     q, k, v = (x.detach() for x in (q, k, v))
     kept = rest or [q]
-    torch.library.opcheck(
-        backward, (torch.ones_like(out), torch.ones_like(lse), *kept, k, v, out, lse, *call)
-    )
+    torch.library.opcheck(backward, (torch.ones_like(out), torch.ones_like(lse), *kept, k, v, out, lse, *call))
     return results
 
 
@@ -135,15 +133,11 @@ def gradients_with_recomputation(schedule: str, queries: str, mode: str) -> tupl
     return [gradient.cpu() for gradient in gradients], comm.bytes_received
 
 
-@pytest.mark.parametrize(
-    ("schedule", "queries"), [("gather", "sharded"), ("ring", "sharded"), ("auto", "replicated")]
-)
+@pytest.mark.parametrize(("schedule", "queries"), [("gather", "sharded"), ("ring", "sharded"), ("auto", "replicated")])
 def test_recomputation_that_keeps_the_attention_receives_nothing(schedule: str, queries: str) -> None:
     plain, everything, selective = (
         run(2, gradients_with_recomputation, schedule, queries, mode) for mode in ("none", "all", "selective")
     )
-    for (want, without), (_, with_exchange), (got, received) in zip(
-        plain, everything, selective, strict=True
-    ):
+    for (want, without), (_, with_exchange), (got, received) in zip(plain, everything, selective, strict=True):
         assert received == without < with_exchange
         torch.testing.assert_close(got, want, rtol=0, atol=0)

@@ -196,10 +196,7 @@ def test_strategy_config(script):
     derived = script.derive_config(BASE, script.Variant("lv_xattn", "ring"), 4)
     assert derived["sequence_parallel"] == {"strategy": "lv_xattn", "schedule": "ring", "kernel": "math"}
     assert derived["gradient_accumulation_steps"] == 2  # 16 = 4 a micro-batch, two groups of two ranks
-    assert (
-        script.derive_config(BASE, script.Variant("auto"), 4)["sequence_parallel"]
-        == BASE["sequence_parallel"]
-    )
+    assert script.derive_config(BASE, script.Variant("auto"), 4)["sequence_parallel"] == BASE["sequence_parallel"]
     assert "gradient_accumulation_steps" not in BASE and "layers" in BASE["sequence_parallel"]
 
 

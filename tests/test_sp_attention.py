@@ -305,9 +305,7 @@ def _gradcheck(case: Case, mode: tuple[str, str, str], step: float = 1e-6) -> fl
     data = operands(case)
     rows = list(range(case.q.total) if replicated else case.q.positions(rank))
     keys = list(case.kv.positions(rank))
-    inputs = [
-        x.clone().requires_grad_() for x in (data.q[:, :, rows], data.k[:, :, keys], data.v[:, :, keys])
-    ]
+    inputs = [x.clone().requires_grad_() for x in (data.q[:, :, rows], data.k[:, :, keys], data.v[:, :, keys])]
     q_shards = SequenceShards((case.q.total,) * ranks) if replicated else case.q
     interval = _interval(case, data, queries, rows)
 
@@ -331,9 +329,7 @@ def _gradcheck(case: Case, mode: tuple[str, str, str], step: float = 1e-6) -> fl
 
     worst = 0.0
     gradients = torch.autograd.grad(loss(), inputs)
-    for x, gradient, lengths in zip(
-        inputs, gradients, (q_shards.lengths, *[case.kv.lengths] * 2), strict=True
-    ):
+    for x, gradient, lengths in zip(inputs, gradients, (q_shards.lengths, *[case.kv.lengths] * 2), strict=True):
         shared = replicated and x is inputs[0]
         for owner, length in enumerate(lengths[:1] if shared else lengths):
             mine = shared or rank == owner

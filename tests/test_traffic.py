@@ -120,9 +120,7 @@ def traffic_of(layer: Layer, modes: tuple[tuple[str, str, str], ...]) -> list[Tr
         comm.reset()
         with measured() as backward:
             (out.sum() + lse.sum() if layer.lse_in_loss else out.sum()).backward()
-        results.append(
-            Traffic(counted_forward, Counter(comm.received), sum(forward.values()), sum(backward.values()))
-        )
+        results.append(Traffic(counted_forward, Counter(comm.received), sum(forward.values()), sum(backward.values())))
     return results
 
 

@@ -40,9 +40,7 @@ class Problem:
         """bool ``[B, 1, S_q, S_kv]``; rows that see nothing count as seeing all, for use as a dense mask."""
         key = torch.arange(self.k.shape[2], device=self.q.device)
         if self.start is None:
-            return torch.ones(
-                self.q.shape[0], 1, self.q.shape[2], len(key), dtype=torch.bool, device=self.q.device
-            )
+            return torch.ones(self.q.shape[0], 1, self.q.shape[2], len(key), dtype=torch.bool, device=self.q.device)
         seen = (key >= self.start[..., None]) & (key < self.stop[..., None])
         return seen[:, None] | self.hidden[..., None]
 
@@ -55,9 +53,7 @@ class Problem:
         lse = scores.logsumexp(-1)
         out = (scores - lse[..., None]).exp() @ v.repeat_interleave(group, 1)
         out = out.masked_fill(self.hidden[..., None], 0.0)
-        loss = (out * self.dout.to(dtype)).sum() + (
-            lse.masked_fill(self.hidden, 0.0) * self.dlse.to(dtype)
-        ).sum()
+        loss = (out * self.dout.to(dtype)).sum() + (lse.masked_fill(self.hidden, 0.0) * self.dlse.to(dtype)).sum()
         dq, dk, dv = torch.autograd.grad(loss, (q, k, v))
         lse = lse.detach().masked_fill(self.hidden, float("-inf"))
         return {"out": out.detach(), "lse": lse, "dq": dq, "dk": dk, "dv": dv}

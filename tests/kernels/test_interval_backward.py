@@ -18,9 +18,7 @@ MASKS = ("visible", "growing", "sliding", "frame", "random")
 GRADS = ("dq", "dk", "dv")
 GPU = torch.cuda.is_available()
 LONG = 20 if GPU else 1  # times the lengths that the interpreter takes
-HALVES = (
-    (torch.float16, torch.bfloat16) if GPU else (torch.float16,)
-)  # the interpreter has no bfloat16 product
+HALVES = (torch.float16, torch.bfloat16) if GPU else (torch.float16,)  # the interpreter has no bfloat16 product
 ONE_BLOCK = 1  # bytes of workspace: every key block its own chunk
 
 
@@ -47,9 +45,7 @@ def test_exact_in_float32(make_problem, error, mask, head_dim, workspace):
 @pytest.mark.parametrize("head_dim", (64, 128))
 @pytest.mark.parametrize("mask", MASKS)
 def test_no_less_exact_than_pytorch(make_problem, error, mask, head_dim, dtype):
-    p = make_problem(
-        heads=4, kv_heads=2, rows=40 * LONG, keys=120 * LONG, head_dim=head_dim, dtype=dtype, mask=mask
-    )
+    p = make_problem(heads=4, kv_heads=2, rows=40 * LONG, keys=120 * LONG, head_dim=head_dim, dtype=dtype, mask=mask)
     p.dlse.zero_()  # PyTorch's attention does not return the log-sum-exp
     p.dout[p.hidden.expand(-1, 4, -1)] = 0  # nor does it take rows that see nothing
     exact = p.exact()
@@ -85,9 +81,7 @@ def test_log_sum_exp_over_keys_elsewhere(make_problem, error):
     shards = []
     for a, b in ((0, 50), (50, 160)):
         bounds = (p.start.clamp(a, b) - a, p.stop.clamp(a, b) - a)
-        shards.append(
-            interval_backward(p.dout, p.q, p.k[:, :, a:b], p.v[:, :, a:b], lse, delta, *bounds, p.scale)
-        )
+        shards.append(interval_backward(p.dout, p.q, p.k[:, :, a:b], p.v[:, :, a:b], lse, delta, *bounds, p.scale))
     assert error(shards[0][0] + shards[1][0], exact["dq"]) < 1e-5
     assert error(torch.cat((shards[0][1], shards[1][1]), 2), exact["dk"]) < 1e-5
     assert error(torch.cat((shards[0][2], shards[1][2]), 2), exact["dv"]) < 1e-5
@@ -97,9 +91,7 @@ def test_rows_that_see_nothing(make_problem):
     p = make_problem(rows=50, keys=70, mask="growing")
     p.start[:], p.stop[:] = 7, 7
     lse = torch.full_like(p.dlse, float("-inf"))
-    for grad in interval_backward(
-        p.dout, p.q, p.k, p.v, lse, torch.zeros_like(lse), p.start, p.stop, p.scale
-    ):
+    for grad in interval_backward(p.dout, p.q, p.k, p.v, lse, torch.zeros_like(lse), p.start, p.stop, p.scale):
         assert not grad.any()
     for grad in interval_backward(p.dout, p.q, p.k, p.v, lse, torch.zeros_like(lse), None, None, p.scale):
         assert not grad.any()
@@ -126,17 +118,13 @@ def test_strides_are_read_and_kept(make_problem, error, head_dim):
 
 @pytest.mark.parametrize("head_dim", (64, 128))
 def test_same_bits_every_time(make_problem, head_dim):
-    p = make_problem(
-        heads=4, kv_heads=2, rows=60 * LONG, keys=150 * LONG, head_dim=head_dim, dtype=HALVES[-1]
-    )
+    p = make_problem(heads=4, kv_heads=2, rows=60 * LONG, keys=150 * LONG, head_dim=head_dim, dtype=HALVES[-1])
     exact = p.exact()
     first, second = run(p, exact, workspace=2**20), run(p, exact, workspace=2**20)
     assert all(torch.equal(first[name], second[name]) for name in GRADS)
 
 
-@settings(
-    max_examples=30 if GPU else 8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30 if GPU else 8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 60 * LONG),
     keys=st.integers(1, 150 * LONG),
@@ -147,9 +135,7 @@ def test_same_bits_every_time(make_problem, head_dim):
     seed=st.integers(0, 1000),
 )
 def test_any_length(make_problem, error, rows, keys, heads, head_dim, mask, workspace, seed):
-    p = make_problem(
-        heads=heads[0], kv_heads=heads[1], rows=rows, keys=keys, head_dim=head_dim, mask=mask, seed=seed
-    )
+    p = make_problem(heads=heads[0], kv_heads=heads[1], rows=rows, keys=keys, head_dim=head_dim, mask=mask, seed=seed)
     exact = p.exact()
     out, lse = interval_forward(p.q, p.k, p.v, p.start, p.stop, p.scale)
     delta = attention_delta(p.dout, out, p.dlse.masked_fill(p.hidden, 0.0))

@@ -18,9 +18,7 @@ from ds_lvxattn.kernels.interval_forward import (
 MASKS = ("visible", "growing", "sliding", "frame", "random")
 GPU = torch.cuda.is_available()
 LONG = 20 if GPU else 1  # times the lengths that the interpreter takes
-HALVES = (
-    (torch.float16, torch.bfloat16) if GPU else (torch.float16,)
-)  # the interpreter has no bfloat16 product
+HALVES = (torch.float16, torch.bfloat16) if GPU else (torch.float16,)  # the interpreter has no bfloat16 product
 
 
 def run(p):
@@ -88,9 +86,7 @@ def test_strides_are_read_and_kept(make_problem, error):
     assert error(run(p)[0], p.exact()["out"]) < 1e-5
 
 
-@settings(
-    max_examples=40 if GPU else 10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40 if GPU else 10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 70 * LONG),
     keys=st.integers(1, 200 * LONG),
@@ -99,9 +95,7 @@ def test_strides_are_read_and_kept(make_problem, error):
     seed=st.integers(0, 1000),
 )
 def test_any_length(make_problem, error, rows, keys, heads, mask, seed):
-    p = make_problem(
-        heads=heads[0], kv_heads=heads[1], rows=rows, keys=keys, mask=mask, seed=seed, dtype=torch.float32
-    )
+    p = make_problem(heads=heads[0], kv_heads=heads[1], rows=rows, keys=keys, mask=mask, seed=seed, dtype=torch.float32)
     exact = p.exact()
     out, lse = run(p)
     assert error(out, exact["out"]) < 1e-5

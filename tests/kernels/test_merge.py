@@ -55,9 +55,7 @@ def test_unseen_partials_count_as_zero(merge):
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    parts=st.integers(1, 9), rows=st.integers(1, 90), dtype=st.sampled_from((torch.float32, torch.float16))
-)
+@given(parts=st.integers(1, 9), rows=st.integers(1, 90), dtype=st.sampled_from((torch.float32, torch.float16)))
 def test_triton_equals_torch(error, parts, rows, dtype):
     torch.manual_seed(rows)
     device = "cuda" if torch.cuda.is_available() else "cpu"
