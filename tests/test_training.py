@@ -190,7 +190,7 @@ def test_the_command_and_its_resumption(tmp_path: Path) -> None:
 
 
 def check_files(folder: Path) -> None:
-    """The files of ``interfaces.md``."""
+    """The files that a run writes, as docs/config.md has them."""
     assert len(losses_in(folder)) == STEPS
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         assert set(json.loads(line)) >= {
