@@ -159,7 +159,7 @@ def launch(
         environment["DS_ACCELERATOR"] = "cpu"
     log = folder / "log.txt"
     with log.open("w") as output:
-        # A session of its own, so that nothing of a run outlives it when this script is interrupted.
+        # A process group of its own, so that nothing of a run outlives it when this script is interrupted.
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
