@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ds_lvxattn.batch import SequenceParallelBatch
 
-ATTENTION_OPERATORS = ("local_attention", "query_gather", "query_ring", "query_replicated", "kv_ring")
+ATTENTION_OPERATORS = ("local_attention", "query_gather", "query_ring", "query_routed", "query_replicated", "kv_ring")
 
 
 def enable_recompute(layers: Iterable[GradientCheckpointingLayer], policy: str) -> None:

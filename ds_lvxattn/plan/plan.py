@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -16,9 +16,8 @@ from ds_lvxattn.strategies import STRATEGIES
 # loopback on a CPU. It scales all candidates alike, so the choice does not depend on it.
 NOMINAL_LINK = {"cuda": 25e9, "cpu": 1e9}
 
-# The schedule that ``auto`` takes. Both schedules of query exchange receive the same bytes forward; gather sends
-# fewer, larger messages, and keeps the queries for the backward pass instead of sending them again.
-AUTO_SCHEDULE = {"lv_xattn": "gather", "ulysses": "auto", "ring": "ring"}
+# ``routed`` is not pipelined as ``gather`` is, so it must save at least this share of gather's bytes.
+ROUTED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,10 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What a layer runs with, and what was expected of every candidate: one object of ``plan.json``."""
+    """What a layer runs with, and what was expected of every candidate: one object of ``plan.json``.
+
+    ``balance`` is the largest over the mean visible work of a rank when queries travel (1 is even).
+    """
 
     layer: str
     role: str
@@ -50,6 +52,7 @@ class LayerPlan:
     predicted_ms: dict[str, float | None]
     predicted_bytes: dict[str, int | None]
     reason: str
+    balance: float | None = None
 
 
 def plan_layers(
@@ -85,21 +88,22 @@ def _plan_layer(
     if sizes is None or config.size == 1:
         why = "each rank attends within its own frames" if layer.role == "local" else "one rank, nothing to exchange"
         return LayerPlan(layer.name, layer.role, "local", "auto", {}, {}, why)
-    shape = LayerShape(
-        sizes.batch, layer.heads, layer.kv_heads, layer.head_dim,
-        sizes.q_lengths, sizes.kv_lengths, sizes.element, sizes.needs_out,
-        _recomputed(layer.role, config),
+    shape = replace(
+        sizes, heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim,
+        recompute=_recomputed(layer.role, config),
     )  # fmt: skip
     ranks = shape.ranks
     predicted: dict[str, int | None] = {}
     obstacles: dict[str, str] = {}
+    schedules: dict[str, str] = {}
+    why_schedule: dict[str, str] = {}
     for name, strategy in STRATEGIES.items():
+        schedules[name], why_schedule[name] = _schedule(name, shape, config)
         obstacle = strategy.unsupported(layer.heads, layer.kv_heads, ranks, replicated=False)
         if obstacle is not None:
             obstacles[name], predicted[name] = obstacle, None
         else:
-            traffic = TRAFFIC[name, _schedule(name, config)]
-            predicted[name] = max(traffic(shape, rank).total for rank in range(ranks))
+            predicted[name] = _most_bytes(shape, name, schedules[name])
     forced: str | None = next(
         (name for pattern, name in config.layers.items() if fnmatchcase(layer.name, pattern)), None
     )
@@ -113,15 +117,34 @@ def _plan_layer(
         chosen, reason = _fewest_bytes(predicted, obstacles, shape)
     link = NOMINAL_LINK.get(device, NOMINAL_LINK["cuda"])
     predicted_ms = {name: None if b is None else b / link * 1e3 for name, b in predicted.items()}
-    return LayerPlan(layer.name, layer.role, chosen, _schedule(chosen, config), predicted_ms, predicted, reason)
+    if why_schedule[chosen]:
+        reason += f"; schedule {schedules[chosen]}: {why_schedule[chosen]}"
+    return LayerPlan(
+        layer.name, layer.role, chosen, schedules[chosen], predicted_ms, predicted, reason, round(shape.balance, 4)
+    )
 
 
 def _recomputed(role: str, config: SequenceParallelConfig) -> str:
     return "none" if config.recompute == "kv" and role != "cross" else config.recompute
 
 
-def _schedule(strategy: str, config: SequenceParallelConfig) -> str:
-    return config.schedule if config.schedule in STRATEGIES[strategy].schedules else AUTO_SCHEDULE[strategy]
+def _most_bytes(shape: LayerShape, strategy: str, schedule: str) -> int:
+    """Bytes of the rank that receives most."""
+    return max(TRAFFIC[strategy, schedule](shape, rank).total for rank in range(shape.ranks))
+
+
+def _schedule(strategy: str, shape: LayerShape, config: SequenceParallelConfig) -> tuple[str, str]:
+    """The schedule that ``strategy`` runs with, and why; no reason where there is nothing to choose."""
+    schedules = STRATEGIES[strategy].schedules
+    if config.schedule in schedules:
+        return config.schedule, "set in the config"
+    if "routed" not in schedules:
+        return (schedules[0] if schedules else "auto"), ""
+    # The ring receives what gather does or more, in smaller messages; it is for comparison.
+    gather, routed = (_most_bytes(shape, strategy, schedule) for schedule in ("gather", "routed"))
+    if routed <= ROUTED_SHARE * gather:
+        return "routed", f"intervals let it receive {routed:,} bytes, gather {gather:,}"
+    return "gather", f"pipelined, {gather:,} bytes; routed would receive {routed:,}"
 
 
 def _fewest_bytes(
