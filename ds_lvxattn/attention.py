@@ -133,8 +133,8 @@ def _ask_for_shards(
             raise ValueError(
                 "the ranks of the group call sp_attention with different settings; give all of them the same "
                 "[batch, query heads, key heads, head size, interval given, interval of own rows, hash of "
-                f"dtype, strategy, queries, schedule, kernel, scale, head_groups and keep_queries]: rank 0 {everyone[0][2:]}, "
-                f"rank {rank} {theirs[2:]}"
+                "dtype, strategy, queries, schedule, kernel, scale, head_groups and keep_queries]: "
+                f"rank 0 {everyone[0][2:]}, rank {rank} {theirs[2:]}"
             )
     rows, keys = zip(*(theirs[:2] for theirs in everyone), strict=True)
     return ShardLayout(SequenceShards(rows), SequenceShards(keys))

@@ -61,7 +61,7 @@ class BatchLayout:
         return ShardLayout(self.text, self.text)
 
     def ranges_of(self, role: str) -> tuple[Tensor, Tensor]:
-        """``start, stop`` of the rows of every rank in the attention of ``role``, int32 ``[n, B, s_max]``, on the CPU."""
+        """``start, stop`` of the rows of every rank in attention of ``role``: int32 ``[n, B, s_max]`` on the CPU."""
         start, stop = self.start, self.stop
         if role == "self":
             start = np.zeros_like(self.start)

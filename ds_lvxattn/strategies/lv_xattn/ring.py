@@ -120,7 +120,8 @@ def query_ring(
         first, last = _ranges_of(start, stop, kv, comm.rank, owner, queries.shape[2])
         returns.send(owner, forward_local(queries, k, v, first, last, scale, kernel), ("outputs", "lse"))
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
-    merge_partials(*returns.collect(), out=out, lse=lse)
+    outs, lses = returns.collect()
+    merge_partials(outs, lses, out=out, lse=lse)
     return out, lse
 
 
