@@ -87,8 +87,12 @@ class Collator:
             for role, shards in (("cross", layout.cross), ("self", layout.self_attention))
         }
 
-    def collate(self, layout: BatchLayout, images: Images) -> MicroBatch:
-        """This rank's micro-batch."""
+    def collate(self, layout: BatchLayout, images: Images, most_frames: int | None = None) -> MicroBatch:
+        """This rank's micro-batch.
+
+        Args:
+            most_frames: ``layout.most_frames`` over all groups of the run; None: there is one group.
+        """
         rows = layout.text.positions(self.rank)
         own = slice(rows[0], rows[-1] + 1)
         labels = torch.from_numpy(layout.shift_labels[:, own]).contiguous()
@@ -105,7 +109,7 @@ class Collator:
         inputs |= self._visual(layout, images)
         inputs = {key: self._to_device(value) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         if self.parallel:
-            inputs["sequence_parallel"] = self._exchange(layout, own)
+            inputs["sequence_parallel"] = self._exchange(layout, own, most_frames or layout.most_frames)
         return MicroBatch(
             inputs,
             inputs["labels"],
@@ -123,8 +127,8 @@ class Collator:
             flat = [image for sample in images for image in sample]
             # A rank without frames encodes a blank one, so that every rank runs the same modules and collectives.
             if not flat:
-                return dict(self.family.blank_pixels(self.model_config))
-            return dict(self.family.pixels(flat, self.processor, self.model_config))
+                return dict(self.family.real_tiles(self.family.blank_pixels(self.model_config)))
+            return dict(self.family.real_tiles(self.family.pixels(flat, self.processor, self.model_config)))
         if not max(layout.frames):
             return {}  # the unmodified model skips its cross-attention
         pixels = [
@@ -139,7 +143,7 @@ class Collator:
             **dense,
         }
 
-    def _exchange(self, layout: BatchLayout, own: slice) -> SequenceParallelBatch:
+    def _exchange(self, layout: BatchLayout, own: slice, most_frames: int) -> SequenceParallelBatch:
         assert self.parallel is not None
         comm = self.parallel.comm
         batch, length = layout.input_ids.shape
@@ -148,19 +152,22 @@ class Collator:
             "cross": AttentionInputs(layout.cross, self._interval(layout.start, layout.stop, layout.text)),
             "self": AttentionInputs(layout.self_attention, self._interval(np.zeros_like(causal), causal, layout.text)),
         }
-        # Tile 0 of a frame is the frame; an unused slot repeats tile 0 of the first frame, which no row sees.
-        loaded, tiles = 0, []
+        # An unused slot repeats the first frame, which no row sees.
+        loaded, slots = 0, []
         for frames in layout.frames:
             for slot in layout.slots[comm.rank]:
-                tiles.append(loaded * self.family.tiles_per_frame(self.model_config) if slot < frames else 0)
+                slots.append(loaded if slot < frames else 0)
                 loaded += slot < frames
+        portions = -(-most_frames // self.family.frames_at_once(self.model_config))
+        in_order = slots == list(range(max(loaded, portions, 1)))
         sees_frame = torch.from_numpy(layout.sees_frame[:, own]).to(self.dtype)
         return SequenceParallelBatch(
             comm,
             roles,
             self.parallel.plans,
             self.parallel.config.kernel,
-            torch.tensor(tiles, device=self.device),
+            None if in_order else torch.tensor(slots, device=self.device),
+            portions,
             sees_frame[:, None, :, None].to(self.device),
         )
 

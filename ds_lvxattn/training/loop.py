@@ -147,7 +147,7 @@ class Trainer:
         for _ in range(accumulation):
             loaded = next(batches)
             self.skipped += loaded.skipped
-            batch = self.collator.collate(loaded.layout, loaded.images)
+            batch = self.collator.collate(loaded.layout, loaded.images, loaded.most_frames)
             loss = self.engine(**batch.inputs).loss
             self.engine.backward(loss)
             self.engine.step()
