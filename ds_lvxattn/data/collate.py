@@ -127,8 +127,8 @@ class Collator:
             flat = [image for sample in images for image in sample]
             # A rank without frames encodes a blank one, so that every rank runs the same modules and collectives.
             if not flat:
-                return dict(self.family.real_tiles(self.family.blank_pixels(self.model_config)))
-            return dict(self.family.real_tiles(self.family.pixels(flat, self.processor, self.model_config)))
+                return dict(self.family.blank_pixels(self.model_config))
+            return dict(self.family.pixels(flat, self.processor, self.model_config))
         if not max(layout.frames):
             return {}  # the unmodified model skips its cross-attention
         pixels = [
@@ -137,6 +137,7 @@ class Collator:
             else self.family.blank_pixels(self.model_config)
             for sample in images
         ]
+        pixels = [self.family.pad_tiles(p, self.model_config) for p in pixels]
         dense = self.family.dense_mask(layout.ranges, max(layout.frames), self.model_config)
         return {
             **{key: torch.cat([_pad_frames(p[key], max(layout.frames)) for p in pixels]) for key in pixels[0]},

@@ -46,9 +46,6 @@ class Family(Protocol):
     def frames_at_once(self, model_config: Any) -> int:
         """Frames of a portion, at most: what the vision encoder takes at once."""
 
-    def real_tiles(self, pixels: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """``pixels`` without the tiles that pad a frame, for the hooks to put back."""
-
     def frame_ranges(self, input_ids: Sequence[int], model_config: Any) -> list[tuple[int, int]]:
         """For each text token the half-open range of frames that it sees; empty when it sees none."""
 
@@ -56,7 +53,10 @@ class Family(Protocol):
         """Whether a token that sees no frame attends to every key (and its feed-forward output is dropped)."""
 
     def pixels(self, frames: Sequence[np.ndarray], processor: Any, model_config: Any) -> Mapping[str, Tensor]:
-        """The model's pixel arguments, ``[1, frames, ...]``, for uint8 ``[H, W, 3]`` frames."""
+        """The model's pixel arguments, ``[1, frames, 1, ...]``, for uint8 ``[H, W, 3]`` frames: one tile a frame."""
+
+    def pad_tiles(self, pixels: Mapping[str, Tensor], model_config: Any) -> Mapping[str, Tensor]:
+        """``pixels`` with the blank tiles that the unmodified model wants beside a frame's own."""
 
     def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
         """Pixel arguments of one blank frame, for a rank that has none."""

@@ -32,6 +32,8 @@ ROLES = {MllamaTextCrossAttention: "cross", MllamaTextSelfAttention: "self", Mll
 # layers until it returns, so that all frames at once would be the peak of the whole step.
 TOKENS_AT_ONCE = 1 << 15
 
+PIXELS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+
 
 class Mllama:
     """The Llama 3.2 Vision family; see ``Family``."""
@@ -77,29 +79,20 @@ class Mllama:
 
     def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
         vision = model_config.vision_config
-        tiles, size = vision.max_num_tiles, vision.image_size
-        mask = torch.zeros(1, 1, tiles, dtype=torch.long)
-        mask[..., 0] = 1
         return {
-            "pixel_values": torch.zeros(1, 1, tiles, vision.num_channels, size, size),
+            "pixel_values": torch.zeros(1, 1, 1, vision.num_channels, vision.image_size, vision.image_size),
             "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
-            "aspect_ratio_mask": mask,
+            "aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.long),
         }
 
     def pixels(self, frames: Sequence[np.ndarray], processor: Any, model_config: Any) -> Mapping[str, Tensor]:
         # The frames of all samples go through the encoder as one list; a frame is one tile, as videos have many.
         # Aspect ratio 1 x 1 has the id 1 for every tile limit, so the ids need no translation.
-        tiles = model_config.vision_config.max_num_tiles
-        encoded = processor([list(frames)], max_image_tiles=1, return_tensors="pt")
-        padding = (0, tiles - 1)
-        return {
-            "pixel_values": nn.functional.pad(encoded["pixel_values"], (0, 0, 0, 0, 0, 0, *padding)),
-            "aspect_ratio_ids": encoded["aspect_ratio_ids"],
-            "aspect_ratio_mask": nn.functional.pad(encoded["aspect_ratio_mask"], padding),
-        }
+        return dict(processor([list(frames)], max_image_tiles=1, return_tensors="pt"))
 
-    def real_tiles(self, pixels: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return {**pixels, "pixel_values": pixels["pixel_values"][:, :, :1]}
+    def pad_tiles(self, pixels: Mapping[str, Tensor], model_config: Any) -> Mapping[str, Tensor]:
+        tiles = model_config.vision_config.max_num_tiles
+        return dict(zip(PIXELS, _with_blank_tiles(tiles, *(pixels[key] for key in PIXELS)), strict=True))
 
     def frames_at_once(self, model_config: Any) -> int:
         padded = -(-self.frame_tokens(model_config) // 8) * 8
@@ -134,7 +127,7 @@ def encode_frames(
     if batch is None:
         return None
     rest = dict(kwargs)
-    inputs = [rest.pop(key) for key in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")]
+    inputs = [rest.pop(key) for key in PIXELS]
     encoded = _encoded(module.get_submodule("vision_model"), inputs, batch.portions, recomputation)
     states = module.get_submodule("multi_modal_projector")(encoded)
     if batch.slots is not None:
@@ -145,7 +138,7 @@ def encode_frames(
 def _encoded(vision: Any, inputs: list[Tensor], portions: int, recomputation: Recomputation) -> Tensor:
     """Tile 0 of each frame, ``[max(frames, portions), tokens, d_vision]``; its gradients recompute portion by portion.
 
-    ``inputs`` are pixels, aspect ratio ids and aspect ratio mask, ``[1, frames, ...]``.
+    ``inputs`` are ``PIXELS``.
     """
     missing = portions - inputs[0].shape[1]
     if missing > 0:
@@ -154,8 +147,8 @@ def _encoded(vision: Any, inputs: list[Tensor], portions: int, recomputation: Re
     if torch.is_grad_enabled() and any(p.requires_grad for p in vision.parameters()):
         if recomputation.policy == "none":
             return torch.cat([_encode(vision, *part) for part in parts])
-        again = functools.partial(recompute, vision, functools.partial(_encode, vision))
-        return torch.cat([again(*part, offload=recomputation.offload) for part in parts])
+        # All that a portion keeps is its pixels, a view of the batch's own.
+        return torch.cat([recompute(vision, functools.partial(_encode, vision), *part) for part in parts])
     with torch.no_grad():
         # Frame by frame into their place: a list of portions beside the whole would take twice the memory.
         size = (inputs[0].shape[1], vision.num_patches, vision.config.vision_output_dim)
@@ -165,12 +158,16 @@ def _encoded(vision: Any, inputs: list[Tensor], portions: int, recomputation: Re
         return encoded
 
 
-def _encode(vision: Any, pixels: Tensor, aspect_ratio_ids: Tensor, aspect_ratio_mask: Tensor) -> Tensor:
-    """``[1, f, 1, ...]`` pixels of real tiles to ``[f, tokens, d_vision]``."""
-    padding = aspect_ratio_mask.shape[2] - pixels.shape[2]
-    pixels = nn.functional.pad(pixels, (0, 0, 0, 0, 0, 0, 0, padding))
-    states = vision(pixel_values=pixels, aspect_ratio_ids=aspect_ratio_ids, aspect_ratio_mask=aspect_ratio_mask)
+def _encode(vision: Any, *inputs: Tensor) -> Tensor:
+    """Frames of a portion to ``[f, tokens, d_vision]``, contiguous: nothing keeps the padding tiles beside them."""
+    states = vision(**dict(zip(PIXELS, _with_blank_tiles(vision.max_num_tiles, *inputs), strict=True)))
     return states.last_hidden_state[0, :, 0].contiguous()
+
+
+def _with_blank_tiles(tiles: int, pixels: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``PIXELS`` with one tile a frame to as many as the model has."""
+    padding = (0, tiles - 1)
+    return nn.functional.pad(pixels, (0, 0, 0, 0, 0, 0, *padding)), ids, nn.functional.pad(mask, padding)
 
 
 def mask_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
