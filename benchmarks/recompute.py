@@ -28,6 +28,7 @@ os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR":
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from full_size import IMAGE_SIZE, model_config, video_sample
 from torch import Tensor
 from transformers import MllamaForConditionalGeneration
@@ -40,7 +41,7 @@ from ds_lvxattn.models import family_of
 from ds_lvxattn.training.model import select_trainable
 
 POLICIES = ("none", "kv")
-STEP = 8  # the largest number of frames is found to within so many
+STEP = 8  # frames are tried in multiples of this; the largest number is found to within 2%
 
 
 class RandomPixels:
@@ -62,7 +63,7 @@ class Setup:
 
     def __init__(self, layers: int) -> None:
         self.sizes = model_config(layers)
-        self.device = torch.device("cuda", 0)
+        self.device = torch.device(get_accelerator().current_device_name())
         torch.manual_seed(0)
         torch.set_default_dtype(torch.bfloat16)
         with self.device:
@@ -137,7 +138,8 @@ def largest(attempt: Callable[[int], dict[str, float] | None], capacity: int) ->
             return fitted
         fitted.append(result)
     low, high = 128, None
-    while high is None or high - low > STEP:
+    while high is None or high - low > max(STEP, low // 50):
+        capacity = int(capacity * 0.985)  # not all of it is for tensors; less than thought, if the last one did not fit
         (f1, p1), (f2, p2) = ((r["frames"], r["peak_memory_bytes"]) for r in (fitted[0], fitted[-1]))
         guess = int(f1 + (capacity - p1) * (f2 - f1) / (p2 - p1))
         guess = min(max(guess // STEP * STEP, low + STEP), 4096 if high is None else high - STEP)
@@ -146,6 +148,7 @@ def largest(attempt: Callable[[int], dict[str, float] | None], capacity: int) ->
             high = guess
         else:
             low = guess
+            capacity = int(capacity / 0.985)
             fitted.append(result)
         print(json.dumps({"tried": guess, "fits": result}), flush=True)
     return fitted
