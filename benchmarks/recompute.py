@@ -142,7 +142,8 @@ def largest(attempt: Callable[[int], dict[str, float] | None], capacity: int) ->
         capacity = int(capacity * 0.985)  # not all of it is for tensors; less than thought, if the last one did not fit
         (f1, p1), (f2, p2) = ((r["frames"], r["peak_memory_bytes"]) for r in (fitted[0], fitted[-1]))
         guess = int(f1 + (capacity - p1) * (f2 - f1) / (p2 - p1))
-        guess = min(max(guess // STEP * STEP, low + STEP), 4096 if high is None else high - STEP)
+        guess = max(guess, low + low // 50) if high is None else min(max(guess, low + low // 50), high - low // 100)
+        guess = max(guess // STEP * STEP, low + STEP)
         result = attempt(guess)
         if result is None:
             high = guess
