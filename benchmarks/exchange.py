@@ -118,9 +118,7 @@ class Layer:
     def floor(self) -> Step:
         first, last = None, None
         if self.interval is not None:
-            from ds_lvxattn.strategies.rows import local_ranges
-
-            first, last = local_ranges(self.interval.start, self.interval.stop, self.shards.kv, self.comm.rank)
+            first, last = self.interval.local_to(self.shards.kv, self.comm.rank)
 
         def step() -> None:
             out, _ = local_attention(self.q_all, self.k, self.v, first, last, self.shape.head_dim**-0.5, "auto")

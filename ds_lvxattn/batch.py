@@ -42,10 +42,9 @@ class SequenceParallelBatch:
         roles: inputs of each exchanged role.
         plans: what each attention module runs with.
         kernel: local attention kernel.
-        tiles: int64 ``[B * slot tiles]``, the visual tiles of this rank in the order of its keys, as indices into
-            the tiles that the vision encoder returns.
-        key_rows: how many visual tokens a dimension of a tensor on the way to K and V may count, on any rank; the
-            same on every rank, so that all recompute the same collectives.
+        slots: int64 ``[B * slots]``, the frame in each of this rank's slots, in the order of its keys, as an index
+            into the frames that it encodes; None when they are those frames in their order.
+        portions: how often the vision encoder is called; the same on all ranks of the run.
         sees_frame: ``[B, 1, s_q, 1]`` in the model's dtype, 1 for the rank's text rows that see a frame.
     """
 
@@ -53,6 +52,6 @@ class SequenceParallelBatch:
     roles: Mapping[str, AttentionInputs]
     plans: Mapping[nn.Module, LayerPlan]
     kernel: str
-    tiles: Tensor
-    key_rows: frozenset[int]
+    slots: Tensor | None
+    portions: int
     sees_frame: Tensor

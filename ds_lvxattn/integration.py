@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -16,9 +17,10 @@ from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.dispatch import select_kernel
 from ds_lvxattn.models import family_of
-from ds_lvxattn.plan.plan import LayerPlan, plan_layers
+from ds_lvxattn.plan.memory import POLICIES, LayerSizes, kept_bytes
+from ds_lvxattn.plan.plan import AttentionLayer, LayerPlan, plan_layers
 from ds_lvxattn.plan.traffic import LayerShape
-from ds_lvxattn.recompute import enable_recompute
+from ds_lvxattn.recompute import Recomputation
 from ds_lvxattn.registration import IMPLEMENTATION, register_with_transformers
 
 # transformers chooses these by itself; any other implementation is somebody's wish, which is not overruled.
@@ -61,16 +63,21 @@ class SequenceParallel:
             )
         register_with_transformers()
         model.set_attn_implementation({self.family.attention_config: IMPLEMENTATION})
-        self.family.install_hooks(model)
         self._layers = self.family.attention_layers(model)
-        if config.recompute != "none":
-            roles = {"kv": ("cross",), "layer": ("cross", "self")}[config.recompute]
-            enable_recompute(self._decoder_layers(model, roles), config.recompute)
+        self.recomputation = Recomputation(
+            model,
+            [module for module, layer in self._layers.items() if layer.role == "cross"],
+            self._decoder_layers(model),
+            config.recompute,
+            "recompute" in config.model_fields_set,
+            config.offload,
+        )
+        self.family.install_hooks(model, self.recomputation)
         self.plans: dict[nn.Module, LayerPlan] = {}
 
-    def _decoder_layers(self, model: nn.Module, roles: tuple[str, ...]) -> list[GradientCheckpointingLayer]:
-        """The layers around attention of ``roles`` that transformers can checkpoint."""
-        attention = {module for module, layer in self._layers.items() if layer.role in roles}
+    def _decoder_layers(self, model: nn.Module) -> list[GradientCheckpointingLayer]:
+        """The layers around exchanged attention, which transformers can checkpoint."""
+        attention = {module for module, layer in self._layers.items() if layer.role != "local"}
         return [
             layer
             for layer in model.modules()
@@ -100,11 +107,33 @@ class SequenceParallel:
         answer: list[list[LayerPlan] | ConfigError | None] = [None]
         if dist.get_rank() == 0:
             try:
-                answer[0] = plan_layers(list(self._layers.values()), shapes, self.config, device.type)
+                config = self.config.model_copy(update={"recompute": self.recomputation.policy})
+                answer[0] = plan_layers(list(self._layers.values()), shapes, config, device.type)
             except ConfigError as error:
                 answer[0] = error
         dist.broadcast_object_list(answer, src=0)
         if isinstance(answer[0], ConfigError):
             raise answer[0]
         assert answer[0] is not None
-        self.plans = dict(zip(self._layers, answer[0], strict=True))
+        self.plans = {
+            module: replace(plan, kept_bytes=self._kept_bytes(plan, layer, shapes))
+            for (module, layer), plan in zip(self._layers.items(), answer[0], strict=True)
+        }
+
+    def _kept_bytes(self, plan: LayerPlan, layer: AttentionLayer, shapes: Mapping[str, LayerShape]) -> dict[str, int]:
+        if layer.role not in shapes:
+            return {}
+        sizes = self.layer_sizes(plan, layer, shapes[layer.role])
+        return {policy: kept_bytes(sizes, policy) for policy in POLICIES}
+
+    def layer_sizes(self, plan: LayerPlan, layer: AttentionLayer, shape: LayerShape) -> LayerSizes:
+        """What the memory plan must know of the decoder layer around ``layer``, on the rank that holds most."""
+        text = getattr(self.model_config, self.family.attention_config)
+        rows, keys = max(shape.q_lengths), max(shape.kv_lengths)
+        if layer.role == "cross":
+            keys = max(keys, self.family.frame_tokens(self.model_config))  # a rank without frames has a blank one
+        return LayerSizes(
+            layer.role, plan.strategy, plan.schedule, shape.batch, shape.ranks,
+            rows, rows, sum(shape.q_lengths), keys, max(sum(shape.kv_lengths), keys),
+            layer.heads, layer.kv_heads, layer.head_dim, text.hidden_size, text.intermediate_size, shape.element,
+        )  # fmt: skip

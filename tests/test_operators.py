@@ -14,7 +14,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
 from ds_lvxattn.comm import communicator
 from ds_lvxattn.routes import Routes
-from ds_lvxattn.strategies.rows import local_ranges
 from tests.distributed import device, run
 
 ops = torch.ops.ds_lvxattn
@@ -69,7 +68,9 @@ def opcheck_distributed(name: str, masked: bool, keep_queries: bool) -> dict[str
     start, stop = ranges(*rows) if masked else (None, None)
     shards = ShardLayout(SequenceShards(Q_LENGTHS), SequenceShards(KV_LENGTHS))
     q_lengths, keys = list(Q_LENGTHS), (list(KV_LENGTHS), 0)
-    first, last = local_ranges(start, stop, shards.kv, comm.rank) if name != "kv_ring" else (None, None)
+    first, last = None, None
+    if start is not None and stop is not None and name != "kv_ring":
+        first, last = KVInterval(start, stop).local_to(shards.kv, comm.rank)
     call: tuple[Any, ...] = {
         "query_gather": (first, last, 0.3, "math", comm.name, q_lengths, [2, 1], keep_queries),
         "query_replicated": (first, last, 0.3, "math", comm.name),

@@ -60,7 +60,10 @@ def bytes_of_a_step(recompute: str) -> list[tuple[int, int]]:
 def test_a_training_step_receives_what_the_plan_says(recompute: str) -> None:
     for results in run(2, bytes_of_a_step, recompute):
         for mode, (counted, planned) in zip(MODES, results, strict=True):
-            assert counted == planned > 0, mode
+            if mode[1] == "routed":  # planned for the rank that receives most
+                assert 0 < counted <= planned, mode
+            else:
+                assert counted == planned > 0, mode
 
 
 # The choice

@@ -74,6 +74,12 @@ class BatchLayout:
             stacked[rank, :, : self.text.lengths[rank]] = rows[:, self.text.positions(rank)]
         return torch.from_numpy(stacked)
 
+    @property
+    def most_frames(self) -> int:
+        """Frames, of all samples, that the rank with most of them encodes: at least one, which may be blank."""
+        samples = range(len(self.frames))
+        return max(1, *(sum(len(self.own_frames(i, rank)) for i in samples) for rank in range(len(self.slots))))
+
     def own_frames(self, sample: int, rank: int) -> list[int]:
         """Frames of ``sample`` that ``rank`` decodes and encodes."""
         return [slot for slot in self.slots[rank] if slot < self.frames[sample]]

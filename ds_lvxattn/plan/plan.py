@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class LayerPlan:
     """What a layer runs with, and what was expected of every candidate: one object of ``plan.json``.
 
     ``balance`` is the largest over the mean visible work of a rank when queries travel (1 is even).
+    ``kept_bytes`` has, for each recompute policy, what the decoder layer keeps from forward to backward pass.
     """
 
     layer: str
@@ -53,6 +54,7 @@ class LayerPlan:
     predicted_bytes: dict[str, int | None]
     reason: str
     balance: float | None = None
+    kept_bytes: dict[str, int] = field(default_factory=dict)
 
 
 def plan_layers(

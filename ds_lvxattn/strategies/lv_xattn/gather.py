@@ -22,7 +22,7 @@ from ds_lvxattn.kernels.merge import merge_partials
 from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like, lse_dtype
 from ds_lvxattn.plan.pipeline import head_groups, keeps_queries
 from ds_lvxattn.strategies.base import Exchange
-from ds_lvxattn.strategies.rows import attention_layout, gather_buffer, local_ranges, start_gather, start_return
+from ds_lvxattn.strategies.rows import attention_layout, gather_buffer, start_gather, start_return
 
 
 def gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tup
     keep = exchange.keep_queries
     if keep is None:
         keep = keeps_queries(heads, kv_heads, *lengths)
-    first, last = local_ranges(exchange.start, exchange.stop, layout.kv, exchange.comm.rank)
+    first, last = exchange.local_ranges
     out, lse, _ = torch.ops.ds_lvxattn.query_gather(
         q, k, v, first, last, exchange.scale, exchange.kernel, exchange.comm.name, layout.q.lengths, groups, keep
     )

@@ -15,12 +15,11 @@ from ds_lvxattn.kernels.delta import attention_delta
 from ds_lvxattn.kernels.merge import merge_partials
 from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like, lse_dtype
 from ds_lvxattn.strategies.base import Exchange
-from ds_lvxattn.strategies.rows import local_ranges
 
 
 def replicated_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Attention of the shared rows over the keys of all ranks, on every rank; see ``Strategy.attention``."""
-    first, last = local_ranges(exchange.start, exchange.stop, exchange.layout.kv, exchange.comm.rank)
+    first, last = exchange.local_ranges
     return torch.ops.ds_lvxattn.query_replicated(
         q, k, v, first, last, exchange.scale, exchange.kernel, exchange.comm.name
     )

@@ -24,7 +24,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple
     """Attention of the rank's rows over the keys of all ranks; see ``Strategy.attention``."""
     layout = exchange.layout
     return torch.ops.ds_lvxattn.query_ring(
-        q, k, v, exchange.start, exchange.stop, exchange.scale, exchange.kernel,
+        q, k, v, *exchange.bounds, exchange.scale, exchange.kernel,
         exchange.comm.name, layout.q.lengths, layout.kv.lengths, layout.kv.stripe,
     )  # fmt: skip
 
