@@ -77,7 +77,7 @@ def query_replicated_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: everything is at hand but the sum of ``dq``."""
     comm = communicator_by_name(group)
-    chosen = backward_kernel(kernel, Call.of(q, k, first is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, first is not None), dlse is not None)
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
     dq, dk, dv = backward_local(chosen, dout, q, k, v, out, lse, delta, first, last, scale)
     dq = comm.all_reduce(dq.to(lse.dtype).contiguous(), "query gradients")
