@@ -48,7 +48,7 @@ class SequenceParallel:
         self.comm: Communicator = communicator(groups.get_sequence_parallel_group())
         self.family = family_of(model)
         self.model_config = model.config
-        text = getattr(model.config, self.family.attention_config)
+        text = self.family.text_config(model.config)
         if text._attn_implementation not in REPLACEABLE:
             raise ConfigError(
                 f"the model's attention implementation is '{text._attn_implementation}', and sequence parallelism "
@@ -128,7 +128,7 @@ class SequenceParallel:
 
     def layer_sizes(self, plan: LayerPlan, layer: AttentionLayer, shape: LayerShape) -> LayerSizes:
         """What the memory plan must know of the decoder layer around ``layer``, on the rank that holds most."""
-        text = getattr(self.model_config, self.family.attention_config)
+        text = self.family.text_config(self.model_config)
         rows, keys = max(shape.q_lengths), max(shape.kv_lengths)
         if layer.role == "cross":
             keys = max(keys, self.family.frame_tokens(self.model_config))  # a rank without frames has a blank one

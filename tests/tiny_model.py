@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from ds_lvxattn.config import SequenceParallelConfig
@@ -28,8 +29,10 @@ from ds_lvxattn.data.sample import IGNORE, Sample
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.models import family_of
+from ds_lvxattn.models.mllama import Mllama
 from ds_lvxattn.training.model import LoadedModel
 
+CPU = torch.device("cpu")
 SIZE = 28  # pixels; five vision tokens a frame
 IMAGE_TOKEN = VOCABULARY.index(IMAGE)
 
@@ -124,8 +127,9 @@ class ListSource:
 
 
 def tiny_collator(model: nn.Module, parallel: SequenceParallel | None) -> Collator:
-    dtype = next(model.parameters()).dtype
-    return Collator(family_of(model), model.config, tiny_processor(), 0, torch.device("cpu"), dtype, parallel)
+    dtype, family = next(model.parameters()).dtype, family_of(model)
+    processor = tiny_processor() if isinstance(family, Mllama) else IdeficsImageProcessorPil(image_size=SIZE)
+    return Collator(family, model.config, processor, 0, IMAGE_TOKEN, CPU, dtype, parallel)
 
 
 def start_deepspeed() -> None:

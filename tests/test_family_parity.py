@@ -1,0 +1,64 @@
+"""Each model family on several ranks against its unmodified model with its own dense mask on one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed import run
+from tests.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
+from tests.tiny_families import FAMILIES, tiny
+from tests.tiny_model import MODES, attach, loss_of
+
+BATCHES = (
+    ("tItIItttaaItaIIIta",),
+    ("IIIIIIIttataa",),
+    ("tItta",),
+    ("ttatta",),
+    ("IItaItIIItta", "ttIa", "tta"),
+)
+
+
+@functools.cache
+def on_one_rank(family: str, patterns: tuple[str, ...], dtype: torch.dtype) -> tuple[float, Gradients]:
+    """Loss and gradients of the unmodified model."""
+    model = tiny(family, dtype)
+    value = loss_of(model, samples_of(patterns))
+    value.backward()
+    return value.item(), gradients_of(model)
+
+
+def in_modes(
+    family: str, batches: Sequence[tuple[str, ...]], dtype: torch.dtype, recompute: str
+) -> list[tuple[float, Gradients]]:
+    """Per batch, in the modes in turn, the loss and the gradients, summed over the ranks (on rank 0)."""
+    results = []
+    for number, patterns in enumerate(batches):
+        samples, model = samples_of(patterns), tiny(family, dtype).train()
+        mode = MODES[number % len(MODES)]
+        loss = loss_of(model, samples, attach(model, dist.get_world_size(), mode, samples, recompute=recompute))
+        loss.backward()
+        results.append(sum_over_ranks(loss, gradients_of(model)))
+    return results
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_in_float64(family: str, ranks: int) -> None:
+    # The first batch, which has all that is special, in every mode.
+    batches = (*BATCHES[:1] * len(MODES), *BATCHES[1:])
+    results = run(ranks, in_modes, family, batches, torch.float64, "none")[0]
+    for number, (patterns, got) in enumerate(zip(batches, results, strict=True)):
+        loss, gradient = largest_differences(got, on_one_rank(family, patterns, torch.float64))
+        assert loss < 1e-12 and gradient < 1e-11, (patterns, MODES[number % len(MODES)], loss, gradient)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_in_float32_with_recomputation(family: str) -> None:
+    for patterns, got in zip(BATCHES, run(2, in_modes, family, BATCHES, torch.float32, "kv")[0], strict=True):
+        loss, gradient = largest_differences(got, on_one_rank(family, patterns, torch.float32))
+        assert loss < 1e-5 and gradient < 1e-4, (patterns, loss, gradient)
