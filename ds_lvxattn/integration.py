@@ -64,6 +64,7 @@ class SequenceParallel:
         register_with_transformers()
         model.set_attn_implementation({self.family.attention_config: IMPLEMENTATION})
         self._layers = self.family.attention_layers(model)
+        self.family.reach_attention(model)
         self.recomputation = Recomputation(
             model,
             [module for module, layer in self._layers.items() if layer.role == "cross"],

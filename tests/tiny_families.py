@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import IdeficsConfig, IdeficsForVisionText2Text
+from transformers import CLIPVisionConfig, IdeficsConfig, IdeficsForVisionText2Text, LlamaConfig
 
+from ds_lvxattn.models.open_flamingo import OpenFlamingoConfig, OpenFlamingoModel
 from tests.tiny_model import IMAGE_TOKEN, SIZE
 
 
@@ -32,9 +33,26 @@ def idefics(use_resampler: bool, qk_layer_norms: bool) -> nn.Module:
     return IdeficsForVisionText2Text(config)
 
 
+def open_flamingo(immediate: bool) -> nn.Module:
+    """The package's model around a CLIP and a Llama model; its heads are always 8 of 64, its latents 64."""
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=SIZE, patch_size=14
+    )
+    text = LlamaConfig(
+        vocab_size=IMAGE_TOKEN + 1, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    config = OpenFlamingoConfig(
+        vision, text, cross_attn_every_n_layers=2, media_token_id=IMAGE_TOKEN, only_attend_immediate_media=immediate
+    )
+    return OpenFlamingoModel(config)
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "idefics": lambda: idefics(use_resampler=False, qk_layer_norms=False),
     "idefics, perceiver, norms": lambda: idefics(use_resampler=True, qk_layer_norms=True),
+    "open_flamingo, immediate": lambda: open_flamingo(immediate=True),
+    "open_flamingo, all previous": lambda: open_flamingo(immediate=False),
 }
 
 
@@ -44,5 +62,8 @@ def tiny(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         torch.manual_seed(1)
         model = FAMILIES[name]()
         for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, parameter in model.named_parameters():
+            if name.endswith("_gate"):  # OpenFlamingo starts with closed gates
+                parameter.fill_(0.7)
     return nn.Module.to(model, dtype)

@@ -9,8 +9,9 @@ from ds_lvxattn.config import ConfigError
 from ds_lvxattn.models.family import Family
 from ds_lvxattn.models.idefics import Idefics
 from ds_lvxattn.models.mllama import Mllama
+from ds_lvxattn.models.open_flamingo import OpenFlamingo
 
-FAMILIES: tuple[Family, ...] = (Mllama(), Idefics())
+FAMILIES: tuple[Family, ...] = (Mllama(), Idefics(), OpenFlamingo())
 
 __all__ = ["FAMILIES", "Family", "family_of", "family_of_config"]
 

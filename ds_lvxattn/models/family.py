@@ -75,6 +75,13 @@ class Family(ABC):
                 )
         return layers
 
+    def reach_attention(self, model: nn.Module) -> None:
+        """Let attention modules that do not look up transformers' registry call ``exchanged_attention``.
+
+        Called once, ahead of everything that wraps those modules.
+        """
+        return None
+
     @abstractmethod
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         """Register the hooks that fit sharded inputs to the model's own forward.
