@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, IdeficsConfig, IdeficsForVisionText2Text, LlamaConfig
 
+from ds_lvxattn.models.idefics import with_loss_over_all_tokens
 from ds_lvxattn.models.open_flamingo import OpenFlamingoConfig, OpenFlamingoModel
 from tests.tiny_model import IMAGE_TOKEN, SIZE
 
@@ -30,7 +31,7 @@ def idefics(use_resampler: bool, qk_layer_norms: bool) -> nn.Module:
             "resampler_head_dim": 8, "qk_layer_norms_perceiver": qk_layer_norms,
         },
     )  # fmt: skip
-    return IdeficsForVisionText2Text(config)
+    return with_loss_over_all_tokens(IdeficsForVisionText2Text(config))
 
 
 def open_flamingo(immediate: bool) -> nn.Module:

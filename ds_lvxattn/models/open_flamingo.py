@@ -76,6 +76,10 @@ class OpenFlamingoConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
+# So that a saved model's config loads like any other.
+AutoConfig.register(OpenFlamingoConfig.model_type, OpenFlamingoConfig, exist_ok=True)
+
+
 def _config(given: Any, model_type: str) -> PreTrainedConfig:
     if isinstance(given, PreTrainedConfig):
         return given
@@ -100,13 +104,14 @@ class OpenFlamingoModel(PreTrainedModel):
 
     def __init__(self, config: OpenFlamingoConfig) -> None:
         super().__init__(config)
+        package = _source("flamingo")
         language: Any = AutoModelForCausalLM.from_config(config.text_config)
         base = type(language)
         _source("utils").extend_instance(language, _source("flamingo_lm").FlamingoLMMixin)
         type(language).__module__ = base.__module__  # where transformers looks up how it attends
         layers = (place for prefix, place in DECODER_LAYERS.items() if base.__name__.startswith(prefix))
         language.set_decoder_layers_attr_name(next(layers, "model.layers"))
-        self.flamingo = _source("flamingo").Flamingo(
+        self.flamingo = package.Flamingo(
             types.SimpleNamespace(visual=_ClipTokens(CLIPVisionModel._from_config(config.vision_config))),
             language,
             config.eoc_token_id,

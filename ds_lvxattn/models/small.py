@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import IdeficsConfig, IdeficsForVisionText2Text, PreTrainedModel
+from transformers import CLIPVisionConfig, IdeficsConfig, IdeficsForVisionText2Text, LlamaConfig, PreTrainedModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from ds_lvxattn.data.needle import BOS, EOS, IMAGE, PAD, VOCABULARY, NeedleTask
 from ds_lvxattn.models.idefics import with_loss_over_all_tokens
+from ds_lvxattn.models.open_flamingo import OpenFlamingoConfig, OpenFlamingoModel
 from ds_lvxattn.models.quickstart import WIDTH, build_quickstart
 
 PIXELS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -50,9 +52,36 @@ def idefics(seed: int) -> tuple[PreTrainedModel, Any]:
     return with_loss_over_all_tokens(_random(IdeficsForVisionText2Text, config, seed)), processor
 
 
+def open_flamingo(seed: int) -> tuple[PreTrainedModel, Any]:
+    """OpenFlamingo around a Llama and a CLIP model, with open gates; text sees all images before it.
+
+    The package trains no vision encoder, so that of this model stays at its random weights.
+    """
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=1, num_attention_heads=4, image_size=SIZE,
+        patch_size=SIZE // 4,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=len(VOCABULARY), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.1, **TOKENS,
+    )  # fmt: skip
+    config = OpenFlamingoConfig(
+        vision, text, cross_attn_every_n_layers=2, media_token_id=VOCABULARY.index(IMAGE),
+        eoc_token_id=VOCABULARY.index(EOS), only_attend_immediate_media=False,
+    )  # fmt: skip
+    model = _random(OpenFlamingoModel, config, seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("attn_gate", "ff_gate")):  # they start closed
+                parameter.fill_(1.0)
+    square = {"height": SIZE, "width": SIZE}
+    return model, CLIPImageProcessorPil(size=square, crop_size=square, **PIXELS)
+
+
 SMALL_MODELS: dict[str, Callable[[int], tuple[PreTrainedModel, Any]]] = {
     "quickstart": quickstart,
     "small-idefics": idefics,
+    "small-openflamingo": open_flamingo,
 }
 
 
