@@ -29,7 +29,8 @@ def sum_over_ranks(loss: Tensor, gradients: Gradients) -> tuple[float, Gradients
     whole = torch.cat([loss.detach().double().reshape(1), *(g.flatten() for g in gradients.values())])
     dist.all_reduce(whole)
     parts = whole[1:].split([g.numel() for g in gradients.values()])
-    shaped = {name: part.view_as(g) for (name, g), part in zip(gradients.items(), parts, strict=True)}
+    # Cloned: a view is pickled with the whole tensor.
+    shaped = {name: part.view_as(g).clone() for (name, g), part in zip(gradients.items(), parts, strict=True)}
     return whole[0].item(), shaped if dist.get_rank() == 0 else {}
 
 
