@@ -165,5 +165,5 @@ def test_head_groups_follow_link_speed_and_size() -> None:
 
 def test_queries_are_kept_while_they_are_the_small_part() -> None:
     assert keeps_queries(32, 8, (192, 192), (131_072, 131_072))
-    assert not keeps_queries(8, 8, (512, 512), (512, 512))
+    assert not keeps_queries(8, 8, (512, 512, 512), (512, 512, 512))
     assert not keeps_queries(8, 8, (512, 100), (0, 0))
