@@ -14,6 +14,7 @@ from ds_lvxattn.interval import KVInterval
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.dispatch import select_kernel
 from ds_lvxattn.kernels.operator import local_attention
+from ds_lvxattn.routes import Routes
 from ds_lvxattn.shards import SequenceShards, ShardLayout
 from ds_lvxattn.strategies import Exchange, strategy_named
 
@@ -31,6 +32,9 @@ def sp_attention(
     schedule: str = "auto",
     kernel: str = "auto",
     shards: ShardLayout | None = None,
+    routes: Routes | None = None,
+    head_groups: tuple[int, int] | None = None,
+    keep_queries: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the rank's own query rows over the keys and values of all ranks of ``group``.
 
@@ -48,13 +52,19 @@ def sp_attention(
         scale: factor of the scores, ``1 / sqrt(D)`` by default.
         queries: ``sharded``, or ``replicated`` when every rank passes all the (same) rows; then ``out`` is the
             same on every rank and so must be its gradient, and ``dq`` is summed over the ranks.
-        schedule: ``auto``, or one that the strategy has: ``gather`` or ``ring`` for ``lv_xattn``.
+        schedule: ``auto``, or one that the strategy has: ``gather``, ``ring`` or ``routed`` for ``lv_xattn``.
         kernel: local kernel: ``auto``, or a name to force one.
         shards: lengths and placement of every rank's shard. None asks the other ranks (one small collective
             and a host synchronisation) and assumes contiguous shards in rank order.
+        routes: for ``routed``, where this rank's rows travel; None makes them from the interval, which takes a host
+            synchronisation.
+        head_groups: for ``gather``, groups of key heads of the forward and of the backward pass that are pipelined;
+            divisors of ``H_kv``, the same on every rank. None chooses from sizes.
+        keep_queries: for ``gather`` and ``routed``, whether other ranks' queries are kept for the backward pass
+            rather than sent again; the same on every rank. None keeps them while they are no larger than K and V.
 
     Returns:
-        ``out`` like ``q``, contiguous (0 for rows that see nothing), and ``lse [B, H_q, s_q]``, the natural
+        ``out`` like ``q`` (0 for rows that see nothing), and ``lse [B, H_q, s_q]``, the natural
         log-sum-exp in float32, float64 for float64 inputs (``-inf`` for such rows).
 
     Raises:
@@ -75,14 +85,20 @@ def sp_attention(
     select_kernel(kernel, Call.of(q, k, interval is not None))
 
     if shards is None:
-        options = (strategy, queries, schedule, kernel, scale)
+        options = (strategy, queries, schedule, kernel, scale, head_groups, keep_queries)
         shards = _ask_for_shards(q, k, interval, comm, options)
     _check_shards(q, k, shards, comm, replicated)
     start, stop = _rows_of_all_ranks(interval, q, shards, comm, replicated)
     if comm.ranks == 1:
         bounds = (None, None) if start is None or stop is None else (start[0], stop[0])
         return local_attention(q, k, v, *bounds, scale, kernel)
-    exchange = Exchange(comm, shards, start, stop, scale, kernel, schedule, replicated)
+    if head_groups is not None and any(k.shape[1] % max(count, 1) or count < 1 for count in head_groups):
+        raise ValueError(f"head_groups is {head_groups}; give two divisors of the {k.shape[1]} key heads")
+    if schedule == "routed" and not replicated and routes is None and start is not None and stop is not None:
+        routes = Routes.build(start.cpu(), stop.cpu(), shards, comm.rank, q.device)
+    exchange = Exchange(
+        comm, shards, start, stop, scale, kernel, schedule, replicated, head_groups, keep_queries, routes
+    )
     return chosen.attention(q, k, v, exchange)
 
 
@@ -117,7 +133,7 @@ def _ask_for_shards(
             raise ValueError(
                 "the ranks of the group call sp_attention with different settings; give all of them the same "
                 "[batch, query heads, key heads, head size, interval given, interval of own rows, hash of "
-                f"dtype, strategy, queries, schedule, kernel and scale]: rank 0 {everyone[0][2:]}, "
+                f"dtype, strategy, queries, schedule, kernel, scale, head_groups and keep_queries]: rank 0 {everyone[0][2:]}, "
                 f"rank {rank} {theirs[2:]}"
             )
     rows, keys = zip(*(theirs[:2] for theirs in everyone), strict=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ds_lvxattn.comm import Communicator
 from ds_lvxattn.interval import KVInterval
 from ds_lvxattn.plan.plan import LayerPlan
+from ds_lvxattn.routes import Routes
 from ds_lvxattn.shards import ShardLayout
 
 
@@ -24,10 +25,12 @@ class AttentionInputs:
     Attributes:
         layout: shards of queries and keys.
         interval: key ranges of the rows of every rank, ``[n, B, s_max]``.
+        routes: where this rank's rows travel; None when no layer of the role is routed.
     """
 
     layout: ShardLayout
     interval: KVInterval
+    routes: Routes | None = None
 
 
 @dataclass(frozen=True)

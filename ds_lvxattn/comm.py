@@ -6,6 +6,7 @@ Data moves as raw bytes: gloo and NCCL then carry every dtype, and nothing is co
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,8 +15,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# As DeepSpeed and ``batch_isend_irecv`` do: several collectives as one NCCL launch.
+from torch.distributed.distributed_c10d import _coalescing_manager
+
 # torch 2.13 renamed the collective and warns at the old name, the only one that older releases have.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Part(NamedTuple):
+    """One tensor of an all-to-all.
+
+    Slices of ``send`` and ``receive`` along dimension 0 go to and come from the ranks; both are contiguous.
+    ``sizes`` are ``(rows sent to, rows received from)`` each rank; None divides evenly. ``what`` names the contents
+    for the count.
+    """
+
+    what: str
+    send: Tensor
+    receive: Tensor
+    sizes: tuple[Sequence[int], Sequence[int]] | None = None
 
 
 class Message(NamedTuple):
@@ -68,14 +86,51 @@ class Communicator:
         self.received[what] += (self.ranks - 1) * x.nbytes
         return gathered
 
-    def all_to_all(self, x: Tensor, what: str) -> Tensor:
-        """Send slice ``j`` of ``[n, ...]`` to rank ``j``; slice ``i`` of the result comes from rank ``i``."""
-        x = x.contiguous()
-        exchanged = torch.empty_like(x)
-        if x.numel():
-            dist.all_to_all_single(_raw(exchanged), _raw(x), group=self.group)
-        self.received[what] += x.nbytes // self.ranks * (self.ranks - 1)
-        return exchanged
+    def start_all_gather(self, buffers: Sequence[tuple[str, Tensor]]) -> Transfer:
+        """Start gathering in place: ``[n, ...]`` contiguous, of which slice ``rank`` is filled.
+
+        Several buffers (each with the name of its contents) travel in one launch where the backend can.
+        """
+        ops = []
+        for what, gathered in buffers:
+            self.received[what] += gathered.nbytes // self.ranks * (self.ranks - 1)
+            if gathered.numel():
+                ops.append((_raw(gathered), _raw(gathered[self.rank])))
+        if len(ops) < 2 or not ops[0][0].is_cuda:
+            works = [_all_gather(whole, own, group=self.group, async_op=True) for whole, own in ops]
+        else:
+            with _coalescing_manager(self.group, async_ops=True) as coalesced:
+                for whole, own in ops:
+                    _all_gather(whole, own, group=self.group)
+            works = coalesced.works
+        return Transfer(works, [whole for whole, _ in ops])
+
+    def start_all_to_all(self, parts: Sequence[Part]) -> Transfer:
+        """Start sending slice ``j`` of each part to rank ``j``; slice ``i`` of what arrives comes from rank ``i``.
+
+        Several parts travel in one launch where the backend can. Whether an evenly divided part is empty is the same
+        on every rank; a part with sizes of its own is exchanged even if this rank has no row in it.
+        """
+        calls = []
+        for what, send, receive, sizes in parts:
+            if sizes is None:
+                self.received[what] += receive.nbytes // self.ranks * (self.ranks - 1)
+                if send.numel():
+                    calls.append((_raw(receive), _raw(send), None, None))
+            else:
+                sent, arriving = sizes
+                width = math.prod(send.shape[1:]) * send.element_size()
+                self.received[what] += width * (sum(arriving) - arriving[self.rank])
+                calls.append((_raw(receive), _raw(send), [n * width for n in arriving], [n * width for n in sent]))
+        if len(calls) < 2 or not calls[0][0].is_cuda:
+            works = [dist.all_to_all_single(*call, group=self.group, async_op=True) for call in calls]
+        else:
+            with _coalescing_manager(self.group, device=calls[0][0].device, async_ops=True) as coalesced:
+                for call in calls:
+                    dist.all_to_all_single(*call, group=self.group, async_op=True)
+            works = coalesced.works
+        return Transfer(works, [part.send for part in parts])
+
 
     def all_reduce(self, x: Tensor, what: str) -> Tensor:
         """Sum over the ranks, in place. Counted as a ring: each element comes twice less its own part."""
@@ -88,7 +143,7 @@ class Communicator:
         """Start point-to-point messages together; empty tensors are not sent, so both ends know the lengths.
 
         Returns:
-            A handle. ``wait`` orders the current stream after the messages; it does not block the host on CUDA.
+            A handle; see ``Transfer.wait``.
         """
         ops = [
             dist.P2POp(op, _raw(x), group=self.group, group_peer=peer)
@@ -115,16 +170,17 @@ class Communicator:
 
 
 class Transfer:
-    """Point-to-point messages in flight."""
+    """Messages in flight. On CUDA they travel on the communication stream of the process group."""
 
-    def __init__(self, works: list[dist.Work], sent: list[Tensor]) -> None:
+    def __init__(self, works: Sequence[dist.Work], sent: list[Tensor]) -> None:
         self._works = works
         self._sent = sent  # keeps the buffers alive until they have left
 
     def wait(self) -> None:
-        """Order what follows after the messages."""
+        """Order what follows on the current stream after the messages; does not block the host on CUDA."""
         for work in self._works:
             work.wait()
+        self._works = ()
         self._sent.clear()
 
 

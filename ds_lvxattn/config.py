@@ -36,7 +36,7 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
 
     strategy: StrategyChoice = "auto"
     layers: dict[str, StrategyName] = Field(default_factory=dict)
-    schedule: Literal["auto", "gather", "ring"] = "auto"
+    schedule: Literal["auto", "gather", "ring", "routed"] = "auto"
     kernel: Literal["auto", "triton", "cudnn", "flash", "math"] = "auto"
     recompute: Literal["none", "kv", "layer"] = "none"
     placement: Literal["contiguous", "striped"] = "contiguous"

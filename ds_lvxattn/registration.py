@@ -67,6 +67,7 @@ def exchanged_attention(
         schedule=plan.schedule,
         kernel=sequence_parallel.kernel,
         shards=inputs.layout,
+        routes=inputs.routes,
     )
     return out.transpose(1, 2), None
 

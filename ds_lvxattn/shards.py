@@ -17,8 +17,9 @@ class SequenceShards:
     Args:
         lengths: tokens that each rank holds, in rank order; shards may be uneven or empty.
         stripe: 0 when each rank holds one contiguous run, in rank order. Otherwise the sequence is cut into
-            units of ``stripe`` tokens (the tokens of a frame), and unit ``u`` lies on rank ``u % n``; striped
-            frames balance masks that grow along the sequence.
+            units of ``stripe`` tokens (the tokens of a frame), which are dealt in turn: to the ranks in their order,
+            then in reverse order, and so on. Striped frames balance masks that grow along the sequence, and turning
+            back makes up for the lead that later ranks have in each round.
 
     Raises:
         ValueError: a length is negative, or striped lengths are not those of a round-robin deal.
@@ -34,7 +35,8 @@ class SequenceShards:
             raise ValueError(f"stripe is {self.stripe}; give 0 (contiguous) or the tokens of a unit")
         if self.stripe and self.lengths != self.striped(self.total, len(self.lengths), self.stripe).lengths:
             raise ValueError(
-                f"shard lengths {self.lengths} are not those of units of {self.stripe} tokens dealt round robin"
+                f"shard lengths {self.lengths} are not those of units of {self.stripe} tokens dealt in turn to "
+                f"{len(self.lengths)} ranks; make them with SequenceShards.striped"
             )
 
     @classmethod
@@ -44,10 +46,11 @@ class SequenceShards:
 
     @classmethod
     def striped(cls, total: int, ranks: int, stripe: int) -> SequenceShards:
-        """``total`` tokens in units of ``stripe``, unit ``u`` on rank ``u % ranks``."""
+        """``total`` tokens in units of ``stripe``; see the class."""
         units, rest = divmod(total, stripe)
-        lengths = [split_share(units, ranks, rank) * stripe for rank in range(ranks)]
-        lengths[units % ranks] += rest
+        rounds, more = divmod(units, ranks)
+        lengths = [(rounds + (place_in_round(rank, ranks, rounds) < more)) * stripe for rank in range(ranks)]
+        lengths[place_in_round(more, ranks, rounds)] += rest
         shards = object.__new__(cls)
         object.__setattr__(shards, "lengths", tuple(lengths))
         object.__setattr__(shards, "stripe", stripe)
@@ -81,18 +84,23 @@ class SequenceShards:
             local = position - self.offset(rank)
         else:
             unit = torch.div(position, self.stripe, rounding_mode="floor")
-            before = torch.div(unit - rank + self.ranks - 1, self.ranks, rounding_mode="floor")
-            inside = torch.where(unit % self.ranks == rank, position - unit * self.stripe, 0)
-            local = before * self.stripe + inside
+            rounds = torch.div(unit, self.ranks, rounding_mode="floor")
+            place = torch.where(rounds % 2 == 0, rank, self.ranks - 1 - rank)
+            passed = unit - rounds * self.ranks - place  # above 0: this round's unit lies before the position
+            inside = torch.where(passed == 0, position - unit * self.stripe, 0)
+            local = (rounds + (passed > 0)) * self.stripe + inside
         return local.clamp(0, self.lengths[rank])
 
     def positions(self, rank: int) -> range | list[int]:
         """Global positions of the tokens of ``rank``, ascending."""
         if not self.stripe:
             return range(self.offset(rank), self.offset(rank) + self.lengths[rank])
-        step = self.ranks * self.stripe
-        starts = range(rank * self.stripe, self.total, step)
-        return [p for s in starts for p in range(s, min(s + self.stripe, self.total))]
+        units = -(-self.total // self.stripe)
+        return [
+            position
+            for unit in striped_units(units, self.ranks, rank)
+            for position in range(unit * self.stripe, min((unit + 1) * self.stripe, self.total))
+        ]
 
     def order_from_padded(self) -> list[int] | None:
         """Where each global position lies in the rank-major sequence padded to the longest shard.
@@ -119,6 +127,17 @@ class ShardLayout:
     def __post_init__(self) -> None:
         if self.q.ranks != self.kv.ranks:
             raise ValueError(f"queries are divided over {self.q.ranks} ranks, keys over {self.kv.ranks}")
+
+
+def place_in_round(rank: int, ranks: int, number: int) -> int:
+    """Which unit of round ``number`` a rank gets when units are dealt in turn, back and forth; its own inverse."""
+    return rank if number % 2 == 0 else ranks - 1 - rank
+
+
+def striped_units(units: int, ranks: int, rank: int) -> list[int]:
+    """The units of ``rank``, ascending, when ``units`` units are dealt in turn, back and forth."""
+    dealt = (i * ranks + place_in_round(rank, ranks, i) for i in range(-(-units // ranks)))
+    return [unit for unit in dealt if unit < units]
 
 
 def split_share(total: int, ranks: int, rank: int) -> int:

@@ -22,7 +22,8 @@ def sequences(draw: st.DrawFn) -> SequenceShards:
 def owners(shards: SequenceShards) -> list[int]:
     """The rank of every token, by the definition of the placement."""
     if shards.stripe:
-        return [token // shards.stripe % shards.ranks for token in range(shards.total)]
+        there_and_back = [*range(shards.ranks), *reversed(range(shards.ranks))]
+        return [there_and_back[token // shards.stripe % len(there_and_back)] for token in range(shards.total)]
     return [rank for rank, length in enumerate(shards.lengths) for _ in range(length)]
 
 

@@ -22,7 +22,13 @@ from tests.reference import Result, exact, loss_of, magnitudes, one_device, visi
 # For a longer search than the default one, which tries the same examples every time.
 EXAMPLES = int(os.environ.get("DS_LVXATTN_TEST_EXAMPLES", "0"))
 
-SHARDED = (("lv_xattn", "gather"), ("lv_xattn", "ring"), ("ulysses", "auto"), ("ring", "ring"))
+SHARDED = (
+    ("lv_xattn", "gather"),
+    ("lv_xattn", "ring"),
+    ("lv_xattn", "routed"),
+    ("ulysses", "auto"),
+    ("ring", "ring"),
+)
 DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -45,6 +51,8 @@ class Case:
     interval_of_all_ranks: bool = False
     shards_given: bool = True
     transposed: bool = False
+    head_groups: tuple[int, int] | None = None
+    keep_queries: bool | None = None
     seed: int = 0
 
     @property
@@ -153,8 +161,10 @@ def attend(case: Case, mode: tuple[str, str, str], rank: int) -> list[Tensor]:
         scale=case.scale,
         interval=_interval(case, data, queries, rows),
         shards=ShardLayout(q_shards, case.kv) if case.shards_given else None,
+        head_groups=case.head_groups,
+        keep_queries=case.keep_queries,
     )
-    assert out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous()
+    assert out.shape == q.shape and out.dtype == q.dtype
     dout = None if data.dout is None else data.dout[:, :, rows]
     dlse = None if data.dlse is None else data.dlse[:, :, rows]
     grads = torch.autograd.grad(loss_of(out, lse, dout, dlse), (q, k, v))
@@ -258,6 +268,7 @@ def cases(draw: st.DrawFn, ranks: int) -> Case:
     heads, kv_heads = draw(
         st.sampled_from([(ranks, ranks), (2 * ranks, ranks), (2 * ranks, 1), (1, 1), (3, 1), (4, 2), (3, 3)])
     )
+    divisors = st.sampled_from([count for count in range(1, kv_heads + 1) if kv_heads % count == 0])
     return Case(
         q=q,
         kv=kv,
@@ -274,6 +285,8 @@ def cases(draw: st.DrawFn, ranks: int) -> Case:
         interval_of_all_ranks=draw(st.booleans()),
         shards_given=bool(q.stripe or kv.stripe) or draw(st.booleans()),
         transposed=draw(st.booleans()),
+        head_groups=draw(st.one_of(st.none(), st.tuples(divisors, divisors))),
+        keep_queries=draw(st.sampled_from([None, True, False])),
         seed=draw(st.integers(0, 2**31)),
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
 from ds_lvxattn.comm import communicator
@@ -18,15 +19,16 @@ from tests.distributed import device, run
 
 GATHER = ("lv_xattn", "gather", "sharded")
 QUERY_RING = ("lv_xattn", "ring", "sharded")
+ROUTED = ("lv_xattn", "routed", "sharded")
 REPLICATED = ("lv_xattn", "auto", "replicated")
 ULYSSES = ("ulysses", "auto", "sharded")
 KV_RING = ("ring", "ring", "sharded")
-MODES = (GATHER, QUERY_RING, REPLICATED, ULYSSES, KV_RING)
+MODES = (GATHER, QUERY_RING, ROUTED, REPLICATED, ULYSSES, KV_RING)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Sizes of one attention layer; ``out_travels``: its backward kernel takes ``O``, not ``delta``."""
+    """Sizes of one attention layer."""
 
     q_lengths: tuple[int, ...]
     kv_lengths: tuple[int, ...]
@@ -37,14 +39,26 @@ class Layer:
     dtype: torch.dtype = torch.bfloat16
     kernel: str = "math"
     lse_in_loss: bool = True
+    head_groups: tuple[int, int] | None = None
+    keep_queries: bool | None = None
+    masked: bool = False
+    seed: int = 0
 
     @property
     def ranks(self) -> int:
         return len(self.q_lengths)
 
     @property
-    def out_travels(self) -> bool:
-        return self.kernel == "flash" and not self.lse_in_loss
+    def shards(self) -> ShardLayout:
+        return ShardLayout(SequenceShards(self.q_lengths), SequenceShards(self.kv_lengths))
+
+    @property
+    def ranges(self) -> tuple[Tensor, Tensor]:
+        """Key ranges of the rows of every rank, ``[n, B, s_max]``; some are empty."""
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (2, self.ranks, self.batch, max(self.q_lengths))
+        start, length = torch.randint(0, sum(self.kv_lengths), shape, generator=generator, dtype=torch.int32)
+        return start, start + length // 4
 
 
 @dataclass
@@ -57,6 +71,14 @@ class Traffic:
     measured_backward: int
 
 
+def arriving_in_all_to_all(out: Tensor, _: Tensor, sizes: list[int], *rest: Any) -> int:
+    """Bytes from other ranks; ``sizes`` are the rows from each, none when they are even."""
+    ranks = dist.get_world_size()
+    if not sizes:
+        return out.nbytes * (ranks - 1) // ranks
+    return out.nbytes // max(sum(sizes), 1) * (sum(sizes) - sizes[dist.get_rank()])
+
+
 @contextmanager
 def measured() -> Iterator[Counter[str]]:
     """Bytes that arrive from other ranks, seen where every collective enters the process group.
@@ -66,7 +88,7 @@ def measured() -> Iterator[Counter[str]]:
     seen: Counter[str] = Counter()
     ranks = dist.get_world_size()
     arriving = {
-        "all_to_all_single": lambda out, *_: out.nbytes * (ranks - 1) // ranks,
+        "all_to_all_single": arriving_in_all_to_all,
         "all_gather_single": lambda out, *_: out.nbytes * (ranks - 1) // ranks,
         "allreduce": lambda tensors, *_: 2 * tensors[0].nbytes * (ranks - 1) // ranks,
         "recv": lambda tensors, *_: tensors[0].nbytes,
@@ -108,13 +130,15 @@ def traffic_of(layer: Layer, modes: tuple[tuple[str, str, str], ...]) -> list[Tr
         k = torch.randn(layer.batch, layer.kv_heads, layer.kv_lengths[comm.rank], layer.head_dim, **options)
         v = torch.randn_like(k, requires_grad=True)
         shards = ShardLayout(SequenceShards(q_lengths), SequenceShards(layer.kv_lengths))
+        bounds = (bound.to(device()) for bound in layer.ranges)
+        interval = KVInterval(*bounds) if layer.masked and not replicated else None
         # The first call of a strategy may start DeepSpeed's front end, which has traffic of its own.
         sp_attention(q, k, v, group=comm.group, strategy=strategy, queries=queries, shards=shards)
         comm.reset()
         with measured() as forward:
             out, lse = sp_attention(
-                q, k, v, group=comm.group, strategy=strategy, schedule=schedule, queries=queries,
-                kernel=layer.kernel, shards=shards,
+                q, k, v, group=comm.group, strategy=strategy, schedule=schedule, queries=queries, kernel=layer.kernel,
+                interval=interval, shards=shards, head_groups=layer.head_groups, keep_queries=layer.keep_queries,
             )  # fmt: skip
         counted_forward = Counter(comm.received)
         comm.reset()
@@ -122,6 +146,22 @@ def traffic_of(layer: Layer, modes: tuple[tuple[str, str, str], ...]) -> list[Tr
             (out.sum() + lse.sum() if layer.lse_in_loss else out.sum()).backward()
         results.append(Traffic(counted_forward, Counter(comm.received), sum(forward.values()), sum(backward.values())))
     return results
+
+
+def rows_seen(layer: Layer) -> list[list[int]]:
+    """How many rows of each rank see a key of each rank, row by row and key by key."""
+    start, stop = (bound.tolist() for bound in layer.ranges)
+    return [
+        [
+            sum(
+                any(start[of][b][i] <= key < stop[of][b][i] for key in layer.shards.kv.positions(on))
+                for b in range(layer.batch)
+                for i in range(layer.q_lengths[of])
+            )
+            for on in range(layer.ranks)
+        ]
+        for of in range(layer.ranks)
+    ]
 
 
 def formulas(layer: Layer, mode: tuple[str, str, str], rank: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -132,19 +172,25 @@ def formulas(layer: Layer, mode: tuple[str, str, str], rank: int) -> tuple[dict[
     n, size, wide = layer.ranks, layer.dtype.itemsize, 8 if layer.dtype == torch.float64 else 4
     row, stat = layer.batch * layer.heads * layer.head_dim * size, layer.batch * layer.heads * wide
     total, own = sum(layer.q_lengths), layer.q_lengths[rank]
-    if mode == GATHER:
+    sent, returned = total - own, (n - 1) * own
+    if mode == GATHER or (mode == ROUTED and not layer.masked):
         sent = returned = (n - 1) * max(layer.q_lengths)
-    else:
-        sent, returned = total - own, (n - 1) * own
-    outputs, stats = ({"outputs": sent * row}, 1) if layer.out_travels else ({}, 2)
-    if mode in (GATHER, QUERY_RING):
+    elif mode == ROUTED:
+        # Rows count over the batch here.
+        row, stat = row // layer.batch, stat // layer.batch
+        seen = rows_seen(layer)
+        sent = sum(seen[other][rank] for other in range(n)) - seen[rank][rank]
+        returned = sum(seen[rank]) - seen[rank][rank]
+    if mode in (GATHER, QUERY_RING, ROUTED):
         forward = {"queries": sent * row, "outputs": returned * row, "lse": returned * stat}
-        queries_again = {} if mode == GATHER else {"queries": sent * row}
+        kept = layer.keep_queries
+        if kept is None:
+            kept = n * max(layer.q_lengths) * layer.heads <= 2 * max(layer.kv_lengths) * layer.kv_heads
+        queries_again = {} if kept and mode != QUERY_RING else {"queries": sent * row}
         return forward, {
             "output gradients": sent * row,
             "query gradients": returned * row,
-            "lse": stats * sent * stat,
-            **outputs,
+            "lse": 2 * sent * stat,
             **queries_again,
         }
     if mode == REPLICATED:
@@ -170,12 +216,15 @@ def formulas(layer: Layer, mode: tuple[str, str, str], rank: int) -> tuple[dict[
 
 LAYERS = {
     "even": Layer((6, 6), (40, 40)),
-    "out travels": Layer((6, 6), (40, 40), kernel="flash", lse_in_loss=False),
-    "delta travels": Layer((6, 6), (40, 40), kernel="math", lse_in_loss=False),
+    "kernel that takes the output": Layer((6, 6), (40, 40), kernel="flash", lse_in_loss=False),
+    "head groups, queries again": Layer((6, 5), (40, 30), head_groups=(4, 2), keep_queries=False, lse_in_loss=False),
+    "head groups, masked": Layer((6, 6), (40, 40), head_groups=(2, 4), keep_queries=True, masked=True, seed=1),
+    "masked": Layer((5, 9), (31, 8), masked=True, keep_queries=False, batch=1, seed=2),
     "uneven": Layer((5, 2), (31, 8), dtype=torch.float32),
     "empty": Layer((0, 3), (7, 0), dtype=torch.float64),
     "4 ranks": Layer((4, 4, 4, 4), (24, 24, 24, 24)),
     "4 ranks, uneven, fewer key heads": Layer((5, 0, 2, 1), (9, 31, 0, 12), kv_heads=2, dtype=torch.float16),
+    "4 ranks, masked": Layer((5, 0, 2, 1), (9, 31, 0, 12), kv_heads=2, dtype=torch.float32, masked=True, seed=3),
 }
 
 
@@ -192,7 +241,7 @@ def test_count_equals_formulas_and_measurement(layer: Layer) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_even_shards_receive_what_the_table_of_the_design_says(ranks: int) -> None:
-    layer = Layer((8,) * ranks, (40,) * ranks)
+    layer = Layer((8,) * ranks, (40,) * ranks, keep_queries=True)
     n, size = ranks, layer.dtype.itemsize
     queries = sum(layer.q_lengths) * layer.heads * layer.head_dim * layer.batch
     keys = sum(layer.kv_lengths) * layer.kv_heads * layer.head_dim * layer.batch
@@ -203,6 +252,7 @@ def test_even_shards_receive_what_the_table_of_the_design_says(ranks: int) -> No
     table = {
         GATHER: (exchange, exchange),
         QUERY_RING: (exchange, exchange + exchange // 2),  # Q is sent again
+        ROUTED: (exchange, exchange),  # nothing is masked
         ULYSSES: (all_to_all, all_to_all),
         KV_RING: (ring, ring + ring_gradients),
     }

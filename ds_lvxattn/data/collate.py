@@ -17,7 +17,8 @@ from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.interval import KVInterval
 from ds_lvxattn.models.family import Family
 from ds_lvxattn.plan.traffic import LayerShape
-from ds_lvxattn.shards import SequenceShards
+from ds_lvxattn.routes import Routes, routed_rows, visible_work
+from ds_lvxattn.shards import ShardLayout
 
 Images = list[list[np.ndarray]]  # per sample, the frames that this rank loaded
 
@@ -82,10 +83,14 @@ class Collator:
     def shapes(self, layout: BatchLayout) -> dict[str, LayerShape]:
         """Sizes of the exchanged roles for the plan; heads are those of each layer."""
         batch, element = len(layout.frames), self.dtype.itemsize
-        return {
-            role: LayerShape(batch, 1, 1, 1, shards.q.lengths, shards.kv.lengths, element)
-            for role, shards in (("cross", layout.cross), ("self", layout.self_attention))
-        }
+        shapes = {}
+        for role, shards in (("cross", layout.cross), ("self", layout.self_attention)):
+            ranges = layout.ranges_of(role)
+            shapes[role] = LayerShape(
+                batch, 1, 1, 1, shards.q.lengths, shards.kv.lengths, element,
+                routed_rows(*ranges, shards), visible_work(*ranges, shards.kv),
+            )  # fmt: skip
+        return shapes
 
     def collate(self, layout: BatchLayout, images: Images) -> MicroBatch:
         """This rank's micro-batch."""
@@ -142,11 +147,10 @@ class Collator:
     def _exchange(self, layout: BatchLayout, own: slice) -> SequenceParallelBatch:
         assert self.parallel is not None
         comm = self.parallel.comm
-        batch, length = layout.input_ids.shape
-        causal = np.broadcast_to(np.arange(1, length + 1, dtype=np.int32), (batch, length))
+        routed = {plan.role for plan in self.parallel.plans.values() if plan.schedule == "routed"}
         roles = {
-            "cross": AttentionInputs(layout.cross, self._interval(layout.start, layout.stop, layout.text)),
-            "self": AttentionInputs(layout.self_attention, self._interval(np.zeros_like(causal), causal, layout.text)),
+            role: self._inputs(shards, *layout.ranges_of(role), role in routed)
+            for role, shards in (("cross", layout.cross), ("self", layout.self_attention))
         }
         # Tile 0 of a frame is the frame; an unused slot repeats tile 0 of the first frame, which no row sees.
         loaded, tiles = 0, []
@@ -173,15 +177,9 @@ class Collator:
         counts = {*fed, *keys.lengths, keys.total, keys.ranks * keys.longest} - {0}
         return frozenset(count * samples for count in counts for samples in (1, len(layout.frames)))
 
-    def _interval(self, start: np.ndarray, stop: np.ndarray, text: SequenceShards) -> KVInterval:
-        return KVInterval(self._by_rank(start, text), self._by_rank(stop, text))
-
-    def _by_rank(self, rows: np.ndarray, text: SequenceShards) -> Tensor:
-        """``[B, S]`` to ``[n, B, s_max]``."""
-        stacked = np.zeros((text.ranks, rows.shape[0], text.longest), dtype=np.int32)
-        for rank in range(text.ranks):
-            stacked[rank, :, : text.lengths[rank]] = rows[:, text.positions(rank)]
-        return torch.from_numpy(stacked).to(self.device)
+    def _inputs(self, shards: ShardLayout, start: Tensor, stop: Tensor, routed: bool) -> AttentionInputs:
+        routes = Routes.build(start, stop, shards, self.rank, self.device) if routed else None
+        return AttentionInputs(shards, KVInterval(start.to(self.device), stop.to(self.device)), routes)
 
 
 def _pad_frames(x: Tensor, frames: int) -> Tensor:

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ds_lvxattn.data.sample import IGNORE, Sample
 from ds_lvxattn.models.family import Family
-from ds_lvxattn.shards import SequenceShards, ShardLayout, runs, split_evenly
+from ds_lvxattn.shards import SequenceShards, ShardLayout, runs, split_evenly, striped_units
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,20 @@ class BatchLayout:
     @property
     def self_attention(self) -> ShardLayout:
         return ShardLayout(self.text, self.text)
+
+    def ranges_of(self, role: str) -> tuple[Tensor, Tensor]:
+        """``start, stop`` of the rows of every rank in the attention of ``role``, int32 ``[n, B, s_max]``, on the CPU."""
+        start, stop = self.start, self.stop
+        if role == "self":
+            start = np.zeros_like(self.start)
+            stop = np.broadcast_to(np.arange(1, start.shape[1] + 1, dtype=np.int32), start.shape)
+        return self._by_rank(start), self._by_rank(stop)
+
+    def _by_rank(self, rows: np.ndarray) -> Tensor:
+        stacked = np.zeros((self.text.ranks, rows.shape[0], self.text.longest), dtype=np.int32)
+        for rank in range(self.text.ranks):
+            stacked[rank, :, : self.text.lengths[rank]] = rows[:, self.text.positions(rank)]
+        return torch.from_numpy(stacked)
 
     def own_frames(self, sample: int, rank: int) -> list[int]:
         """Frames of ``sample`` that ``rank`` decodes and encodes."""
@@ -116,5 +132,5 @@ def lay_out(
 def _slots(frames: int, ranks: int, placement: str) -> tuple[tuple[int, ...], ...]:
     count = max(frames, ranks)
     if placement == "striped":
-        return tuple(tuple(range(rank, count, ranks)) for rank in range(ranks))
+        return tuple(tuple(striped_units(count, ranks, rank)) for rank in range(ranks))
     return tuple(tuple(run) for run in runs(split_evenly(count, ranks)))

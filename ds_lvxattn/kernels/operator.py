@@ -8,6 +8,7 @@ from torch import Tensor
 from ds_lvxattn.kernels.base import Call, Kernel
 from ds_lvxattn.kernels.delta import attention_delta
 from ds_lvxattn.kernels.dispatch import KERNELS, select_kernel
+from ds_lvxattn.kernels.standin import output_with_delta
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -52,9 +53,15 @@ def backward_local(
     stop: Optional[Tensor],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``forward_local`` given the whole group's log-sum-exp; see ``Kernel.backward``."""
+    """Gradients of ``forward_local`` given the whole group's log-sum-exp; see ``Kernel.backward``.
+
+    Where the rows come from other ranks, ``out`` is None: a kernel that insists on it gets one with that ``delta``.
+    """
     if q.numel() == 0 or k.shape[2] == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    if kernel.needs_out and out is None:
+        assert delta is not None
+        out = output_with_delta(dout, delta)
     return kernel.backward(dout, q, k, v, out, lse, delta, start, stop, scale)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ds_lvxattn.plan.pipeline import keeps_queries
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -18,7 +20,9 @@ class LayerShape:
         heads, kv_heads, head_dim: query heads, key heads, head size.
         q_lengths, kv_lengths: query rows and keys of every rank.
         element: bytes of an element of ``q``, ``k``, ``v``.
-        needs_out: the local kernel's backward pass takes the output instead of ``delta``.
+        routed_rows: query rows, counted over the batch, that each rank sends to each rank by schedule ``routed``,
+            ``[from][to]``; None where every row goes everywhere (nothing is masked).
+        visible_work: pairs of a query row and a key it sees that each rank computes, for one head; None: all pairs.
         recompute: ``none``, ``kv`` or ``layer``: what the backward pass computes, and Ulysses sends, again.
     """
 
@@ -29,7 +33,8 @@ class LayerShape:
     q_lengths: tuple[int, ...]
     kv_lengths: tuple[int, ...]
     element: int
-    needs_out: bool = False
+    routed_rows: tuple[tuple[int, ...], ...] | None = None
+    visible_work: tuple[int, ...] | None = None
     recompute: str = "none"
 
     @property
@@ -40,6 +45,15 @@ class LayerShape:
     def statistic(self) -> int:
         """Bytes of a log-sum-exp or ``delta`` value."""
         return 8 if self.element == 8 else 4
+
+    @property
+    def balance(self) -> float:
+        """Largest over mean work of a rank, where each rank computes what its own keys are part of."""
+        if self.visible_work is not None:
+            work = self.visible_work
+        else:
+            work = self.kv_lengths
+        return max(work) * len(work) / sum(work) if sum(work) else 1.0
 
     def query_bytes(self, rows: int) -> int:
         """Bytes of ``rows`` query rows (as of output rows)."""
@@ -65,23 +79,38 @@ class Traffic:
 def query_gather(shape: LayerShape, rank: int) -> Traffic:
     """Query exchange, schedule ``gather``: shards are padded to the longest."""
     rows = (shape.ranks - 1) * max(shape.q_lengths)
-    return _query_exchange(shape, sent=rows, returned=rows, queries_again=False)
+    return _query_exchange(shape, shape.batch * rows, shape.batch * rows, not _keeps_queries(shape))
 
 
 def query_ring(shape: LayerShape, rank: int) -> Traffic:
     """Query exchange, schedule ``ring``: exact lengths; the queries travel again in the backward pass."""
     sent = sum(shape.q_lengths) - shape.q_lengths[rank]
     returned = (shape.ranks - 1) * shape.q_lengths[rank]
-    return _query_exchange(shape, sent, returned, queries_again=True)
+    return _query_exchange(shape, shape.batch * sent, shape.batch * returned, queries_again=True)
+
+
+def query_routed(shape: LayerShape, rank: int) -> Traffic:
+    """Query exchange, schedule ``routed``: only rows that see something, to where they see it."""
+    rows = shape.routed_rows
+    if rows is None:
+        return query_gather(shape, rank)
+    sent = sum(from_rank[rank] for from_rank in rows) - rows[rank][rank]
+    returned = sum(rows[rank]) - rows[rank][rank]
+    return _query_exchange(shape, sent, returned, not _keeps_queries(shape))
+
+
+def _keeps_queries(shape: LayerShape) -> bool:
+    return keeps_queries(shape.heads, shape.kv_heads, shape.q_lengths, shape.kv_lengths)
 
 
 def _query_exchange(shape: LayerShape, sent: int, returned: int, queries_again: bool) -> Traffic:
     """``sent`` rows of other ranks come in; results for this rank's rows come back, ``returned`` in all."""
-    forward = shape.query_bytes(sent) + shape.query_bytes(returned) + shape.statistic_bytes(returned)
-    # Coming in: dO, L, and delta or O. Coming back: dQ.
-    row_term = shape.query_bytes(sent) if shape.needs_out else shape.statistic_bytes(sent)
-    backward = shape.query_bytes(sent) + shape.statistic_bytes(sent) + row_term + shape.query_bytes(returned)
-    return Traffic(forward, backward + (shape.query_bytes(sent) if queries_again else 0))
+    row = shape.heads * shape.head_dim * shape.element
+    statistic = shape.heads * shape.statistic
+    forward = sent * row + returned * (row + statistic)
+    # Coming in: dO, L and delta. Coming back: dQ.
+    backward = sent * (row + 2 * statistic) + returned * row
+    return Traffic(forward, backward + (sent * row if queries_again else 0))
 
 
 def head_all_to_all(shape: LayerShape, rank: int) -> Traffic:
@@ -113,6 +142,7 @@ def kv_ring(shape: LayerShape, rank: int) -> Traffic:
 TRAFFIC = {
     ("lv_xattn", "gather"): query_gather,
     ("lv_xattn", "ring"): query_ring,
+    ("lv_xattn", "routed"): query_routed,
     ("ulysses", "auto"): head_all_to_all,
     ("ring", "ring"): kv_ring,
 }

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ds_lvxattn.comm import Communicator
+from ds_lvxattn.routes import Routes
 from ds_lvxattn.shards import ShardLayout
 
 
@@ -24,6 +25,11 @@ class Exchange:
         kernel: ``auto`` or a local kernel's name.
         schedule: ``auto`` or a schedule's name, for strategies that have several.
         replicated: every rank holds all the queries.
+        head_groups: groups of key heads of the forward and the backward pass that ``gather`` pipelines; None chooses
+            from sizes.
+        keep_queries: whether ``gather`` and ``routed`` keep the queries of other ranks for the backward pass rather
+            than have them sent again; None chooses from sizes.
+        routes: which rows travel where, for ``routed``.
     """
 
     comm: Communicator
@@ -34,6 +40,9 @@ class Exchange:
     kernel: str = "auto"
     schedule: str = "auto"
     replicated: bool = False
+    head_groups: tuple[int, int] | None = None
+    keep_queries: bool | None = None
+    routes: Routes | None = None
 
 
 class Strategy(Protocol):

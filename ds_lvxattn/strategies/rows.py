@@ -7,41 +7,67 @@ by their owner.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from ds_lvxattn.comm import Communicator
+from ds_lvxattn.comm import Communicator, Part, Transfer
 from ds_lvxattn.interval import clip_to_rank
 from ds_lvxattn.shards import SequenceShards
 
 
-def to_wire(x: Tensor, rows: int) -> Tensor:
-    """``[B, H, s, ...]`` to contiguous ``[rows, B, H, ...]``, zeros behind the ``s`` real rows."""
-    x = x.movedim(2, 0)
-    if x.shape[0] == rows:
-        return x.contiguous()
-    padded = x.new_zeros((rows, *x.shape[1:]))
-    padded[: x.shape[0]] = x
-    return padded
+def gather_buffer(x: Tensor, comm: Communicator, rows: int) -> Tensor:
+    """Where ``[B, H, s, ...]`` of every rank is gathered, padded to ``rows``: ``[n * rows, B, H, ...]``."""
+    batch, heads, _, *rest = x.shape
+    return x.new_empty((comm.ranks * rows, batch, heads, *rest))
 
 
-def gather_rows(x: Tensor, comm: Communicator, rows: int, what: str) -> Tensor:
-    """``[B, H, s, ...]`` of each rank to all rows, ``[n * rows, B, H, ...]``."""
-    return comm.all_gather(to_wire(x, rows), what).flatten(0, 1)
+def start_gather(sent: Sequence[tuple[str, Tensor, Tensor]], comm: Communicator) -> Transfer:
+    """Start gathering ``[B, H, s, ...]`` of every rank, several tensors in one launch.
+
+    Args:
+        sent: for each tensor the name of its contents, the tensor, and its ``gather_buffer``.
+    """
+    buffers = []
+    for what, x, gathered in sent:
+        buffer = gathered.unflatten(0, (comm.ranks, -1))
+        slot, own = buffer[comm.rank], x.shape[2]
+        slot[:own].copy_(x.movedim(2, 0))
+        slot[own:].zero_()
+        buffers.append((what, buffer))
+    return comm.start_all_gather(buffers)
 
 
-def return_rows(x: Tensor, comm: Communicator, own: int, what: str) -> Tensor:
-    """Send ``[B, H, n * rows, ...]`` computed for all ranks to the owners of the rows.
+def start_return(
+    computed: Sequence[tuple[str, Tensor]], comm: Communicator, own: int
+) -> tuple[list[Tensor], Transfer]:
+    """Start sending ``[B, H, n * rows, ...]``, computed for all ranks, to the owners of the rows; in one launch.
 
     Returns:
-        ``[n, B, H, own, ...]``: what each rank computed for this rank's own rows.
+        ``[n, B, H, own, ...]`` for each tensor, what every rank computed for this rank's own rows, and the handle to
+        wait for before reading them.
     """
-    received = comm.all_to_all(x.movedim(2, 0).unflatten(0, (comm.ranks, -1)), what)
-    return received[:, :own].movedim(1, 3)
+    parts = []
+    for what, x in computed:
+        wire = x.movedim(2, 0).contiguous()
+        parts.append(Part(what, wire, torch.empty_like(wire)))
+    transfer = comm.start_all_to_all(parts)
+    arriving = [part.receive.unflatten(0, (comm.ranks, -1))[:, :own].movedim(1, 3) for part in parts]
+    return arriving, transfer
 
 
 def attention_layout(wire: Tensor) -> Tensor:
     """``[S, B, H, ...]`` as ``[B, H, S, ...]``, a view."""
     return wire.movedim(0, 2)
+
+
+def like(x: Tensor, pattern: Tensor) -> Tensor:
+    """``x`` in the dtype and strides of ``empty_like(pattern)``; no copy where the kernel has chosen them already."""
+    want = torch.empty_like(pattern, device="meta")
+    if x.dtype == want.dtype and x.stride() == want.stride():
+        return x
+    return torch.empty_like(pattern).copy_(x)
 
 
 def local_ranges(

@@ -15,8 +15,7 @@ from ds_lvxattn.kernels.merge import merge_partials, merge_partials_triton
 
 
 def merge_triton(outs, lses):
-    out = torch.full_like(outs[0], float("nan"))
-    lse = torch.full_like(lses[0], float("nan")).contiguous()
+    out, lse = torch.full_like(outs[0], float("nan")), torch.full_like(lses[0], float("nan"))
     merge_partials_triton(outs, lses, out, lse)
     return out, lse
 
@@ -65,3 +64,19 @@ def test_triton_equals_torch(error, parts, rows, dtype):
     out, lse = merge_triton(outs, lses)
     assert error(out, exact_out) < (1e-6 if dtype == torch.float32 else 1e-3)
     assert error(lse, exact_lse) < 1e-6
+
+
+@pytest.mark.parametrize("merge", (merge_partials_triton, merge_partials))
+def test_writes_some_heads_of_a_larger_tensor(merge):
+    """As an exchange does that merges one group of heads at a time: sequence first, two heads of five."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    outs = torch.randn(3, 7, 2, 2, 80, device=device).movedim(1, 3)
+    lses = torch.randn(3, 7, 2, 2, device=device).movedim(1, 3)
+    out = torch.full((2, 7, 5, 80), 9.0, device=device).transpose(1, 2)
+    lse = torch.full((2, 5, 7), 9.0, device=device)
+    merge(outs, lses, out[:, 1:3], lse[:, 1:3])
+    exact_out, exact_lse = merge_partials(outs.double(), lses.double())
+    torch.testing.assert_close(out[:, 1:3].double(), exact_out, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse[:, 1:3].double(), exact_lse, rtol=1e-5, atol=1e-6)
+    for rest in (out[:, :1], out[:, 3:], lse[:, :1], lse[:, 3:]):
+        assert torch.all(rest == 9.0)

@@ -8,13 +8,14 @@ from ds_lvxattn.strategies.base import Exchange
 from ds_lvxattn.strategies.lv_xattn.gather import gather_attention
 from ds_lvxattn.strategies.lv_xattn.replicated import replicated_attention
 from ds_lvxattn.strategies.lv_xattn.ring import ring_attention
+from ds_lvxattn.strategies.lv_xattn.routed import routed_attention
 
 
 class LVXAttn:
     """Query exchange. Works for any head counts, and for more ranks than key heads."""
 
     name = "lv_xattn"
-    schedules = ("gather", "ring")
+    schedules = ("gather", "ring", "routed")
 
     def unsupported(self, heads: int, kv_heads: int, ranks: int, replicated: bool) -> str | None:
         return None
@@ -22,7 +23,10 @@ class LVXAttn:
     def attention(self, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
         if exchange.replicated:
             return replicated_attention(q, k, v, exchange)
+        if exchange.schedule == "ring":
+            return ring_attention(q, k, v, exchange)
+        # Without masks every row sees keys of every rank: what is routed is then all that there is to gather.
+        if exchange.schedule == "routed" and exchange.start is not None:
+            return routed_attention(q, k, v, exchange)
         # Gather needs two messages where the ring needs 2(n - 1), and sends the queries once, not again backward.
-        if exchange.schedule in ("auto", "gather"):
-            return gather_attention(q, k, v, exchange)
-        return ring_attention(q, k, v, exchange)
+        return gather_attention(q, k, v, exchange)

@@ -1,8 +1,12 @@
-"""Query exchange by two collectives: all-gather the queries, attend, send the partial results to their owners.
+"""Query exchange by collectives: all-gather the queries, attend, send the partial results to their owners.
 
-Forward: ``Q`` in, ``(o, l)`` out, one merge. Backward: ``dO``,
-``L`` and ``delta`` in (``O`` only for kernels that insist on it), ``dQ`` parts out, summed in float32. The
-gathered ``Q`` is kept from the forward pass, so it does not travel twice.
+Pipelined over groups of key heads: while one group is computed, the queries of the next arrive and the results of
+the one before leave on the process group's communication stream. Only the first arrival and the last return are not
+hidden, and the workspace is that of two groups.
+
+Forward: ``Q`` in, ``(o, l)`` out, one merge. Backward: ``dO``, ``L`` and ``delta`` in, ``dQ`` parts out, summed in
+float32. ``O`` does not travel, for no kernel. The gathered ``Q`` is kept from the forward pass, or, where it would be
+large, gathered again.
 """
 
 from typing import Optional, Sequence
@@ -15,19 +19,31 @@ from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.delta import attention_delta
 from ds_lvxattn.kernels.merge import merge_partials
 from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, lse_dtype
+from ds_lvxattn.plan.pipeline import head_groups, keeps_queries
 from ds_lvxattn.shards import SequenceShards
 from ds_lvxattn.strategies.base import Exchange
-from ds_lvxattn.strategies.rows import attention_layout, gather_rows, local_ranges, return_rows
+from ds_lvxattn.strategies.rows import attention_layout, gather_buffer, like, local_ranges, start_gather, start_return
 
 
 def gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Attention of the rank's rows over the keys of all ranks; see ``Strategy.attention``."""
     layout = exchange.layout
+    batch, heads, _, head_dim = q.shape
+    kv_heads, lengths = k.shape[1], (layout.q.lengths, layout.kv.lengths)
+    groups = exchange.head_groups or head_groups(batch, heads, kv_heads, head_dim, *lengths)
+    keep = exchange.keep_queries
+    if keep is None:
+        keep = keeps_queries(heads, kv_heads, *lengths)
     out, lse, _ = torch.ops.ds_lvxattn.query_gather(
         q, k, v, exchange.start, exchange.stop, exchange.scale, exchange.kernel,
-        exchange.comm.name, layout.q.lengths, layout.kv.lengths, layout.kv.stripe,
+        exchange.comm.name, layout.q.lengths, layout.kv.lengths, layout.kv.stripe, groups, keep,
     )  # fmt: skip
     return out, lse
+
+
+def _slices(heads: int, groups: int) -> list[slice]:
+    size = heads // groups
+    return [slice(i * size, (i + 1) * size) for i in range(groups)]
 
 
 @torch.library.custom_op("ds_lvxattn::query_gather", mutates_args=())
@@ -43,32 +59,82 @@ def query_gather(
     q_lengths: Sequence[int],
     kv_lengths: Sequence[int],
     kv_stripe: int,
+    head_groups: Sequence[int],
+    keep_queries: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward pass: ``out [B, H, s_q, D]``, ``lse [B, H, s_q]`` and the gathered queries, kept for backward."""
+    """Forward pass.
+
+    Args:
+        head_groups: groups of key heads of the forward and of the backward pass; divisors of ``H_kv``.
+        keep_queries: keep the gathered queries for the backward pass.
+
+    Returns:
+        ``out [B, H, s_q, D]``, ``lse [B, H, s_q]``, and the gathered queries ``[groups, n * s_max, B, H / groups, D]``
+        (no group of them where they are not kept).
+    """
     comm = communicator_by_name(group)
-    kv = SequenceShards(tuple(kv_lengths), kv_stripe)
-    own = q_lengths[comm.rank]
-    q_all = gather_rows(q, comm, max(q_lengths), "queries")
-    first, last = local_ranges(start, stop, kv, comm.rank)
-    partial_out, partial_lse = forward_local(attention_layout(q_all), k, v, first, last, scale, kernel)
-    out, lse = merge_partials(
-        return_rows(partial_out, comm, own, "outputs"), return_rows(partial_lse, comm, own, "lse")
-    )
-    return out.contiguous(), lse.contiguous(), q_all
+    rows, own = max(q_lengths), q_lengths[comm.rank]
+    first, last = local_ranges(start, stop, SequenceShards(tuple(kv_lengths), kv_stripe), comm.rank)
+    groups = head_groups[0]
+    queries, keys = _slices(q.shape[1], groups), _slices(k.shape[1], groups)
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    kept = _kept_queries(q, q_lengths, groups, keep_queries)
+
+    def gather(i: int):
+        q_all = kept[i] if keep_queries else gather_buffer(q[:, queries[i]], comm, rows)
+        return q_all, start_gather([("queries", q[:, queries[i]], q_all)], comm)
+
+    def merge(i: int, arriving, transfer) -> None:
+        transfer.wait()
+        merge_partials(*arriving, out=out[:, queries[i]], lse=lse[:, queries[i]])
+
+    gathered, returning = gather(0), None
+    for i in range(groups):
+        q_all, arrival = gathered
+        if i + 1 < groups:
+            gathered = gather(i + 1)
+        arrival.wait()
+        partial_out, partial_lse = forward_local(
+            attention_layout(q_all), k[:, keys[i]], v[:, keys[i]], first, last, scale, kernel
+        )
+        leaving = start_return([("outputs", partial_out), ("lse", partial_lse)], comm, own)
+        if returning is not None:
+            merge(i - 1, *returning)
+        returning = leaving
+    merge(groups - 1, *returning)
+    return out, lse, kept
+
+
+def _kept_queries(q: Tensor, q_lengths: Sequence[int], groups: int, keep: bool) -> Tensor:
+    batch, heads, _, head_dim = q.shape
+    rows = len(q_lengths) * max(q_lengths)
+    return q.new_empty((groups if keep else 0, rows, batch, heads // groups, head_dim))
 
 
 @query_gather.register_fake
-def _(q, k, v, start, stop, scale, kernel, group, q_lengths, kv_lengths, kv_stripe):
-    batch, heads, _, head_dim = q.shape
-    q_all = q.new_empty((len(q_lengths) * max(q_lengths), batch, heads, head_dim))
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype)), q_all
+def _(q, k, v, start, stop, scale, kernel, group, q_lengths, kv_lengths, kv_stripe, head_groups, keep_queries):
+    kept = _kept_queries(q, q_lengths, head_groups[0], keep_queries)
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype)), kept
+
+
+def _queries_of(kept: Tensor, groups: int, index: int) -> Tensor:
+    """Gathered queries of group ``index`` of ``groups``, ``[n * s_max, B, H / groups, D]``, from the kept ones."""
+    kept_groups, _, _, heads, _ = kept.shape
+    if groups % kept_groups:
+        # Coarser groups than the forward pass had: the queries are small beside the keys, so they are laid out anew.
+        kept = kept.movedim(0, 2).flatten(2, 3).unsqueeze(0)
+        kept_groups, heads = 1, kept.shape[3]
+    finer = groups // kept_groups
+    return kept[index // finer][:, :, _slices(heads, finer)[index % finer]]
 
 
 @torch.library.custom_op("ds_lvxattn::query_gather_backward", mutates_args=())
 def query_gather_backward(
     dout: Tensor,
     dlse: Optional[Tensor],
-    q_all: Tensor,
+    q: Tensor,
+    kept: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
@@ -81,49 +147,78 @@ def query_gather_backward(
     q_lengths: Sequence[int],
     kv_lengths: Sequence[int],
     kv_stripe: int,
+    head_groups: Sequence[int],
+    keep_queries: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: ``dk`` and ``dv`` are complete on their rank; the parts of ``dq`` go to their owners."""
     comm = communicator_by_name(group)
-    kv = SequenceShards(tuple(kv_lengths), kv_stripe)
     rows, own = max(q_lengths), q_lengths[comm.rank]
-    queries = attention_layout(q_all)
-    chosen = backward_kernel(kernel, Call.of(queries, k, start is not None), dlse is not None)
+    first, last = local_ranges(start, stop, SequenceShards(tuple(kv_lengths), kv_stripe), comm.rank)
+    chosen = backward_kernel(kernel, Call.of(q, k, start is not None), dlse is not None)
+    groups = head_groups[1]
+    queries, keys = _slices(q.shape[1], groups), _slices(k.shape[1], groups)
+    delta = attention_delta(dout, out, dlse).to(lse.dtype)
+    dq = torch.empty_like(q)
+    dk, dv = (None, None) if groups == 1 else (torch.empty_like(k), torch.empty_like(v))
 
-    dout_all = attention_layout(gather_rows(dout, comm, rows, "output gradients"))
-    if chosen.needs_out:
-        out_all = attention_layout(gather_rows(out, comm, rows, "outputs"))
-        lse_all, delta_all = attention_layout(gather_rows(lse, comm, rows, "lse")), None
-    else:
-        stats = torch.stack((lse, attention_delta(dout, out, dlse).to(lse.dtype)), dim=-1)
-        lse_all, delta_all = attention_layout(gather_rows(stats, comm, rows, "lse")).unbind(-1)
-        out_all = None
+    def gather(i: int):
+        sent = [("output gradients", dout), ("lse", lse), ("lse", delta)]
+        if not keep_queries:
+            sent.append(("queries", q))
+        sent = [(what, x[:, queries[i]]) for what, x in sent]
+        buffers = [gather_buffer(x, comm, rows) for _, x in sent]
+        transfer = start_gather([(*x, buffer) for x, buffer in zip(sent, buffers, strict=True)], comm)
+        return buffers, transfer
 
-    first, last = local_ranges(start, stop, kv, comm.rank)
-    partial_dq, dk, dv = backward_local(
-        chosen, dout_all, queries, k, v, out_all, lse_all, delta_all, first, last, scale
-    )
-    parts = return_rows(partial_dq.to(out.dtype), comm, own, "query gradients")
-    dq = parts.sum(dim=0, dtype=lse.dtype).to(out.dtype)
-    return dq.contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
+    def add_up(i: int, arriving, transfer) -> None:
+        transfer.wait()
+        dq[:, queries[i]] = arriving[0].sum(dim=0, dtype=lse.dtype)
+
+    gathered, returning = gather(0), None
+    for i in range(groups):
+        buffers, arrival = gathered
+        if i + 1 < groups:
+            gathered = gather(i + 1)
+        arrival.wait()
+        if keep_queries:
+            buffers.append(_queries_of(kept, groups, i))
+        dout_all, lse_all, delta_all, q_all = (attention_layout(x) for x in buffers)
+        partial_dq, group_dk, group_dv = backward_local(
+            chosen, dout_all, q_all, k[:, keys[i]], v[:, keys[i]], None, lse_all, delta_all, first, last, scale
+        )
+        leaving = start_return([("query gradients", partial_dq.to(q.dtype))], comm, own)
+        if dk is None or dv is None:
+            dk, dv = like(group_dk, k), like(group_dv, v)
+        else:
+            dk[:, keys[i]] = group_dk
+            dv[:, keys[i]] = group_dv
+        if returning is not None:
+            add_up(i - 1, *returning)
+        returning = leaving
+    add_up(groups - 1, *returning)
+    return dq, dk, dv
 
 
 @query_gather_backward.register_fake
-def _(dout, dlse, q_all, k, v, out, *_):
-    return out.new_empty(out.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(dout, dlse, q, kept, k, v, *_):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _save(ctx, inputs, output):
-    _, k, v, start, stop, *ctx.call = inputs
-    out, lse, q_all = output
-    ctx.save_for_backward(q_all, k, v, out, lse, start, stop)
+    q, k, v, start, stop, *ctx.call = inputs
+    out, lse, kept = output
+    keep_queries = ctx.call[-1]
+    # A kept gathered tensor holds the own queries too; their shape and strides are those of the output.
+    ctx.save_for_backward(None if keep_queries else q, kept, k, v, out, lse, start, stop)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, dlse, _):
-    q_all, k, v, out, lse, start, stop = ctx.saved_tensors
+    q, kept, k, v, out, lse, start, stop = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    grads = torch.ops.ds_lvxattn.query_gather_backward(dout, dlse, q_all, k, v, out, lse, start, stop, *ctx.call)
-    return *grads, *[None] * 8
+    q = out if q is None else q
+    grads = torch.ops.ds_lvxattn.query_gather_backward(dout, dlse, q, kept, k, v, out, lse, start, stop, *ctx.call)
+    return *grads, *[None] * 10
 
 
 query_gather.register_autograd(_backward, setup_context=_save)

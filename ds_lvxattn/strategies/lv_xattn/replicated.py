@@ -45,7 +45,13 @@ def query_replicated(
     comm = communicator_by_name(group)
     first, last = local_ranges(start, stop, SequenceShards(tuple(kv_lengths), kv_stripe), comm.rank)
     partial_out, partial_lse = forward_local(q, k, v, first, last, scale, kernel)
-    out, lse = merge_partials(comm.all_gather(partial_out, "outputs"), comm.all_gather(partial_lse, "lse"))
+    gathered = []
+    for x in (partial_out, partial_lse):
+        buffer = x.new_empty((comm.ranks, *x.shape))
+        buffer[comm.rank].copy_(x)
+        gathered.append(buffer)
+    comm.start_all_gather(list(zip(("outputs", "lse"), gathered, strict=True))).wait()
+    out, lse = merge_partials(*gathered)
     return out.contiguous(), lse.contiguous()
 
 

@@ -146,25 +146,19 @@ def query_ring_backward(
     kv_lengths: Sequence[int],
     kv_stripe: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward pass: ``Q``, ``dO``, ``L`` and ``delta`` (or ``O``) go round, ``dQ`` parts go to their owners."""
+    """Backward pass: ``Q``, ``dO``, ``L`` and ``delta`` go round, ``dQ`` parts go to their owners."""
     comm = communicator_by_name(group)
     kv = SequenceShards(tuple(kv_lengths), kv_stripe)
     chosen = backward_kernel(kernel, Call.of(q, k, start is not None), dlse is not None)
-    row_term = out if chosen.needs_out else attention_delta(dout, out, dlse).to(lse.dtype)
-    ring = _Ring(
-        comm,
-        q_lengths,
-        ("queries", "output gradients", "lse", "outputs" if chosen.needs_out else "lse"),
-        (q, dout, lse, row_term),
-    )
+    delta = attention_delta(dout, out, dlse).to(lse.dtype)
+    ring = _Ring(comm, q_lengths, ("queries", "output gradients", "lse", "lse"), (q, dout, lse, delta))
     wide = lse.dtype
     dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     returns = _Returns(comm, q.shape[2])
-    for owner, (queries, douts, lses, terms) in ring:
+    for owner, (queries, douts, lses, deltas) in ring:
         first, last = _ranges_of(start, stop, kv, comm.rank, owner, queries.shape[2])
-        outs, deltas = (terms, None) if chosen.needs_out else (None, terms)
         partial_dq, partial_dk, partial_dv = backward_local(
-            chosen, douts, queries, k, v, outs, lses, deltas, first, last, scale
+            chosen, douts, queries, k, v, None, lses, deltas, first, last, scale
         )
         returns.send(owner, (partial_dq.to(q.dtype),), ("query gradients",))
         dk += partial_dk
