@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from ds_lvxattn.plan import network
 from ds_lvxattn.plan.kernel_time import AttentionCall, kernel_seconds
+from ds_lvxattn.plan.pipeline import head_groups, keeps_queries
 from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.plan.visibility import FULL, Visibility
@@ -27,13 +28,19 @@ class Layer:
         shape: sizes, shards, element size and recompute policy.
         mask: what the rows see.
         features: width of the features that K and V are projected from; 0 leaves the projection out.
-        groups: groups of key heads into which the schedule ``gather`` is pipelined.
+        groups: groups of key heads that the schedule ``gather`` pipelines, forward and backward; None: as it chooses.
     """
 
     shape: LayerShape
     mask: Visibility = FULL
     features: int = 0
-    groups: int = 1
+    groups: tuple[int, int] | None = None
+
+    def head_groups(self) -> tuple[int, int]:
+        shape = self.shape
+        return self.groups or head_groups(
+            shape.batch, shape.heads, shape.kv_heads, shape.head_dim, shape.q_lengths, shape.kv_lengths
+        )
 
 
 @dataclass(frozen=True)
@@ -107,12 +114,6 @@ def beside(profile: Profile, work: float, transfer: float) -> float:
     return max(work, transfer) + (1 - profile.overlap) * min(work, transfer)
 
 
-def gathered_queries_kept(shape: LayerShape) -> bool:
-    """Whether ``gather`` keeps all queries for the backward pass: while they are no larger than a rank's own K and V."""
-    rows = shape.ranks * max(shape.q_lengths)
-    return shape.query_bytes(rows) <= _key_bytes(shape, max(shape.kv_lengths))
-
-
 # The parts that the strategies are made of
 
 
@@ -155,6 +156,10 @@ def _seen_on_a_rank(layer: Layer) -> tuple[float, float]:
     return layer.mask.share * layer.mask.busiest_keys * keys, layer.mask.drift / layer.shape.ranks
 
 
+def _keeps_queries(shape: LayerShape) -> bool:
+    return keeps_queries(shape.heads, shape.kv_heads, shape.q_lengths, shape.kv_lengths)
+
+
 # The modes: each gives forward, backward, and what is sent again where K and V are recomputed
 
 
@@ -168,32 +173,35 @@ def _local(layer: Layer, profile: Profile) -> tuple[Pass, Pass, Pass]:
 
 def _gather(layer: Layer, profile: Profile) -> tuple[Pass, Pass, Pass]:
     """All-gather the queries, attend, all-to-all the results; groups of heads follow each other in a pipeline."""
-    shape, groups = layer.shape, layer.groups
-    n, own = shape.ranks, max(shape.q_lengths)
+    shape = layer.shape
+    n, own, keys = shape.ranks, max(shape.q_lengths), max(shape.kv_lengths)
     rows = n * own
     query, all_queries = shape.query_bytes(own), shape.query_bytes(rows)
-    kernels = _kernels(layer, profile, rows, max(shape.kv_lengths), *_seen_on_a_rank(layer), divide=groups)
 
-    def pipeline(kernel: float, passes: float, sent: float, returned: float) -> Pass:
+    def pipeline(groups: int, kernel: float, passes: float, sent: float, returned: float) -> Pass:
         come = network.all_gather(profile, n, sent / groups)
         go = network.all_to_all(profile, n, returned / groups)
         work = groups * kernel + passes
         total = come + go + beside(profile, work, (groups - 1) * (come + go))
         return Pass(groups * kernel, passes, total - work)
 
-    merge = _moved(profile, (n + 1) * query + n * shape.statistic_bytes(own), groups)
-    forward = pipeline(
-        kernels.forward,
-        _moved(profile, 2 * query) + merge,
-        query,
-        all_queries + shape.statistic_bytes(rows),
-    )
+    groups, later = layer.head_groups()
+    kernels = _kernels(layer, profile, rows, keys, *_seen_on_a_rank(layer), divide=groups)
+    passes = _moved(profile, 2 * query, groups)
+    passes += _moved(profile, (n + 1) * query + n * shape.statistic_bytes(own), groups)  # the merge
+    forward = pipeline(groups, kernels.forward, passes, query, all_queries + shape.statistic_bytes(rows))
+
+    kernels = _kernels(layer, profile, rows, keys, *_seen_on_a_rank(layer), divide=later)
     sent = query + 2 * shape.statistic_bytes(own)
-    if not gathered_queries_kept(shape):
+    if not _keeps_queries(shape):
         sent += query
-    stand_in = _moved(profile, 2 * all_queries, groups) if kernels.takes_out else 0.0
-    delta, summed = _moved(profile, 2 * query), _moved(profile, (n + 1) * query, groups)
-    backward = pipeline(kernels.backward, _moved(profile, 2 * query) + delta + stand_in + summed, sent, all_queries)
+    passes = _moved(profile, 2 * query) + _moved(profile, 2 * query, later)  # delta; what is sent, into its place
+    passes += _moved(profile, (n + 1) * query, later)  # the sum of the parts of dQ
+    if kernels.takes_out:
+        passes += _moved(profile, 2 * all_queries, later)  # the output that stands in for delta
+    if later > 1:
+        passes += _moved(profile, 2 * _key_bytes(shape, keys), 2 * later)  # dK and dV of a group into their place
+    backward = pipeline(later, kernels.backward, passes, sent, all_queries)
     return forward, backward, Pass()
 
 
@@ -207,6 +215,7 @@ def _routed(layer: Layer, profile: Profile) -> tuple[Pass, Pass, Pass]:
     kernels = _kernels(layer, profile, rows, max(shape.kv_lengths), seen_by_those, drift)
     travelling = shape.query_bytes(round(rows))
     statistic = shape.statistic_bytes(round(rows))
+    again = 0 if _keeps_queries(shape) else travelling
     # Each own row comes back from as many ranks as it was sent to: on average the rows that a rank computes.
     forward = Pass(
         kernels.forward,
@@ -216,7 +225,7 @@ def _routed(layer: Layer, profile: Profile) -> tuple[Pass, Pass, Pass]:
     backward = Pass(
         kernels.backward,
         _moved(profile, 4 * travelling) + _moved(profile, travelling + shape.query_bytes(own)),
-        network.all_to_all(profile, n, 2 * travelling + 2 * statistic) + network.all_to_all(profile, n, travelling),
+        network.all_to_all(profile, n, travelling + 2 * statistic + again) + network.all_to_all(profile, n, travelling),
     )
     return forward, backward, Pass()
 
@@ -329,7 +338,8 @@ def workspace_bytes(layer: Layer, mode: Mode) -> float:
     query, key = shape.query_bytes(own), _key_bytes(shape, keys)
     if mode == ("lv_xattn", "gather"):
         # Backward: all queries, and of two groups in flight dO, its stand-in and the parts of dQ, out and back.
-        return n * query * (1 + 4 * min(2, layer.groups) / layer.groups)
+        groups = layer.head_groups()[1]
+        return n * query * (1 + 4 * min(2, groups) / groups)
     if mode == ("lv_xattn", "routed"):
         return 5 * layer.mask.rows_seen * n * query
     if mode == ("lv_xattn", "ring"):

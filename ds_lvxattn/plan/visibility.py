@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from ds_lvxattn.plan.traffic import LayerShape
 
 MASKS = ("full", "growing", "frame")
 
@@ -53,32 +53,22 @@ def of_mask(name: str, queries: int, keys: int, ranks: int, frame_keys: int) -> 
     return growing(queries, keys, ranks) if name == "growing" else one_frame(queries, keys, ranks, frame_keys)
 
 
-def of_bounds(start: Any, stop: Any, q_lengths: Sequence[int], local: Sequence[tuple[Any, Any]]) -> Visibility:
-    """The mask of a batch.
+def of_shape(shape: LayerShape) -> Visibility:
+    """The mask of a batch, as far as its sizes tell.
 
-    Args:
-        start, stop: integer arrays ``[B, S_q]``, global key range of every row.
-        q_lengths: rows of every rank, contiguous in rank order.
-        local: for every rank, ``start, stop`` clipped to its own keys, like ``start`` and ``stop``.
+    Work by rings of ranks is taken to be as uneven as work by keys, which holds for masks that grow along the sequence.
+    Ranges that do not span all keys are taken to move over all of them from the first row to the last.
     """
-    import numpy as np
-
-    ranks, rows = len(q_lengths), start.shape[1]
-    edges = np.concatenate(([0], np.cumsum(q_lengths)))
-    width = np.stack([np.maximum(b - a, 0) for a, b in local])  # [n, B, S_q]
-    pairs = width.sum(1)  # [n, S_q]
-    blocks = np.stack([pairs[:, a:b].sum(1) for a, b in zip(edges[:-1], edges[1:], strict=True)])  # rows of, keys of
-    total, keys = int(pairs.sum()), int(max(np.max(stop, initial=0), 1))
-    if total == 0:
+    if shape.routed_rows is None or shape.visible_work is None:
+        return FULL
+    rows, keys = sum(shape.q_lengths), sum(shape.kv_lengths)
+    pairs, work = shape.batch * rows * keys, sum(shape.visible_work)
+    if not work:
         return Visibility(True, 0.0, 1.0, 1.0, 0.0, 0.0)
-    rank = np.arange(ranks)
-    steps = sum(int(blocks[rank, (rank - step) % ranks].max()) for step in range(ranks))
-    moved = np.abs(np.diff(start, axis=1)).mean() + np.abs(np.diff(stop, axis=1)).mean() if rows > 1 else 0.0
-    return Visibility(
-        masked=True,
-        share=total / (start.size * keys),
-        busiest_keys=float(blocks.sum(0).max()) * ranks / total,
-        busiest_step=steps * ranks / total,
-        drift=float(min(moved, keys)),
-        rows_seen=float((width > 0).any(1).sum(1).max()) / rows,
-    )
+    seen = max(map(sum, zip(*shape.routed_rows, strict=True)))
+    share = work / pairs
+    # The work of an even share of the keys: a rank with more of them than others is counted by its own length.
+    dense = [length * work / keys for length in shape.kv_lengths]
+    uneven = max(have / want for have, want in zip(shape.visible_work, dense, strict=True) if want)
+    drift = keys / rows if share < 1.0 else 0.0
+    return Visibility(True, share, uneven, max(uneven, 1.0), drift, min(seen / (shape.batch * rows), 1.0))
