@@ -63,27 +63,32 @@ def _tiles(kernel: Kernel, call: AttentionCall) -> tuple[float, float]:
 
 def _span(kernel: Kernel, call: AttentionCall) -> float:
     """Keys that a row tile computes."""
-    if not kernel.masked or call.seen >= call.keys:
-        return call.keys
+    if not kernel.masked or kernel.name == "math" or call.seen >= call.keys:
+        return call.keys  # ``math`` masks scores that it has computed
     positions = min(_tiles(kernel, call)[1], call.rows)
     return min(call.keys, call.seen + call.drift * positions / 2 + kernel.tile_keys)
 
 
-def _computed(profile: Profile, kernel: Kernel, call: AttentionCall, backward: bool) -> float:
-    """Seconds by the formula alone."""
+def busy_operations(profile: Profile, kernel: Kernel, call: AttentionCall, backward: bool) -> float:
+    """Operations of a call with those that part-filled tiles and idle multiprocessors could have done meanwhile."""
     tiles, _ = _tiles(kernel, call)
     span, units = _span(kernel, call), profile.multiprocessors
     operations = 4.0 * tiles * kernel.tile_rows * span * call.head_dim
     if backward:
         lanes = call.batch * (call.kv_heads if kernel.packed else call.heads)
-        rounds = _rounds(lanes * math.ceil(call.keys / KEYS_FIRST), units)
-        seconds = BACKWARD_OPERATIONS * operations * rounds / kernel.backward
-    else:
-        most = min(MOST_SPLITS, int(span // (8 * kernel.tile_keys)), math.ceil(4 * units / tiles))
-        shares = range(1, max(most, 1) + 1) if kernel.splits and tiles < 4 * units else (1,)
-        seconds = operations * min(_rounds(tiles * s, units) for s in shares) / kernel.forward
+        return BACKWARD_OPERATIONS * operations * _rounds(lanes * math.ceil(call.keys / KEYS_FIRST), units)
+    most = min(MOST_SPLITS, int(span // (8 * kernel.tile_keys)), math.ceil(4 * units / tiles))
+    shares = range(1, max(most, 1) + 1) if kernel.splits and tiles < 4 * units else (1,)
+    return operations * min(_rounds(tiles * s, units) for s in shares)
+
+
+def _computed(profile: Profile, kernel: Kernel, call: AttentionCall, backward: bool) -> float:
+    """Seconds by the formula alone."""
+    rate = kernel.backward if backward else kernel.forward
+    seconds = busy_operations(profile, kernel, call, backward) / rate
     row_bytes = call.batch * call.heads * call.rows * call.head_dim * call.element
-    key_bytes = call.batch * call.kv_heads * min(call.keys, call.rows * span) * call.head_dim * call.element
+    keys = min(call.keys, call.rows * _span(kernel, call))
+    key_bytes = call.batch * call.kv_heads * keys * call.head_dim * call.element
     moved = (4 * row_bytes + 4 * key_bytes) if backward else 2 * (row_bytes + key_bytes)
     return max(seconds, moved / profile.memory_bandwidth)
 
@@ -104,14 +109,14 @@ def _ratios(
     """For each measured point its place and the logarithm of measured over computed."""
     found = []
     for point in kernel.points:
-        call = _call_of(point, kernel, element)
+        call = call_of(point, kernel, element)
         measured = (point.backward if backward else point.forward) - profile.launch
         computed = _computed(profile, kernel, call, backward)
         found.append((_place(kernel, call), math.log(max(measured, 1e-7) / computed)))
     return tuple(found)
 
 
-def _call_of(point: KernelPoint, kernel: Kernel, element: int) -> AttentionCall:
+def call_of(point: KernelPoint, kernel: Kernel, element: int) -> AttentionCall:
     return AttentionCall(
         1, point.heads, point.kv_heads, kernel.head_dim, point.rows, point.keys, point.seen, point.drift, element
     )
