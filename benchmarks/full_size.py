@@ -30,7 +30,6 @@ from ds_lvxattn.data.sample import IGNORE, Sample
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.models import family_of
-from ds_lvxattn.recompute import keep_zero3_outside
 from ds_lvxattn.training.ds_config import resolve_ds_config
 from ds_lvxattn.training.model import model_dtype, select_trainable
 
@@ -96,7 +95,6 @@ def main() -> None:
     device = torch.device(get_accelerator().current_device_name())
     parameters = [p for p in model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=ds_config, mpu=groups)
-    keep_zero3_outside(engine)
     collator = Collator(family_of(model), sizes, processor, 0, device, dtype, parallel)
     results = []
     for frames in map(int, args.frames.split(",")):

@@ -44,8 +44,6 @@ class SequenceParallelBatch:
         kernel: local attention kernel.
         tiles: int64 ``[B * slot tiles]``, the visual tiles of this rank in the order of its keys, as indices into
             the tiles that the vision encoder returns.
-        key_rows: how many visual tokens a dimension of a tensor on the way to K and V may count, on any rank; the
-            same on every rank, so that all recompute the same collectives.
         sees_frame: ``[B, 1, s_q, 1]`` in the model's dtype, 1 for the rank's text rows that see a frame.
     """
 
@@ -54,5 +52,4 @@ class SequenceParallelBatch:
     plans: Mapping[nn.Module, LayerPlan]
     kernel: str
     tiles: Tensor
-    key_rows: frozenset[int]
     sees_frame: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -16,9 +17,10 @@ from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.dispatch import select_kernel
 from ds_lvxattn.models import family_of
-from ds_lvxattn.plan.plan import LayerPlan, plan_layers
+from ds_lvxattn.plan.memory import POLICIES, LayerSizes, kept_bytes
+from ds_lvxattn.plan.plan import AttentionLayer, LayerPlan, plan_layers
 from ds_lvxattn.plan.traffic import LayerShape
-from ds_lvxattn.recompute import enable_recompute
+from ds_lvxattn.recompute import recompute_attention, recompute_layers
 from ds_lvxattn.registration import IMPLEMENTATION, register_with_transformers
 
 # transformers chooses these by itself; any other implementation is somebody's wish, which is not overruled.
@@ -63,9 +65,12 @@ class SequenceParallel:
         model.set_attn_implementation({self.family.attention_config: IMPLEMENTATION})
         self.family.install_hooks(model)
         self._layers = self.family.attention_layers(model)
-        if config.recompute != "none":
-            roles = {"kv": ("cross",), "layer": ("cross", "self")}[config.recompute]
-            enable_recompute(self._decoder_layers(model, roles), config.recompute)
+        if config.recompute == "kv":
+            for module, layer in self._layers.items():
+                if layer.role == "cross":
+                    recompute_attention(module, offload=False)
+        elif config.recompute == "layer":
+            recompute_layers(self._decoder_layers(model, ("cross", "self")), offload=False)
         self.plans: dict[nn.Module, LayerPlan] = {}
 
     def _decoder_layers(self, model: nn.Module, roles: tuple[str, ...]) -> list[GradientCheckpointingLayer]:
@@ -107,4 +112,25 @@ class SequenceParallel:
         if isinstance(answer[0], ConfigError):
             raise answer[0]
         assert answer[0] is not None
-        self.plans = dict(zip(self._layers, answer[0], strict=True))
+        self.plans = {
+            module: replace(plan, kept_bytes=self._kept_bytes(plan, layer, shapes))
+            for (module, layer), plan in zip(self._layers.items(), answer[0], strict=True)
+        }
+
+    def _kept_bytes(self, plan: LayerPlan, layer: AttentionLayer, shapes: Mapping[str, LayerShape]) -> dict[str, int]:
+        if layer.role not in shapes:
+            return {}
+        sizes = self.layer_sizes(plan, layer, shapes[layer.role])
+        return {policy: kept_bytes(sizes, policy) for policy in POLICIES}
+
+    def layer_sizes(self, plan: LayerPlan, layer: AttentionLayer, shape: LayerShape) -> LayerSizes:
+        """What the memory plan must know of the decoder layer around ``layer``, on the rank that holds most."""
+        text = getattr(self.model_config, self.family.attention_config)
+        rows, keys = max(shape.q_lengths), max(shape.kv_lengths)
+        if layer.role == "cross":
+            keys = max(keys, self.family.frame_tokens(self.model_config))  # a rank without frames has a blank one
+        return LayerSizes(
+            layer.role, plan.strategy, plan.schedule, shape.batch, shape.ranks,
+            rows, rows, sum(shape.q_lengths), keys, max(sum(shape.kv_lengths), keys),
+            layer.heads, layer.kv_heads, layer.head_dim, text.hidden_size, text.intermediate_size, shape.element,
+        )  # fmt: skip

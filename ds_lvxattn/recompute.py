@@ -1,97 +1,194 @@
 """Recomputation in the backward pass instead of storing: what a layer keeps, by torch's selective checkpointing.
 
 LV-XAttn, section 3.3: the visual features are shared by all cross-attention layers, K and V of a layer are not, so
-K and V are projected again in the backward pass. The attention operators' outputs are always kept, so nothing that
-query exchange sent is sent again.
+K and V are projected again in the backward pass. What the attention operators return is always kept, so nothing that
+an operator sent is sent again.
+
+Selective checkpointing is torch's ``checkpoint`` with a pair of dispatch modes, one for the forward pass and one for
+the recomputation. torch's own pair keeps a record of every operator, to which those of ZeRO-3's gathering and
+releasing would belong, though they run at other moments in the recomputation; this pair knows the attention operators
+alone. What is kept goes through ``save_for_backward``, so that ``torch.autograd.graph.saved_tensors_hooks`` see it:
+CPU offload is such a pair of hooks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from deepspeed import DeepSpeedEngine
-from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ds_lvxattn.batch import SequenceParallelBatch
-
 ATTENTION_OPERATORS = ("local_attention", "query_gather", "query_ring", "query_replicated", "kv_ring")
+RECOMPUTATION = "recomputation"
 
 
-def enable_recompute(layers: Iterable[GradientCheckpointingLayer], policy: str) -> None:
-    """Make transformers' checkpointed ``layers`` recompute by ``policy``.
+def recompute_attention(module: nn.Module, offload: bool) -> None:
+    """Policy ``kv``: make an attention module keep its input rows and what its operator returns, nothing else.
+
+    Of what is computed again, projections and norms of the keys are all that has the length of the keys; those of
+    the queries are small beside them.
 
     Args:
-        layers: decoder layers (``GradientCheckpointingLayer``): those with cross-attention for ``kv``, all for
-            ``layer``.
-        policy: ``kv`` recomputes what has the length of the keys (projections and norms of K and V); ``layer``
-            everything but the attention operators.
+        module: takes its input rows as ``hidden_states``, by name or first.
+        offload: keep on the CPU what is kept. The visual features stay where they are: all layers share them.
     """
-    keep = {"kv": _keep_all_but_keys, "layer": _keep_attention}[policy]
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def recomputing(*args: Any, **kwargs: Any) -> Any:
+        if not module.training:
+            return forward(*args, **kwargs)
+        if "hidden_states" in kwargs:
+            args = (kwargs.pop("hidden_states"), *args)
+        return recompute(module, functools.partial(forward, **kwargs), *args, offload=offload)
+
+    setattr(module, "forward", recomputing)  # noqa: B010
+
+
+def recompute_layers(layers: Iterable[GradientCheckpointingLayer], offload: bool) -> None:
+    """Policy ``layer``: make decoder layers keep their input rows and what their attention operators return."""
     for layer in layers:
-        setattr(layer, "_gradient_checkpointing_func", functools.partial(_checkpoint, keep))  # noqa: B010
+        setattr(layer, "_gradient_checkpointing_func", functools.partial(recompute, layer, offload=offload))  # noqa: B010
         layer.gradient_checkpointing = True
 
 
-def _checkpoint(keep: Callable[..., CheckpointPolicy], function: functools.partial, *args: Any) -> Any:
-    """What a transformers layer calls in place of its own forward."""
-    batch: SequenceParallelBatch | None = function.keywords.get("sequence_parallel")
-    key_rows = batch.key_rows if batch is not None else frozenset()
-    contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(keep, key_rows))
-    # ZeRO-3 releases a module's parameters in its post-forward hook: a recomputation that stops early, inside a
-    # module, would leave them gathered.
-    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts, early_stop=False)
+def recompute(module: nn.Module, function: Callable[..., Any], *args: Any, offload: bool = False) -> Any:
+    """``function(*args)``, computed again in the backward pass but for the attention operators in it.
 
-
-def keep_zero3_outside(engine: DeepSpeedEngine) -> None:
-    """Hide ZeRO-3's gathering and releasing of parameters from selective checkpointing.
-
-    It happens in hooks of the modules inside a checkpointed layer, and at other moments when the layer is computed
-    again, for parameters are fetched ahead by what came before. Selective checkpointing would take those operations
-    for the layer's own and give back what they returned in the forward pass.
+    Args:
+        module: holds the parameters that ``function`` uses.
+        function: what it closes over is neither kept by this call nor offloaded.
+        args: kept, tensors on the CPU if ``offload``.
     """
-    offload = getattr(engine.optimizer, "parameter_offload", None)
-    if offload is None:
-        return
-    for moment in ("pre_sub_module_forward", "post_sub_module_forward", "pre_sub_module_backward",
-                   "post_sub_module_backward"):  # fmt: skip
-        setattr(offload, f"{moment}_function", _outside_modes(getattr(offload, f"{moment}_function")))
+    if not torch.is_grad_enabled():
+        return function(*args)
+    kept = _Kept()
+    with _OnCPU() if offload else contextlib.nullcontext():
+        # A recomputation that stops early, inside a module, would skip the module's post-forward hooks.
+        result = checkpoint(
+            function, *args, use_reentrant=False, early_stop=False,
+            context_fn=lambda: (_Keep(kept), _Reuse(kept, module)),
+        )  # fmt: skip
+        kept.save()
+    return result
 
 
-def _outside_modes(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def outside(*args: Any, **kwargs: Any) -> Any:
-        with _disable_current_modes():
-            return function(*args, **kwargs)
+class _Kept:
+    """What the attention operators of one checkpointed call returned, in their order."""
 
-    return outside
+    def __init__(self) -> None:
+        self.fresh: list[tuple[Tensor, ...]] = []
+        self.counts: list[int] = []
+        self.node: Any = None
+
+    def save(self) -> None:
+        """Hand the tensors to autograd, after the forward pass, when the checkpoint's own hooks are off."""
+        self.counts = [len(outputs) for outputs in self.fresh]
+        if self.fresh:
+            tensors = [x for outputs in self.fresh for x in outputs]
+            anchor = torch.empty(0, requires_grad=True)
+            self.node = _Save.apply(anchor, *tensors).grad_fn
+        self.fresh = []
+
+    def outputs(self) -> list[tuple[Tensor, ...]]:
+        """What each operator returned."""
+        tensors = iter(self.node.saved_tensors if self.node is not None else ())
+        return [tuple(next(tensors) for _ in range(count)) for count in self.counts]
+
+
+class _Save(torch.autograd.Function):
+    """A node that saves tensors; it is no part of the graph that runs backward."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *unused: Any) -> Any:
+        raise AssertionError("kept tensors are read, never differentiated")
+
+
+class _Keep(TorchDispatchMode):
+    """Forward pass: remember what attention operators return."""
+
+    def __init__(self, kept: _Kept) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = func(*args, **(kwargs or {}))
+        if _is_attention(func):
+            # Detached: autograd gives the returned tensors a history, which would keep the graph alive through itself.
+            self.kept.fresh.append(tuple(x.detach() for x in returned))
+        return returned
+
+
+class _Reuse(TorchDispatchMode):
+    """Recomputation: attention operators return what they returned in the forward pass."""
+
+    def __init__(self, kept: _Kept, module: nn.Module) -> None:
+        super().__init__()
+        self.kept = kept
+        self.module = module
+        self.outputs: list[tuple[Tensor, ...]] = []
+
+    def __enter__(self) -> Any:
+        self.outputs = self.kept.outputs()
+        for users in _zero3_users(self.module):
+            users.add(RECOMPUTATION)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        self.outputs = []
+        for users in _zero3_users(self.module):
+            users.discard(RECOMPUTATION)
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.outputs.pop(0) if _is_attention(func) else func(*args, **(kwargs or {}))
+
+
+def _zero3_users(module: nn.Module) -> list[set[Any]]:
+    """For each parameter that ZeRO-3 partitions, the set of the modules that use it at the moment.
+
+    ZeRO-3 releases a parameter after a module's forward pass unless the set names somebody. In a recomputation that
+    would be too early: the module may have begun its backward pass, which set the recomputation off, and still need
+    the parameter for its gradient. So the recomputation counts as a user too, and the parameters are released by
+    the backward passes of their modules.
+    """
+    return [p.ds_active_sub_modules for p in module.parameters() if hasattr(p, "ds_active_sub_modules")]
 
 
 def _is_attention(operator: Any) -> bool:
     return operator.namespace == "ds_lvxattn" and operator._opname in ATTENTION_OPERATORS
 
 
-def _keep_attention(rows: frozenset[int], context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if _is_attention(operator) else CheckpointPolicy.PREFER_RECOMPUTE
+class _OnCPU(saved_tensors_hooks):
+    """Saved tensors lie on the CPU, in pinned memory, until they are needed.
 
-
-def _keep_all_but_keys(
-    rows: frozenset[int], context: Any, operator: Any, *args: Any, **kwargs: Any
-) -> CheckpointPolicy:
-    if not _is_attention(operator) and any(isinstance(arg, Tensor) and _has_rows(arg, rows) for arg in args):
-        return CheckpointPolicy.PREFER_RECOMPUTE
-    return CheckpointPolicy.MUST_SAVE
-
-
-def _has_rows(x: Tensor, rows: frozenset[int]) -> bool:
-    """Whether one or two adjacent dimensions of ``x`` count visual tokens.
-
-    A dimension that has that size by chance is recomputed too, which costs time but is right.
+    Unlike ``torch.autograd.graph.save_on_cpu`` the host does not wait for the copies: they are in the order of the
+    stream.
     """
-    sizes = x.shape
-    return any(size in rows for size in sizes) or any(a * b in rows for a, b in itertools.pairwise(sizes))
+
+    def __init__(self) -> None:
+        super().__init__(_to_cpu, _from_cpu)
+
+
+def _to_cpu(x: Tensor) -> tuple[torch.device, Tensor]:
+    if x.device.type == "cpu":
+        return x.device, x
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return x.device, host.copy_(x, non_blocking=True)
+
+
+def _from_cpu(saved: tuple[torch.device, Tensor]) -> Tensor:
+    device, host = saved
+    return host.to(device, non_blocking=True)

@@ -118,7 +118,7 @@ def test_fifty_steps_of_one_sample_of_every_kind(stage: int, tmp_path: Path) -> 
     check(Case(2, 2, stage, MODES[0], steps=50, micro_batch=1), tmp_path)
 
 
-@pytest.mark.parametrize(("recompute", "stage"), [("kv", 2), ("kv", 3), ("layer", 2)])
+@pytest.mark.parametrize(("recompute", "stage"), [("kv", 2), ("kv", 3), ("layer", 2), ("layer", 3)])
 def test_recomputation_leaves_the_losses_as_they_are(recompute: str, stage: int, tmp_path: Path) -> None:
     check(Case(2, 2, stage, ("auto", "auto", "striped"), recompute=recompute), tmp_path)
 

@@ -165,17 +165,8 @@ class Collator:
             self.parallel.plans,
             self.parallel.config.kernel,
             torch.tensor(tiles, device=self.device),
-            self._key_rows(layout),
             sees_frame[:, None, :, None].to(self.device),
         )
-
-    def _key_rows(self, layout: BatchLayout) -> frozenset[int]:
-        """See ``SequenceParallelBatch.key_rows``: fed, held, padded and gathered keys, of one sample and of all."""
-        per_frame = self.family.frame_tokens(self.model_config)
-        fed = {len(own) * per_frame for own in layout.slots}
-        keys = layout.keys
-        counts = {*fed, *keys.lengths, keys.total, keys.ranks * keys.longest} - {0}
-        return frozenset(count * samples for count in counts for samples in (1, len(layout.frames)))
 
     def _inputs(self, shards: ShardLayout, start: Tensor, stop: Tensor, routed: bool) -> AttentionInputs:
         routes = Routes.build(start, stop, shards, self.rank, self.device) if routed else None

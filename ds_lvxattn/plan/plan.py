@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -41,7 +41,10 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What a layer runs with, and what was expected of every candidate: one object of ``plan.json``."""
+    """What a layer runs with, and what was expected of every candidate: one object of ``plan.json``.
+
+    ``kept_bytes`` has, for each recompute policy, what the decoder layer keeps from forward to backward pass.
+    """
 
     layer: str
     role: str
@@ -50,6 +53,7 @@ class LayerPlan:
     predicted_ms: dict[str, float | None]
     predicted_bytes: dict[str, int | None]
     reason: str
+    kept_bytes: dict[str, int] = field(default_factory=dict)
 
 
 def plan_layers(

@@ -23,7 +23,6 @@ from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.models import family_of
 from ds_lvxattn.plan.plan import plan_layers
-from ds_lvxattn.recompute import keep_zero3_outside
 from ds_lvxattn.training import checkpoint
 from ds_lvxattn.training.config import FinetuningConfig
 from ds_lvxattn.training.evaluation import evaluate
@@ -68,11 +67,6 @@ class Trainer:
     def __init__(self, job: Job) -> None:
         self.job = job
         config = sequence_parallel_config(job.ds_config, dist.get_world_size())
-        if config.recompute == "layer" and job.ds_config.get("zero_optimization", {}).get("stage") == 3:
-            raise ConfigError(
-                "'sequence_parallel.recompute' is 'layer', which ZeRO-3 does not work with yet: it releases the "
-                "parameters that the recomputed layer still needs; use 'kv' or 'none', or ZeRO stage 1 or 2"
-            )
         if not job.resume:
             checkpoint.check_fresh(job.output_dir)
         self.groups = SequenceParallelGroups(config.size)
@@ -87,8 +81,6 @@ class Trainer:
         self.engine, *_ = deepspeed.initialize(
             model=model, model_parameters=parameter_groups(model), config=job.ds_config, mpu=self.groups
         )
-        if config.recompute != "none":
-            keep_zero3_outside(self.engine)
         self.facts = checkpoint.RunFacts(
             dist.get_world_size(),
             self.engine.zero_optimization_stage(),

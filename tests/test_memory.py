@@ -1,0 +1,79 @@
+"""The memory plan: what it says a layer keeps, against what autograd saves; model states; the frames that fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ds_lvxattn.plan.memory import POLICIES
+from tests.distributed import run
+from tests.tiny_model import attach, loss_of, tiny_model, tiny_sample
+
+SAMPLES = ("IItaIIItItaa", "IttaIIttaIItaI")  # even shards: with uneven ones, Ulysses keeps an index too
+MODES = (("lv_xattn", "gather"), ("lv_xattn", "ring"), ("ulysses", "auto"), ("ring", "ring"))
+
+
+class Kept:
+    """Bytes of the storages that autograd saves within each decoder layer, parameters and shared inputs left out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers: list[dict[int, int]] = []
+        self.alive: list[Tensor] = []
+        self.ignored = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.register_forward_pre_hook(self._enter, with_kwargs=True)
+                layer.register_forward_hook(self._leave)
+        self.now: dict[int, int] | None = None
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.now = {}
+        shared = [*kwargs.values(), *(kwargs["position_embeddings"] or ())]
+        for role in kwargs["sequence_parallel"].roles.values():
+            shared += [role.interval.start, role.interval.stop]
+        self.ignored |= {x.untyped_storage().data_ptr() for x in shared if isinstance(x, Tensor)}
+
+    def _leave(self, *unused: object) -> None:
+        assert self.now is not None
+        self.layers.append(self.now)
+        self.now = None
+
+    def pack(self, x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if self.now is not None and storage.data_ptr() not in self.ignored:
+            self.now[storage.data_ptr()] = storage.nbytes()
+            self.alive.append(x.detach())  # so that no address is used twice
+        return x
+
+    def bytes_of_layers(self) -> list[int]:
+        return [sum(layer.values()) for layer in self.layers]
+
+
+def measured_and_planned(dtype: torch.dtype, policy: str, frames: int = 0) -> list[tuple[list[int], list[int]]]:
+    """For each mode: bytes that the layers of this rank keep, as measured and as planned."""
+    import torch.distributed as dist
+
+    samples = [tiny_sample("I" * frames + pattern, seed) for seed, pattern in enumerate(SAMPLES)]
+    results = []
+    for strategy, schedule in MODES if dist.get_world_size() > 1 else MODES[:1]:
+        model = tiny_model(dtype=dtype).train()
+        mode = (strategy, schedule, "contiguous")
+        parallel = attach(model, dist.get_world_size(), mode, samples, recompute=policy)
+        kept = Kept(model)
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
+            loss = loss_of(model, samples, parallel)
+        loss.backward()
+        planned = [layer.kept_bytes for layer in parallel.plan if layer.role != "local"]
+        results.append((kept.bytes_of_layers(), [p[policy] for p in planned]))
+    return results
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_layers_keep_what_the_plan_says(ranks: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for policy in POLICIES:
+            results = run(ranks, measured_and_planned, dtype, policy)[0]
+            for mode, (measured, planned) in zip(MODES, results, strict=False):
+                assert measured == planned, (dtype, policy, mode)
