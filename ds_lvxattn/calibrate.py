@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_lvxattn.attention import sp_attention
 from ds_lvxattn.comm import Communicator, Message, Part, communicator
@@ -334,9 +334,7 @@ def _with_links(profile: Profile, known: Profile, curves: Sequence[Curve], ranks
     return replace(profile, inter=link, source=f"{profile.source}; inside a node as in '{known.name}'")
 
 
-def _overlap(
-    comm: Communicator, clock: _Clock, device: torch.device, dtype: torch.dtype, layout: HeadLayout
-) -> float:
+def _overlap(comm: Communicator, clock: _Clock, device: torch.device, dtype: torch.dtype, layout: HeadLayout) -> float:
     """Share of the shorter one that a kernel and a collective of about equal length hide of each other."""
     rows, keys = (2048, 32768) if device.type == "cuda" else (128, 512)
     calls = _kernel_calls(layout, rows, keys, None, device, dtype)
@@ -367,14 +365,19 @@ def _overlap(
 def _host_times(
     group: dist.ProcessGroup | None, ranks: int, layout: HeadLayout, device: torch.device, dtype: torch.dtype
 ) -> dict[str, HostTime]:
-    """Host seconds of a layer by strategy and schedule, on sizes for which the device does next to nothing."""
+    """Host seconds of a layer by strategy and schedule, on sizes for which the device does next to nothing.
+
+    The layer projects K and V, as those of models do.
+    """
     heads = layout.heads if layout.heads % ranks == 0 else layout.heads * ranks
     kv_heads = layout.kv_heads if obstacle("ulysses", heads, layout.kv_heads, ranks) is None else heads
     rows, keys = 16, 64
-    leaves = [
-        torch.randn(1, h, length, layout.head_dim, device=device, dtype=dtype, requires_grad=True)
-        for h, length in ((heads, rows), (kv_heads, keys), (kv_heads, keys))
-    ]
+    make: dict[str, Any] = {"device": device, "dtype": dtype}
+    q = torch.randn(1, heads, rows, layout.head_dim, requires_grad=True, **make)
+    features = torch.randn(1, keys, 64, requires_grad=True, **make)
+    project_k, project_v = (nn.Linear(64, kv_heads * layout.head_dim, bias=False, **make) for _ in range(2))
+    norm = nn.RMSNorm(layout.head_dim, **make)
+    leaves = [q, features, *project_k.parameters(), *project_v.parameters(), *norm.parameters()]
     shards = ShardLayout(SequenceShards((rows,) * ranks), SequenceShards((keys,) * ranks))
     stop = torch.full((ranks, 1, rows), keys * ranks, dtype=torch.int32, device=device)
     interval = KVInterval(torch.zeros_like(stop), stop)
@@ -385,8 +388,10 @@ def _host_times(
 
         def step(forward_only: bool, strategy: str = strategy, schedule: str = schedule) -> None:
             with torch.set_grad_enabled(not forward_only):
+                k, v = (project(features).unflatten(2, (kv_heads, -1)) for project in (project_k, project_v))
                 out, _ = sp_attention(
-                    *leaves, group=group, strategy=strategy, schedule=schedule, interval=interval, shards=shards,
+                    q, norm(k).transpose(1, 2), v.transpose(1, 2), group=group, strategy=strategy,
+                    schedule=schedule, interval=interval, shards=shards,
                 )  # fmt: skip
             if not forward_only:
                 torch.autograd.grad(out, leaves, torch.ones_like(out))

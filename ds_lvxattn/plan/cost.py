@@ -71,7 +71,7 @@ class Cost:
         again: exchange that recomputation repeats in the backward pass.
         projection: projecting K and V, forward and backward.
         projection_again: projecting K and V once more where they are recomputed.
-        host: time that the host takes to issue attention and exchange, forward and backward.
+        host: time that the host takes to issue the layer, forward and backward.
     """
 
     forward: Pass
@@ -84,11 +84,16 @@ class Cost:
     @property
     def attention(self) -> float:
         """Attention and exchange, forward and backward; where the host is slower than the device, its time."""
-        return max(self.forward.total + self.backward.total + self.again.total, self.host)
+        return max(self.device, self.host)
+
+    @property
+    def device(self) -> float:
+        return self.forward.total + self.backward.total + self.again.total
 
     @property
     def total(self) -> float:
-        return self.attention + self.projection + self.projection_again
+        """The layer: attention, exchange and the projection of K and V."""
+        return max(self.device + self.projection + self.projection_again, self.host)
 
 
 def layer_cost(layer: Layer, mode: Mode, profile: Profile) -> Cost:
@@ -104,7 +109,8 @@ def layer_cost(layer: Layer, mode: Mode, profile: Profile) -> Cost:
     if host is not None:
         # A ring issues a step for every rank; the other schedules issue the same calls on any number of ranks.
         scale = layer.shape.ranks / profile.host_ranks if mode[1] == "ring" else 1.0
-        host_time = (host.forward + host.backward) * scale
+        twice = 2 if layer.shape.recompute != "none" else 1  # recomputation issues the forward pass again
+        host_time = (twice * host.forward + host.backward) * scale
     again = again if layer.shape.recompute != "none" else Pass()
     return Cost(forward, backward, again, first + later, repeated, host_time)
 
@@ -246,9 +252,7 @@ def _query_ring(layer: Layer, profile: Profile) -> tuple[Pass, Pass, Pass]:
         total += (beside(profile, work, go) if n > 2 else work) + go if n > 1 else work
         return Pass(n * kernel, n * step_pass + end_pass, total - n * work)
 
-    forward = ring(
-        kernels.forward, 0.0, _moved(profile, (n + 1) * query + n * statistic, 2), query, query + statistic
-    )
+    forward = ring(kernels.forward, 0.0, _moved(profile, (n + 1) * query + n * statistic, 2), query, query + statistic)
     wide = _moved(profile, 5 * _key_bytes(shape, keys), 4)  # a 2-byte part read, a float32 sum read and written
     summed = _moved(profile, 2 * query) + _moved(profile, (n + 1) * query)
     backward = ring(kernels.backward, wide, summed, 2 * query + 2 * statistic, query)
@@ -332,7 +336,7 @@ COSTS: dict[Mode, Callable[[Layer, Profile], tuple[Pass, Pass, Pass]]] = {
 
 
 def workspace_bytes(layer: Layer, mode: Mode) -> float:
-    """Bytes that a layer's exchange needs on a rank while it runs, at most, besides q, k, v, out and their gradients."""
+    """Most bytes that a layer's exchange needs on a rank, besides q, k, v, out and their gradients."""
     shape = layer.shape
     n, own, keys = shape.ranks, max(shape.q_lengths), max(shape.kv_lengths)
     query, key = shape.query_bytes(own), _key_bytes(shape, keys)

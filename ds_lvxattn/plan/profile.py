@@ -325,4 +325,3 @@ def write_profile(profile: Profile, path: Path) -> None:
 
 def _numbers_on_one_line(text: str) -> str:
     return re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m.group(1)) + "]", text)
-

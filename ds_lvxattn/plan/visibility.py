@@ -37,7 +37,9 @@ FULL = Visibility()
 
 def growing(queries: int, keys: int, ranks: int) -> Visibility:
     """Row ``i`` sees the keys up to its own place: causal self-attention, or all frames so far."""
-    uneven = 2 - 1 / ranks  # the first rank's keys are seen by nearly all rows; at each step of a ring some rank has all
+    uneven = (
+        2 - 1 / ranks
+    )  # the first rank's keys are seen by nearly all rows; at each step of a ring some rank has all
     return Visibility(True, 0.5, uneven, uneven, keys / max(queries, 1), 1.0)
 
 
