@@ -133,29 +133,29 @@ def measure_layer(case: Case, mode: tuple[str, str], device: Any, dtype: Any) ->
     import torch
     import torch.distributed as dist
 
-    ok = 1
+    def timed(repeats: int) -> float:
+        dist.barrier()
+        _synchronize(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            step()
+        _synchronize(device)
+        return (time.perf_counter() - start) / repeats
+
+    guess = float("inf")  # all ranks allocate alike, so that none is left alone in a collective
     try:
         step = training_step(case, mode, device, dtype)
         for _ in range(2):
             step()
-        _synchronize(device)
+        guess = timed(2)
     except torch.OutOfMemoryError:
-        ok = 0  # before any rank could be left alone in a collective: all allocate alike
-    fits = torch.tensor([ok], device=device)
-    dist.all_reduce(fits, op=dist.ReduceOp.MIN)
-    if not fits.item():
+        pass
+    agreed = torch.tensor([guess], dtype=torch.float64, device=device)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+    if agreed.item() == float("inf"):
         return None
-    times = []
-    for _ in range(3):
-        dist.barrier()
-        _synchronize(device)
-        start = time.perf_counter()
-        repeats = 0
-        while repeats < 3:
-            step()
-            repeats += 1
-        _synchronize(device)
-        times.append((time.perf_counter() - start) / repeats)
+    repeats = min(max(int(0.05 / agreed.item()), 2), 30)
+    times = [timed(repeats) for _ in range(3)]
     slowest = torch.tensor([statistics.median(times)], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     del step

@@ -277,7 +277,7 @@ def _fastest_copy(clock: _Clock, device: torch.device) -> float:
 
 def _matmul(clock: _Clock, device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a projection of visual tokens."""
-    tokens, width = (16384, 4096) if device.type == "cuda" else (512, 256)
+    tokens, width = (65536, 4096) if device.type == "cuda" else (512, 256)
     x = torch.randn(tokens, width, device=device, dtype=dtype)
     w = torch.randn(width, width // 4, device=device, dtype=dtype)
     return 2.0 * tokens * width * (width // 4) / clock.seconds(lambda: x @ w)
