@@ -133,7 +133,7 @@ def measure_layer(case: Case, mode: tuple[str, str], device: Any, dtype: Any) ->
     import torch
     import torch.distributed as dist
 
-    def timed(repeats: int) -> float:
+    def timed(step: Callable[[], None], repeats: int) -> float:
         dist.barrier()
         _synchronize(device)
         start = time.perf_counter()
@@ -147,7 +147,7 @@ def measure_layer(case: Case, mode: tuple[str, str], device: Any, dtype: Any) ->
         step = training_step(case, mode, device, dtype)
         for _ in range(2):
             step()
-        guess = timed(2)
+        guess = timed(step, 2)
     except torch.OutOfMemoryError:
         pass
     agreed = torch.tensor([guess], dtype=torch.float64, device=device)
@@ -155,7 +155,7 @@ def measure_layer(case: Case, mode: tuple[str, str], device: Any, dtype: Any) ->
     if agreed.item() == float("inf"):
         return None
     repeats = min(max(int(0.05 / agreed.item()), 2), 30)
-    times = [timed(repeats) for _ in range(3)]
+    times = [timed(step, repeats) for _ in range(3)]
     slowest = torch.tensor([statistics.median(times)], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     del step
