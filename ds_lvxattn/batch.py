@@ -16,6 +16,7 @@ from ds_lvxattn.interval import KVInterval
 from ds_lvxattn.plan.plan import LayerPlan
 from ds_lvxattn.routes import Routes
 from ds_lvxattn.shards import ShardLayout
+from ds_lvxattn.timing import LayerTimes
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class SequenceParallelBatch:
         roles: inputs of each exchanged role.
         plans: what each attention module runs with.
         kernel: local attention kernel.
+        times: measures the attention layers; None in the steps in which nothing is measured.
         tiles: int64 ``[B * slot tiles]``, the visual tiles of this rank in the order of its keys, as indices into
             the tiles that the vision encoder returns.
         sees_frame: ``[B, 1, s_q, 1]`` in the model's dtype, 1 for the rank's text rows that see a frame.
@@ -51,5 +53,6 @@ class SequenceParallelBatch:
     roles: Mapping[str, AttentionInputs]
     plans: Mapping[nn.Module, LayerPlan]
     kernel: str
+    times: LayerTimes | None
     tiles: Tensor
     sees_frame: Tensor

@@ -79,7 +79,7 @@ class Extent:
 GPU = Extent(
     (128, 512, 2048, 8192), (4096, 32768, 131072), 1.2e13, (1 << 12, 1 << 17, 1 << 20, 1 << 23, 1 << 26, 1 << 28), 5
 )
-CPU = Extent((32, 256), (256, 2048), 4e8, (1 << 10, 1 << 16, 1 << 20, 1 << 22), 3)
+CPU = Extent((16, 128), (128, 1024), 4e8, (1 << 10, 1 << 16, 1 << 20, 1 << 22), 3)
 
 DEFAULT_LAYOUTS = (HeadLayout(32, 8, 128), HeadLayout(8, 8, 64))
 MODES = (("lv_xattn", "gather"), ("lv_xattn", "routed"), ("lv_xattn", "ring"), ("ulysses", "auto"), ("ring", "ring"))
@@ -110,6 +110,9 @@ def calibrated(
     if found[0] is not None:
         return profile_from_json(found[0], str(path))
     profile = calibrate(group, layouts, device, dtype)
+    if device.type == "cuda":  # the run starts as if nothing had been measured
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     if dist.get_rank() == 0:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

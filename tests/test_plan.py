@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from ds_lvxattn.config import ConfigError, SequenceParallelConfig
 from ds_lvxattn.plan.plan import AttentionLayer, LayerPlan, plan_layers, write_plan
+from ds_lvxattn.plan.profile import load_profile
 from ds_lvxattn.plan.traffic import TRAFFIC, LayerShape
 from tests.distributed import run
 from tests.test_traffic import Layer, traffic_of

@@ -164,6 +164,7 @@ class Collator:
             roles,
             self.parallel.plans,
             self.parallel.config.kernel,
+            self.parallel.times,
             torch.tensor(tiles, device=self.device),
             sees_frame[:, None, :, None].to(self.device),
         )

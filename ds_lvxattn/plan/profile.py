@@ -254,7 +254,10 @@ def _kernel(data: Mapping[str, Any]) -> Kernel:
         splits=data["splits"],
         forward=data["forward_tflop_per_s"] * TERA,
         backward=data["backward_tflop_per_s"] * TERA,
-        points=tuple(KernelPoint(*map(int, p[:4]), *p[4:6], p[6] * MS, p[7] * MS) for p in points),
+        points=tuple(
+            KernelPoint(rows, keys, heads, kv_heads, seen, drift, forward * MS, backward * MS)
+            for rows, keys, heads, kv_heads, seen, drift, forward, backward in points
+        ),
     )
 
 
