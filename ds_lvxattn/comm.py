@@ -131,7 +131,6 @@ class Communicator:
             works = coalesced.works
         return Transfer(works, [part.send for part in parts])
 
-
     def all_reduce(self, x: Tensor, what: str) -> Tensor:
         """Sum over the ranks, in place. Counted as a ring: each element comes twice less its own part."""
         if x.numel():

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-ATTENTION_OPERATORS = ("local_attention", "query_gather", "query_ring", "query_replicated", "kv_ring")
+ATTENTION_OPERATORS = ("local_attention", "query_gather", "query_ring", "query_routed", "query_replicated", "kv_ring")
 RECOMPUTATION = "recomputation"
 
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
 from ds_lvxattn.comm import communicator
+from ds_lvxattn.routes import Routes
 from tests.distributed import device, run
 
 ops = torch.ops.ds_lvxattn
@@ -54,7 +55,7 @@ def test_opcheck_of_merge_attention() -> None:
     torch.library.opcheck(ops.merge_attention, (outs, lses))
 
 
-def opcheck_distributed(name: str, masked: bool) -> dict[str, str]:
+def opcheck_distributed(name: str, masked: bool, keep_queries: bool) -> dict[str, str]:
     """``opcheck`` of an operator and of its backward, on all ranks together."""
     comm = communicator(dist.group.WORLD)
     forward, backward = getattr(ops, name), getattr(ops, f"{name}_backward")
@@ -66,20 +67,36 @@ def opcheck_distributed(name: str, masked: bool) -> dict[str, str]:
         rows = [comm.ranks, *rows]
     start, stop = ranges(*rows) if masked else (None, None)
     q_lengths = [list(Q_LENGTHS)] if name in ("query_gather", "query_ring") else []
-    call = (start, stop, 0.3, "math", comm.name, *q_lengths, list(KV_LENGTHS), 0)
+    call: tuple[Any, ...] = (start, stop, 0.3, "math", comm.name, *q_lengths, list(KV_LENGTHS), 0)
+    if name == "query_gather":
+        call += ([2, 1], keep_queries)
+    if name == "query_routed":
+        assert start is not None and stop is not None
+        shards = ShardLayout(SequenceShards(Q_LENGTHS), SequenceShards(KV_LENGTHS))
+        routes = Routes.build(start.cpu(), stop.cpu(), shards, comm.rank, device())
+        tensors = (routes.start, routes.stop, routes.send_rows, routes.slots, routes.returns)
+        call = (*tensors, 0.3, "math", comm.name, list(routes.sent), list(routes.received), keep_queries)
     results = torch.library.opcheck(forward, (q, k, v, *call))
     with torch.no_grad():
         out, lse, *rest = forward(q, k, v, *call)
     q, k, v = (x.detach() for x in (q, k, v))
-    kept = rest or [q]
+    kept = [q, *rest]
     torch.library.opcheck(backward, (torch.ones_like(out), torch.ones_like(lse), *kept, k, v, out, lse, *call))
     return results
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", ["query_gather", "query_ring", "query_replicated", "kv_ring"])
-def test_opcheck_of_distributed_operators(name: str, masked: bool) -> None:
-    for results in run(2, opcheck_distributed, name, masked):
+@pytest.mark.parametrize(
+    ("name", "masked", "keep_queries"),
+    [
+        ("query_gather", False, True),
+        ("query_gather", True, False),
+        ("query_routed", True, True),
+        ("query_routed", True, False),
+        *[(name, masked, True) for name in ("query_ring", "query_replicated", "kv_ring") for masked in (False, True)],
+    ],
+)
+def test_opcheck_of_distributed_operators(name: str, masked: bool, keep_queries: bool) -> None:
+    for results in run(2, opcheck_distributed, name, masked, keep_queries):
         assert set(results.values()) == {"SUCCESS"}
 
 
@@ -133,7 +150,10 @@ def gradients_with_recomputation(schedule: str, queries: str, mode: str) -> tupl
     return [gradient.cpu() for gradient in gradients], comm.bytes_received
 
 
-@pytest.mark.parametrize(("schedule", "queries"), [("gather", "sharded"), ("ring", "sharded"), ("auto", "replicated")])
+@pytest.mark.parametrize(
+    ("schedule", "queries"),
+    [("gather", "sharded"), ("ring", "sharded"), ("routed", "sharded"), ("auto", "replicated")],
+)
 def test_recomputation_that_keeps_the_attention_receives_nothing(schedule: str, queries: str) -> None:
     plain, everything, selective = (
         run(2, gradients_with_recomputation, schedule, queries, mode) for mode in ("none", "all", "selective")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -219,7 +221,11 @@ def largest(x: Tensor) -> float:
     return x.max().item() if x.numel() else 0.0
 
 
-def check(case: Case, results: list[dict[tuple[str, str, str], list[Tensor]]]) -> None:
+def check(
+    case: Case,
+    results: list[dict[tuple[str, str, str], list[Tensor]]],
+    modes: Sequence[tuple[str, str, str]] = (),
+) -> None:
     """Every output and gradient of every mode is as close to float64 as one device's attention, times 1.5.
 
     A few roundings of the largest sum of absolute terms are always allowed. In bf16 and fp16 two: a partial
@@ -234,7 +240,7 @@ def check(case: Case, results: list[dict[tuple[str, str, str], list[Tensor]]]) -
     if case.lse_above_100:
         seen = truth.lse[truth.lse > float("-inf")]
         assert (seen > 100).all()
-    for mode in case.modes:
+    for mode in modes or case.modes:
         for result in assembled(case, mode, [of_rank[mode] for of_rank in results]):
             for (name, got), (_, want), (_, single), (_, term) in zip(
                 result.items(), truth.items(), baseline.items(), terms.items(), strict=True
@@ -300,6 +306,50 @@ def test_as_accurate_as_one_device(ranks: int) -> None:
         check(case, [of_rank[0] for of_rank in results])
 
     holds()
+
+
+def random_steps(ranks: int, count: int) -> list[tuple[Case, tuple[str, str, str]]]:
+    """``count`` attention calls that have nothing in common but the ranks; some ranks hold nothing."""
+    choose = random.Random(ranks)
+
+    def shards(largest: int) -> SequenceShards:
+        if choose.random() < 0.3:
+            return SequenceShards.striped(choose.randint(0, largest * ranks), ranks, choose.randint(1, 4))
+        return SequenceShards(tuple(choose.choice((0, 1, choose.randint(0, largest))) for _ in range(ranks)))
+
+    steps = []
+    for seed in range(count):
+        heads, kv_heads = choose.choice([(ranks, ranks), (2 * ranks, ranks), (4, 2), (6, 3), (3, 1), (2, 2)])
+        divisors = [groups for groups in range(1, kv_heads + 1) if kv_heads % groups == 0]
+        case = Case(
+            q=shards(5),
+            kv=shards(24),
+            batch=choose.randint(1, 2),
+            heads=heads,
+            kv_heads=kv_heads,
+            dtype=choose.choice(["float64", "float32"]),
+            mask=choose.choice(["none", "random", "growing", "blind rows"]),
+            loss=choose.choice(["out", "out and lse"]),
+            interval_of_all_ranks=choose.random() < 0.8,
+            head_groups=choose.choice([None, (choose.choice(divisors), choose.choice(divisors))]),
+            keep_queries=choose.choice([None, True, False]),
+            seed=seed,
+        )
+        steps.append((case, choose.choice(case.modes)))
+    return steps
+
+
+def attend_step_by_step(steps: list[tuple[Case, tuple[str, str, str]]]) -> list[list[Tensor]]:
+    return [attend(case, mode, dist.get_rank()) for case, mode in steps]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_two_hundred_random_steps(ranks: int) -> None:
+    """Shards, masks, strategies and schedules change at every step, as no training does: no hang, no mismatch."""
+    steps = random_steps(ranks, 200)
+    results = run(ranks, attend_step_by_step, steps)
+    for number, (case, mode) in enumerate(steps):
+        check(case, [{mode: of_rank[number]} for of_rank in results], (mode,))
 
 
 def gradcheck_in_all_modes(case: Case) -> dict[tuple[str, str, str], float]:

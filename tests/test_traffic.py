@@ -91,10 +91,12 @@ def measured() -> Iterator[Counter[str]]:
         "all_to_all_single": arriving_in_all_to_all,
         "all_gather_single": lambda out, *_: out.nbytes * (ranks - 1) // ranks,
         "allreduce": lambda tensors, *_: 2 * tensors[0].nbytes * (ranks - 1) // ranks,
+        "all_gather_single_coalesced": lambda outs, *_: sum(out.nbytes for out in outs) * (ranks - 1) // ranks,
         "recv": lambda tensors, *_: tensors[0].nbytes,
     }
-    # Releases before torch 2.13 have other names for the same two.
+    # Releases before torch 2.13 have other names for the same.
     arriving |= {
+        "allgather_into_tensor_coalesced": arriving["all_gather_single_coalesced"],
         "alltoall_base": arriving["all_to_all_single"],
         "_allgather_base": arriving["all_gather_single"],
     }
@@ -194,7 +196,7 @@ def formulas(layer: Layer, mode: tuple[str, str, str], rank: int) -> tuple[dict[
             **queries_again,
         }
     if mode == REPLICATED:
-        forward = {"outputs": (n - 1) * total * row, "lse": (n - 1) * total * stat}
+        forward = {"outputs": (n - 1) * total * (row + stat)}
         return forward, {"query gradients": 2 * (n - 1) * total * row // size * wide // n}
     if mode == ULYSSES:
         kv_row = layer.batch * max(layer.kv_heads, n) * layer.head_dim * size

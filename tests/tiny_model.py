@@ -46,7 +46,7 @@ MODES = (
     ("lv_xattn", "ring", "striped"),
     ("ulysses", "auto", "striped"),
     ("ring", "ring", "contiguous"),
-    ("ring", "ring", "striped"),
+    ("lv_xattn", "routed", "striped"),
     ("auto", "auto", "contiguous"),
 )
 

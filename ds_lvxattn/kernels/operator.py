@@ -16,6 +16,14 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def like(x: Tensor, pattern: Tensor) -> Tensor:
+    """``x`` in the dtype and strides of ``empty_like(pattern)``; no copy where the kernel has chosen them already."""
+    want = torch.empty_like(pattern, device="meta")
+    if x.dtype == want.dtype and x.stride() == want.stride():
+        return x
+    return torch.empty_like(pattern).copy_(x)
+
+
 def backward_kernel(name: str, call: Call, with_dlse: bool) -> Kernel:
     """The kernel of the backward pass: the chosen one, unless it cannot take the log-sum-exp's gradient."""
     kernel = select_kernel(name, call)
@@ -88,12 +96,12 @@ def local_attention(
         ``out [B, H_q, S_q, D]`` and the natural log-sum-exp ``[B, H_q, S_q]``, both differentiable.
     """
     out, lse = forward_local(q, k, v, start, stop, scale, kernel)
-    return out.contiguous(), lse.contiguous()
+    return like(out, q), lse.contiguous()
 
 
 @local_attention.register_fake
 def _(q, k, v, start, stop, scale, kernel):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
 
 
 @torch.library.custom_op("ds_lvxattn::local_attention_backward", mutates_args=())
@@ -113,14 +121,13 @@ def local_attention_backward(
     """Gradients of ``local_attention`` in ``q``, ``k`` and ``v``."""
     chosen = backward_kernel(kernel, Call.of(q, k, start is not None), dlse is not None)
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
-    grads = backward_local(chosen, dout, q, k, v, out, lse, delta, start, stop, scale)
-    dq, dk, dv = (grad.to(q.dtype).contiguous() for grad in grads)
-    return dq, dk, dv
+    dq, dk, dv = backward_local(chosen, dout, q, k, v, out, lse, delta, start, stop, scale)
+    return like(dq, q), like(dk, k), like(dv, v)
 
 
 @local_attention_backward.register_fake
 def _(dout, dlse, q, k, v, out, lse, start, stop, scale, kernel):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _save(ctx, inputs, output):

@@ -45,6 +45,7 @@ class LayerPlan:
             where it cannot run. Times are of attention and exchange, bytes those that a rank receives.
         reason: why this choice.
         kept_bytes: for each recompute policy, what the decoder layer keeps from forward to backward pass.
+        balance: largest over mean visible work of a rank when queries travel; 1 is even.
         measured_ms: ``forward`` and ``backward`` of the choice as it ran, when a run has measured it.
     """
 
@@ -56,6 +57,7 @@ class LayerPlan:
     predicted_bytes: dict[str, int | None]
     reason: str
     kept_bytes: dict[str, int] = field(default_factory=dict)
+    balance: float | None = None
     measured_ms: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -165,7 +167,7 @@ def _plan_layer(
         layer.name, layer.role, *chosen.mode,
         {name: None if c.cost is None else round(c.cost.attention * 1e3, 4) for name, c in best.items()},
         {name: c.received for name, c in best.items()},
-        why,
+        why, balance=round(shape.balance, 4),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from ds_lvxattn.interval import clip_to_rank
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.delta import attention_delta
 from ds_lvxattn.kernels.merge import merge_partials
-from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, lse_dtype
+from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like, lse_dtype
 from ds_lvxattn.shards import SequenceShards
 from ds_lvxattn.strategies.base import Exchange
 
@@ -89,12 +89,12 @@ def kv_ring(
             transfer.wait()
             held = arriving
     assert out is not None and lse is not None
-    return out.to(q.dtype).contiguous(), lse.contiguous()
+    return like(out, q), lse.contiguous()
 
 
 @kv_ring.register_fake
 def _(q, k, v, start, stop, scale, kernel, group, kv_lengths, kv_stripe):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
 
 
 @torch.library.custom_op("ds_lvxattn::kv_ring_backward", mutates_args=())
@@ -151,12 +151,12 @@ def kv_ring_backward(
         gradients.wait()
         home = [part.add_(rest) for part, rest in zip(home, travelling, strict=True)]
     dk, dv = home
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return like(dq, q), like(dk, k), like(dv, v)
 
 
 @kv_ring_backward.register_fake
 def _(dout, dlse, q, k, v, *_):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _save(ctx, inputs, output):

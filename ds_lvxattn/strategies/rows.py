@@ -39,9 +39,7 @@ def start_gather(sent: Sequence[tuple[str, Tensor, Tensor]], comm: Communicator)
     return comm.start_all_gather(buffers)
 
 
-def start_return(
-    computed: Sequence[tuple[str, Tensor]], comm: Communicator, own: int
-) -> tuple[list[Tensor], Transfer]:
+def start_return(computed: Sequence[tuple[str, Tensor]], comm: Communicator, own: int) -> tuple[list[Tensor], Transfer]:
     """Start sending ``[B, H, n * rows, ...]``, computed for all ranks, to the owners of the rows; in one launch.
 
     Returns:
@@ -60,14 +58,6 @@ def start_return(
 def attention_layout(wire: Tensor) -> Tensor:
     """``[S, B, H, ...]`` as ``[B, H, S, ...]``, a view."""
     return wire.movedim(0, 2)
-
-
-def like(x: Tensor, pattern: Tensor) -> Tensor:
-    """``x`` in the dtype and strides of ``empty_like(pattern)``; no copy where the kernel has chosen them already."""
-    want = torch.empty_like(pattern, device="meta")
-    if x.dtype == want.dtype and x.stride() == want.stride():
-        return x
-    return torch.empty_like(pattern).copy_(x)
 
 
 def local_ranges(

@@ -18,11 +18,11 @@ from ds_lvxattn.comm import communicator_by_name
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.delta import attention_delta
 from ds_lvxattn.kernels.merge import merge_partials
-from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, lse_dtype
+from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like, lse_dtype
 from ds_lvxattn.plan.pipeline import head_groups, keeps_queries
 from ds_lvxattn.shards import SequenceShards
 from ds_lvxattn.strategies.base import Exchange
-from ds_lvxattn.strategies.rows import attention_layout, gather_buffer, like, local_ranges, start_gather, start_return
+from ds_lvxattn.strategies.rows import attention_layout, gather_buffer, local_ranges, start_gather, start_return
 
 
 def gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:

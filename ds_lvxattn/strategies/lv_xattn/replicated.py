@@ -9,11 +9,11 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
-from ds_lvxattn.comm import communicator_by_name
+from ds_lvxattn.comm import Communicator, communicator_by_name
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.delta import attention_delta
 from ds_lvxattn.kernels.merge import merge_partials
-from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, lse_dtype
+from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like, lse_dtype
 from ds_lvxattn.shards import SequenceShards
 from ds_lvxattn.strategies.base import Exchange
 from ds_lvxattn.strategies.rows import local_ranges
@@ -45,19 +45,25 @@ def query_replicated(
     comm = communicator_by_name(group)
     first, last = local_ranges(start, stop, SequenceShards(tuple(kv_lengths), kv_stripe), comm.rank)
     partial_out, partial_lse = forward_local(q, k, v, first, last, scale, kernel)
-    gathered = []
-    for x in (partial_out, partial_lse):
-        buffer = x.new_empty((comm.ranks, *x.shape))
-        buffer[comm.rank].copy_(x)
-        gathered.append(buffer)
-    comm.start_all_gather(list(zip(("outputs", "lse"), gathered, strict=True))).wait()
-    out, lse = merge_partials(*gathered)
-    return out.contiguous(), lse.contiguous()
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    merge_partials(*_gather_results(partial_out, partial_lse, comm), out=out, lse=lse)
+    return out, lse
+
+
+def _gather_results(out: Tensor, lse: Tensor, comm: Communicator) -> tuple[Tensor, Tensor]:
+    """Partial results of all ranks, ``[n, B, H, s_q, D]`` and ``[n, B, H, s_q]``.
+
+    A token's result is small: both travel in one message, side by side in bytes.
+    """
+    parts = [x.contiguous().view(-1).view(torch.uint8) for x in (lse, out)]
+    results = comm.all_gather(torch.cat(parts), "outputs")
+    lses, outs = results.split([part.numel() for part in parts], dim=1)
+    return outs.view(out.dtype).unflatten(1, out.shape), lses.view(lse.dtype).unflatten(1, lse.shape)
 
 
 @query_replicated.register_fake
 def _(q, k, v, start, stop, scale, kernel, group, kv_lengths, kv_stripe):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
 
 
 @torch.library.custom_op("ds_lvxattn::query_replicated_backward", mutates_args=())
@@ -84,12 +90,12 @@ def query_replicated_backward(
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
     dq, dk, dv = backward_local(chosen, dout, q, k, v, out, lse, delta, first, last, scale)
     dq = comm.all_reduce(dq.to(lse.dtype).contiguous(), "query gradients")
-    return dq.to(q.dtype), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
+    return like(dq, q), like(dk, k), like(dv, v)
 
 
 @query_replicated_backward.register_fake
 def _(dout, dlse, q, k, v, *_):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _save(ctx, inputs, output):

@@ -15,7 +15,7 @@ from ds_lvxattn.interval import clip_to_rank
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.delta import attention_delta
 from ds_lvxattn.kernels.merge import merge_partials
-from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, lse_dtype
+from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like, lse_dtype
 from ds_lvxattn.shards import SequenceShards
 from ds_lvxattn.strategies.base import Exchange
 
@@ -119,13 +119,14 @@ def query_ring(
     for owner, (queries,) in _Ring(comm, q_lengths, ("queries",), (q,)):
         first, last = _ranges_of(start, stop, kv, comm.rank, owner, queries.shape[2])
         returns.send(owner, forward_local(queries, k, v, first, last, scale, kernel), ("outputs", "lse"))
-    out, lse = merge_partials(*returns.collect())
-    return out.contiguous(), lse.contiguous()
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    merge_partials(*returns.collect(), out=out, lse=lse)
+    return out, lse
 
 
 @query_ring.register_fake
 def _(q, k, v, start, stop, scale, kernel, group, q_lengths, kv_lengths, kv_stripe):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
 
 
 @torch.library.custom_op("ds_lvxattn::query_ring_backward", mutates_args=())
@@ -164,13 +165,12 @@ def query_ring_backward(
         dk += partial_dk
         dv += partial_dv
     (parts,) = returns.collect()
-    dq = parts.sum(dim=0, dtype=wide).to(q.dtype)
-    return dq.contiguous(), dk.to(k.dtype), dv.to(v.dtype)
+    return like(parts.sum(dim=0, dtype=wide), q), like(dk, k), like(dv, v)
 
 
 @query_ring_backward.register_fake
 def _(dout, dlse, q, k, v, *_):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _save(ctx, inputs, output):

@@ -14,10 +14,9 @@ from ds_lvxattn.comm import Communicator, Part, communicator_by_name
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.delta import attention_delta
 from ds_lvxattn.kernels.merge import merge_partials
-from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, lse_dtype
+from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like, lse_dtype
 from ds_lvxattn.plan.pipeline import keeps_queries
 from ds_lvxattn.strategies.base import Exchange
-from ds_lvxattn.strategies.rows import like
 
 
 def routed_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
@@ -154,9 +153,7 @@ def query_routed_backward(
     douts, lses, deltas, *queries = post.send(named)
     if keep_queries:
         queries = [kept.transpose(1, 2)]
-    partial_dq, dk, dv = backward_local(
-        chosen, douts, queries[0], k, v, None, lses, deltas, start, stop, scale
-    )
+    partial_dq, dk, dv = backward_local(chosen, douts, queries[0], k, v, None, lses, deltas, start, stop, scale)
     (parts,) = post.give_back([("query gradients", partial_dq.to(q.dtype))])
     dq = torch.empty_like(q)
     dq.copy_(_by_row(parts, returns, 0.0).sum(dim=0, dtype=lse.dtype).unflatten(0, (batch, own)).transpose(1, 2))
