@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -26,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_lvxattn.attention import sp_attention
-from ds_lvxattn.comm import Communicator, Message, Part, communicator
+from ds_lvxattn.comm import Communicator, Message, Part, Transfer, communicator
 from ds_lvxattn.interval import KVInterval
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.base import Kernel as LocalKernel
@@ -47,6 +48,7 @@ from ds_lvxattn.plan.profile import (
     profile_to_json,
     write_profile,
 )
+from ds_lvxattn.routes import Routes
 from ds_lvxattn.shards import SequenceShards, ShardLayout
 
 
@@ -194,8 +196,9 @@ class _Clock:
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self.repeats = device, repeats
         if device.type == "cuda":
-            # What keeps the device busy for a few milliseconds while the host queues short calls behind it.
+            # What keeps the device busy while the host queues short calls behind it.
             self._ballast = torch.empty(1 << 28, dtype=torch.uint8, device=device)
+            self._ballast_seconds = self._ballast.nbytes / 8e12  # at least: the fastest memory of today
 
     def seconds(self, call: Callable[[], object], many: bool = False) -> float:
         """Median seconds of ``call``, after two to warm up; ``many`` for calls shorter than their issue by the host."""
@@ -211,11 +214,15 @@ class _Clock:
         calls = 20 if many else 1
         times = []
         torch.cuda.synchronize(self.device)
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        ballast = math.ceil((time.perf_counter() - began) / self._ballast_seconds) if many else 0
+        torch.cuda.synchronize(self.device)
         for _ in range(self.repeats):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            if many:
-                for _ in range(24):
-                    self._ballast.zero_()
+            for _ in range(min(ballast, 500)):
+                self._ballast.zero_()
             begin.record()
             for _ in range(calls):
                 call()
@@ -298,7 +305,7 @@ def _curves(comm: Communicator, clock: _Clock, extent: Extent, device: torch.dev
 
     def all_gather(size: int) -> tuple[int, Callable[[], object]]:
         buffer = torch.zeros((n, max(size // (n - 1), 1)), dtype=torch.uint8, device=device)
-        return (n - 1) * buffer.shape[1], lambda: comm.start_all_gather([("calibration", buffer)]).wait()
+        return (n - 1) * buffer.shape[1], lambda: _gather(comm, buffer).wait()
 
     def all_to_all(size: int) -> tuple[int, Callable[[], object]]:
         there = torch.zeros((n, max(size // (n - 1), 1)), dtype=torch.uint8, device=device)
@@ -337,31 +344,27 @@ def _with_links(profile: Profile, known: Profile, curves: Sequence[Curve], ranks
     return replace(profile, inter=link, source=f"{profile.source}; inside a node as in '{known.name}'")
 
 
+def _gather(comm: Communicator, buffer: Tensor) -> Transfer:
+    return comm.start_all_gather([("calibration", buffer)])
+
+
 def _overlap(comm: Communicator, clock: _Clock, device: torch.device, dtype: torch.dtype, layout: HeadLayout) -> float:
     """Share of the shorter one that a kernel and a collective of about equal length hide of each other."""
     rows, keys = (2048, 32768) if device.type == "cuda" else (128, 512)
     calls = _kernel_calls(layout, rows, keys, None, device, dtype)
-    size = 1 << (24 if device.type == "cuda" else 16)
     alone = _slowest(clock.seconds(calls.forward), device)
+    # As many bytes as take that long, between what is worth measuring and what fits.
+    probe = torch.zeros((comm.ranks, 1 << (24 if device.type == "cuda" else 16)), dtype=torch.uint8, device=device)
+    rate = probe.shape[1] / _slowest(clock.seconds(lambda: _gather(comm, probe).wait()), device)
+    size = int(min(max(alone * rate, 1 << 16), 1 << 28))
     buffer = torch.zeros((comm.ranks, size), dtype=torch.uint8, device=device)
 
-    def transfer() -> None:
-        comm.start_all_gather([("calibration", buffer)]).wait()
-
-    one = _slowest(clock.seconds(transfer), device)
-    count = max(1, min(round(alone / one), 64))
-
-    def transfers() -> None:
-        for _ in range(count):
-            transfer()
-
     def both() -> None:
-        started = [comm.start_all_gather([("calibration", buffer)]) for _ in range(count)]
+        transfer = _gather(comm, buffer)
         calls.forward()
-        for each in started:
-            each.wait()
+        transfer.wait()
 
-    sent, together = (_slowest(clock.seconds(call), device) for call in (transfers, both))
+    sent, together = (_slowest(clock.seconds(call), device) for call in (lambda: _gather(comm, buffer).wait(), both))
     return min(max((alone + sent - together) / min(alone, sent), 0.0), 1.0)
 
 
@@ -384,17 +387,21 @@ def _host_times(
     shards = ShardLayout(SequenceShards((rows,) * ranks), SequenceShards((keys,) * ranks))
     stop = torch.full((ranks, 1, rows), keys * ranks, dtype=torch.int32, device=device)
     interval = KVInterval(torch.zeros_like(stop), stop)
+    routes = Routes.build(interval.start.cpu(), stop.cpu(), shards, communicator(group).rank, device)
     counts = communicator(group).received.copy()
     repeats = 20 if device.type == "cuda" else 3
     found: dict[str, HostTime] = {}
-    for strategy, schedule in MODES:
+    for (strategy, schedule), masked in itertools.product(MODES, (False, True)):
+        if schedule == "routed" and not masked:
+            continue
 
-        def step(forward_only: bool, strategy: str = strategy, schedule: str = schedule) -> None:
+        def step(forward_only: bool, strategy: str = strategy, schedule: str = schedule, masked: bool = masked) -> None:
             with torch.set_grad_enabled(not forward_only):
                 k, v = (project(features).unflatten(2, (kv_heads, -1)) for project in (project_k, project_v))
                 out, _ = sp_attention(
                     q, norm(k).transpose(1, 2), v.transpose(1, 2), group=group, strategy=strategy,
-                    schedule=schedule, interval=interval, shards=shards,
+                    schedule=schedule, interval=interval if masked else None, shards=shards,
+                    routes=routes if masked else None,
                 )  # fmt: skip
             if not forward_only:
                 torch.autograd.grad(out, leaves, torch.ones_like(out))
@@ -410,7 +417,7 @@ def _host_times(
             _synchronize(device)
             times.append((time.perf_counter() - began) / repeats)
         forward, both = _slowest_of(times, device)
-        found[f"{strategy}/{schedule}"] = HostTime(forward, max(both - forward, 0.0))
+        found[f"{strategy}/{schedule}" + " masked" * masked] = HostTime(forward, max(both - forward, 0.0))
     communicator(group).received = counts
     return found
 
@@ -549,7 +556,10 @@ def _with_rates(profile: Profile, kernel: Kernel, element: int) -> Kernel:
         for point in kernel.points:
             call = kernel_time.call_of(point, kernel, element)
             measured = point.backward if backward else point.forward
-            ratios.append((call.operations, kernel_time.busy_operations(profile, kernel, call, backward) / measured))
+            if backward:  # see ``kernel_time._computed``
+                measured -= kernel_time.moved_bytes(kernel, call, backward) / profile.memory_bandwidth
+            busy = kernel_time.busy_operations(profile, kernel, call, backward)
+            ratios.append((call.operations, busy / max(measured, 1e-7)))
         large = sorted(ratios)[-max(len(ratios) // 3, 1) :]
         rates.append(math.exp(statistics.fmean(math.log(rate) for _, rate in large)))
     return replace(kernel, forward=rates[0], backward=rates[1])

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ds_lvxattn.config import ConfigError, SequenceParallelConfig
+from ds_lvxattn.plan.choice import HYSTERESIS, TIE, shape_class
 from ds_lvxattn.plan.plan import AttentionLayer, LayerPlan, plan_layers, write_plan
 from ds_lvxattn.plan.profile import load_profile
 from ds_lvxattn.plan.traffic import TRAFFIC, LayerShape
@@ -74,23 +75,63 @@ LAYERS = [
 ]
 
 
-def plans(queries: int, keys: int, ranks: int = 2, model: Any = LAYERS, **settings: Any) -> list[LayerPlan]:
+def plans(
+    queries: int, keys: int, ranks: int = 2, model: Any = LAYERS, profile: str = "h200", before: Any = None,
+    room: float | None = None, **settings: Any,
+) -> list[LayerPlan]:
     """A plan for ``model`` with so many queries and visual keys a rank."""
     cross = LayerShape(1, 1, 1, 1, (queries,) * ranks, (keys,) * ranks, 2)
     text = LayerShape(1, 1, 1, 1, (queries,) * ranks, (queries,) * ranks, 2)
     config = SequenceParallelConfig(size=ranks, **settings)
-    return plan_layers(model, {"cross": cross, "self": text}, config, "cpu")
+    return plan_layers(model, {"cross": cross, "self": text}, config, load_profile(profile), before, room)
 
 
-def test_auto_takes_what_receives_fewest_bytes() -> None:
-    assert [plan.strategy for plan in plans(10, 4000)] == ["ulysses", "lv_xattn", "lv_xattn", "local"]
-    assert plans(100, 10, ranks=4)[1].strategy == "ring"
-    assert plans(100, 200, ranks=4)[1].strategy == "ulysses"
-    for plan in plans(100, 200)[:3]:
-        possible = {name: size for name, size in plan.predicted_bytes.items() if size is not None}
-        assert set(possible) == {"lv_xattn", "ulysses", "ring"} == set(plan.predicted_ms)
-        assert possible[plan.strategy] == min(possible.values())
-        assert f"{plan.strategy} {possible[plan.strategy]:,}" in plan.reason
+def test_auto_takes_what_is_predicted_fastest() -> None:
+    slow = plans(4000, 40000, profile="h200-slow-link")[1]
+    assert slow.strategy == "lv_xattn"
+    for plan in (*plans(64, 100_000)[:3], slow):
+        assert set(plan.predicted_ms) == {"lv_xattn", "ulysses", "ring"} == set(plan.predicted_bytes)
+        times = [ms for ms in plan.predicted_ms.values() if ms is not None]
+        assert plan.predicted_ms[plan.strategy] <= min(times) * (1 + TIE)
+        assert f"{plan.strategy}/{plan.schedule} " in plan.reason and " ms" in plan.reason
+
+
+def test_the_link_decides_where_queries_are_many() -> None:
+    """32,768 text tokens and visual tokens a rank: over a slow link the strategy that receives least, over NVLink not."""
+    layer = AttentionLayer("cross_attn", "cross", 32, 8, 128)
+    for profile, receives_least in (("h200", False), ("h200-slow-link", True)):
+        [plan] = plans(4096, 4096 * 5, model=[layer], ranks=4, profile=profile)
+        least = min(plan.predicted_bytes, key=lambda name: plan.predicted_bytes[name])
+        if receives_least:
+            assert plan.strategy == least
+
+
+def test_a_layer_changes_for_a_real_gain_only() -> None:
+    layer = AttentionLayer("cross_attn", "cross", 32, 8, 128)
+    [fresh] = plans(64, 100_000, model=[layer])
+    close = [name for name in ("gather", "routed", "ring") if name != fresh.schedule]
+    for schedule in close:
+        [kept] = plans(64, 100_000, model=[layer], before={"cross_attn": ("lv_xattn", schedule)})
+        gain = fresh.predicted_ms["lv_xattn"] / kept.predicted_ms["lv_xattn"]
+        assert kept.schedule == fresh.schedule or gain > 1 / (1 + HYSTERESIS)
+        assert ("kept" in kept.reason) == (kept.schedule == schedule)
+    [changed] = plans(64, 100_000, model=[layer], before={"cross_attn": ("ring", "ring")})
+    assert changed.strategy == fresh.strategy == "lv_xattn"
+
+
+def test_a_strategy_that_lacks_memory_is_not_taken() -> None:
+    layer = AttentionLayer("cross_attn", "cross", 32, 8, 128)
+    [plan] = plans(64, 1_000_000, model=[layer], room=1e9)
+    assert plan.strategy == "lv_xattn" and plan.predicted_ms["ring"] is None and "GB" in plan.reason
+    [forced] = plans(64, 1_000_000, model=[layer], room=1e9, strategy="ring")
+    assert forced.strategy == "ring" and forced.predicted_ms["ring"] is not None
+    with pytest.raises(ConfigError, match="no strategy can run layer"):
+        plans(64, 1_000_000, model=[layer], room=1.0)
+
+
+def test_classes_of_sizes() -> None:
+    assert shape_class(2, 1024, 4096) == shape_class(2, 513, 2049) != shape_class(2, 1025, 4096)
+    assert len({shape_class(1, 0, 0), shape_class(1, 1, 0), shape_class(1, 2, 0), shape_class(1, 2, 1)}) == 3
 
 
 def test_patterns_go_before_the_strategy_and_the_first_match_counts() -> None:

@@ -104,7 +104,7 @@ def layer_cost(layer: Layer, mode: Mode, profile: Profile) -> Cost:
     """
     forward, backward, again = COSTS[mode](layer, profile)
     first, later, repeated = _projection(layer, profile)
-    host = profile.host.get("/".join(mode))
+    host = profile.host.get("/".join(mode) + (" masked" if layer.mask.masked else ""))
     host_time = 0.0
     if host is not None:
         # A ring issues a step for every rank; the other schedules issue the same calls on any number of ranks.
@@ -318,11 +318,12 @@ def _projection(layer: Layer, profile: Profile) -> tuple[float, float, float]:
     if not layer.features or not tokens:
         return 0.0, 0.0, 0.0
     product = 4.0 * tokens * layer.features * shape.kv_heads * shape.head_dim / profile.matmul + 2 * profile.launch
-    # Transposing to heads and the norm of K read and write K and V about twice; gradients as often again.
+    # Transposing to heads and the norm of K read and write K and V about twice; gradients as often again. The features'
+    # gradients of K and of V are added up.
     rest = _moved(profile, 4 * _key_bytes(shape, max(shape.kv_lengths)), 3)
     forward = product + rest
     again = forward if shape.recompute != "none" else 0.0
-    return forward, 2 * product + rest, again
+    return forward, 2 * product + rest + _moved(profile, 3 * tokens * layer.features * shape.element), again
 
 
 COSTS: dict[Mode, Callable[[Layer, Profile], tuple[Pass, Pass, Pass]]] = {

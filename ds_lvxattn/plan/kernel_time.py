@@ -86,11 +86,20 @@ def _computed(profile: Profile, kernel: Kernel, call: AttentionCall, backward: b
     """Seconds by the formula alone."""
     rate = kernel.backward if backward else kernel.forward
     seconds = busy_operations(profile, kernel, call, backward) / rate
+    moved = moved_bytes(kernel, call, backward) / profile.memory_bandwidth
+    # A backward program loads its keys and stores their gradients before and after it computes; forward both overlap.
+    return seconds + moved if backward else max(seconds, moved)
+
+
+def moved_bytes(kernel: Kernel, call: AttentionCall, backward: bool) -> float:
+    """Bytes that a call reads and writes in memory."""
     row_bytes = call.batch * call.heads * call.rows * call.head_dim * call.element
     keys = min(call.keys, call.rows * _span(kernel, call))
-    key_bytes = call.batch * call.kv_heads * keys * call.head_dim * call.element
-    moved = (4 * row_bytes + 4 * key_bytes) if backward else 2 * (row_bytes + key_bytes)
-    return max(seconds, moved / profile.memory_bandwidth)
+    if not backward:
+        return 2 * (row_bytes + call.batch * call.kv_heads * keys * call.head_dim * call.element)
+    # K, V, dK, dV and, where the query heads of a key head each have their own dK and dV, adding those up.
+    lanes = call.kv_heads if kernel.packed else call.heads
+    return 4 * row_bytes + 5 * call.batch * lanes * keys * call.head_dim * call.element
 
 
 def _rounds(items: float, units: int) -> float:

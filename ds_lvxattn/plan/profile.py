@@ -130,7 +130,7 @@ class Profile:
         intra, inter: links inside a node and between nodes.
         kernels: attention kernels.
         curves: measured collectives; they go before the links where op and ranks agree.
-        host: host time by ``strategy/schedule``, on ``host_ranks`` ranks.
+        host: host time by ``strategy/schedule``, and by ``strategy/schedule masked``, on ``host_ranks`` ranks.
     """
 
     name: str
