@@ -71,12 +71,13 @@ class Case:
         return row * 0, row * 0 + self.visual
 
 
-def grid(largest: float, most_features: float) -> list[Case]:
+def grid(largest: float, most_features: float, policies: Sequence[str]) -> list[Case]:
     """The cases, those that differ most first, so that a run cut short covers them all thinly.
 
     Args:
         largest: forward operations above which a case is left out.
         most_features: visual tokens above which a case is left out.
+        policies: of recomputation, in turn.
     """
     texts = (128, 384, 1024, 3072, 12288, 65536)
     visuals = (8192, 49152, 196608, 1048576)
@@ -87,7 +88,7 @@ def grid(largest: float, most_features: float) -> list[Case]:
         for j, visual in enumerate(visuals):
             for k, layout in enumerate(layouts):
                 number = i * 12 + j * 3 + k
-                case = Case(text, visual, *layout, masks[number % 5], ("none", "kv", "layer")[(i + j + k) % 3])
+                case = Case(text, visual, *layout, masks[number % 5], policies[(i + j + k) % len(policies)])
                 if case.operations() <= largest and visual <= most_features:
                     cases.append(case)
     return [case for start in range(7) for case in cases[start::7]]
@@ -284,6 +285,7 @@ def main() -> None:
     parser.add_argument(
         "--largest", type=float, default=1.2e14, help="leave out larger cases, operations (%(default)s)"
     )
+    parser.add_argument("--policies", default="none,kv,layer", help="recompute policies, by comma (%(default)s)")
     parser.add_argument("--profile", help="a profile, by name or file; else measured, or the one of the measurements")
     parser.add_argument("--compare", type=Path, help="predict again for these measurements")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
@@ -320,7 +322,7 @@ def run_on_ranks(args: argparse.Namespace) -> None:
     ranks = dist.get_world_size()
     # The features of a rank, their gradient and what is kept of them take four times their bytes.
     most = 0.3 * profile.memory * ranks / (FEATURES * dtype.itemsize) / 2
-    cases = grid(args.largest * ranks / 2, most) if on_gpu else tiny_grid()
+    cases = grid(args.largest * ranks / 2, most, args.policies.split(",")) if on_gpu else tiny_grid()
     rows = measure(cases, profile, device, dtype, args.seconds)
     if dist.get_rank() == 0:
         found = summary(rows, profile)
