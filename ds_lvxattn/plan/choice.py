@@ -70,6 +70,8 @@ def candidates(
             found.append(Candidate(mode, None, None, None, why))
             continue
         received = max(traffic(shape, rank).total for rank in _ranks_that_differ(layer))
+        if schedule == "routed" and shape.routed_rows is None:  # no batch at hand: as the mask's summary says
+            received = round(received * layer.mask.rows_seen)
         found.append(Candidate(mode, layer_cost(layer, mode, profile), received, need))
     return found
 
