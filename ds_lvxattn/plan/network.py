@@ -21,10 +21,10 @@ def all_gather(profile: Profile, ranks: int, own_bytes: float) -> float:
     if curve is not None:
         return interpolate(curve.points, received)
     node, nodes = nodes_of(profile, ranks)
-    wait = (node - 1) * profile.intra.message
+    wait = (ranks - nodes - 1) * profile.intra.message
     if nodes == 1:
         return profile.intra.latency + wait + received / profile.intra.bandwidth
-    wait += (nodes - 1) * profile.inter.message
+    wait += nodes * profile.inter.message
     slowest = min(profile.intra.bandwidth, node_bandwidth(profile.inter, node))
     return profile.inter.latency + wait + received / slowest
 
@@ -53,9 +53,11 @@ def send(profile: Profile, ranks: int, size: float) -> float:
     curve = profile.curve("send", ranks)
     if curve is not None:
         return interpolate(curve.points, size)
-    link = profile.intra if nodes_of(profile, ranks)[1] == 1 else profile.inter
-    # One message crosses each border of a node, so it does not share the node's way out.
-    return link.latency + size / min(link.bandwidth, link.shared or link.bandwidth)
+    near = profile.intra.latency + size / profile.intra.bandwidth
+    if nodes_of(profile, ranks)[1] == 1:
+        return near
+    # One message crosses each border of a node, so it does not share the node's way out. All ranks wait for the slowest.
+    return max(near, profile.inter.latency + size / node_bandwidth(profile.inter, 1))
 
 
 def nodes_of(profile: Profile, ranks: int) -> tuple[int, int]:

@@ -121,7 +121,7 @@ def step_of(job: Job, cross: Candidate, profile: Profile) -> Step:
     assert own is not None and own.cost is not None and cross.cost is not None
     cross_seconds = m.cross_layers * cross.cost.total
     self_seconds = m.self_layers * own.cost.total
-    text, vision = _text_seconds(job, profile), _vision_seconds(job, profile)
+    text, vision = _text_seconds(job, profile), vision_seconds(job, profile)
     work = cross_seconds + self_seconds + text + vision
     optimizer = 20 * m.trainable / job.gpus / profile.memory_bandwidth
     received = m.cross_layers * (cross.received or 0) + m.self_layers * (own.received or 0)
@@ -156,7 +156,7 @@ def _text_seconds(job: Job, profile: Profile) -> float:
     return m.self_layers * passes_self * own + m.cross_layers * passes_cross * across + 2 * words
 
 
-def _vision_seconds(job: Job, profile: Profile) -> float:
+def vision_seconds(job: Job, profile: Profile) -> float:
     """The frozen encoder's forward pass, and the projector's three."""
     m, frames = job.model, job.keys / job.model.frame_tokens
     tokens = frames * m.vision_tokens
