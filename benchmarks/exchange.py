@@ -58,7 +58,8 @@ SHAPES = (
     Shape(4_096, 262_144, 32, 8, 128, "growing"),
     Shape(4_096, 262_144, 8, 8, 64, "one frame"),
 )
-TURN = 3  # steps of one candidate before the next one's turn, after one that is not counted
+TURN = 4  # steps of one candidate before the next one's turn, after one that is not counted
+WARM_UP_SECONDS = 0.05
 FRAME = 64  # tokens of a frame of the one-frame mask, as in OpenFlamingo
 
 
@@ -77,8 +78,8 @@ class Figure:
 class Layer:
     """This rank's tensors of a shape and the candidates to run on them."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
-        self.shape, self.comm = shape, communicator(dist.group.WORLD)
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, link: float) -> None:
+        self.shape, self.link, self.comm = shape, link, communicator(dist.group.WORLD)
         ranks, rank = self.comm.ranks, self.comm.rank
         # Frames are dealt out where masks would make the work of contiguous ones uneven.
         keys = SequenceShards.contiguous(shape.keys, ranks)
@@ -117,9 +118,7 @@ class Layer:
     def floor(self) -> Step:
         first, last = None, None
         if self.interval is not None:
-            from ds_lvxattn.strategies.rows import local_ranges
-
-            first, last = local_ranges(self.interval.start, self.interval.stop, self.shards.kv, self.comm.rank)
+            first, last = self.interval.local_to(self.shards.kv, self.comm.rank)
 
         def step() -> None:
             out, _ = local_attention(self.q_all, self.k, self.v, first, last, self.shape.head_dim**-0.5, "auto")
@@ -130,11 +129,11 @@ class Layer:
     def candidates(self, sweep: bool) -> dict[str, Step]:
         shape, ranks = self.shape, self.comm.ranks
         lengths = (self.shards.q.lengths, self.shards.kv.lengths)
-        chosen = head_groups(1, shape.heads, shape.kv_heads, shape.head_dim, *lengths)
+        chosen = head_groups(1, shape.heads, shape.kv_heads, shape.head_dim, 2, *lengths, self.link)
         steps = {
             "floor": self.floor(),
-            f"lv_xattn gather {chosen[0]}/{chosen[1]}": self.exchange(schedule="gather"),
-            "lv_xattn gather, one CUDA graph": captured(self.exchange(schedule="gather")),
+            f"lv_xattn gather {chosen[0]}/{chosen[1]}": self.exchange(schedule="gather", head_groups=chosen),
+            "lv_xattn gather, one CUDA graph": captured(self.exchange(schedule="gather", head_groups=chosen)),
             "lv_xattn ring": self.exchange(schedule="ring"),
         }
         if shape.mask != "none":
@@ -149,7 +148,9 @@ class Layer:
                     steps[f"lv_xattn gather {groups[0]}/{groups[1]}"] = self.exchange(
                         schedule="gather", head_groups=groups
                     )
-            steps["lv_xattn gather, queries again"] = self.exchange(schedule="gather", keep_queries=False)
+            steps["lv_xattn gather, queries again"] = self.exchange(
+                schedule="gather", head_groups=chosen, keep_queries=False
+            )
         return steps
 
 
@@ -168,8 +169,11 @@ def measure(layer: Layer, steps: dict[str, Step], seconds: float) -> list[Figure
         extra[name] = torch.cuda.max_memory_allocated() - before
         received[name] = layer.comm.bytes_received
     once = slowest(statistics.median(timed(steps["floor"], 3))) * 1e-3
-    for _ in range(max(3, int(seconds / TURN / once))):
+    warm_up = max(1, int(WARM_UP_SECONDS / once))
+    for _ in range(max(3, int(seconds / (TURN * once + WARM_UP_SECONDS)))):
         for name, step in steps.items():
+            # A chip that has just idled runs faster for a moment: every turn follows the same work.
+            timed(steps["floor"], warm_up)
             times[name] += timed(step, TURN + 1)[1:]
     medians = {name: slowest(statistics.median(values)) for name, values in times.items()}
     return [
@@ -200,12 +204,25 @@ def slowest(ms: float) -> float:
     return x.item()
 
 
-def decoding(seconds: float) -> list[Figure]:
+def link_speed() -> float:
+    """Bytes a second that a rank receives in an all-gather of 64 MiB a rank."""
+    comm = communicator(dist.group.WORLD)
+    buffer = torch.empty((comm.ranks, 2**26), dtype=torch.uint8, device="cuda")
+
+    def step() -> None:
+        comm.start_all_gather([("link", buffer)]).wait()
+
+    timed(step, 3)
+    return (comm.ranks - 1) * 2**26 / (slowest(statistics.median(timed(step, 10))) * 1e-3)
+
+
+def decoding(seconds: float, link: float) -> list[Figure]:
     """One new token against sharded keys, no gradient: beside the local kernel and one all-reduce of its output.
 
     Both are replayed as CUDA graphs, as serving does: launched one by one, the host's time would be measured.
     """
-    layer = Layer(Shape(1, 262_144, 32, 8, 128), torch.bfloat16, torch.device("cuda", torch.cuda.current_device()))
+    device = torch.device("cuda", torch.cuda.current_device())
+    layer = Layer(Shape(1, 262_144, 32, 8, 128), torch.bfloat16, device, link)
     rows = layer.q_all.detach()
     shards = ShardLayout(SequenceShards((1,) * layer.comm.ranks), layer.shards.kv)
     out = torch.zeros_like(rows)
@@ -248,19 +265,21 @@ def main() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     dist.init_process_group("nccl", device_id=device)
     figures: list[Figure] = []
+    link = link_speed()
     numbers = range(len(SHAPES)) if args.shapes is None else map(int, args.shapes.split(","))
     for number in numbers:
-        layer = Layer(SHAPES[number], torch.bfloat16, device)
+        layer = Layer(SHAPES[number], torch.bfloat16, device, link)
         figures += measure(layer, layer.candidates(args.sweep), args.seconds)
         if dist.get_rank() == 0:
             report(figures, figures[-1].shape)
-    figures += decoding(args.seconds)
+    figures += decoding(args.seconds, link)
     if dist.get_rank() == 0:
         report(figures, figures[-1].shape)
         about = {
             "device": torch.cuda.get_device_name(),
             "ranks": dist.get_world_size(),
             "torch": torch.__version__,
+            "link_gb_per_s": round(link / 1e9, 1),
             "NCCL_P2P_DISABLE": os.environ.get("NCCL_P2P_DISABLE", "0"),
             "figures": [asdict(figure) for figure in figures],
         }

@@ -11,6 +11,7 @@ from the profile saved with them or from ``--profile``, without a GPU.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -172,7 +173,7 @@ def training_step(case: Case, mode: tuple[str, str], device: Any, dtype: Any) ->
     from torch import nn
 
     from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
-    from ds_lvxattn.recompute import recompute_attention
+    from ds_lvxattn.recompute import recompute
     from ds_lvxattn.routes import Routes
 
     ranks, rank = dist.get_world_size(), dist.get_rank()
@@ -206,14 +207,15 @@ def training_step(case: Case, mode: tuple[str, str], device: Any, dtype: Any) ->
             return out
 
     layer = CrossAttention()
-    if case.recompute != "none":
-        recompute_attention(layer, offload=False)
     make = {"device": device, "dtype": dtype, "requires_grad": True}
     rows = torch.randn(1, case.text // ranks, case.heads * case.head_dim, **make)
     features = torch.randn(1, case.visual // ranks, FEATURES, **make)
 
     def step() -> None:
-        out = layer(rows, features=features)
+        if case.recompute == "none":
+            out = layer(rows, features)
+        else:
+            out = recompute(layer, functools.partial(layer, features=features), rows)
         torch.autograd.backward(out, torch.ones_like(out))
         for leaf in (rows, features, *layer.parameters()):
             leaf.grad = None

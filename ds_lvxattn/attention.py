@@ -88,17 +88,15 @@ def sp_attention(
         options = (strategy, queries, schedule, kernel, scale, head_groups, keep_queries)
         shards = _ask_for_shards(q, k, interval, comm, options)
     _check_shards(q, k, shards, comm, replicated)
-    start, stop = _rows_of_all_ranks(interval, q, shards, comm, replicated)
+    interval = _rows_of_all_ranks(interval, q, shards, comm, replicated)
     if comm.ranks == 1:
-        bounds = (None, None) if start is None or stop is None else (start[0], stop[0])
+        bounds = (None, None) if interval is None else (interval.start[0], interval.stop[0])
         return local_attention(q, k, v, *bounds, scale, kernel)
     if head_groups is not None and any(k.shape[1] % max(count, 1) or count < 1 for count in head_groups):
         raise ValueError(f"head_groups is {head_groups}; give two divisors of the {k.shape[1]} key heads")
-    if schedule == "routed" and not replicated and routes is None and start is not None and stop is not None:
-        routes = Routes.build(start.cpu(), stop.cpu(), shards, comm.rank, q.device)
-    exchange = Exchange(
-        comm, shards, start, stop, scale, kernel, schedule, replicated, head_groups, keep_queries, routes
-    )
+    if schedule == "routed" and not replicated and routes is None and interval is not None:
+        routes = Routes.build(interval.start.cpu(), interval.stop.cpu(), shards, comm.rank, q.device)
+    exchange = Exchange(comm, shards, interval, scale, kernel, schedule, replicated, head_groups, keep_queries, routes)
     return chosen.attention(q, k, v, exchange)
 
 
@@ -133,8 +131,8 @@ def _ask_for_shards(
             raise ValueError(
                 "the ranks of the group call sp_attention with different settings; give all of them the same "
                 "[batch, query heads, key heads, head size, interval given, interval of own rows, hash of "
-                f"dtype, strategy, queries, schedule, kernel, scale, head_groups and keep_queries]: rank 0 {everyone[0][2:]}, "
-                f"rank {rank} {theirs[2:]}"
+                "dtype, strategy, queries, schedule, kernel, scale, head_groups and keep_queries]: "
+                f"rank 0 {everyone[0][2:]}, rank {rank} {theirs[2:]}"
             )
     rows, keys = zip(*(theirs[:2] for theirs in everyone), strict=True)
     return ShardLayout(SequenceShards(rows), SequenceShards(keys))
@@ -155,10 +153,10 @@ def _check_shards(q: Tensor, k: Tensor, shards: ShardLayout, comm: Communicator,
 
 def _rows_of_all_ranks(
     interval: KVInterval | None, q: Tensor, shards: ShardLayout, comm: Communicator, replicated: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """``start, stop`` of the rows of every rank, ``[n, B, s_max]`` (``[1, B, s_q]`` for replicated queries)."""
+) -> KVInterval | None:
+    """The ranges of the rows of every rank, ``[n, B, s_max]`` (``[1, B, s_q]`` for replicated queries)."""
     if interval is None:
-        return None, None
+        return None
     batch, rows = q.shape[0], q.shape[2]
     if interval.of_all_ranks:
         want: Sequence[int] = (1 if replicated else comm.ranks, batch, shards.q.longest)
@@ -167,10 +165,8 @@ def _rows_of_all_ranks(
     if tuple(interval.start.shape) != tuple(want):
         raise ValueError(f"interval has shape {tuple(interval.start.shape)}; this call needs {tuple(want)}")
     if interval.of_all_ranks:
-        return interval.start, interval.stop
-    bounds = torch.stack((interval.start, interval.stop))
+        return interval
     if replicated or comm.ranks == 1:
-        return bounds[0].unsqueeze(0), bounds[1].unsqueeze(0)
-    padded = torch.nn.functional.pad(bounds, (0, shards.q.longest - rows))
-    start, stop = comm.all_gather(padded, "intervals").unbind(1)
-    return start, stop
+        return KVInterval(interval.start.unsqueeze(0), interval.stop.unsqueeze(0))
+    padded = torch.nn.functional.pad(torch.stack((interval.start, interval.stop)), (0, shards.q.longest - rows))
+    return KVInterval(*comm.all_gather(padded, "intervals").unbind(1))

@@ -44,8 +44,9 @@ class SequenceParallelBatch:
         plans: what each attention module runs with.
         kernel: local attention kernel.
         times: measures the attention layers; None in the steps in which nothing is measured.
-        tiles: int64 ``[B * slot tiles]``, the visual tiles of this rank in the order of its keys, as indices into
-            the tiles that the vision encoder returns.
+        slots: int64 ``[B * slots]``, the frame in each of this rank's slots, in the order of its keys, as an index
+            into the frames that it encodes; None when they are those frames in their order.
+        portions: how often the vision encoder is called; the same on all ranks of the run.
         sees_frame: ``[B, 1, s_q, 1]`` in the model's dtype, 1 for the rank's text rows that see a frame.
     """
 
@@ -54,5 +55,6 @@ class SequenceParallelBatch:
     plans: Mapping[nn.Module, LayerPlan]
     kernel: str
     times: LayerTimes | None
-    tiles: Tensor
+    slots: Tensor | None
+    portions: int
     sees_frame: Tensor

@@ -92,6 +92,7 @@ def calibrated(
     layouts: Iterable[HeadLayout],
     device: torch.device,
     dtype: torch.dtype,
+    extent: Extent | None = None,
 ) -> Profile:
     """The profile of this machine, measured unless the cache has it. All ranks of the world call it.
 
@@ -99,6 +100,7 @@ def calibrated(
         group: this rank's sequence-parallel group.
         layouts: head layouts whose kernels count.
         device, dtype: where and in what attention is computed.
+        extent: see ``calibrate``.
     """
     layouts = sorted(set(layouts))
     path = cache_path(group, layouts, device, dtype)
@@ -111,7 +113,7 @@ def calibrated(
     dist.broadcast_object_list(found, src=0)
     if found[0] is not None:
         return profile_from_json(found[0], str(path))
-    profile = calibrate(group, layouts, device, dtype)
+    profile = calibrate(group, layouts, device, dtype, extent)
     if device.type == "cuda":  # the run starts as if nothing had been measured
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

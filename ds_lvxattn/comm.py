@@ -111,7 +111,7 @@ class Communicator:
         Several parts travel in one launch where the backend can. Whether an evenly divided part is empty is the same
         on every rank; a part with sizes of its own is exchanged even if this rank has no row in it.
         """
-        calls = []
+        calls: list[tuple[Tensor, Tensor, list[int] | None, list[int] | None]] = []
         for what, send, receive, sizes in parts:
             if sizes is None:
                 self.received[what] += receive.nbytes // self.ranks * (self.ranks - 1)

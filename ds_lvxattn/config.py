@@ -14,6 +14,16 @@ StrategyChoice = Literal["auto", "lv_xattn", "ulysses", "ring"]
 
 SIZE_KEY = "sequence_parallel_size"
 BLOCK_KEY = "sequence_parallel"
+CHECKPOINTING_KEY = "activation_checkpointing"
+# Keys of that block which choose what DeepSpeed's own checkpointing does, and their values that change nothing.
+INACTIVE = {
+    "partition_activations": (False,),
+    "contiguous_memory_optimization": (False,),
+    "number_checkpoints": (None,),
+    "synchronize_checkpoint_boundary": (False,),
+    "profile": (False,),
+}
+BESIDE = {"size": f"set '{SIZE_KEY}' beside the block", "offload": f"set '{CHECKPOINTING_KEY}.cpu_checkpointing'"}
 
 
 class ConfigError(ValueError):
@@ -30,17 +40,20 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
         kernel: local attention kernel.
         recompute: what the backward pass computes again instead of storing: ``none``; ``kv``, the projections and
             norms of K and V in cross-attention layers; ``layer``, every text layer but its attention operator.
+            ``layer`` where the DeepSpeed config has a block ``activation_checkpointing`` and the key is left out.
         placement: how frames lie on the ranks.
         size: ranks of a sequence-parallel group, from ``sequence_parallel_size`` beside the block.
+        offload: keep on the CPU what layers that recompute keep, from ``activation_checkpointing.cpu_checkpointing``.
     """
 
     strategy: StrategyChoice = "auto"
     layers: dict[str, StrategyName] = Field(default_factory=dict)
     schedule: Literal["auto", "gather", "ring", "routed"] = "auto"
     kernel: Literal["auto", "triton", "cudnn", "flash", "math"] = "auto"
-    recompute: Literal["none", "kv", "layer"] = "none"
+    recompute: Literal["none", "kv", "layer"] = "kv"
     placement: Literal["contiguous", "striped"] = "contiguous"
     size: int = Field(1, ge=1)
+    offload: bool = False
 
     def __init__(self, **data: Any) -> None:
         # DeepSpeed's models drop the value "auto" unless told not to; here it is a value like others.
@@ -82,21 +95,55 @@ def sequence_parallel_config(ds_config: dict[str, Any], world_size: int) -> Sequ
         raise ConfigError(f"'{BLOCK_KEY}' is {block!r}; give an object with the keys {_accepted_keys()}")
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ConfigError(f"'{SIZE_KEY}' is {size!r}; give a whole number of at least 1")
-    if "size" in block:
-        raise ConfigError(f"'{BLOCK_KEY}.size' is not a key; set '{SIZE_KEY}' beside the block")
+    for key, instead in BESIDE.items():
+        if key in block:
+            raise ConfigError(f"'{BLOCK_KEY}.{key}' is not a key; {instead}")
     if world_size % size:
         raise ConfigError(
             f"'{SIZE_KEY}' is {size}, which does not divide the {world_size} ranks of this run; "
             f"choose one of {[n for n in range(1, world_size + 1) if world_size % n == 0]}"
         )
+    beside: dict[str, Any] = {"size": size}
+    if CHECKPOINTING_KEY in ds_config:
+        beside["offload"] = _checkpoints_on_cpu(ds_config[CHECKPOINTING_KEY])
+        block = {"recompute": "layer", **block}
     try:
-        return SequenceParallelConfig(size=size, **block)
+        config = SequenceParallelConfig(**beside, **block)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
+    if config.offload and config.recompute == "none":
+        raise ConfigError(
+            f"'{CHECKPOINTING_KEY}.cpu_checkpointing' is true and '{BLOCK_KEY}.recompute' is 'none': only what "
+            "recomputation keeps goes to the CPU; set 'recompute' to 'kv' or 'layer'"
+        )
+    return config
 
 
 def _accepted_keys() -> list[str]:
-    return [name for name in SequenceParallelConfig.model_fields if name != "size"]
+    return [name for name in SequenceParallelConfig.model_fields if name not in BESIDE]
+
+
+def _checkpoints_on_cpu(block: Any) -> bool:
+    """``cpu_checkpointing`` of DeepSpeed's block ``activation_checkpointing``.
+
+    Raises:
+        ConfigError: the block asks for what recomputation here does not do.
+    """
+    keys = ["cpu_checkpointing", *INACTIVE]
+    if not isinstance(block, dict):
+        raise ConfigError(f"'{CHECKPOINTING_KEY}' is {block!r}; give an object with the keys {keys}")
+    for key, value in block.items():
+        if key not in keys:
+            raise ConfigError(f"'{CHECKPOINTING_KEY}.{key}' (value {value!r}) is not a key; the keys are {keys}")
+        if key in INACTIVE and value not in INACTIVE[key]:
+            raise ConfigError(
+                f"'{CHECKPOINTING_KEY}.{key}' is {value!r}, which sequence parallelism does not do: it checkpoints by "
+                f"'{BLOCK_KEY}.recompute', and activations are divided over the ranks already; leave the key out"
+            )
+    on_cpu = block.get("cpu_checkpointing", False)
+    if not isinstance(on_cpu, bool):
+        raise ConfigError(f"'{CHECKPOINTING_KEY}.cpu_checkpointing' is {on_cpu!r}; give true or false")
+    return on_cpu
 
 
 def _explain(problem: Any) -> str:

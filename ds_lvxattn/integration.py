@@ -22,7 +22,7 @@ from ds_lvxattn.plan.memory import POLICIES, LayerSizes, kept_bytes
 from ds_lvxattn.plan.plan import AttentionLayer, LayerPlan, plan_layers
 from ds_lvxattn.plan.profile import Profile, profile_for_device
 from ds_lvxattn.plan.traffic import LayerShape
-from ds_lvxattn.recompute import recompute_attention, recompute_layers
+from ds_lvxattn.recompute import Recomputation
 from ds_lvxattn.registration import IMPLEMENTATION, register_with_transformers
 from ds_lvxattn.timing import LayerTimes
 
@@ -66,22 +66,24 @@ class SequenceParallel:
             )
         register_with_transformers()
         model.set_attn_implementation({self.family.attention_config: IMPLEMENTATION})
-        self.family.install_hooks(model)
         self._layers = self.family.attention_layers(model)
-        if config.recompute == "kv":
-            for module, layer in self._layers.items():
-                if layer.role == "cross":
-                    recompute_attention(module, offload=False)
-        elif config.recompute == "layer":
-            recompute_layers(self._decoder_layers(model, ("cross", "self")), offload=False)
+        self.recomputation = Recomputation(
+            model,
+            [module for module, layer in self._layers.items() if layer.role == "cross"],
+            self._decoder_layers(model),
+            config.recompute,
+            "recompute" in config.model_fields_set,
+            config.offload,
+        )
+        self.family.install_hooks(model, self.recomputation)
         self.plans: dict[nn.Module, LayerPlan] = {}
         self.profile: Profile | None = None
         self.times: LayerTimes | None = None
         self._plan_of_class: dict[ShapeClass, dict[nn.Module, LayerPlan]] = {}
 
-    def _decoder_layers(self, model: nn.Module, roles: tuple[str, ...]) -> list[GradientCheckpointingLayer]:
-        """The layers around attention of ``roles`` that transformers can checkpoint."""
-        attention = {module for module, layer in self._layers.items() if layer.role in roles}
+    def _decoder_layers(self, model: nn.Module) -> list[GradientCheckpointingLayer]:
+        """The layers around exchanged attention, which transformers can checkpoint."""
+        attention = {module for module, layer in self._layers.items() if layer.role != "local"}
         return [
             layer
             for layer in model.modules()
@@ -155,9 +157,9 @@ class SequenceParallel:
         if dist.get_rank(group) == 0:
             before = {plan.layer: (plan.strategy, plan.schedule) for plan in self.plan}
             try:
-                answer[0] = plan_layers(
-                    list(self._layers.values()), shapes, self.config, self.profile, before, _room()
-                )  # fmt: skip
+                config = self.config.model_copy(update={"recompute": self.recomputation.policy})
+                layers = list(self._layers.values())
+                answer[0] = plan_layers(layers, shapes, config, self.profile, before, _room())
             except ConfigError as error:
                 answer[0] = error
         dist.broadcast_object_list(answer, src=0 if group is None else dist.get_global_rank(group, 0), group=group)

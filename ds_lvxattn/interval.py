@@ -5,7 +5,7 @@ Two int32 numbers a row replace a dense ``S_q x S_kv`` mask, so masks cost ``O(S
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ class KVInterval:
 
     start: Tensor
     stop: Tensor
+    _local: dict[tuple[SequenceShards, int], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.start.shape != self.stop.shape:
@@ -50,6 +53,16 @@ class KVInterval:
     def of_all_ranks(self) -> bool:
         """Whether the rows of every rank are given, ``[n, B, s_max]``."""
         return self.start.dim() == 3
+
+    def local_to(self, kv: SequenceShards, rank: int) -> tuple[Tensor, Tensor]:
+        """``start, stop`` of the rows of every rank, ``[B, n * s_max]``, as local positions of the keys of ``rank``.
+
+        Computed once: the layers of a batch share its intervals.
+        """
+        if (kv, rank) not in self._local:
+            start, stop = clip_to_rank(self.start, self.stop, kv, rank)
+            self._local[kv, rank] = start.transpose(0, 1).flatten(1), stop.transpose(0, 1).flatten(1)
+        return self._local[kv, rank]
 
 
 def clip_to_rank(start: Tensor, stop: Tensor, kv: SequenceShards, rank: int) -> tuple[Tensor, Tensor]:

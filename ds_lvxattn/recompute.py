@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,40 +24,97 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+logger = logging.getLogger(__name__)
 
 ATTENTION_OPERATORS = ("local_attention", "query_gather", "query_ring", "query_routed", "query_replicated", "kv_ring")
 RECOMPUTATION = "recomputation"
 
 
-def recompute_attention(module: nn.Module, offload: bool) -> None:
-    """Policy ``kv``: make an attention module keep its input rows and what its operator returns, nothing else.
+class Recomputation:
+    """How the layers of one model recompute: by the config, and by transformers' own switch.
 
-    Of what is computed again, projections and norms of the keys are all that has the length of the keys; those of
-    the queries are small beside them.
+    ``kv``: an attention module keeps its input rows and what its operator returns, nothing else. Of what is computed
+    again, projections and norms of the keys are all that has the length of the keys; those of the queries are small
+    beside them. ``layer``: a decoder layer keeps its input rows and what its attention operator returns.
+
+    transformers' switch (``activation_checkpointing_enable``, once ``gradient_checkpointing_enable``), before or
+    after, means ``layer`` for the layers that it selects, unless the config names a policy, which then holds. What
+    the switch would install is replaced, so that no layer is checkpointed twice or attends twice.
 
     Args:
-        module: takes its input rows as ``hidden_states``, by name or first.
+        model: its ``GradientCheckpointingLayer`` modules obey the switch.
+        cross: its cross-attention modules, which take their input rows as ``hidden_states``, by name or first.
+        layers: its decoder layers.
+        policy: ``none``, ``kv`` or ``layer``.
+        chosen: whether the config names ``policy``, rather than leaving the default.
         offload: keep on the CPU what is kept. The visual features stay where they are: all layers share them.
+
+    Attributes:
+        policy: the policy in effect, by config and switch.
+        offload: whether what is kept lies on the CPU.
     """
-    forward = module.forward
 
-    @functools.wraps(forward)
-    def recomputing(*args: Any, **kwargs: Any) -> Any:
-        if not module.training:
-            return forward(*args, **kwargs)
-        if "hidden_states" in kwargs:
-            args = (kwargs.pop("hidden_states"), *args)
-        return recompute(module, functools.partial(forward, **kwargs), *args, offload=offload)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cross: Sequence[nn.Module],
+        layers: Sequence[GradientCheckpointingLayer],
+        policy: str,
+        chosen: bool,
+        offload: bool,
+    ) -> None:
+        self.layers, self.policy, self.offload = layers, policy, offload
+        self._configured = (policy, chosen, offload)
+        for module in cross:
+            self._wrap(module)
+        switch = model._set_gradient_checkpointing
 
-    setattr(module, "forward", recomputing)  # noqa: B010
+        @functools.wraps(switch)
+        def switch_and_adapt(*args: Any, **kwargs: Any) -> None:
+            switch(*args, **kwargs)
+            self._adapt()
 
+        setattr(model, "_set_gradient_checkpointing", switch_and_adapt)  # noqa: B010
+        self._adapt()
 
-def recompute_layers(layers: Iterable[GradientCheckpointingLayer], offload: bool) -> None:
-    """Policy ``layer``: make decoder layers keep their input rows and what their attention operators return."""
-    for layer in layers:
-        setattr(layer, "_gradient_checkpointing_func", functools.partial(recompute, layer, offload=offload))  # noqa: B010
-        layer.gradient_checkpointing = True
+    def _adapt(self) -> None:
+        """Put this recomputation where the switch put another, or take the switch back."""
+        configured, chosen, offload = self._configured
+        switched = [layer for layer in self.layers if layer.gradient_checkpointing]
+        if switched and chosen and configured != "layer":
+            logger.warning(
+                "activation checkpointing is switched on, and 'sequence_parallel.recompute' is '%s', which holds; "
+                "set it to 'layer', or leave it out", configured,
+            )  # fmt: skip
+        # transformers hands over a function of its own where it is asked to offload, and torch's otherwise.
+        theirs = [getattr(layer, "_gradient_checkpointing_func", checkpoint) for layer in switched]
+        ours = (checkpoint, recompute)
+        self.offload = offload or any(getattr(function, "func", function) not in ours for function in theirs)
+        self.policy = "layer" if switched and not chosen else configured
+        whole = {*switched} if switched and not chosen else {*self.layers}
+        for layer in self.layers:
+            layer.gradient_checkpointing = self.policy == "layer" and layer in whole
+            again = functools.partial(recompute, layer, offload=self.offload)
+            setattr(layer, "_gradient_checkpointing_func", again)  # noqa: B010
+
+    def _wrap(self, module: nn.Module) -> None:
+        """Let an attention module recompute by policy ``kv``, unless its decoder layer is recomputed as a whole."""
+        forward = module.forward
+        around = next((layer for layer in self.layers if module in layer.modules()), None)
+
+        @functools.wraps(forward)
+        def recomputing(*args: Any, **kwargs: Any) -> Any:
+            whole = around is not None and around.gradient_checkpointing
+            if self.policy == "none" or whole or not module.training:
+                return forward(*args, **kwargs)
+            if "hidden_states" in kwargs:
+                args = (kwargs.pop("hidden_states"), *args)
+            return recompute(module, functools.partial(forward, **kwargs), *args, offload=self.offload)
+
+        setattr(module, "forward", recomputing)  # noqa: B010
 
 
 def recompute(module: nn.Module, function: Callable[..., Any], *args: Any, offload: bool = False) -> Any:

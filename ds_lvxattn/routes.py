@@ -26,11 +26,11 @@ class Routes:
         sent: own rows to send to each rank; its own place counts the rows that need not travel.
         received: rows that come from each rank.
         send_rows: int64 ``[sum(sent)]``, the own rows in the order in which they are sent, rank by rank.
-        slots: int64 ``[sum(received)]``, where each row that arrives is put in the ``B * r`` rows that are computed, ``r``
-            the most rows of a sequence; or None when they are computed in the order of their arrival.
+        slots: int64 ``[sum(received)]``, where each row that arrives is put in the ``B * r`` rows that are computed,
+            ``r`` the most rows of a sequence; or None when they are computed in the order of their arrival.
         start, stop: int32 ``[B, r]``, their ranges of local keys; empty where nothing was put.
-        returns: int64 ``[p, B * s_q]``, for each own row the places of its at most ``p`` partial results among those that
-            come back; ``sum(sent)`` stands for none.
+        returns: int64 ``[p, B * s_q]``, for each own row the places of its at most ``p`` partial results among those
+            that come back; ``sum(sent)`` stands for none.
     """
 
     sent: tuple[int, ...]

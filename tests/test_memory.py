@@ -31,8 +31,10 @@ class Kept:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.now = {}
         shared = [*kwargs.values(), *(kwargs["position_embeddings"] or ())]
-        for role in kwargs["sequence_parallel"].roles.values():
+        batch = kwargs["sequence_parallel"]
+        for role in batch.roles.values():
             shared += [role.interval.start, role.interval.stop]
+            shared += role.interval.local_to(role.layout.kv, batch.comm.rank)
         self.ignored |= {x.untyped_storage().data_ptr() for x in shared if isinstance(x, Tensor)}
 
     def _leave(self, *unused: object) -> None:

@@ -60,19 +60,25 @@ def opcheck_distributed(name: str, masked: bool, keep_queries: bool) -> dict[str
     comm = communicator(dist.group.WORLD)
     forward, backward = getattr(ops, name), getattr(ops, f"{name}_backward")
     q, k, v = qkv(comm.rank)
-    rows = [2, max(Q_LENGTHS)] if name != "kv_ring" else [2, q.shape[2]]
-    if name == "query_replicated":
+    rows = [comm.ranks, 2, max(Q_LENGTHS)]
+    if name == "kv_ring":
+        rows = [2, q.shape[2]]
+    elif name == "query_replicated":
         q, rows = qkv(0)[0], [1, 2, Q_LENGTHS[0]]
-    elif name != "kv_ring":
-        rows = [comm.ranks, *rows]
     start, stop = ranges(*rows) if masked else (None, None)
-    q_lengths = [list(Q_LENGTHS)] if name in ("query_gather", "query_ring") else []
-    call: tuple[Any, ...] = (start, stop, 0.3, "math", comm.name, *q_lengths, list(KV_LENGTHS), 0)
-    if name == "query_gather":
-        call += ([2, 1], keep_queries)
+    shards = ShardLayout(SequenceShards(Q_LENGTHS), SequenceShards(KV_LENGTHS))
+    q_lengths, keys = list(Q_LENGTHS), (list(KV_LENGTHS), 0)
+    first, last = None, None
+    if start is not None and stop is not None and name != "kv_ring":
+        first, last = KVInterval(start, stop).local_to(shards.kv, comm.rank)
+    call: tuple[Any, ...] = {
+        "query_gather": (first, last, 0.3, "math", comm.name, q_lengths, [2, 1], keep_queries),
+        "query_replicated": (first, last, 0.3, "math", comm.name),
+        "query_ring": (start, stop, 0.3, "math", comm.name, q_lengths, *keys),
+        "kv_ring": (start, stop, 0.3, "math", comm.name, *keys),
+    }.get(name, ())
     if name == "query_routed":
         assert start is not None and stop is not None
-        shards = ShardLayout(SequenceShards(Q_LENGTHS), SequenceShards(KV_LENGTHS))
         routes = Routes.build(start.cpu(), stop.cpu(), shards, comm.rank, device())
         tensors = (routes.start, routes.stop, routes.send_rows, routes.slots, routes.returns)
         call = (*tensors, 0.3, "math", comm.name, list(routes.sent), list(routes.received), keep_queries)

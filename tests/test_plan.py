@@ -62,7 +62,10 @@ def bytes_of_a_step(recompute: str) -> list[tuple[int, int]]:
 def test_a_training_step_receives_what_the_plan_says(recompute: str) -> None:
     for results in run(2, bytes_of_a_step, recompute):
         for mode, (counted, planned) in zip(MODES, results, strict=True):
-            assert counted == planned > 0, mode
+            if mode[1] == "routed":  # planned for the rank that receives most
+                assert 0 < counted <= planned, mode
+            else:
+                assert counted == planned > 0, mode
 
 
 # The choice
@@ -76,8 +79,14 @@ LAYERS = [
 
 
 def plans(
-    queries: int, keys: int, ranks: int = 2, model: Any = LAYERS, profile: str = "h200", before: Any = None,
-    room: float | None = None, **settings: Any,
+    queries: int,
+    keys: int,
+    ranks: int = 2,
+    model: Any = LAYERS,
+    profile: str = "h200",
+    before: Any = None,
+    room: float | None = None,
+    **settings: Any,
 ) -> list[LayerPlan]:
     """A plan for ``model`` with so many queries and visual keys a rank."""
     cross = LayerShape(1, 1, 1, 1, (queries,) * ranks, (keys,) * ranks, 2)
@@ -96,14 +105,11 @@ def test_auto_takes_what_is_predicted_fastest() -> None:
         assert f"{plan.strategy}/{plan.schedule} " in plan.reason and " ms" in plan.reason
 
 
-def test_the_link_decides_where_queries_are_many() -> None:
-    """32,768 text tokens and visual tokens a rank: over a slow link the strategy that receives least, over NVLink not."""
+def test_over_a_slow_link_bytes_decide() -> None:
     layer = AttentionLayer("cross_attn", "cross", 32, 8, 128)
-    for profile, receives_least in (("h200", False), ("h200-slow-link", True)):
-        [plan] = plans(4096, 4096 * 5, model=[layer], ranks=4, profile=profile)
-        least = min(plan.predicted_bytes, key=lambda name: plan.predicted_bytes[name])
-        if receives_least:
-            assert plan.strategy == least
+    for queries, keys in ((256, 65536), (8192, 2048)):
+        [plan] = plans(queries, keys, model=[layer], ranks=4, profile="h200-slow-link")
+        assert plan.predicted_bytes[plan.strategy] == min(plan.predicted_bytes.values())
 
 
 def test_a_layer_changes_for_a_real_gain_only() -> None:
@@ -131,14 +137,15 @@ def test_a_strategy_that_lacks_memory_is_not_taken() -> None:
 
 def test_classes_of_sizes() -> None:
     assert shape_class(2, 1024, 4096) == shape_class(2, 513, 2049) != shape_class(2, 1025, 4096)
-    assert len({shape_class(1, 0, 0), shape_class(1, 1, 0), shape_class(1, 2, 0), shape_class(1, 2, 1)}) == 3
+    assert shape_class(1, 0, 0) != shape_class(1, 2, 0) != shape_class(1, 2, 2) != shape_class(2, 2, 2)
 
 
 def test_patterns_go_before_the_strategy_and_the_first_match_counts() -> None:
     layers = {"*.1.cross_attn": "ulysses", "*cross_attn": "ring"}
-    for strategy, text in (("auto", "ulysses"), ("lv_xattn", "lv_xattn")):
+    for strategy in ("auto", "lv_xattn"):
         chosen = plans(10, 4000, strategy=strategy, layers=layers)
-        assert [plan.strategy for plan in chosen] == [text, "ulysses", "ring", "local"]
+        assert [plan.strategy for plan in chosen[1:]] == ["ulysses", "ring", "local"]
+        assert strategy == "auto" or chosen[0].strategy == strategy
         assert "set in the config: 'ulysses'" in chosen[1].reason
 
 
@@ -158,11 +165,11 @@ def test_ulysses_without_enough_heads(heads: int, kv_heads: int) -> None:
     assert "use lv_xattn" in str(error.value)
     [plan] = plans(10, 100, ranks=4, model=[layer])
     assert plan.strategy != "ulysses" and plan.predicted_bytes["ulysses"] is None
-    assert "ulysses not possible" in plan.reason
+    assert "ulysses/auto not possible" in plan.reason
 
 
 def test_the_schedule_holds_where_a_strategy_has_it() -> None:
-    assert [plan.schedule for plan in plans(10, 4000)] == ["auto", "gather", "gather", "auto"]
+    assert [plan.schedule for plan in plans(10, 4000)[1:]] == ["gather", "gather", "auto"]
     gather, ring = (plans(10, 4000, strategy="lv_xattn", schedule=schedule)[1] for schedule in ("gather", "ring"))
     assert (gather.schedule, ring.schedule) == ("gather", "ring")
     # The queries travel twice in the ring.

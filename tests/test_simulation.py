@@ -127,7 +127,7 @@ def test_head_all_to_all(ranks: int) -> None:
 
 
 def test_a_straggler_holds_up_all() -> None:
-    """One rank of eight computes at half speed: every step of a ring waits for it, and so does the formula's slowest."""
+    """One rank of eight computes at half speed: every step of a ring waits for it, as the formulas say."""
     profile = machine("h200")
     slow = (1.0,) * 7 + (2.0,)
     even = simulate.ring(Cluster(profile, 8, (1.0,) * 8), 1e-3, 1e6)

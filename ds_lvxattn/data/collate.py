@@ -92,8 +92,12 @@ class Collator:
             )  # fmt: skip
         return shapes
 
-    def collate(self, layout: BatchLayout, images: Images) -> MicroBatch:
-        """This rank's micro-batch."""
+    def collate(self, layout: BatchLayout, images: Images, most_frames: int | None = None) -> MicroBatch:
+        """This rank's micro-batch.
+
+        Args:
+            most_frames: ``layout.most_frames`` over all groups of the run; None: there is one group.
+        """
         rows = layout.text.positions(self.rank)
         own = slice(rows[0], rows[-1] + 1)
         labels = torch.from_numpy(layout.shift_labels[:, own]).contiguous()
@@ -110,7 +114,7 @@ class Collator:
         inputs |= self._visual(layout, images)
         inputs = {key: self._to_device(value) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         if self.parallel:
-            inputs["sequence_parallel"] = self._exchange(layout, own)
+            inputs["sequence_parallel"] = self._exchange(layout, own, most_frames or layout.most_frames)
         return MicroBatch(
             inputs,
             inputs["labels"],
@@ -138,13 +142,14 @@ class Collator:
             else self.family.blank_pixels(self.model_config)
             for sample in images
         ]
+        pixels = [self.family.pad_tiles(p, self.model_config) for p in pixels]
         dense = self.family.dense_mask(layout.ranges, max(layout.frames), self.model_config)
         return {
             **{key: torch.cat([_pad_frames(p[key], max(layout.frames)) for p in pixels]) for key in pixels[0]},
             **dense,
         }
 
-    def _exchange(self, layout: BatchLayout, own: slice) -> SequenceParallelBatch:
+    def _exchange(self, layout: BatchLayout, own: slice, most_frames: int) -> SequenceParallelBatch:
         assert self.parallel is not None
         comm = self.parallel.comm
         routed = {plan.role for plan in self.parallel.plans.values() if plan.schedule == "routed"}
@@ -152,12 +157,14 @@ class Collator:
             role: self._inputs(shards, *layout.ranges_of(role), role in routed)
             for role, shards in (("cross", layout.cross), ("self", layout.self_attention))
         }
-        # Tile 0 of a frame is the frame; an unused slot repeats tile 0 of the first frame, which no row sees.
-        loaded, tiles = 0, []
+        # An unused slot repeats the first frame, which no row sees.
+        loaded, slots = 0, []
         for frames in layout.frames:
             for slot in layout.slots[comm.rank]:
-                tiles.append(loaded * self.family.tiles_per_frame(self.model_config) if slot < frames else 0)
+                slots.append(loaded if slot < frames else 0)
                 loaded += slot < frames
+        portions = -(-most_frames // self.family.frames_at_once(self.model_config))
+        in_order = slots == list(range(max(loaded, portions, 1)))
         sees_frame = torch.from_numpy(layout.sees_frame[:, own]).to(self.dtype)
         return SequenceParallelBatch(
             comm,
@@ -165,7 +172,8 @@ class Collator:
             self.parallel.plans,
             self.parallel.config.kernel,
             self.parallel.times,
-            torch.tensor(tiles, device=self.device),
+            None if in_order else torch.tensor(slots, device=self.device),
+            portions,
             sees_frame[:, None, :, None].to(self.device),
         )
 

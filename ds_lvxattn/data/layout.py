@@ -61,7 +61,7 @@ class BatchLayout:
         return ShardLayout(self.text, self.text)
 
     def ranges_of(self, role: str) -> tuple[Tensor, Tensor]:
-        """``start, stop`` of the rows of every rank in the attention of ``role``, int32 ``[n, B, s_max]``, on the CPU."""
+        """``start, stop`` of the rows of every rank in attention of ``role``: int32 ``[n, B, s_max]`` on the CPU."""
         start, stop = self.start, self.stop
         if role == "self":
             start = np.zeros_like(self.start)
@@ -73,6 +73,12 @@ class BatchLayout:
         for rank in range(self.text.ranks):
             stacked[rank, :, : self.text.lengths[rank]] = rows[:, self.text.positions(rank)]
         return torch.from_numpy(stacked)
+
+    @property
+    def most_frames(self) -> int:
+        """Frames, of all samples, that the rank with most of them encodes: at least one, which may be blank."""
+        samples = range(len(self.frames))
+        return max(1, *(sum(len(self.own_frames(i, rank)) for i in samples) for rank in range(len(self.slots))))
 
     def own_frames(self, sample: int, rank: int) -> list[int]:
         """Frames of ``sample`` that ``rank`` decodes and encodes."""

@@ -48,11 +48,16 @@ class ControlGroups:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Samples, their layout and the frames that this rank decoded; ``skipped`` of them were replaced."""
+    """Samples, their layout and the frames that this rank decoded; ``skipped`` of them were replaced.
+
+    ``most_frames`` is that of the layouts of all groups: all ranks call the vision encoder equally often, since
+    ZeRO-3 gathers its parameters over all of them.
+    """
 
     layout: BatchLayout
     images: Images
     skipped: int
+    most_frames: int
 
 
 class Loader:
@@ -88,7 +93,7 @@ class Loader:
             images = [_attempt(s.load_frames, frames) for s, frames in zip(samples, own, strict=True)]
             broken = self._compare([i if isinstance(i, SampleError) else "" for i in images])
             if not any(broken):
-                return Loaded(layout, images, skipped)
+                return Loaded(layout, images, skipped, self._most_frames(layout))
             # Without them other frames lie on this rank, which may be broken too.
             samples = [nothing if bad else s for s, bad in zip(samples, broken, strict=True)]
             skipped += sum(broken)
@@ -107,6 +112,11 @@ class Loader:
             if dist.get_rank(self.control.sequence) == 0:
                 logger.warning("skipped a sample: %s", problem)
         return [bool(problem) for problem in problems]
+
+    def _most_frames(self, layout: BatchLayout) -> int:
+        if dist.get_world_size(self.control.everyone) == dist.get_world_size(self.control.sequence):
+            return layout.most_frames
+        return max(_gather(layout.most_frames, self.control.everyone))
 
     def stream(self, rows: Callable[[int], Sequence[int | None]], first: int, last: int) -> Iterator[Loaded]:
         """Micro-batches ``first`` to ``last - 1``; the next one loads while the present one is used.

@@ -52,13 +52,30 @@ def _attend(
     return acc, new_max, row_sum
 
 
+@triton.jit
+def lead(blocks, first_key, BLOCK_N: tl.constexpr):
+    """Block, of a run of key blocks, at which to enter it so that tiles with overlapping runs read keys together.
+
+    Where the mask slides, neighbouring tiles start at different keys: walking from its own first key, each would
+    fetch its keys from device memory by itself. They enter at the first key that is a multiple of a common period
+    instead, a power of two below the length of their runs, and wrap around.
+    """
+    period = tl.exp2(tl.floor(tl.log2(tl.maximum(blocks, 1).to(tl.float32)))).to(tl.int32) * BLOCK_N
+    ahead = (tl.cdiv(first_key, period) * period - first_key) // BLOCK_N
+    return tl.where(ahead < blocks, ahead, 0)
+
+
 # Lengths change from batch to batch: compiling again when one becomes a multiple of 16 would stall a step.
-@triton.jit(do_not_specialize=["bound_stride_b", "lse_stride_split", "heads_kv", "seq_q", "seq_kv", "splits"])
+@triton.jit(
+    do_not_specialize=[
+        "bound_stride_b", "lse_stride_split", "pairs", "tiles", "heads_kv", "seq_q", "seq_kv", "splits",
+    ]
+)  # fmt: skip
 def _interval_forward_kernel(
     q_ptr, k_desc, v_desc, start_ptr, stop_ptr, out_ptr, lse_ptr,
     q_stride_b, q_stride_h, q_stride_s, bound_stride_b,
     out_stride_split, out_stride_b, out_stride_h, out_stride_s, lse_stride_split,
-    heads_kv, seq_q, seq_kv, splits, scale_log2,
+    pairs, tiles, heads_kv, seq_q, seq_kv, splits, scale_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_INTERVAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -68,11 +85,17 @@ def _interval_forward_kernel(
     have neighbouring intervals, so a tile's union of intervals stays narrow, and each key is read once for
     all heads.
     """
-    # Later rows see more keys where the mask grows: starting with them leaves the short tiles for the end.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    # With a mask, later rows may see more keys: starting with the last tiles of all heads leaves the short ones for
+    # the end. Without, all tiles of a head come together and share its keys.
+    if HAS_INTERVAL:
+        tile = tiles - 1 - tl.program_id(0) // pairs
+        pair = tl.program_id(0) % pairs
+    else:
+        tile = tl.program_id(0) % tiles
+        pair = tl.program_id(0) // tiles
     split = tl.program_id(1)
-    batch = tl.program_id(2) // heads_kv
-    head = tl.program_id(2) % heads_kv
+    batch = pair // heads_kv
+    head = pair % heads_kv
 
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < seq_q * GROUP
@@ -110,29 +133,38 @@ def _interval_forward_kernel(
     if clear_last <= clear_first:
         clear_first = first
         clear_last = first
-    # The masked blocks lie on both sides of the clear ones; one loop over both halves the code to compile.
-    blocks_before = (clear_first - first) // BLOCK_N
-    masked_blocks = blocks_before + tl.cdiv(tl.maximum(last - clear_last, 0), BLOCK_N)
+    enter = clear_first
+    if HAS_INTERVAL:
+        enter += lead((clear_last - clear_first) // BLOCK_N, clear_first, BLOCK_N) * BLOCK_N
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # Finite, so that a block without one visible key leaves exp2(-inf - row_max) = 0 and not NaN.
     row_max = tl.full([BLOCK_M], -1e30, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for key in tl.range(clear_first, clear_last, BLOCK_N):
+    for key in tl.range(enter, clear_last, BLOCK_N):
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q, k_desc, v_desc, batch, head, key, row_start, row_stop, seq_kv,
             scale_log2, False, HAS_INTERVAL, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
-    for block in tl.range(0, masked_blocks):
-        after = clear_last + (block - blocks_before) * BLOCK_N
-        key = tl.where(block < blocks_before, first + block * BLOCK_N, after)
+    for key in tl.range(clear_last, last, BLOCK_N):
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q, k_desc, v_desc, batch, head, key, row_start, row_stop, seq_kv,
             scale_log2, True, HAS_INTERVAL, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
+    if HAS_INTERVAL:
+        for key in tl.range(first, clear_first, BLOCK_N):
+            acc, row_max, row_sum = _attend(
+                acc, row_max, row_sum, q, k_desc, v_desc, batch, head, key, row_start, row_stop, seq_kv,
+                scale_log2, True, HAS_INTERVAL, BLOCK_N, BLOCK_D, PRECISION,
+            )  # fmt: skip
+        for key in tl.range(clear_first, enter, BLOCK_N):
+            acc, row_max, row_sum = _attend(
+                acc, row_max, row_sum, q, k_desc, v_desc, batch, head, key, row_start, row_stop, seq_kv,
+                scale_log2, False, HAS_INTERVAL, BLOCK_N, BLOCK_D, PRECISION,
+            )  # fmt: skip
 
     sees = sees & (row_sum > 0)
-    out = tl.where(sees[:, None], acc / row_sum[:, None], 0.0)
+    out = acc * tl.where(sees, 1.0 / row_sum, 0.0)[:, None]
     lse = tl.where(sees, (row_max + tl.log2(row_sum)) * _LN_2, float("-inf"))
     out_row = (
         split.to(tl.int64) * out_stride_split
@@ -263,11 +295,11 @@ def interval_forward(
     if start is not None and stop is not None:
         start, stop = start.contiguous(), stop.contiguous()
 
-    _interval_forward_kernel[(tiles, splits, batch * heads_kv)](
+    _interval_forward_kernel[(tiles * batch * heads_kv, splits)](
         q, row_descriptor(rows_for_copy_engine(k), config.block_n),
         row_descriptor(rows_for_copy_engine(v), config.block_n), start, stop, part_out, part_lse,
         *q.stride()[:3], seq_q, *part_out.stride()[:4], part_lse.stride(0),
-        heads_kv, seq_q, seq_kv, splits, scale * LOG2_E,
+        batch * heads_kv, tiles, heads_kv, seq_q, seq_kv, splits, scale * LOG2_E,
         GROUP=group, HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=config.block_m,
         BLOCK_N=config.block_n, HAS_INTERVAL=has_interval,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",

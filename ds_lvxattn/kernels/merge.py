@@ -13,9 +13,12 @@ try:
     import triton
     import triton.language as tl
 
-    from ds_lvxattn.kernels.row_order import row_offset, row_order, row_sizes, row_strides
+    from ds_lvxattn.kernels.row_order import row_offset, row_order
 except ImportError:  # no Triton on this platform: the torch path does every call
     triton = None
+
+# Of the output, a program.
+MERGE_ELEMENTS = 1024
 
 if triton is not None:
     # Sizes and the strides of short tensors change with lengths: compiling again for them would stall a step.
@@ -31,50 +34,45 @@ if triton is not None:
         lses_stride_n, lses_stride_0, lses_stride_1, lses_stride_2,
         out_stride_0, out_stride_1, out_stride_2, out_stride_d, lse_stride_0, lse_stride_1, lse_stride_2,
         parts, rows, size_1, size_2,
-        HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, UNROLL: tl.constexpr,
+        DIMS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
     ):  # fmt: skip
-        """BLOCK_S rows: an online sum over the partials, UNROLL of them in flight at once."""
-        row = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-        inside = row < rows
-        dim = tl.arange(0, BLOCK_D)
-        inside_d = (dim < HEAD_DIM)[None, :]
-        lse_row = row_offset(row, size_1, size_2, lses_stride_0, lses_stride_1, lses_stride_2)
-        out_row = row_offset(row, size_1, size_2, outs_stride_0, outs_stride_1, outs_stride_2)
-        value_at = out_row[:, None] + dim[None, :] * outs_stride_d
+        """BLOCK_S rows: the weights from ``lses`` alone, then one pass over ``outs``, two partials in flight."""
+        row = (tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S))[:, None]
+        dim = tl.arange(0, BLOCK_D)[None, :]
+        inside_d = dim < HEAD_DIM
+        lse_row = row_offset(row, size_1, size_2, lses_stride_0, lses_stride_1, lses_stride_2, DIMS)
+        value_at = row_offset(row, size_1, size_2, outs_stride_0, outs_stride_1, outs_stride_2, DIMS)
+        value_at += dim * outs_stride_d
 
         # Finite, so that rows that no partial saw have weights exp(-inf - top) = 0 and not NaN.
-        top = tl.full([BLOCK_S], -1e30, tl.float32)
-        total = tl.zeros([BLOCK_S], tl.float32)
+        top = tl.full([BLOCK_S, 1], -1e30, tl.float32)
+        part_lses = lses_ptr
+        for first in tl.range(0, parts, 2):
+            for i in tl.static_range(2):
+                here = row < tl.where(first + i < parts, rows, 0)
+                top = tl.maximum(top, tl.load(part_lses + lse_row, mask=here, other=float("-inf")))
+                part_lses += lses_stride_n
+
+        total = tl.zeros([BLOCK_S, 1], tl.float32)
         acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
-        for _ in tl.range(0, parts, UNROLL):
-            lses = lses_ptr
-            new_top = top
-            for i in tl.static_range(UNROLL):
-                here = row < tl.where(i < parts, rows, 0)
-                part = tl.load(lses + lse_row, mask=here, other=float("-inf"))
-                new_top = tl.maximum(new_top, part)
-                lses += lses_stride_n
-            shrink = tl.exp(top - new_top)
-            total *= shrink
-            acc *= shrink[:, None]
-            top = new_top
-            for i in tl.static_range(UNROLL):
-                here = row < tl.where(i < parts, rows, 0)
-                value = tl.load(outs_ptr + value_at, mask=here[:, None] & inside_d, other=0.0).to(tl.float32)
+        for first in tl.range(0, parts, 2):
+            for i in tl.static_range(2):
+                here = row < tl.where(first + i < parts, rows, 0)
                 weight = tl.exp(tl.load(lses_ptr + lse_row, mask=here, other=float("-inf")) - top)
-                # What a partial that saw nothing left in its output counts as 0, NaN included.
-                acc += tl.where((weight > 0)[:, None], value, 0.0) * weight[:, None]
+                # What a partial that saw nothing left in its output is not read, so it counts as 0, NaN included.
+                value = tl.load(outs_ptr + value_at, mask=(weight > 0) & inside_d, other=0.0)
+                acc += value.to(tl.float32) * weight
                 total += weight
                 outs_ptr += outs_stride_n
                 lses_ptr += lses_stride_n
-            parts -= UNROLL
 
         seen = total > 0
-        acc = tl.where(seen[:, None], acc / total[:, None], 0.0)
-        out = out_ptr + row_offset(row, size_1, size_2, out_stride_0, out_stride_1, out_stride_2)
-        out = out[:, None] + dim[None, :] * out_stride_d
-        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & inside_d)
-        lse = lse_ptr + row_offset(row, size_1, size_2, lse_stride_0, lse_stride_1, lse_stride_2)
+        # One division a row, not one an element: the pass is as much bound by instructions as by memory.
+        acc *= tl.where(seen, 1.0 / total, 0.0)
+        inside = row < rows
+        out = out_ptr + row_offset(row, size_1, size_2, out_stride_0, out_stride_1, out_stride_2, DIMS)
+        tl.store(out + dim * out_stride_d, acc.to(out_ptr.dtype.element_ty), mask=inside & inside_d)
+        lse = lse_ptr + row_offset(row, size_1, size_2, lse_stride_0, lse_stride_1, lse_stride_2, DIMS)
         tl.store(lse, tl.where(seen, top + tl.log(total), float("-inf")), mask=inside)
 
     def merge_partials_triton(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
@@ -85,15 +83,15 @@ if triton is not None:
         if out.numel() == 0:
             return
         parts, head_dim = outs.shape[0], outs.shape[-1]
-        order = row_order(outs[0])
+        order = row_order(outs[0], lses[0], out, lse)
+        outs_strides, lses_strides, out_strides, lse_strides = order.strides
         block_d = triton.next_power_of_2(head_dim)
-        block_s = max(1, 4096 // block_d)
+        block_s = max(1, MERGE_ELEMENTS // block_d)
         _merge_kernel[(triton.cdiv(lse.numel(), block_s),)](
-            outs, lses, out, lse,
-            outs.stride(0), *row_strides(outs[0], order), outs.stride(-1), lses.stride(0), *row_strides(lses[0], order),
-            *row_strides(out, order), out.stride(-1), *row_strides(lse, order),
-            parts, lse.numel(), *row_sizes(lse, order),
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=block_s, UNROLL=1 if parts == 1 else 2, num_warps=4,
+            outs, lses, out, lse, outs.stride(0), *outs_strides, outs.stride(-1), lses.stride(0), *lses_strides,
+            *out_strides, out.stride(-1), *lse_strides, parts, lse.numel(), *order.sizes,
+            DIMS=order.dims, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=block_s,
+            num_warps=2,
         )  # fmt: skip
 
 
@@ -117,7 +115,7 @@ def merge_partials(
     if out is None:
         out = torch.empty_like(outs[0])
     if lse is None:
-        lse = torch.empty(lses.shape[1:], dtype=lses.dtype, device=lses.device)
+        lse = torch.empty_like(lses[0])
     if triton is not None and outs.is_cuda and lses.dtype == torch.float32:
         merge_partials_triton(outs, lses, out, lse)
         return out, lse

@@ -6,32 +6,54 @@ program that takes neighbours in memory reads whole pages either way.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 
 @triton.jit
-def row_offset(row, size_1, size_2, stride_0, stride_1, stride_2):
-    """Offset (int64, in elements) of the rows with running number ``row``; see ``row_sizes``, ``row_strides``."""
+def row_offset(row, size_1, size_2, stride_0, stride_1, stride_2, DIMS: tl.constexpr):
+    """Offset (int64, in elements) of the rows with running number ``row``, by a ``RowOrder``."""
+    if DIMS == 1:
+        return row.to(tl.int64) * stride_2
     rest = row // size_2
-    return (
-        (rest // size_1).to(tl.int64) * stride_0
-        + (rest % size_1).to(tl.int64) * stride_1
-        + (row % size_2).to(tl.int64) * stride_2
-    )
+    inner = (row - rest * size_2).to(tl.int64) * stride_2
+    if DIMS == 2:
+        return inner + rest.to(tl.int64) * stride_1
+    outer = rest // size_1
+    return inner + (rest - outer * size_1).to(tl.int64) * stride_1 + outer.to(tl.int64) * stride_0
 
 
-def row_order(x: Tensor) -> list[int]:
-    """The dimensions of ``x [B, H, S, ...]`` that count rows, the one of widest stride first."""
-    return sorted(range(3), key=lambda dim: (x.stride(dim), x.shape[dim]), reverse=True)
+class RowOrder(NamedTuple):
+    """How to number the rows of some tensors alike.
+
+    Args:
+        sizes: of the two inner dimensions.
+        strides: of each tensor, outermost dimension first.
+        dims: dimensions left after those that are one run of memory in every tensor were joined; integer division
+            takes more time than reading a row, so kernels are compiled for each count.
+    """
+
+    sizes: tuple[int, int]
+    strides: list[tuple[int, int, int]]
+    dims: int
 
 
-def row_sizes(x: Tensor, order: list[int]) -> tuple[int, int]:
-    """Sizes of the two inner row dimensions, as ``row_offset`` takes them."""
-    return x.shape[order[1]], x.shape[order[2]]
-
-
-def row_strides(x: Tensor, order: list[int]) -> list[int]:
-    """Strides of ``x [B, H, S, ...]`` in the order of ``row_order``."""
-    return [x.stride(dim) for dim in order]
+def row_order(*tensors: Tensor) -> RowOrder:
+    """The order of the rows of the first tensor in memory; all are ``[B, H, S, ...]``."""
+    first = tensors[0]
+    dims: list[tuple[int, list[int]]] = []
+    for dim in sorted(range(3), key=first.stride, reverse=True):
+        size, strides = first.shape[dim], [x.stride(dim) for x in tensors]
+        if size == 1:
+            continue
+        if dims and all(outer == size * inner for outer, inner in zip(dims[-1][1], strides, strict=True)):
+            dims[-1] = (dims[-1][0] * size, strides)
+        else:
+            dims.append((size, strides))
+    count = max(1, len(dims))
+    dims = [(1, [0] * len(tensors))] * (3 - len(dims)) + dims
+    strides = [(dims[0][1][i], dims[1][1][i], dims[2][1][i]) for i in range(len(tensors))]
+    return RowOrder((dims[1][0], dims[2][0]), strides, count)

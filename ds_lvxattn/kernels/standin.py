@@ -15,7 +15,7 @@ try:
     import triton
     import triton.language as tl
 
-    from ds_lvxattn.kernels.row_order import row_offset, row_order, row_sizes, row_strides
+    from ds_lvxattn.kernels.row_order import row_offset, row_order
 except ImportError:  # no Triton on this platform: the torch path does every call
     triton = None
 
@@ -26,24 +26,23 @@ if triton is not None:
         dout_ptr, delta_ptr, out_ptr,
         dout_stride_0, dout_stride_1, dout_stride_2, dout_stride_d, delta_stride_0, delta_stride_1, delta_stride_2,
         out_stride_0, out_stride_1, out_stride_2, out_stride_d, rows, size_1, size_2,
-        HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+        DIMS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
     ):  # fmt: skip
         """BLOCK_S rows."""
         row = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
         inside = row < rows
         dim = tl.arange(0, BLOCK_D)
         mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
-        dout = dout_ptr + row_offset(row, size_1, size_2, dout_stride_0, dout_stride_1, dout_stride_2)
+        dout = dout_ptr + row_offset(row, size_1, size_2, dout_stride_0, dout_stride_1, dout_stride_2, DIMS)
         dout = tl.load(dout[:, None] + dim[None, :] * dout_stride_d, mask=mask, other=0.0).to(tl.float32)
-        delta = delta_ptr + row_offset(row, size_1, size_2, delta_stride_0, delta_stride_1, delta_stride_2)
+        delta = delta_ptr + row_offset(row, size_1, size_2, delta_stride_0, delta_stride_1, delta_stride_2, DIMS)
         delta = tl.load(delta, mask=inside, other=0.0)
         # Divided by the row's largest entry first: the square of a small gradient underflows.
-        top = tl.max(tl.abs(dout), 1)
-        top = tl.where(top == 0.0, 1.0, top)
-        unit = dout / top[:, None]
+        shrink = 1.0 / tl.maximum(tl.max(tl.abs(dout), 1), 1e-38)
+        unit = dout * shrink[:, None]
         square = tl.sum(unit * unit, 1)
-        factor = tl.where(square == 0.0, 0.0, delta / top / square)
-        out = out_ptr + row_offset(row, size_1, size_2, out_stride_0, out_stride_1, out_stride_2)
+        factor = tl.where(square == 0.0, 0.0, delta * shrink / square)
+        out = out_ptr + row_offset(row, size_1, size_2, out_stride_0, out_stride_1, out_stride_2, DIMS)
         out = out[:, None] + dim[None, :] * out_stride_d
         tl.store(out, (unit * factor[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -52,14 +51,15 @@ if triton is not None:
         out = torch.empty_like(dout)
         if out.numel() == 0:
             return out
-        order = row_order(dout)
+        order = row_order(dout, delta, out)
+        dout_strides, delta_strides, out_strides = order.strides
         head_dim = dout.shape[-1]
         block_d = triton.next_power_of_2(head_dim)
         block_s = max(1, 4096 // block_d)
         _output_with_delta_kernel[(triton.cdiv(delta.numel(), block_s),)](
-            dout, delta, out, *row_strides(dout, order), dout.stride(-1), *row_strides(delta, order),
-            *row_strides(out, order), out.stride(-1), delta.numel(), *row_sizes(delta, order),
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=block_s, num_warps=4,
+            dout, delta, out, *dout_strides, dout.stride(-1), *delta_strides, *out_strides, out.stride(-1),
+            delta.numel(), *order.sizes, DIMS=order.dims, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=block_s,
+            num_warps=4,
         )  # fmt: skip
         return out
 
@@ -79,8 +79,8 @@ def output_with_delta(dout: Tensor, delta: Tensor) -> Tensor:
     if triton is not None and dout.is_cuda and dout.dtype != torch.float64:
         return output_with_delta_triton(dout, delta)
     wide = dout.to(delta.dtype)
-    top = wide.abs().amax(dim=-1, keepdim=True)
-    unit = wide / top.masked_fill(top == 0.0, 1.0)
+    top = wide.abs().amax(dim=-1, keepdim=True).clamp(min=1e-38)
+    unit = wide / top
     square = unit.square().sum(dim=-1, keepdim=True)
     factor = (delta.unsqueeze(-1) / top / square).masked_fill(square == 0.0, 0.0)
     return torch.empty_like(dout).copy_(unit * factor)

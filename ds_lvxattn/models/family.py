@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ds_lvxattn.plan.plan import AttentionLayer
+from ds_lvxattn.recompute import Recomputation
 
 
 class Family(Protocol):
@@ -32,14 +33,18 @@ class Family(Protocol):
     def attention_layers(self, model: nn.Module) -> dict[nn.Module, AttentionLayer]:
         """Every attention module of ``model`` with its role and sizes."""
 
-    def install_hooks(self, model: nn.Module) -> None:
-        """Register the hooks that fit sharded inputs to the model's own forward."""
+    def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
+        """Register the hooks that fit sharded inputs to the model's own forward.
+
+        They encode the rank's frames in ``batch.portions`` portions; ``recomputation`` says whether a portion that
+        trains is computed again in the backward pass.
+        """
 
     def frame_tokens(self, model_config: Any) -> int:
         """Visual tokens of a frame."""
 
-    def tiles_per_frame(self, model_config: Any) -> int:
-        """Tiles that the vision encoder returns for a frame, of which the first is the frame."""
+    def frames_at_once(self, model_config: Any) -> int:
+        """Frames of a portion, at most: what the vision encoder takes at once."""
 
     def frame_ranges(self, input_ids: Sequence[int], model_config: Any) -> list[tuple[int, int]]:
         """For each text token the half-open range of frames that it sees; empty when it sees none."""
@@ -48,7 +53,10 @@ class Family(Protocol):
         """Whether a token that sees no frame attends to every key (and its feed-forward output is dropped)."""
 
     def pixels(self, frames: Sequence[np.ndarray], processor: Any, model_config: Any) -> Mapping[str, Tensor]:
-        """The model's pixel arguments, ``[1, frames, ...]``, for uint8 ``[H, W, 3]`` frames."""
+        """The model's pixel arguments, ``[1, frames, 1, ...]``, for uint8 ``[H, W, 3]`` frames: one tile a frame."""
+
+    def pad_tiles(self, pixels: Mapping[str, Tensor], model_config: Any) -> Mapping[str, Tensor]:
+        """``pixels`` with the blank tiles that the unmodified model wants beside a frame's own."""
 
     def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
         """Pixel arguments of one blank frame, for a rank that has none."""

@@ -1,13 +1,14 @@
 """Llama 3.2 Vision: ``MllamaForConditionalGeneration`` of transformers, unmodified.
 
 Its cross-attention layers see the visual tokens of the images before a token, by groups of adjacent images. Two
-corners are kept: the tiles that pad an image up to the model's tile count are masked there, and dropped here before
-K and V are projected; a token that sees no image attends to every visual token there (and its feed-forward output
-is zeroed), so its interval is the whole key sequence.
+corners are kept: the tiles that pad an image up to the model's tile count are masked there, and dropped here behind
+the vision encoder (whose real tiles do see them); a token that sees no image attends to every visual token there (and
+its feed-forward output is zeroed), so its interval is the whole key sequence.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,8 +24,15 @@ from transformers.models.mllama.modeling_mllama import (
 
 from ds_lvxattn.batch import SequenceParallelBatch
 from ds_lvxattn.plan.plan import AttentionLayer
+from ds_lvxattn.recompute import Recomputation, recompute
 
 ROLES = {MllamaTextCrossAttention: "cross", MllamaTextSelfAttention: "self", MllamaVisionAttention: "local"}
+
+# Tokens, those of padding tiles included, that the vision encoder takes at once: it holds the hidden states of all its
+# layers until it returns, so that all frames at once would be the peak of the whole step.
+TOKENS_AT_ONCE = 1 << 15
+
+PIXELS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
 
 class Mllama:
@@ -45,8 +53,10 @@ class Mllama:
                 layers[module] = AttentionLayer(name, role, module.num_heads, kv_heads, module.head_dim)
         return layers
 
-    def install_hooks(self, model: nn.Module) -> None:
-        model.get_submodule("model.language_model").register_forward_pre_hook(fit_visual_inputs, with_kwargs=True)
+    def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
+        encode = functools.partial(encode_frames, recomputation)
+        model.get_submodule("model").register_forward_pre_hook(encode, with_kwargs=True)
+        model.get_submodule("model.language_model").register_forward_pre_hook(mask_rows, with_kwargs=True)
 
     def frame_tokens(self, model_config: Any) -> int:
         vision = model_config.vision_config
@@ -69,29 +79,24 @@ class Mllama:
 
     def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
         vision = model_config.vision_config
-        tiles, size = vision.max_num_tiles, vision.image_size
-        mask = torch.zeros(1, 1, tiles, dtype=torch.long)
-        mask[..., 0] = 1
         return {
-            "pixel_values": torch.zeros(1, 1, tiles, vision.num_channels, size, size),
+            "pixel_values": torch.zeros(1, 1, 1, vision.num_channels, vision.image_size, vision.image_size),
             "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
-            "aspect_ratio_mask": mask,
+            "aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.long),
         }
 
     def pixels(self, frames: Sequence[np.ndarray], processor: Any, model_config: Any) -> Mapping[str, Tensor]:
         # The frames of all samples go through the encoder as one list; a frame is one tile, as videos have many.
         # Aspect ratio 1 x 1 has the id 1 for every tile limit, so the ids need no translation.
-        tiles = model_config.vision_config.max_num_tiles
-        encoded = processor([list(frames)], max_image_tiles=1, return_tensors="pt")
-        padding = (0, tiles - 1)
-        return {
-            "pixel_values": nn.functional.pad(encoded["pixel_values"], (0, 0, 0, 0, 0, 0, *padding)),
-            "aspect_ratio_ids": encoded["aspect_ratio_ids"],
-            "aspect_ratio_mask": nn.functional.pad(encoded["aspect_ratio_mask"], padding),
-        }
+        return dict(processor([list(frames)], max_image_tiles=1, return_tensors="pt"))
 
-    def tiles_per_frame(self, model_config: Any) -> int:
-        return model_config.vision_config.max_num_tiles
+    def pad_tiles(self, pixels: Mapping[str, Tensor], model_config: Any) -> Mapping[str, Tensor]:
+        tiles = model_config.vision_config.max_num_tiles
+        return dict(zip(PIXELS, _with_blank_tiles(tiles, *(pixels[key] for key in PIXELS)), strict=True))
+
+    def frames_at_once(self, model_config: Any) -> int:
+        padded = -(-self.frame_tokens(model_config) // 8) * 8
+        return max(TOKENS_AT_ONCE // (model_config.vision_config.max_num_tiles * padded), 1)
 
     def dense_mask(
         self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int, model_config: Any
@@ -109,19 +114,67 @@ class Mllama:
         return ("*multi_modal_projector.*", *(f"*language_model.layers.{layer}.*" for layer in layers))
 
 
-def fit_visual_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Before the language model: drop padding tiles from the visual features, and say which rows see a frame.
+def encode_frames(
+    recomputation: Recomputation, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Before the model: its visual features from the pixels, in the portions that the batch asks for.
 
-    ``cross_attention_states`` is ``[frames * tiles, tokens, d]``; what the layers get is
-    ``[B * slots, tokens, d]``, the frames of this rank in the order of its keys. The row mask takes the place of
-    the one that the model derives from a dense mask: ``[B, 1, s_q, 1]``.
+    The model would encode all frames at once. What its layers get is ``[B * slots, tokens, d]``, the frames of this
+    rank in the order of its keys, without padding tiles. A rank with fewer frames than portions encodes its first
+    one again, so that every rank calls the encoder as often; no row sees that.
     """
     batch: SequenceParallelBatch | None = kwargs.get("sequence_parallel")
     if batch is None:
         return None
-    states = kwargs["cross_attention_states"]
-    return args, {
-        **kwargs,
-        "cross_attention_states": states.index_select(0, batch.tiles),
-        "full_text_row_masked_out_mask": batch.sees_frame.to(states.dtype),
-    }
+    rest = dict(kwargs)
+    inputs = [rest.pop(key) for key in PIXELS]
+    encoded = _encoded(module.get_submodule("vision_model"), inputs, batch.portions, recomputation)
+    states = module.get_submodule("multi_modal_projector")(encoded)
+    if batch.slots is not None:
+        states = states.index_select(0, batch.slots)
+    return args, {**rest, "cross_attention_states": states}
+
+
+def _encoded(vision: Any, inputs: list[Tensor], portions: int, recomputation: Recomputation) -> Tensor:
+    """Tile 0 of each frame, ``[max(frames, portions), tokens, d_vision]``; its gradients recompute portion by portion.
+
+    ``inputs`` are ``PIXELS``.
+    """
+    missing = portions - inputs[0].shape[1]
+    if missing > 0:
+        inputs = [torch.cat((x, x[:, :1].expand(-1, missing, *x.shape[2:])), dim=1) for x in inputs]
+    parts = zip(*(x.tensor_split(portions, dim=1) for x in inputs), strict=True)
+    if torch.is_grad_enabled() and any(p.requires_grad for p in vision.parameters()):
+        if recomputation.policy == "none":
+            return torch.cat([_encode(vision, *part) for part in parts])
+        # All that a portion keeps is its pixels, a view of the batch's own.
+        return torch.cat([recompute(vision, functools.partial(_encode, vision), *part) for part in parts])
+    with torch.no_grad():
+        # Frame by frame into their place: a list of portions beside the whole would take twice the memory.
+        size = (inputs[0].shape[1], vision.num_patches, vision.config.vision_output_dim)
+        encoded = torch.empty(size, device=inputs[0].device, dtype=vision.dtype)
+        for place, part in zip(encoded.tensor_split(portions), parts, strict=True):
+            place.copy_(_encode(vision, *part))
+        return encoded
+
+
+def _encode(vision: Any, *inputs: Tensor) -> Tensor:
+    """Frames of a portion to ``[f, tokens, d_vision]``, contiguous: nothing keeps the padding tiles beside them."""
+    states = vision(**dict(zip(PIXELS, _with_blank_tiles(vision.max_num_tiles, *inputs), strict=True)))
+    return states.last_hidden_state[0, :, 0].contiguous()
+
+
+def _with_blank_tiles(tiles: int, pixels: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``PIXELS`` with one tile a frame to as many as the model has."""
+    padding = (0, tiles - 1)
+    return nn.functional.pad(pixels, (0, 0, 0, 0, 0, 0, *padding)), ids, nn.functional.pad(mask, padding)
+
+
+def mask_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before the language model: say which rows see a frame, ``[B, 1, s_q, 1]``, as the model derives it from a
+    dense mask."""
+    batch: SequenceParallelBatch | None = kwargs.get("sequence_parallel")
+    if batch is None:
+        return None
+    dtype = kwargs["cross_attention_states"].dtype
+    return args, {**kwargs, "full_text_row_masked_out_mask": batch.sees_frame.to(dtype)}

@@ -39,7 +39,7 @@ class Layer:
     def head_groups(self) -> tuple[int, int]:
         shape = self.shape
         return self.groups or head_groups(
-            shape.batch, shape.heads, shape.kv_heads, shape.head_dim, shape.q_lengths, shape.kv_lengths
+            shape.batch, shape.heads, shape.kv_heads, shape.head_dim, shape.element, shape.q_lengths, shape.kv_lengths
         )
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from ds_lvxattn.plan.pipeline import keeps_queries
+
 POLICIES = ("none", "kv", "layer")
 FLOAT32 = 4
 
@@ -99,7 +101,7 @@ def kept_bytes(sizes: LayerSizes, policy: str) -> int:
 
 
 def returned_bytes(sizes: LayerSizes) -> int:
-    """Bytes that the attention operator returns: output, log-sum-exp, and with ``gather`` all ranks' queries.
+    """Bytes that the attention operator returns: output, log-sum-exp, and all ranks' queries where it keeps them.
 
     They are kept under every policy, so that nothing has to be attended to, or sent, again.
     """
@@ -108,16 +110,22 @@ def returned_bytes(sizes: LayerSizes) -> int:
             sizes.query_bytes(sizes.total_rows) // sizes.ranks + sizes.statistic_bytes(sizes.total_rows) // sizes.ranks
         )
     kept = sizes.query_bytes(sizes.rows) + sizes.statistic_bytes(sizes.rows)
-    return kept + (sizes.query_bytes(sizes.ranks * sizes.longest_rows) if _gathers(sizes) else 0)
+    return kept + (sizes.query_bytes(sizes.ranks * sizes.longest_rows) if _keeps_gathered(sizes) else 0)
 
 
-def _gathers(sizes: LayerSizes) -> bool:
-    return sizes.strategy == "lv_xattn" and sizes.schedule in ("auto", "gather") and sizes.ranks > 1
+def _keeps_gathered(sizes: LayerSizes) -> bool:
+    """Whether other ranks' queries are kept; ``routed`` keeps those that it received, at most all of them."""
+    if sizes.strategy != "lv_xattn" or sizes.schedule == "ring" or sizes.ranks == 1:
+        return False
+    return keeps_queries(sizes.heads, sizes.kv_heads, (sizes.longest_rows,) * sizes.ranks, (sizes.keys,))
 
 
 def _attention_bytes(sizes: LayerSizes) -> int:
-    """An attention module: input of the projections, norms of queries and keys, the operator, input of ``o_proj``."""
-    kept = sizes.rows * sizes.row_bytes + returned_bytes(sizes) + sizes.query_bytes(sizes.rows)
+    """An attention module: input of the projections, norms of queries and keys, the operator, queries and keys.
+
+    The operator's output is also the input of ``o_proj``; Ulysses' makes its way back first.
+    """
+    kept = sizes.rows * sizes.row_bytes + returned_bytes(sizes)
     if sizes.role == "cross":
         kept += sizes.norm_bytes(sizes.rows * sizes.heads, sizes.head_dim)
         kept += sizes.norm_bytes(sizes.keys * sizes.kv_heads, sizes.head_dim)
@@ -125,8 +133,9 @@ def _attention_bytes(sizes: LayerSizes) -> int:
         # Its share of the heads; key heads are repeated until each rank has one. Two int32 a row say what it sees.
         heads = max(sizes.kv_heads, sizes.ranks)
         keys = sizes.batch * sizes.total_keys * heads * sizes.head_dim * sizes.element // sizes.ranks
-        return kept + sizes.query_bytes(sizes.total_rows) // sizes.ranks + 2 * keys + 8 * sizes.batch * sizes.total_rows
-    return kept + 2 * sizes.kv_bytes + (0 if _gathers(sizes) else sizes.query_bytes(sizes.rows))
+        kept += sizes.query_bytes(sizes.rows) + sizes.query_bytes(sizes.total_rows) // sizes.ranks
+        return kept + 2 * keys + 8 * sizes.batch * sizes.total_rows
+    return kept + 2 * sizes.kv_bytes + (0 if _keeps_gathered(sizes) else sizes.query_bytes(sizes.rows))
 
 
 def _feed_forward_bytes(sizes: LayerSizes) -> int:

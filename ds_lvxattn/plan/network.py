@@ -56,7 +56,7 @@ def send(profile: Profile, ranks: int, size: float) -> float:
     near = profile.intra.latency + size / profile.intra.bandwidth
     if nodes_of(profile, ranks)[1] == 1:
         return near
-    # One message crosses each border of a node, so it does not share the node's way out. All ranks wait for the slowest.
+    # One message crosses each border of a node, so it does not share the node's way out. All wait for the slowest.
     return max(near, profile.inter.latency + size / node_bandwidth(profile.inter, 1))
 
 

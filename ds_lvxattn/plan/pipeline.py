@@ -1,16 +1,23 @@
 """How the ``gather`` schedule of query exchange is cut into groups of key heads: pure functions of sizes.
 
-With ``G`` groups, ``1/G`` of the first transfer and of the last are not hidden behind computation. But a group must
-still fill the chip, and hide the transfers of its neighbours.
+With ``G`` groups, ``1/G`` of the first transfer and of the last are not hidden behind computation. But each group has
+its own launches, must fill the chip, and in the backward pass its gradients of K and V are copied into their place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Operations of a group's forward pass below which cutting costs more than it hides: 1 ms of an H200. Shorter kernels
-# leave multiprocessors idle at their ends, which transfers of a few tens of microseconds do not make up for.
-GROUP_OPERATIONS = 6e11
+# What one H200 does with these kernels; the choice is coarse enough to hold on its neighbours. Throughput in operations
+# a second; bytes a second of a copy into a slice of heads; seconds that the host needs to start a group, and that a
+# group's small kernels and messages take on the device.
+THROUGHPUT = 6e14
+COPY = 1.4e12
+HOST_SECONDS = 1e-3
+DEVICE_SECONDS = 4e-5
+
+# Bytes a second that a rank receives over NVLink in a collective of two H200, where nobody has measured the link.
+NVLINK = 2.4e11
 
 # Rows of a query tile and multiprocessors of the chips that kernels are tuned for; see ``_filled``.
 TILE_ROWS = 128
@@ -18,26 +25,47 @@ MULTIPROCESSORS = 132
 
 
 def head_groups(
-    batch: int, heads: int, kv_heads: int, head_dim: int, q_lengths: Sequence[int], kv_lengths: Sequence[int]
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    element: int,
+    q_lengths: Sequence[int],
+    kv_lengths: Sequence[int],
+    link: float = NVLINK,
 ) -> tuple[int, int]:
     """Groups of key heads of the forward and of the backward pass; both divide ``kv_heads``.
 
     Args:
         batch: sequences in the micro-batch.
         heads, kv_heads, head_dim: query heads, key heads, head size.
+        element: bytes of an element.
         q_lengths, kv_lengths: query rows and keys of every rank.
+        link: bytes a second that a rank receives.
     """
-    rows = len(q_lengths) * max(q_lengths)
-    operations = 4.0 * batch * heads * head_dim * rows * max(kv_lengths)
-    most = max(1, int(operations / GROUP_OPERATIONS))
-    divisors = [count for count in range(1, kv_heads + 1) if kv_heads % count == 0 and count <= most]
-    tiles = batch * heads * -(-rows // TILE_ROWS)
-    # The backward pass is divided over tiles of keys, of which there are always enough.
-    forward = max(count for count in divisors if count == 1 or _filled(tiles // count) >= 0.97 * _filled(tiles))
-    return forward, max(divisors)
+    ranks, rows, keys = len(q_lengths), max(q_lengths), max(kv_lengths)
+    forward = 4.0 * batch * heads * head_dim * ranks * rows * keys / THROUGHPUT
+    # Queries and outputs; in the backward pass their gradients.
+    transfers = 2.0 * batch * (ranks - 1) * rows * heads * head_dim * element / link
+    copy = 2 * 2.0 * batch * keys * kv_heads * head_dim * element / COPY
+    tiles = batch * heads * -(-ranks * rows // TILE_ROWS)
+
+    def forward_time(groups: int) -> float:
+        idle = forward * (_filled(tiles) / _filled(tiles / groups) - 1)
+        return transfers / groups + DEVICE_SECONDS * groups + max(idle, 0.0)
+
+    def backward_time(groups: int) -> float:
+        # Divided over tiles of keys, of which there are always enough.
+        return transfers / groups + DEVICE_SECONDS * groups + (copy if groups > 1 else 0.0)
+
+    divisors = [count for count in range(1, kv_heads + 1) if kv_heads % count == 0]
+    return (
+        min((count for count in divisors if count == 1 or forward / count > HOST_SECONDS), key=forward_time),
+        min((count for count in divisors if count == 1 or 2.5 * forward / count > HOST_SECONDS), key=backward_time),
+    )
 
 
-def _filled(tiles: int) -> float:
+def _filled(tiles: float) -> float:
     """Share of the chip that is busy while ``tiles`` tiles of equal work run, one a multiprocessor."""
     return tiles / (MULTIPROCESSORS * -(-tiles // MULTIPROCESSORS)) if tiles else 1.0
 

@@ -1,9 +1,9 @@
 """The exchanges step by step: a discrete-event simulation of the ranks' streams and of the links between them.
 
-It knows what the closed formulas of ``cost.py`` and ``network.py`` sum up: which transfer waits for which kernel, links
-that transfers share, slower links between nodes, ranks that are slower than others. Tests hold the formulas to it. Equal
-nodes do the same at the same time, so unless ranks differ only one node is simulated, whose messages from the node before
-are those that it sends itself.
+It knows what the closed formulas of ``cost.py`` and ``network.py`` sum up: which transfer waits for which kernel,
+links that transfers share, slower links between nodes, ranks that are slower than others. Tests hold the formulas to
+it. Equal nodes do the same at the same time, so unless ranks differ only one node is simulated, whose messages from the
+node before are those that it sends itself.
 """
 
 from __future__ import annotations

@@ -49,10 +49,7 @@ class LayerShape:
     @property
     def balance(self) -> float:
         """Largest over mean work of a rank, where each rank computes what its own keys are part of."""
-        if self.visible_work is not None:
-            work = self.visible_work
-        else:
-            work = self.kv_lengths
+        work = self.kv_lengths if self.visible_work is None else self.visible_work
         return max(work) * len(work) / sum(work) if sum(work) else 1.0
 
     def query_bytes(self, rows: int) -> int:

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ds_lvxattn.comm import Communicator
+from ds_lvxattn.interval import KVInterval
 from ds_lvxattn.routes import Routes
 from ds_lvxattn.shards import ShardLayout
 
@@ -19,8 +20,8 @@ class Exchange:
     Args:
         comm: communicator of the sequence-parallel group.
         layout: shards of queries and keys, the same on every rank.
-        start, stop: int32 ``[n, B, s_max]``, the global key ranges of the query rows of every rank, padded to
-            the longest shard (for replicated queries ``[1, B, s_q]``); None when every key is visible.
+        interval: the key ranges of the query rows of every rank, ``[n, B, s_max]``, padded to the longest shard (for
+            replicated queries ``[1, B, s_q]``); None when every key is visible.
         scale: factor of the scores.
         kernel: ``auto`` or a local kernel's name.
         schedule: ``auto`` or a schedule's name, for strategies that have several.
@@ -34,8 +35,7 @@ class Exchange:
 
     comm: Communicator
     layout: ShardLayout
-    start: Tensor | None
-    stop: Tensor | None
+    interval: KVInterval | None
     scale: float
     kernel: str = "auto"
     schedule: str = "auto"
@@ -43,6 +43,16 @@ class Exchange:
     head_groups: tuple[int, int] | None = None
     keep_queries: bool | None = None
     routes: Routes | None = None
+
+    @property
+    def local_ranges(self) -> tuple[Tensor | None, Tensor | None]:
+        """Keys of this rank that the rows of every rank see, ``[B, n * s_max]``."""
+        return (None, None) if self.interval is None else self.interval.local_to(self.layout.kv, self.comm.rank)
+
+    @property
+    def bounds(self) -> tuple[Tensor | None, Tensor | None]:
+        """``start, stop`` of ``interval``."""
+        return (None, None) if self.interval is None else (self.interval.start, self.interval.stop)
 
 
 class Strategy(Protocol):

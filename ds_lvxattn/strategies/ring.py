@@ -30,7 +30,7 @@ class RingAttention:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
         layout = exchange.layout
-        start, stop = exchange.start, exchange.stop
+        start, stop = exchange.bounds
         if start is not None and stop is not None:
             own = (exchange.comm.rank, slice(None), slice(q.shape[2]))
             start, stop = start[own], stop[own]

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from ds_lvxattn.comm import Communicator, Part, Transfer
-from ds_lvxattn.interval import clip_to_rank
-from ds_lvxattn.shards import SequenceShards
 
 
 def gather_buffer(x: Tensor, comm: Communicator, rows: int) -> Tensor:
@@ -58,13 +56,3 @@ def start_return(computed: Sequence[tuple[str, Tensor]], comm: Communicator, own
 def attention_layout(wire: Tensor) -> Tensor:
     """``[S, B, H, ...]`` as ``[B, H, S, ...]``, a view."""
     return wire.movedim(0, 2)
-
-
-def local_ranges(
-    start: Tensor | None, stop: Tensor | None, kv: SequenceShards, rank: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Key ranges of all rows, ``[n, B, s_max]`` global, to ``[B, n * s_max]`` local to ``rank``."""
-    if start is None or stop is None:
-        return None, None
-    first, last = clip_to_rank(start, stop, kv, rank)
-    return first.transpose(0, 1).flatten(1), last.transpose(0, 1).flatten(1)

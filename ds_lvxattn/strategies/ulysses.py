@@ -44,7 +44,7 @@ class Ulysses:
         )
         out = comm.account(context, "outputs")
         lse = comm.account(_sequence_shard(local.lse, comm), "lse")
-        return out[:, :own].transpose(1, 2).contiguous(), lse[:, :own, :, 0].transpose(1, 2).contiguous()
+        return out[:, :own].transpose(1, 2), lse[:, :own, :, 0].transpose(1, 2).contiguous()
 
 
 class _HeadShard:
@@ -60,7 +60,7 @@ class _HeadShard:
         q = comm.account(q, "queries")
         k, v = comm.account(k, "keys and values"), comm.account(v, "keys and values")
         q_order, kv_order = _order(layout.q, q.device), _order(layout.kv, q.device)
-        start, stop = self.exchange.start, self.exchange.stop
+        start, stop = self.exchange.bounds
         if start is not None and stop is not None:
             start, stop = (_select(x.transpose(0, 1).flatten(1), q_order) for x in (start, stop))
         q, k, v = (_select(x, order) for x, order in ((q, q_order), (k, kv_order), (v, kv_order)))

@@ -34,7 +34,7 @@ def evaluate(
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=loader.collator.device)
     for loaded in loader.stream(rows, 0, rounds):
-        batch = loader.collator.collate(loaded.layout, loaded.images)
+        batch = loader.collator.collate(loaded.layout, loaded.images, loaded.most_frames)
         output = model(**batch.inputs)
         right = (wrong_tokens(output.logits, batch, groups) == 0).sum()
         sums[0] += output.loss * batch.inputs["num_items_in_batch"]

@@ -188,7 +188,7 @@ class Trainer:
             loaded = next(batches)
             self.skipped += loaded.skipped
             self._follow(loaded.layout)
-            batch = self.collator.collate(loaded.layout, loaded.images)
+            batch = self.collator.collate(loaded.layout, loaded.images, loaded.most_frames)
             loss = self.engine(**batch.inputs).loss
             self.engine.backward(loss)
             self.engine.step()

@@ -13,6 +13,7 @@ from ds_lvxattn.kernels.interval_forward import (
     interval_forward,
     interval_forward_supported,
     key_splits,
+    rows_for_copy_engine,
 )
 
 MASKS = ("visible", "growing", "sliding", "frame", "random")
@@ -84,6 +85,22 @@ def test_strides_are_read_and_kept(make_problem, error):
     assert error(out, p.exact()["out"]) < 1e-5
     p.k = torch.nn.functional.pad(p.k, (1, 2))[..., 1:-2]  # rows that start between 16-byte boundaries
     assert error(run(p)[0], p.exact()["out"]) < 1e-5
+
+
+@pytest.mark.parametrize("head_dim", (64, 80, 96, 128, 256))
+def test_layouts_of_projections_are_read_without_a_copy(head_dim):
+    x = torch.randn(2, 33, 4 * head_dim, dtype=torch.float16).unflatten(2, (4, head_dim))
+    for view in (x.transpose(1, 2), x.transpose(1, 2)[:, 1:3, 5:], x.permute(1, 2, 0, 3)):
+        assert rows_for_copy_engine(view) is view
+
+
+def test_tiles_that_share_keys_and_start_apart(make_problem, error):
+    """Long sliding runs, which the tiles enter in the middle."""
+    p = make_problem(rows=90, keys=1500, mask="sliding")
+    out, lse = run(p)
+    exact = p.exact()
+    assert error(out, exact["out"]) < 1e-5
+    assert error(lse, exact["lse"]) < 1e-6
 
 
 @settings(max_examples=40 if GPU else 10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

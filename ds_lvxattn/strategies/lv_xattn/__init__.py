@@ -26,7 +26,7 @@ class LVXAttn:
         if exchange.schedule == "ring":
             return ring_attention(q, k, v, exchange)
         # Without masks every row sees keys of every rank: what is routed is then all that there is to gather.
-        if exchange.schedule == "routed" and exchange.start is not None:
+        if exchange.schedule == "routed" and exchange.interval is not None:
             return routed_attention(q, k, v, exchange)
         # Gather needs two messages where the ring needs 2(n - 1), and sends the queries once, not again backward.
         return gather_attention(q, k, v, exchange)

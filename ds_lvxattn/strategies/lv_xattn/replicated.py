@@ -4,7 +4,7 @@ Decoding, and the learned queries of a Q-Former or resampler. The output is the 
 be its gradient: each rank uses the output in the same way. ``dq`` is summed over the ranks.
 """
 
-from typing import Optional, Sequence
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -14,18 +14,15 @@ from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.delta import attention_delta
 from ds_lvxattn.kernels.merge import merge_partials
 from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like, lse_dtype
-from ds_lvxattn.shards import SequenceShards
 from ds_lvxattn.strategies.base import Exchange
-from ds_lvxattn.strategies.rows import local_ranges
 
 
 def replicated_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Attention of the shared rows over the keys of all ranks, on every rank; see ``Strategy.attention``."""
-    layout = exchange.layout
+    first, last = exchange.local_ranges
     return torch.ops.ds_lvxattn.query_replicated(
-        q, k, v, exchange.start, exchange.stop, exchange.scale, exchange.kernel,
-        exchange.comm.name, layout.kv.lengths, layout.kv.stripe,
-    )  # fmt: skip
+        q, k, v, first, last, exchange.scale, exchange.kernel, exchange.comm.name
+    )
 
 
 @torch.library.custom_op("ds_lvxattn::query_replicated", mutates_args=())
@@ -33,17 +30,14 @@ def query_replicated(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    start: Optional[Tensor],
-    stop: Optional[Tensor],
+    first: Optional[Tensor],
+    last: Optional[Tensor],
     scale: float,
     kernel: str,
     group: str,
-    kv_lengths: Sequence[int],
-    kv_stripe: int,
 ) -> tuple[Tensor, Tensor]:
     """Forward pass: ``out [B, H, s_q, D]`` and ``lse [B, H, s_q]``, equal on every rank."""
     comm = communicator_by_name(group)
-    first, last = local_ranges(start, stop, SequenceShards(tuple(kv_lengths), kv_stripe), comm.rank)
     partial_out, partial_lse = forward_local(q, k, v, first, last, scale, kernel)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
     merge_partials(*_gather_results(partial_out, partial_lse, comm), out=out, lse=lse)
@@ -62,7 +56,7 @@ def _gather_results(out: Tensor, lse: Tensor, comm: Communicator) -> tuple[Tenso
 
 
 @query_replicated.register_fake
-def _(q, k, v, start, stop, scale, kernel, group, kv_lengths, kv_stripe):
+def _(q, k, v, first, last, scale, kernel, group):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
 
 
@@ -75,18 +69,15 @@ def query_replicated_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    start: Optional[Tensor],
-    stop: Optional[Tensor],
+    first: Optional[Tensor],
+    last: Optional[Tensor],
     scale: float,
     kernel: str,
     group: str,
-    kv_lengths: Sequence[int],
-    kv_stripe: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: everything is at hand but the sum of ``dq``."""
     comm = communicator_by_name(group)
-    first, last = local_ranges(start, stop, SequenceShards(tuple(kv_lengths), kv_stripe), comm.rank)
-    chosen = backward_kernel(kernel, Call.of(q, k, start is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.of(q, k, first is not None), dlse is not None)
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
     dq, dk, dv = backward_local(chosen, dout, q, k, v, out, lse, delta, first, last, scale)
     dq = comm.all_reduce(dq.to(lse.dtype).contiguous(), "query gradients")
@@ -99,16 +90,16 @@ def _(dout, dlse, q, k, v, *_):
 
 
 def _save(ctx, inputs, output):
-    q, k, v, start, stop, *ctx.call = inputs
-    ctx.save_for_backward(q, k, v, *output, start, stop)
+    q, k, v, first, last, *ctx.call = inputs
+    ctx.save_for_backward(q, k, v, *output, first, last)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, dlse):
-    q, k, v, out, lse, start, stop = ctx.saved_tensors
+    q, k, v, out, lse, first, last = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    grads = torch.ops.ds_lvxattn.query_replicated_backward(dout, dlse, q, k, v, out, lse, start, stop, *ctx.call)
-    return *grads, *[None] * 7
+    grads = torch.ops.ds_lvxattn.query_replicated_backward(dout, dlse, q, k, v, out, lse, first, last, *ctx.call)
+    return *grads, *[None] * 5
 
 
 query_replicated.register_autograd(_backward, setup_context=_save)

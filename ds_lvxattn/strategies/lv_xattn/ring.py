@@ -24,7 +24,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple
     """Attention of the rank's rows over the keys of all ranks; see ``Strategy.attention``."""
     layout = exchange.layout
     return torch.ops.ds_lvxattn.query_ring(
-        q, k, v, exchange.start, exchange.stop, exchange.scale, exchange.kernel,
+        q, k, v, *exchange.bounds, exchange.scale, exchange.kernel,
         exchange.comm.name, layout.q.lengths, layout.kv.lengths, layout.kv.stripe,
     )  # fmt: skip
 
@@ -120,7 +120,8 @@ def query_ring(
         first, last = _ranges_of(start, stop, kv, comm.rank, owner, queries.shape[2])
         returns.send(owner, forward_local(queries, k, v, first, last, scale, kernel), ("outputs", "lse"))
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
-    merge_partials(*returns.collect(), out=out, lse=lse)
+    outs, lses = returns.collect()
+    merge_partials(outs, lses, out=out, lse=lse)
     return out, lse
 
 

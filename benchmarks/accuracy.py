@@ -1,0 +1,91 @@
+"""Errors of the Triton kernels against float64 over those of PyTorch's attention, at the sizes of the benchmarks.
+
+python benchmarks/accuracy.py --output FILE.json
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import harness
+import torch
+import torch.nn.functional as F
+from attention_cases import CASES, Case
+from torch import Tensor
+
+from ds_lvxattn.kernels.delta import attention_delta
+from ds_lvxattn.kernels.interval_backward import interval_backward
+from ds_lvxattn.kernels.interval_forward import interval_forward
+
+TARGET = 1.5
+
+
+def reference(case: Case, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """``out, dq, dk, dv`` of one key/value head in float64, a thousand rows at a time."""
+    q, k, v, dout = (x.double() for x in tensors)
+    start, stop = case.interval()
+    key = torch.arange(case.keys, device="cuda")
+    out, dq, dk, dv = (torch.zeros_like(x) for x in (q, q, k, v))
+    for head in range(q.shape[1]):
+        for rows in torch.arange(case.rows, device="cuda").split(1024):
+            scores = case.scale * q[0, head, rows] @ k[0, 0].T
+            if start is not None:
+                hidden = (key < start[0, rows, None]) | (key >= stop[0, rows, None])
+                scores.masked_fill_(hidden, -math.inf)
+            p = scores.softmax(-1)
+            out[0, head, rows] = p @ v[0, 0]
+            grad = dout[0, head, rows]
+            dv[0, 0] += p.T @ grad
+            ds = p * (grad @ v[0, 0].T - (grad * out[0, head, rows]).sum(-1, keepdim=True)) * case.scale
+            dq[0, head, rows] = ds @ k[0, 0]
+            dk[0, 0] += ds.T @ q[0, head, rows]
+    return out, dq, dk, dv
+
+
+def error_ratios(case: Case) -> dict[str, float]:
+    """The errors of ``out, dq, dk, dv`` over those of ``scaled_dot_product_attention`` with a dense mask.
+
+    The whole case runs; one key/value head is compared.
+    """
+    q, k, v, dout = case.inputs()
+    start, stop = case.interval()
+    group = case.heads // case.kv_heads
+    out, lse = interval_forward(q, k, v, start, stop, case.scale)
+    grads = interval_backward(dout, q, k, v, lse, attention_delta(dout, out, None), start, stop, case.scale)
+    heads = (q[:, :group], k[:, :1], v[:, :1], dout[:, :group])
+    mine = (out[:, :group], grads[0][:, :group], grads[1][:, :1], grads[2][:, :1])
+    exact = reference(case, heads)
+    mask = None
+    if start is not None:
+        key = torch.arange(case.keys, device="cuda")
+        mask = ((key >= start[0, :, None]) & (key < stop[0, :, None]))[None, None].expand(1, group, -1, -1)
+    leaves = [x.detach().clone().requires_grad_() for x in heads[:3]]
+    expanded = [x.expand(-1, group, -1, -1) for x in leaves[1:]]
+    theirs_out = F.scaled_dot_product_attention(leaves[0], *expanded, attn_mask=mask, scale=case.scale)
+    theirs = (theirs_out, *torch.autograd.grad(theirs_out, leaves, heads[3]))
+
+    def error(x: Tensor, y: Tensor) -> float:
+        return ((x.double() - y).norm() / y.norm()).item()
+
+    return {
+        name: error(a, y) / error(b, y)
+        for name, a, b, y in zip(("out", "dq", "dk", "dv"), mine, theirs, exact, strict=True)
+    }
+
+
+def measure() -> dict[str, dict[str, float]]:
+    return {case.name: error_ratios(case) for case in CASES}
+
+
+def print_ratios(errors: dict[str, dict[str, float]]) -> None:
+    for name, ratios in errors.items():
+        text = ", ".join(f"{what} {ratio:.2f}" for what, ratio in ratios.items())
+        print(f"{name:34} error over PyTorch's: {text}{'' if max(ratios.values()) <= TARGET else ' TOO LARGE'}")
+
+
+if __name__ == "__main__":
+    args = harness.arguments(__doc__).parse_args()
+    measured = measure()
+    harness.write_json(args.output, [], error_over_pytorch=measured)
+    print_ratios(measured)

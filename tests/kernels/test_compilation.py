@@ -1,0 +1,62 @@
+"""On a GPU: what is compiled, and when. A training step must not stall because a length changed."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+
+from ds_lvxattn.kernels.delta import attention_delta
+from ds_lvxattn.kernels.interval_backward import interval_backward
+from ds_lvxattn.kernels.interval_forward import interval_forward
+from ds_lvxattn.kernels.merge import merge_partials
+from ds_lvxattn.kernels.standin import output_with_delta
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles for the GPU")
+
+
+def every_operator(make_problem, rows, keys, mask, head_dim=128):
+    p = make_problem(heads=8, kv_heads=2, rows=rows, keys=keys, head_dim=head_dim, dtype=torch.bfloat16, mask=mask)
+    out, lse = interval_forward(p.q, p.k, p.v, p.start, p.stop, p.scale)
+    merged, _ = merge_partials(torch.stack((out, out)), torch.stack((lse, lse)))
+    delta = attention_delta(p.dout, merged, p.dlse)
+    interval_backward(p.dout, p.q, p.k, p.v, lse, delta, p.start, p.stop, p.scale, 2**22)
+    output_with_delta(p.dout, delta)
+    torch.cuda.synchronize()
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Names of the kernels that are compiled, or fetched from the disk cache, during a test."""
+    names = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda *, repr, **_: names.append(repr), raising=True
+    )
+    return names
+
+
+@pytest.mark.parametrize("mask", ("visible", "random"))
+def test_other_lengths_compile_nothing(make_problem, compiled, mask):
+    # Few tiles split the keys and merge the parts, many tiles do not.
+    for rows, keys in ((48, 8192), (4096, 512)):
+        every_operator(make_problem, rows, keys, mask)
+    compiled.clear()
+    for rows, keys in ((1, 640), (33, 4001), (48, 1), (61, 16384), (100, 20000), (2048, 1777), (4097, 513)):
+        every_operator(make_problem, rows, keys, mask)
+    assert not compiled
+
+
+def test_first_step_takes_seconds(make_problem, monkeypatch, tmp_path):
+    """From an empty cache, a head size that nothing else in these tests has."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    begin = time.perf_counter()
+    for mask in ("visible", "random"):
+        every_operator(make_problem, 512, 1000, mask, head_dim=112)
+    seconds = time.perf_counter() - begin
+    print(f"all operators, with a mask and without, compiled and ran in {seconds:.1f} s")
+    assert seconds < 60

@@ -1,0 +1,67 @@
+"""The choice of a kernel: the fastest that is right for a call, and clear errors where a forced one is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.dispatch import KERNEL_NAMES, select_kernel
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+
+def call(device="cuda", dtype=torch.bfloat16, head_dim=128, masked=False):
+    return Call(device, dtype, 32, 8, head_dim, masked)
+
+
+@pytest.mark.parametrize(
+    "chosen, asked",
+    (
+        ("cudnn", call()),
+        ("cudnn", call(dtype=torch.float16, head_dim=80)),
+        ("triton", call(head_dim=256)),
+        ("triton", call(masked=True)),
+        ("triton", call(masked=True, head_dim=64, dtype=torch.float16)),
+        ("math", call(dtype=torch.float32)),
+        ("math", call(masked=True, dtype=torch.float32)),
+        ("math", call(masked=True, head_dim=100)),
+        ("flash", call("cpu", torch.float32)),
+        ("math", call("cpu", torch.float64, masked=True)),
+    ),
+)
+def test_auto_takes_the_fastest_that_is_right(chosen, asked):
+    assert select_kernel("auto", asked).name == chosen
+
+
+def test_auto_needs_no_cudnn_below_ampere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert select_kernel("auto", call()).name == "triton"
+
+
+@pytest.mark.parametrize(
+    "name, asked, reason",
+    (
+        ("cudnn", call(masked=True), "no interval mask"),
+        ("cudnn", call(head_dim=256), "up to 128, not 256"),
+        ("cudnn", call("cpu"), "does not run on cpu"),
+        ("flash", call(masked=True), "no interval mask"),
+        ("flash", call(dtype=torch.float32), "not torch.float32"),
+        ("triton", call("cpu"), "does not run on cpu"),
+        ("triton", call(dtype=torch.float32), "not torch.float32"),
+        ("triton", call(head_dim=100), "multiples of 8, 16 to 256, not 100"),
+    ),
+)
+def test_forcing_an_impossible_kernel_names_the_reason(name, asked, reason):
+    with pytest.raises(ValueError, match=f"kernel '{name}' cannot do this call: .*{reason}"):
+        select_kernel(name, asked)
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match=f"kernel is 'fast'; choose one of .*{KERNEL_NAMES[-1]}"):
+        select_kernel("fast", call())
