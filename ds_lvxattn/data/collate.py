@@ -171,6 +171,7 @@ class Collator:
             roles,
             self.parallel.plans,
             self.parallel.config.kernel,
+            self.parallel.times,
             None if in_order else torch.tensor(slots, device=self.device),
             portions,
             sees_frame[:, None, :, None].to(self.device),
