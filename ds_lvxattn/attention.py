@@ -82,7 +82,7 @@ def sp_attention(
     reason = chosen.unsupported(q.shape[1], k.shape[1], comm.ranks, replicated)
     if reason is not None and comm.ranks > 1:
         raise ValueError(f"strategy '{strategy}' cannot run this attention: {reason}")
-    select_kernel(kernel, Call.of(q, k, interval is not None))
+    select_kernel(kernel, Call.forward(q, k, interval is not None))
 
     if shards is None:
         options = (strategy, queries, schedule, kernel, scale, head_groups, keep_queries)

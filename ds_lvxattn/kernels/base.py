@@ -11,10 +11,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Call:
-    """What is known of a call before it runs, equal on every rank of a group.
+    """What the choice of a kernel for a call depends on.
 
-    The shard's own key length is left out on purpose: ranks with different shards must choose the same kernel,
-    because the choice decides what the backward pass exchanges.
+    Attributes:
+        device: device type.
+        dtype: of ``q``, ``k``, ``v``.
+        heads, kv_heads, head_dim: query heads, key heads, head size.
+        masked: whether rows have key ranges.
+        tiles: tiles of 128 query rows, over heads and batch, of a forward pass. None for a backward pass, whose work
+            is divided over the keys, of which there are enough.
     """
 
     device: str
@@ -23,9 +28,15 @@ class Call:
     kv_heads: int
     head_dim: int
     masked: bool
+    tiles: int | None = None
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, masked: bool) -> Call:
+    def forward(cls, q: Tensor, k: Tensor, masked: bool) -> Call:
+        batch, heads, rows, head_dim = q.shape
+        return cls(q.device.type, q.dtype, heads, k.shape[1], head_dim, masked, batch * heads * -(-rows // 128))
+
+    @classmethod
+    def backward(cls, q: Tensor, k: Tensor, masked: bool) -> Call:
         return cls(q.device.type, q.dtype, q.shape[1], k.shape[1], q.shape[3], masked)
 
 
@@ -36,10 +47,12 @@ class Kernel(Protocol):
         name: the value of the configuration key ``kernel`` that forces it.
         needs_out: the backward pass takes the output instead of ``delta`` (and then cannot take the gradient
             of the log-sum-exp).
+        splits_keys: divides the keys over the chip where the tiles of query rows do not fill it.
     """
 
     name: str
     needs_out: bool
+    splits_keys: bool
 
     def unsupported(self, call: Call) -> str | None:
         """Why this kernel cannot do ``call``, or None when it can."""

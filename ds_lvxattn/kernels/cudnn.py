@@ -15,6 +15,7 @@ class CudnnKernel:
 
     name = "cudnn"
     needs_out = True
+    splits_keys = False
 
     def unsupported(self, call: Call) -> str | None:
         if call.device != "cuda":

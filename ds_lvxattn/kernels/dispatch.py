@@ -10,6 +10,8 @@ from ds_lvxattn.kernels.math import MathKernel
 
 # Fastest first; ``math`` does every call, so the search always ends.
 KERNELS: tuple[Kernel, ...] = (CudnnKernel(), TritonKernel(), FlashKernel(), MathKernel())
+# Half the multiprocessors of a Hopper chip: with fewer tiles of query rows a kernel that splits the keys is faster.
+FEW_TILES = 66
 KERNEL_NAMES = ("auto", *(kernel.name for kernel in KERNELS))
 
 
@@ -24,7 +26,14 @@ def select_kernel(name: str, call: Call) -> Kernel:
             continue
         reason = kernel.unsupported(call)
         if reason is None:
-            return kernel
+            return _instead(kernel, call) if name == "auto" else kernel
         if name != "auto":
             raise ValueError(f"kernel '{name}' cannot do this call: {reason}; use 'auto' or one of {KERNEL_NAMES}")
     raise ValueError(f"kernel is '{name}'; choose one of {KERNEL_NAMES}")
+
+
+def _instead(kernel: Kernel, call: Call) -> Kernel:
+    """``kernel``, or one that splits the keys where ``kernel`` would leave half the chip idle."""
+    if call.tiles is None or call.tiles >= FEW_TILES or call.device != "cuda":
+        return kernel
+    return next((other for other in KERNELS if other.splits_keys and other.unsupported(call) is None), kernel)

@@ -45,7 +45,7 @@ def forward_local(
     if q.numel() == 0 or k.shape[2] == 0:
         lse = torch.full(q.shape[:3], float("-inf"), dtype=lse_dtype(q.dtype), device=q.device)
         return torch.zeros_like(q), lse
-    return select_kernel(kernel, Call.of(q, k, start is not None)).forward(q, k, v, start, stop, scale)
+    return select_kernel(kernel, Call.forward(q, k, start is not None)).forward(q, k, v, start, stop, scale)
 
 
 def backward_local(
@@ -119,7 +119,7 @@ def local_attention_backward(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``local_attention`` in ``q``, ``k`` and ``v``."""
-    chosen = backward_kernel(kernel, Call.of(q, k, start is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, start is not None), dlse is not None)
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
     dq, dk, dv = backward_local(chosen, dout, q, k, v, out, lse, delta, start, stop, scale)
     return like(dq, q), like(dk, k), like(dv, v)

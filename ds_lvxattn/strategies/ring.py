@@ -117,7 +117,7 @@ def kv_ring_backward(
     """Backward pass: ``dq`` stays, ``dk`` and ``dv`` of other ranks' keys travel home with them in float32."""
     comm = communicator_by_name(group)
     kv = SequenceShards(tuple(kv_lengths), kv_stripe)
-    chosen = backward_kernel(kernel, Call.of(q, k, start is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, start is not None), dlse is not None)
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
     wide = lse.dtype
     dq = torch.zeros_like(q, dtype=wide)

@@ -16,8 +16,8 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
-def call(device="cuda", dtype=torch.bfloat16, head_dim=128, masked=False):
-    return Call(device, dtype, 32, 8, head_dim, masked)
+def call(device="cuda", dtype=torch.bfloat16, head_dim=128, masked=False, tiles=None):
+    return Call(device, dtype, 32, 8, head_dim, masked, tiles)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,10 @@ def call(device="cuda", dtype=torch.bfloat16, head_dim=128, masked=False):
     (
         ("cudnn", call()),
         ("cudnn", call(dtype=torch.float16, head_dim=80)),
+        ("cudnn", call(tiles=96)),
+        ("triton", call(tiles=48)),
+        ("flash", call("cpu", torch.float32, tiles=1)),
+        ("math", call(dtype=torch.float32, tiles=1)),
         ("triton", call(head_dim=256)),
         ("triton", call(masked=True)),
         ("triton", call(masked=True, head_dim=64, dtype=torch.float16)),

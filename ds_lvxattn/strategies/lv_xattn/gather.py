@@ -173,7 +173,7 @@ def query_gather_backward(
     """Backward pass: ``dk`` and ``dv`` are complete on their rank; the parts of ``dq`` go to their owners."""
     comm = communicator_by_name(group)
     rows, own = max(q_lengths), q_lengths[comm.rank]
-    chosen = backward_kernel(kernel, Call.of(q, k, first is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, first is not None), dlse is not None)
     groups = head_groups[1]
     queries, keys = _slices(q.shape[1], groups), _slices(k.shape[1], groups)
     delta = attention_delta(dout, out, dlse).to(lse.dtype)

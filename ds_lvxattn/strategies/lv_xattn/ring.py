@@ -151,7 +151,7 @@ def query_ring_backward(
     """Backward pass: ``Q``, ``dO``, ``L`` and ``delta`` go round, ``dQ`` parts go to their owners."""
     comm = communicator_by_name(group)
     kv = SequenceShards(tuple(kv_lengths), kv_stripe)
-    chosen = backward_kernel(kernel, Call.of(q, k, start is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, start is not None), dlse is not None)
     delta = attention_delta(dout, out, dlse).to(lse.dtype)
     ring = _Ring(comm, q_lengths, ("queries", "output gradients", "lse", "lse"), (q, dout, lse, delta))
     wide = lse.dtype

@@ -144,7 +144,7 @@ def query_routed_backward(
     """Backward pass: ``dk`` and ``dv`` are complete on their rank; the parts of ``dq`` go to their owners."""
     batch, _, own, _ = out.shape
     post = _Post(communicator_by_name(group), batch, send_rows, slots, start.shape[1], sent, received)
-    chosen = backward_kernel(kernel, Call.of(q, k, True), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, True), dlse is not None)
     delta = attention_delta(dout, out, dlse).to(lse.dtype)
     # A padding row of a sequence has log-sum-exp 0 and gradients 0 here, and an empty range: it adds nothing.
     named = [("output gradients", dout), ("lse", lse), ("lse", delta)]
