@@ -32,7 +32,7 @@ from ds_lvxattn.interval import KVInterval
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.base import Kernel as LocalKernel
 from ds_lvxattn.kernels.delta import attention_delta
-from ds_lvxattn.kernels.dispatch import select_kernel
+from ds_lvxattn.kernels.dispatch import FEW_TILES, select_kernel
 from ds_lvxattn.plan import kernel_time
 from ds_lvxattn.plan.cost import obstacle
 from ds_lvxattn.plan.profile import (
@@ -435,7 +435,6 @@ def _synchronize(device: torch.device) -> None:
 class _KernelCalls(NamedTuple):
     """Both passes of one attention call, and the sizes that the cost model knows it by."""
 
-    kernel: LocalKernel
     forward: Callable[[], object]
     backward: Callable[[], object]
     seen: float
@@ -467,17 +466,16 @@ def _kernel_calls(
     k, v = (torch.randn(1, keys, kv_heads, head_dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(2))
     start, stop = _bounds(mask, rows, keys, device)
     scale = head_dim**-0.5
-    forward = select_kernel("auto", Call.forward(q, k, mask is not None)).forward
+    first = select_kernel("auto", Call.forward(q, k, mask is not None))
     kernel = select_kernel("auto", Call.backward(q, k, mask is not None))
-    out, lse = forward(q, k, v, start, stop, scale)
+    out, lse = first.forward(q, k, v, start, stop, scale)
     delta = None if kernel.needs_out else attention_delta(dout, out, None)
     seen, drift = float(keys), 0.0
     if start is not None and stop is not None:
         seen = float((stop - start).float().mean())
         drift = float(start.diff().abs().float().mean() + stop.diff().abs().float().mean()) if rows > 1 else 0.0
     return _KernelCalls(
-        kernel,
-        lambda: forward(q, k, v, start, stop, scale),
+        lambda: first.forward(q, k, v, start, stop, scale),
         lambda: kernel.backward(dout, q, k, v, out, lse, delta, start, stop, scale),
         seen,
         drift,
@@ -490,10 +488,10 @@ def _tile(kernel: LocalKernel, head_dim: int, dtype: torch.dtype, masked: bool, 
         from ds_lvxattn.kernels.interval_forward import forward_config, is_hopper
 
         config = forward_config(head_dim, dtype.itemsize, masked, is_hopper(device))
-        return {"tile_rows": config.block_m, "tile_keys": config.block_n, "packed": True, "splits": True}
+        return {"tile_rows": config.block_m, "tile_keys": config.block_n, "packed": True, "splits_below": 1 << 30}
     if device.type == "cuda" and kernel.name != "math":
-        return {"tile_rows": 128, "tile_keys": 128, "packed": False, "splits": False}
-    return {"tile_rows": 1, "tile_keys": 1, "packed": False, "splits": False}
+        return {"tile_rows": 128, "tile_keys": 128, "packed": False, "splits_below": FEW_TILES}
+    return {"tile_rows": 1, "tile_keys": 1, "packed": False, "splits_below": 0}
 
 
 def _kernels(

@@ -170,7 +170,7 @@ def test_ulysses_without_enough_heads(heads: int, kv_heads: int) -> None:
 
 
 def test_the_schedule_holds_where_a_strategy_has_it() -> None:
-    assert [plan.schedule for plan in plans(10, 4000)[1:]] == ["gather", "gather", "auto"]
+    assert {plan.schedule for plan in plans(10, 4000, strategy="ulysses")} == {"auto"}
     gather, ring = (plans(10, 4000, strategy="lv_xattn", schedule=schedule)[1] for schedule in ("gather", "ring"))
     assert (gather.schedule, ring.schedule) == ("gather", "ring")
     # The queries travel twice in the ring.

@@ -17,7 +17,7 @@ PROFILES = ("a100-2x3", "h200", "h200-slow-link")
 
 def machine(name: str) -> Profile:
     """A profile on which transfers and kernels do not slow each other, and elementwise passes are free."""
-    return replace(load_profile(name), overlap=1.0, memory_bandwidth=1e30, launch=0.0, host={})
+    return replace(load_profile(name), overlap=1.0, memory_bandwidth=1e30, launch=0.0, host={}, curves=())
 
 
 def layer(ranks: int, rows: int, keys: int, groups: int = 1) -> Layer:

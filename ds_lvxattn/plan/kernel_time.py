@@ -78,7 +78,7 @@ def busy_operations(profile: Profile, kernel: Kernel, call: AttentionCall, backw
         lanes = call.batch * (call.kv_heads if kernel.packed else call.heads)
         return BACKWARD_OPERATIONS * operations * _rounds(lanes * math.ceil(call.keys / KEYS_FIRST), units)
     most = min(MOST_SPLITS, int(span // (8 * kernel.tile_keys)), math.ceil(4 * units / tiles))
-    shares = range(1, max(most, 1) + 1) if kernel.splits and tiles < 4 * units else (1,)
+    shares = range(1, max(most, 1) + 1) if tiles < min(kernel.splits_below, 4 * units) else (1,)
     return operations * min(_rounds(tiles * s, units) for s in shares)
 
 

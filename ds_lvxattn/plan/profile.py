@@ -87,7 +87,7 @@ class Kernel:
         head_dim: head size.
         tile_rows: rows of a tile; ``packed``: the query heads of a key head are rows of one tile.
         tile_keys: keys of a tile.
-        splits: the forward pass divides the keys over multiprocessors that the row tiles leave idle.
+        splits_below: with fewer row tiles the forward pass divides the keys over idle multiprocessors too.
         forward, backward: operations a second on full tiles and a full machine. Operations are
             ``4 * rows * keys * heads * D`` forward and 2.5 times that backward.
         points: measurements.
@@ -99,7 +99,7 @@ class Kernel:
     tile_rows: int
     tile_keys: int
     packed: bool
-    splits: bool
+    splits_below: int
     forward: float
     backward: float
     points: tuple[KernelPoint, ...] = ()
@@ -251,7 +251,7 @@ def _kernel(data: Mapping[str, Any]) -> Kernel:
         tile_rows=data["tile_rows"],
         tile_keys=data["tile_keys"],
         packed=data["packed"],
-        splits=data["splits"],
+        splits_below=data["splits_below_tiles"],
         forward=data["forward_tflop_per_s"] * TERA,
         backward=data["backward_tflop_per_s"] * TERA,
         points=tuple(
@@ -281,7 +281,7 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
             "tile_rows": x.tile_rows,
             "tile_keys": x.tile_keys,
             "packed": x.packed,
-            "splits": x.splits,
+            "splits_below_tiles": x.splits_below,
             "forward_tflop_per_s": _short(x.forward / TERA),
             "backward_tflop_per_s": _short(x.backward / TERA),
             "point_keys": list(POINT_KEYS),

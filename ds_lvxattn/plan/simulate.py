@@ -182,12 +182,12 @@ class Cluster:
         """Whether what comes to ``rank`` from the rank before comes from another node."""
         return self.nodes > 1 and rank % self.node == 0
 
-    def message(self, rank: int, size: float, latency: float) -> Task:
+    def message(self, rank: int, size: float) -> Task:
         """``size`` bytes from the rank before ``rank`` to it, by themselves."""
-        links: tuple[object, ...] = (("in", rank),)
         if self.crosses(rank):
             links = (("adapter", rank), ("node", rank // self.node))
-        return Task(("comm", rank), latency, size, links)
+            return Task(("comm", rank), self.profile.inter.latency, size, links)
+        return Task(("comm", rank), self.profile.intra.latency, size, (("in", rank),))
 
     def all_gather(self, simulation: Simulation, own: float, after: Sequence[Task]) -> list[Task]:
         """A ring: every rank passes on what it has received. Returns the last task of every rank."""
@@ -260,18 +260,15 @@ def ring(cluster: Cluster, kernel: float, sent: float, returned: float = 0.0) ->
 
     def build(simulation: Simulation) -> None:
         ranks, count = range(cluster.simulated), cluster.simulated
-        latency = cluster.first_message()
         held = [simulation.add(Task(("begin", r))) for r in ranks]
         for step in range(cluster.ranks):
             arriving = held
             if step < cluster.ranks - 1:
-                arriving = [
-                    simulation.add(cluster.message(r, sent, latency), [held[(r - 1) % count], held[r]]) for r in ranks
-                ]
+                arriving = [simulation.add(cluster.message(r, sent), [held[(r - 1) % count], held[r]]) for r in ranks]
             computed = [simulation.add(cluster.compute(r, kernel), [held[r]]) for r in ranks]
             if returned and step:
                 for r in ranks:
-                    simulation.add(cluster.message(r, returned, latency), [computed[r]])
+                    simulation.add(cluster.message(r, returned), [computed[r]])
             held = [simulation.add(Task(("both", r)), [arriving[r], computed[r]]) for r in ranks]
 
     return cluster.run(build)
