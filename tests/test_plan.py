@@ -129,7 +129,7 @@ def test_the_schedule_holds_where_a_strategy_has_it() -> None:
 def test_plan_json(tmp_path: Path) -> None:
     write_plan(plans(10, 4000), tmp_path / "plan.json")
     written = json.loads((tmp_path / "plan.json").read_text())
-    keys = ["layer", "role", "strategy", "schedule", "predicted_ms", "predicted_bytes", "reason"]
+    keys = ["layer", "role", "strategy", "schedule", "predicted_ms", "predicted_bytes", "reason", "kept_bytes"]
     assert [list(layer) for layer in written] == [keys] * len(LAYERS)
     assert [layer["role"] for layer in written] == ["self", "cross", "cross", "local"]
     assert written[1]["strategy"] in written[1]["predicted_bytes"] and written[3]["predicted_bytes"] == {}

@@ -202,6 +202,7 @@ def check_files(folder: Path) -> None:
     for layer in plan:
         assert set(layer) == {
             "layer", "role", "strategy", "schedule", "predicted_ms", "predicted_bytes", "reason",
+            "kept_bytes",
         }  # fmt: skip
     evaluation = json.loads((folder / "eval.json").read_text())
     assert 0 <= evaluation["accuracy"] <= 1 and evaluation["examples"] > 0

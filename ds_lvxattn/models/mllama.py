@@ -102,6 +102,9 @@ class Mllama:
         tiles = model_config.vision_config.max_num_tiles
         return dict(zip(PIXELS, _with_blank_tiles(tiles, *(pixels[key] for key in PIXELS)), strict=True))
 
+    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
+        return (model_config.text_config.hidden_size, model_config.vision_config.vision_output_dim)
+
     def frames_at_once(self, model_config: Any) -> int:
         padded = -(-self.frame_tokens(model_config) // 8) * 8
         return max(TOKENS_AT_ONCE // (model_config.vision_config.max_num_tiles * padded), 1)

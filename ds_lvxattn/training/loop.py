@@ -26,6 +26,7 @@ from ds_lvxattn.plan.plan import plan_layers
 from ds_lvxattn.training import checkpoint
 from ds_lvxattn.training.config import FinetuningConfig
 from ds_lvxattn.training.evaluation import evaluate
+from ds_lvxattn.training.memory import memory_plan
 from ds_lvxattn.training.model import LoadedModel, model_dtype, parameter_groups, partition_over_all_ranks
 from ds_lvxattn.training.order import Order
 from ds_lvxattn.training.run_log import RunLog
@@ -133,8 +134,15 @@ class Trainer:
             config = sequence_parallel_config(self.job.ds_config, dist.get_world_size())
             log.plan(plan_layers(list(layers), {}, config, self.device.type))
             return
-        self.parallel.make_plan(self.collator.shapes(first), self.device, self.collator.dtype)
+        shapes = self.collator.shapes(first)
+        self.parallel.make_plan(shapes, self.device, self.collator.dtype)
         log.plan(self.parallel.plan)
+        log.memory(
+            memory_plan(
+                self.parallel, self.job.loaded.model, self.job.ds_config, shapes, first,
+                dist.get_world_size(), self.device,
+            )
+        )  # fmt: skip
 
     def _step(self, batches: Iterator[Loaded], accumulation: int) -> dict[str, Any]:
         """One optimizer step; its metrics."""
