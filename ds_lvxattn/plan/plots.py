@@ -11,6 +11,7 @@ from ds_lvxattn.plan.cost import Layer
 from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.plan.step import USABLE, Job, steps
 from ds_lvxattn.plan.traffic import LayerShape
+from ds_lvxattn.plan.visibility import of_mask
 
 COLOURS = {"lv_xattn": "#1b7837", "ulysses": "#2166ac", "ring": "#b2182b", "local": "#555555"}
 MOST_GPUS = 4096
@@ -105,7 +106,8 @@ def _fastest(job: Job, profile: Profile, text: int, visual: int) -> tuple[str, f
         1, m.cross_heads, m.cross_kv_heads, m.cross_head_dim, (rows,) * job.gpus, (keys,) * job.gpus, 2,
         recompute=job.recompute,
     )  # fmt: skip
-    layer = Layer(shape, features=m.features)
+    mask = of_mask(m.mask, rows * job.gpus, keys * job.gpus, job.gpus, m.frame_tokens)
+    layer = Layer(shape, mask, m.features)
     found = best_of_each(candidates(layer, profile))
     order = sorted((c.seconds, name) for name, c in found.items())
     return order[0][1], order[1][0] / order[0][0] - 1 if len(order) > 1 else 1.0
