@@ -166,9 +166,20 @@ class SequenceParallel:
         if isinstance(answer[0], ConfigError):
             raise answer[0]
         assert answer[0] is not None
-        self.plans = {
-            module: replace(plan, kept_bytes=self._kept_bytes(plan, layer, shapes))
-            for (module, layer), plan in zip(self._layers.items(), answer[0], strict=True)
+        self.plans = dict(zip(self._layers, answer[0], strict=True))
+        for module, sizes in self._sizes(shapes).items():
+            kept = {policy: kept_bytes(sizes, policy) for policy in POLICIES}
+            self.plans[module] = replace(self.plans[module], kept_bytes=kept)
+
+    def decoder_layer_sizes(self, shapes: Mapping[str, LayerShape]) -> list[LayerSizes]:
+        """What the memory plan must know of each decoder layer, on the rank that holds most; after ``make_plan``."""
+        return list(self._sizes(shapes).values())
+
+    def _sizes(self, shapes: Mapping[str, LayerShape]) -> dict[nn.Module, LayerSizes]:
+        return {
+            module: self._layer_sizes(self.plans[module], layer, shapes[layer.role])
+            for module, layer in self._layers.items()
+            if layer.role in shapes
         }
 
     def note_times(self, measured: Mapping[nn.Module, Mapping[str, float]]) -> None:
@@ -176,14 +187,7 @@ class SequenceParallel:
         for module, times in measured.items():
             self.plans[module] = replace(self.plans[module], measured_ms={k: round(v, 4) for k, v in times.items()})
 
-    def _kept_bytes(self, plan: LayerPlan, layer: AttentionLayer, shapes: Mapping[str, LayerShape]) -> dict[str, int]:
-        if layer.role not in shapes:
-            return {}
-        sizes = self.layer_sizes(plan, layer, shapes[layer.role])
-        return {policy: kept_bytes(sizes, policy) for policy in POLICIES}
-
-    def layer_sizes(self, plan: LayerPlan, layer: AttentionLayer, shape: LayerShape) -> LayerSizes:
-        """What the memory plan must know of the decoder layer around ``layer``, on the rank that holds most."""
+    def _layer_sizes(self, plan: LayerPlan, layer: AttentionLayer, shape: LayerShape) -> LayerSizes:
         text = getattr(self.model_config, self.family.attention_config)
         rows, keys = max(shape.q_lengths), max(shape.kv_lengths)
         if layer.role == "cross":

@@ -144,7 +144,7 @@ class _Kept:
     def __init__(self) -> None:
         self.fresh: list[tuple[Tensor, ...]] = []
         self.counts: list[int] = []
-        self.saved: Tensor | None = None
+        self.saver: Tensor | None = None
 
     def save(self) -> None:
         """Hand the tensors to autograd, after the forward pass, when the checkpoint's own hooks are off."""
@@ -152,13 +152,13 @@ class _Kept:
         if self.fresh:
             tensors = [x for outputs in self.fresh for x in outputs]
             anchor = torch.empty(0, requires_grad=True)
-            # The result, not its node alone: on torch 2.11 a node that no tensor holds drops what it has saved.
-            self.saved = _Save.apply(anchor, *tensors)
+            self.saver = _Save.apply(anchor, *tensors)
         self.fresh = []
 
     def outputs(self) -> list[tuple[Tensor, ...]]:
         """What each operator returned."""
-        tensors: Any = iter(() if self.saved is None else self.saved.grad_fn.saved_tensors)  # type: ignore[union-attr]
+        node: Any = None if self.saver is None else self.saver.grad_fn
+        tensors = iter(() if node is None else node.saved_tensors)
         return [tuple(next(tensors) for _ in range(count)) for count in self.counts]
 
 

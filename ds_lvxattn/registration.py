@@ -70,6 +70,7 @@ def exchanged_attention(
         kernel=sequence_parallel.kernel,
         shards=inputs.layout,
         routes=inputs.routes,
+        head_groups=plan.head_groups,
     )
     times = sequence_parallel.times
     out, _lse = attend() if times is None else times.measure(module, (query, key, value), attend)

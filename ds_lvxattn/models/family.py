@@ -43,6 +43,9 @@ class Family(Protocol):
     def frame_tokens(self, model_config: Any) -> int:
         """Visual tokens of a frame."""
 
+    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
+        """Sizes of a visual token's vectors that are kept once for all layers: feature, and input of the projector."""
+
     def frames_at_once(self, model_config: Any) -> int:
         """Frames of a portion, at most: what the vision encoder takes at once."""
 

@@ -63,7 +63,7 @@ def candidates(
         if wanted is None and schedule == "routed" and not layer.mask.masked:
             continue  # without a mask every row sees keys everywhere, and there is nothing to route by
         why = obstacle(strategy, shape.heads, shape.kv_heads, shape.ranks)
-        need = workspace_bytes(layer, mode)
+        need = workspace_bytes(layer, mode, profile)
         if why is None and room is not None and need > room:
             why = f"needs {need / 1e9:.1f} GB while it runs, and {room / 1e9:.1f} GB are there"
         if why is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from ds_lvxattn.plan import network
 from ds_lvxattn.plan.kernel_time import AttentionCall, kernel_seconds
-from ds_lvxattn.plan.pipeline import head_groups, keeps_queries
+from ds_lvxattn.plan.pipeline import NVLINK, head_groups, keeps_queries
 from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.plan.visibility import FULL, Visibility
@@ -36,11 +36,18 @@ class Layer:
     features: int = 0
     groups: tuple[int, int] | None = None
 
-    def head_groups(self) -> tuple[int, int]:
+    def head_groups(self, profile: Profile) -> tuple[int, int]:
+        """Groups of the forward and of the backward pass, given how fast the machine's links carry the queries."""
+        if self.groups is not None:
+            return self.groups
         shape = self.shape
-        return self.groups or head_groups(
-            shape.batch, shape.heads, shape.kv_heads, shape.head_dim, shape.element, shape.q_lengths, shape.kv_lengths
-        )
+        sent = shape.query_bytes(max(shape.q_lengths))
+        seconds = network.all_gather(profile, shape.ranks, sent)
+        link = (shape.ranks - 1) * sent / seconds if seconds else NVLINK
+        return head_groups(
+            shape.batch, shape.heads, shape.kv_heads, shape.head_dim, shape.element,
+            shape.q_lengths, shape.kv_lengths, link,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -191,7 +198,7 @@ def _gather(layer: Layer, profile: Profile) -> tuple[Pass, Pass, Pass]:
         total = come + go + beside(profile, work, (groups - 1) * (come + go))
         return Pass(groups * kernel, passes, total - work)
 
-    groups, later = layer.head_groups()
+    groups, later = layer.head_groups(profile)
     kernels = _kernels(layer, profile, rows, keys, *_seen_on_a_rank(layer), divide=groups)
     passes = _moved(profile, 2 * query, groups)
     passes += _moved(profile, (n + 1) * query + n * shape.statistic_bytes(own), groups)  # the merge
@@ -336,14 +343,14 @@ COSTS: dict[Mode, Callable[[Layer, Profile], tuple[Pass, Pass, Pass]]] = {
 }
 
 
-def workspace_bytes(layer: Layer, mode: Mode) -> float:
+def workspace_bytes(layer: Layer, mode: Mode, profile: Profile) -> float:
     """Most bytes that a layer's exchange needs on a rank, besides q, k, v, out and their gradients."""
     shape = layer.shape
     n, own, keys = shape.ranks, max(shape.q_lengths), max(shape.kv_lengths)
     query, key = shape.query_bytes(own), _key_bytes(shape, keys)
     if mode == ("lv_xattn", "gather"):
         # Backward: all queries, and of two groups in flight dO, its stand-in and the parts of dQ, out and back.
-        groups = layer.head_groups()[1]
+        groups = layer.head_groups(profile)[1]
         return n * query * (1 + 4 * min(2, groups) / groups)
     if mode == ("lv_xattn", "routed"):
         return 5 * layer.mask.rows_seen * n * query

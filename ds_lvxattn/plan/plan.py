@@ -45,6 +45,8 @@ class LayerPlan:
             where it cannot run. Times are of attention and exchange, bytes those that a rank receives.
         reason: why this choice.
         kept_bytes: for each recompute policy, what the decoder layer keeps from forward to backward pass.
+        head_groups: groups of key heads that ``gather`` pipelines in the forward and the backward pass; None: it
+            chooses, or does not run.
         balance: largest over mean visible work of a rank when queries travel; 1 is even.
         measured_ms: ``forward`` and ``backward`` of the choice as it ran, when a run has measured it.
     """
@@ -57,6 +59,7 @@ class LayerPlan:
     predicted_bytes: dict[str, int | None]
     reason: str
     kept_bytes: dict[str, int] = field(default_factory=dict)
+    head_groups: tuple[int, int] | None = None
     balance: float | None = None
     measured_ms: dict[str, float] = field(default_factory=dict)
 
@@ -167,7 +170,9 @@ def _plan_layer(
         layer.name, layer.role, *chosen.mode,
         {name: None if c.cost is None else round(c.cost.attention * 1e3, 4) for name, c in best.items()},
         {name: c.received for name, c in best.items()},
-        why, balance=round(shape.balance, 4),
+        why,
+        head_groups=costed.head_groups(profile) if chosen.mode == ("lv_xattn", "gather") else None,
+        balance=round(shape.balance, 4),
     )  # fmt: skip
 
 

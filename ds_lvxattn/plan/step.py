@@ -126,7 +126,7 @@ def step_of(job: Job, cross: Candidate, profile: Profile) -> Step:
     optimizer = 20 * m.trainable / job.gpus / profile.memory_bandwidth
     received = m.cross_layers * (cross.received or 0) + m.self_layers * (own.received or 0)
     zero = max(_zero_seconds(job, profile) - work, 0.0)
-    used = memory_bytes(job, cross.mode, own.mode)
+    used = memory_bytes(job, cross.mode, own.mode, profile)
     return Step(cross_seconds, self_seconds, text, vision, zero, optimizer, received, used)
 
 
@@ -173,7 +173,7 @@ def _zero_seconds(job: Job, profile: Profile) -> float:
     return 2 * gathered + reduced
 
 
-def memory_bytes(job: Job, cross: Mode, own: Mode) -> float:
+def memory_bytes(job: Job, cross: Mode, own: Mode, profile: Profile) -> float:
     """Peak bytes of a rank."""
     m = job.model
     sizes = LayerSizes(
@@ -191,13 +191,13 @@ def memory_bytes(job: Job, cross: Mode, own: Mode) -> float:
     # A layer's parameters are gathered while it runs, and those of the next one ahead of it.
     gathered = 2 * max(m.self_parameters, m.cross_parameters, m.vocabulary * m.width) * ELEMENT
     logits = 6 * job.rows * m.vocabulary  # in bf16 and float32
-    return kept + gathered + logits + workspace_bytes(job.cross(), cross)
+    return kept + gathered + logits + workspace_bytes(job.cross(), cross, profile)
 
 
 def frames_that_fit(job: Job, cross: Mode, own: Mode, profile: Profile) -> int:
     """The largest number of frames whose step fits the memory."""
 
     def step(frames: int) -> int:
-        return int(memory_bytes(replace(job, frames=frames), cross, own))
+        return int(memory_bytes(replace(job, frames=frames), cross, own, profile))
 
     return memory.frames_that_fit(step, int(USABLE * profile.memory), most=1 << 26)

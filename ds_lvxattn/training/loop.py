@@ -30,6 +30,7 @@ from ds_lvxattn.timing import LayerTimes
 from ds_lvxattn.training import checkpoint
 from ds_lvxattn.training.config import FinetuningConfig
 from ds_lvxattn.training.evaluation import evaluate
+from ds_lvxattn.training.memory import memory_plan
 from ds_lvxattn.training.model import LoadedModel, model_dtype, parameter_groups, partition_over_all_ranks
 from ds_lvxattn.training.order import Order
 from ds_lvxattn.training.run_log import RunLog
@@ -143,12 +144,19 @@ class Trainer:
             config = sequence_parallel_config(self.job.ds_config, dist.get_world_size())
             log.plan(plan_layers(list(layers), {}, config, profile_for_device(self.device.type)))
             return
+        shapes = self.collator.shapes(first)
         profile = None
         if self.parallel.config.strategy == "auto":
             layouts = [HeadLayout(*layout) for layout in self.parallel.head_layouts]
             profile = calibrated(self.parallel.comm.group, layouts, self.device, self.collator.dtype)
-        self.parallel.make_plan(self.collator.shapes(first), self.device, self.collator.dtype, profile)
+        self.parallel.make_plan(shapes, self.device, self.collator.dtype, profile)
         log.plan(self.parallel.plan)
+        log.memory(
+            memory_plan(
+                self.parallel, self.job.loaded.model, self.job.ds_config, shapes, first,
+                dist.get_world_size(), self.device,
+            )
+        )  # fmt: skip
 
     def _follow(self, layout: BatchLayout) -> None:
         """Plan anew for a batch of other sizes than those planned for."""

@@ -14,8 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ds_lvxattn.plan.plan import LayerPlan, write_plan
+from ds_lvxattn.training.memory import MemoryPlan
 
 PROJECT = "ds_lvxattn"
+MIB = 1 << 20
 
 
 class RunLog:
@@ -79,6 +81,22 @@ class RunLog:
         for (*choice, _), layers in _grouped(exchanged).items():
             expected, took = (_range(getattr(x, key) for x in layers) for key in ("expected_ms", "took_ms"))
             table.add_row(_names(layers), *choice, expected, took)
+        self.console.print(table)
+
+    def memory(self, plan: MemoryPlan) -> None:
+        """Show on the console what the layers keep for each recompute policy, and the frames that would fit."""
+        if not self.active:
+            return
+        roles = list(plan.kept[plan.policy])
+        title = (
+            f"memory of the rank with most, MiB: model states {plan.states / MIB:,.1f}, visual features, shared by all "
+            f"layers, {plan.shared / MIB:,.1f}"
+        )
+        table = Table("recompute", *(f"kept by {role} layers" for role in roles), "frames that fit", title=title)
+        for policy, kept in plan.kept.items():
+            name = f"{policy} (this run)" if policy == plan.policy else policy
+            fit = "no GPU" if plan.frames is None else f"{plan.frames[policy]:,}"
+            table.add_row(name, *(f"{kept[role] / MIB:,.1f}" for role in roles), fit)
         self.console.print(table)
 
     def step(self, metrics: dict[str, Any]) -> None:
