@@ -43,6 +43,7 @@ from ds_lvxattn.plan.profile import (
     KernelPoint,
     Link,
     Profile,
+    ProfileError,
     profile_for_device,
     profile_from_json,
     profile_to_json,
@@ -107,9 +108,9 @@ def calibrated(
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            found[0] = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError):
-            found[0] = None
+            found[0] = profile_to_json(profile_from_json(json.loads(path.read_text())))
+        except (OSError, json.JSONDecodeError, ProfileError):
+            found[0] = None  # none yet, or one that another version wrote: measure
     dist.broadcast_object_list(found, src=0)
     if found[0] is not None:
         return profile_from_json(found[0], str(path))

@@ -94,8 +94,7 @@ def test_query_ring(ranks: int) -> None:
         assert forward.total == pytest.approx(simulated, rel=0.12), name
 
 
-@pytest.mark.parametrize("groups", [1, 2, 8])
-@pytest.mark.parametrize("ranks", [6, 64, 1024])
+@pytest.mark.parametrize(("ranks", "groups"), [(6, 1), (6, 2), (6, 8), (64, 1), (64, 8), (512, 2)])
 def test_query_gather(ranks: int, groups: int) -> None:
     """The formula lets transfers follow each other; where kernels are short, some of different ranks overlap."""
     for name in PROFILES:
