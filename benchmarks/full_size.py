@@ -95,7 +95,7 @@ def main() -> None:
     device = torch.device(get_accelerator().current_device_name())
     parameters = [p for p in model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=ds_config, mpu=groups)
-    collator = Collator(family_of(model), sizes, processor, 0, device, dtype, parallel)
+    collator = Collator(family_of(model), sizes, processor, 0, sizes.image_token_index, device, dtype, parallel)
     results = []
     for frames in map(int, args.frames.split(",")):
         sample = video_sample(frames, args.text, sizes.image_token_index, sizes.text_config.vocab_size)

@@ -76,7 +76,10 @@ class Setup:
         self.model = model.train()
         self.parallel = SequenceParallel(model, SequenceParallelConfig(recompute="kv"), SequenceParallelGroups(1))
         family = family_of(model)
-        self.collator = Collator(family, self.sizes, RandomPixels(), 0, self.device, torch.bfloat16, self.parallel)
+        image_id = self.sizes.image_token_index
+        self.collator = Collator(
+            family, self.sizes, RandomPixels(), 0, image_id, self.device, torch.bfloat16, self.parallel
+        )
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
 

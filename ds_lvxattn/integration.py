@@ -51,7 +51,7 @@ class SequenceParallel:
         self.comm: Communicator = communicator(groups.get_sequence_parallel_group())
         self.family = family_of(model)
         self.model_config = model.config
-        text = getattr(model.config, self.family.attention_config)
+        text = self.family.text_config(model.config)
         if text._attn_implementation not in REPLACEABLE:
             raise ConfigError(
                 f"the model's attention implementation is '{text._attn_implementation}', and sequence parallelism "
@@ -67,6 +67,7 @@ class SequenceParallel:
         register_with_transformers()
         model.set_attn_implementation({self.family.attention_config: IMPLEMENTATION})
         self._layers = self.family.attention_layers(model)
+        self.family.reach_attention(model)
         self.recomputation = Recomputation(
             model,
             [module for module, layer in self._layers.items() if layer.role == "cross"],
@@ -188,14 +189,16 @@ class SequenceParallel:
             self.plans[module] = replace(self.plans[module], measured_ms={k: round(v, 4) for k, v in times.items()})
 
     def _layer_sizes(self, plan: LayerPlan, layer: AttentionLayer, shape: LayerShape) -> LayerSizes:
-        text = getattr(self.model_config, self.family.attention_config)
+        text = self.family.text_config(self.model_config)
         rows, keys = max(shape.q_lengths), max(shape.kv_lengths)
         if layer.role == "cross":
             keys = max(keys, self.family.frame_tokens(self.model_config))  # a rank without frames has a blank one
+        # What decoders call it that have no gate: the plan takes their feed-forward part for one with a gate.
+        inner = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", 4 * text.hidden_size)
         return LayerSizes(
             layer.role, plan.strategy, plan.schedule, shape.batch, shape.ranks,
             rows, rows, sum(shape.q_lengths), keys, max(sum(shape.kv_lengths), keys),
-            layer.heads, layer.kv_heads, layer.head_dim, text.hidden_size, text.intermediate_size, shape.element,
+            layer.heads, layer.kv_heads, layer.head_dim, text.hidden_size, inner, shape.element,
         )  # fmt: skip
 
 

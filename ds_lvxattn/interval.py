@@ -49,6 +49,31 @@ class KVInterval:
             if bound.dtype != torch.int32:
                 raise ValueError(f"KVInterval: {name} has dtype {bound.dtype}; convert it to torch.int32")
 
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> KVInterval:
+        """The intervals of a dense mask, for a model that comes with one; takes a host synchronisation.
+
+        Args:
+            mask: bool ``[B, s_q, S_kv]``, true where a row sees a key.
+
+        Raises:
+            ValueError: the keys that a row sees are not contiguous.
+        """
+        keys = torch.arange(mask.shape[-1], device=mask.device)
+        count = mask.sum(dim=-1)
+        start = torch.where(mask, keys, mask.shape[-1]).amin(dim=-1)
+        start = torch.where(count > 0, start, 0)
+        last = torch.where(mask, keys, -1).amax(dim=-1)
+        broken = (last + 1 - start != count) & (count > 0)
+        if broken.any():
+            sample, row = broken.nonzero()[0].tolist()
+            raise ValueError(
+                f"row {row} of sample {sample} sees {int(count[sample, row])} of the keys {int(start[sample, row])} to "
+                f"{int(last[sample, row])}; an interval has no holes: reorder the keys, or leave those that no row "
+                "sees off the shard"
+            )
+        return cls(start.int(), (start + count).int())
+
     @property
     def of_all_ranks(self) -> bool:
         """Whether the rows of every rank are given, ``[n, B, s_max]``."""

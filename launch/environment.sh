@@ -10,6 +10,10 @@ prepare_environment() {
     # torch first and pinned: without it the other packages would pull whatever build is newest.
     .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch setuptools wheel ninja
     .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$extras]"
+    case "$extras" in *test*)
+      # Its pinned requirements (another torch) are not wanted; einops-exts comes with the extra.
+      .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt open-flamingo ;;
+    esac
     echo "$stamp" > .venv/.prepared
   fi
   export PATH="$PWD/.venv/bin:$PATH"

@@ -17,9 +17,9 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
-from ds_lvxattn.data.sample import Sample
 from ds_lvxattn.models.mllama import Mllama
 from tests.distributed import run
+from tests.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
 from tests.tiny_model import (
     IMAGE_TOKEN,
     MODES,
@@ -32,7 +32,6 @@ from tests.tiny_model import (
     tiny_config,
     tiny_model,
     tiny_processor,
-    tiny_sample,
 )
 
 # Micro-batches, as patterns of ``tiny_sample``. Those of BATCHES start with an image where samples are of unequal
@@ -43,18 +42,6 @@ BATCHES = {
     "equal frames, text first": ("tIItIa", "ttIIItaaa"),
 }
 UNEQUAL_TEXT_FIRST = ("tItIIta", "ttIa", "tta")
-
-Gradients = dict[str, Tensor]
-
-
-def samples_of(patterns: Sequence[str]) -> list[Sample]:
-    return [tiny_sample(pattern, seed) for seed, pattern in enumerate(patterns)]
-
-
-def gradients_of(model: torch.nn.Module) -> Gradients:
-    """float64 gradients; zeros for parameters that the loss does not reach."""
-    named = model.named_parameters()
-    return {name: (torch.zeros_like(p) if p.grad is None else p.grad).double() for name, p in named}
 
 
 @functools.cache
@@ -80,22 +67,8 @@ def in_all_modes(
             model = tiny_model(tiny_config(tiles), dtype)
             loss = loss_of(model, samples, attach(model, dist.get_world_size(), mode, samples))
             loss.backward()
-            gradients = gradients_of(model)
-            whole = torch.cat([loss.detach().double().reshape(1), *(g.flatten() for g in gradients.values())])
-            dist.all_reduce(whole)
-            parts = whole[1:].split([g.numel() for g in gradients.values()])
-            shaped = {name: part.view_as(g) for (name, g), part in zip(gradients.items(), parts, strict=True)}
-            results[-1].append((whole[0].item(), shaped if dist.get_rank() == 0 else {}))
+            results[-1].append(sum_over_ranks(loss, gradients_of(model)))
     return results
-
-
-def largest_differences(got: tuple[float, Gradients], want: tuple[float, Gradients]) -> tuple[float, float]:
-    """Of the loss and of a gradient, relative: to the largest of its parameter, or to a thousandth of the largest."""
-    scale = max(g.abs().max().item() for g in want[1].values())
-    differences = [
-        (got[1][name] - g).abs().max().item() / max(g.abs().max().item(), 1e-3 * scale) for name, g in want[1].items()
-    ]
-    return abs(got[0] - want[0]) / abs(want[0]), max(differences)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -176,6 +149,6 @@ def test_frame_ranges_are_the_mask_of_transformers(input_ids: list[int]) -> None
     mask = get_cross_attention_token_mask(input_ids, IMAGE_TOKEN)
     [dense] = convert_sparse_cross_attention_mask_to_dense([mask], [[1] * len(mask)], 1, len(input_ids))
     ours = np.zeros(dense.shape, dtype=dense.dtype)
-    for token, (first, last) in enumerate(Mllama().frame_ranges(input_ids, tiny_config())):
+    for token, (first, last) in enumerate(Mllama().frame_ranges(input_ids, IMAGE_TOKEN, tiny_config())):
         ours[token, first:last] = 1
     np.testing.assert_array_equal(ours, dense)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from ds_lvxattn.config import SequenceParallelConfig
@@ -29,9 +31,14 @@ from ds_lvxattn.data.sample import IGNORE, Sample
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.models import family_of, mllama
+from ds_lvxattn.models.idefics import Idefics
+from ds_lvxattn.models.mllama import Mllama
+from ds_lvxattn.models.open_flamingo import OpenFlamingo
 from ds_lvxattn.training.model import LoadedModel
 
+CPU = torch.device("cpu")
 SIZE = 28  # pixels; five vision tokens a frame
+SQUARE = {"height": SIZE, "width": SIZE}
 IMAGE_TOKEN = VOCABULARY.index(IMAGE)
 
 # Text and frames that neither two nor four ranks divide, several images at uneven places, fewer frames than ranks.
@@ -136,9 +143,17 @@ class ListSource:
         return self.samples[index]
 
 
+PROCESSORS: dict[type, Callable[[], Any]] = {
+    Mllama: tiny_processor,
+    Idefics: lambda: IdeficsImageProcessorPil(image_size=SIZE),
+    OpenFlamingo: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
+}
+
+
 def tiny_collator(model: nn.Module, parallel: SequenceParallel | None) -> Collator:
-    dtype = next(model.parameters()).dtype
-    return Collator(family_of(model), model.config, tiny_processor(), 0, torch.device("cpu"), dtype, parallel)
+    dtype, family = next(model.parameters()).dtype, family_of(model)
+    processor = PROCESSORS[type(family)]()
+    return Collator(family, model.config, processor, 0, IMAGE_TOKEN, CPU, dtype, parallel)
 
 
 def start_deepspeed() -> None:

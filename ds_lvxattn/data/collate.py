@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ds_lvxattn.batch import AttentionInputs, SequenceParallelBatch
 from ds_lvxattn.data.layout import BatchLayout, lay_out
-from ds_lvxattn.data.sample import IGNORE, Sample
+from ds_lvxattn.data.sample import IGNORE, Sample, SampleError
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.interval import KVInterval
 from ds_lvxattn.models.family import Family
@@ -52,6 +52,7 @@ class Collator:
         model_config: the model's transformers config.
         processor: image processor of the model.
         pad_token: token id behind the end of a sample.
+        image_id: token id of a frame.
         device: where the tensors go.
         dtype: dtype of pixel values.
         parallel: the model's sequence parallelism; None runs the unmodified model with its own dense mask.
@@ -61,6 +62,7 @@ class Collator:
     model_config: Any
     processor: Any
     pad_token: int
+    image_id: int
     device: torch.device
     dtype: torch.dtype
     parallel: SequenceParallel | None
@@ -74,7 +76,17 @@ class Collator:
         ranks, placement = (1, "contiguous")
         if self.parallel:
             ranks, placement = self.parallel.comm.ranks, self.parallel.config.placement
-        return lay_out(samples, self.family, self.model_config, ranks, placement, self.pad_token)
+        return lay_out(samples, self.family, self.model_config, ranks, placement, self.pad_token, self.image_id)
+
+    def check(self, sample: Sample) -> Sample:
+        """``sample``, if its text has one image token for each frame. Raises ``SampleError`` otherwise."""
+        tokens = sum(token == self.image_id for token in sample.input_ids)
+        if tokens != sample.num_frames:
+            raise SampleError(
+                f"{sample.name}: {tokens} image tokens (id {self.image_id}) in the text for {sample.num_frames} "
+                f"frames; write one {self.family.image_token} for each frame"
+            )
+        return sample
 
     def load(self, samples: Sequence[Sample], layout: BatchLayout) -> Images:
         """Decode the frames that lie on this rank. Raises what ``Sample.load_frames`` raises."""
@@ -134,8 +146,10 @@ class Collator:
             if not flat:
                 return dict(self.family.blank_pixels(self.model_config))
             return dict(self.family.pixels(flat, self.processor, self.model_config))
-        if not max(layout.frames):
+        frames = max(layout.frames)
+        if not frames and not self.family.needs_frames:
             return {}  # the unmodified model skips its cross-attention
+        frames = max(frames, 1)
         pixels = [
             self.family.pixels(sample, self.processor, self.model_config)
             if sample
@@ -143,11 +157,10 @@ class Collator:
             for sample in images
         ]
         pixels = [self.family.pad_tiles(p, self.model_config) for p in pixels]
-        dense = self.family.dense_mask(layout.ranges, max(layout.frames), self.model_config)
-        return {
-            **{key: torch.cat([_pad_frames(p[key], max(layout.frames)) for p in pixels]) for key in pixels[0]},
-            **dense,
-        }
+        # Rows of the padding behind a sample see nothing.
+        ranges = [[*rows, *[(0, 0)] * (layout.input_ids.shape[1] - len(rows))] for rows in layout.ranges]
+        dense = self.family.dense_mask(ranges, frames, self.model_config)
+        return {**{key: torch.cat([_pad_frames(p[key], frames) for p in pixels]) for key in pixels[0]}, **dense}
 
     def _exchange(self, layout: BatchLayout, own: slice, most_frames: int) -> SequenceParallelBatch:
         assert self.parallel is not None

@@ -92,6 +92,7 @@ def lay_out(
     ranks: int,
     placement: str,
     pad_token: int,
+    image_id: int,
 ) -> BatchLayout:
     """The layout of ``samples`` over ``ranks``.
 
@@ -102,6 +103,7 @@ def lay_out(
         ranks: ranks of the sequence-parallel group.
         placement: ``contiguous`` or ``striped`` frames.
         pad_token: token id behind the end of a sample.
+        image_id: token id of a frame.
     """
     # A rank without a text token could not run the text layers, so very short text is padded to one token a rank.
     length = max(ranks, *(len(sample.input_ids) for sample in samples))
@@ -121,11 +123,11 @@ def lay_out(
         tokens = len(sample.input_ids)
         input_ids[row, :tokens] = sample.input_ids
         shift_labels[row, : max(tokens - 1, 0)] = sample.labels[1:]
-        seen = family.frame_ranges(sample.input_ids, model_config)
+        seen = family.frame_ranges(sample.input_ids, image_id, model_config)
         bounds = np.array(seen, dtype=np.int32).reshape(tokens, 2)
         hidden = bounds[:, 0] >= bounds[:, 1]
         sees_frame[row, :tokens] = ~hidden
-        if family.hidden_rows_see_all():
+        if family.hidden_rows_see_all(model_config):
             bounds[hidden] = (0, sample.num_frames)
         start[row, :tokens], stop[row, :tokens] = (bounds * per_frame).T
         ranges.append(tuple(seen))

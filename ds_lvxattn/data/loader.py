@@ -83,7 +83,7 @@ class Loader:
             SampleError: on every rank, when a sample is broken and broken samples are fatal.
         """
         nothing = Sample([self.collator.pad_token], [IGNORE])
-        found = [nothing if row is None else _attempt(self.source.sample, row) for row in rows]
+        found = [nothing if row is None else _attempt(self._sample, row) for row in rows]
         failures = self._compare([f if isinstance(f, SampleError) else _digest(f) for f in found])
         samples = [nothing if bad or isinstance(f, SampleError) else f for f, bad in zip(found, failures, strict=True)]
         skipped = sum(failures)
@@ -97,6 +97,9 @@ class Loader:
             # Without them other frames lie on this rank, which may be broken too.
             samples = [nothing if bad else s for s, bad in zip(samples, broken, strict=True)]
             skipped += sum(broken)
+
+    def _sample(self, row: int) -> Sample:
+        return self.collator.check(self.source.sample(row))
 
     def _compare(self, findings: Sequence[SampleError | str]) -> list[bool]:
         """Which samples failed on any rank. ``findings`` hold an error, or a digest equal on all ranks."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ds_lvxattn.config import ConfigError
 from ds_lvxattn.models.family import Family
+from ds_lvxattn.models.idefics import Idefics
 from ds_lvxattn.models.mllama import Mllama
+from ds_lvxattn.models.open_flamingo import OpenFlamingo
 
-FAMILIES: tuple[Family, ...] = (Mllama(),)
+FAMILIES: tuple[Family, ...] = (Mllama(), Idefics(), OpenFlamingo())
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "Family", "family_of", "family_of_config"]
 
 
 def family_of(model: nn.Module) -> Family:
@@ -20,10 +23,24 @@ def family_of(model: nn.Module) -> Family:
         ConfigError: no family knows its class.
     """
     for family in FAMILIES:
-        if family.matches(model):
+        if isinstance(model, family.model_class):
             return family
-    known = ", ".join(family.name for family in FAMILIES)
-    raise ConfigError(
-        f"model class {type(model).__name__} belongs to no known family ({known}); "
-        "docs/adding-a-family.md says how to add one"
-    )
+    raise ConfigError(_unknown(type(model).__name__))
+
+
+def family_of_config(config: PreTrainedConfig) -> Family:
+    """The family whose models have such a config.
+
+    Raises:
+        ConfigError: no family has.
+    """
+    for family in FAMILIES:
+        of_family = family.model_class.config_class
+        if of_family is not None and isinstance(config, of_family):
+            return family
+    raise ConfigError(_unknown(type(config).__name__))
+
+
+def _unknown(name: str) -> str:
+    known = ", ".join(f"{family.name} ({family.model_class.__name__})" for family in FAMILIES)
+    return f"{name} belongs to no known model family: {known}; docs/adding-a-family.md says how to add one"

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import MllamaForConditionalGeneration
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.mllama.modeling_mllama import (
     MllamaTextCrossAttention,
     MllamaTextSelfAttention,
@@ -23,14 +24,11 @@ from transformers.models.mllama.modeling_mllama import (
 )
 
 from ds_lvxattn.batch import SequenceParallelBatch
-from ds_lvxattn.plan.plan import AttentionLayer
+from ds_lvxattn.models.family import TOKENS_AT_ONCE, Family, dense_frame_mask
+from ds_lvxattn.models.frames import encode_in_portions
 from ds_lvxattn.recompute import Recomputation, recompute
 
 ROLES = {MllamaTextCrossAttention: "cross", MllamaTextSelfAttention: "self", MllamaVisionAttention: "local"}
-
-# Tokens, those of padding tiles included, that the vision encoder takes at once: it holds the hidden states of all its
-# layers until it returns, so that all frames at once would be the peak of the whole step.
-TOKENS_AT_ONCE = 1 << 15
 
 # Keys that the norm of the keys takes at once: its float32 intermediates, for all keys at once, would be the peak of
 # the backward pass. Under every policy, so that all sum the gradient of its weight alike.
@@ -39,23 +37,16 @@ KEYS_AT_ONCE = 1 << 16
 PIXELS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
 
-class Mllama:
+class Mllama(Family):
     """The Llama 3.2 Vision family; see ``Family``."""
 
     name = "Llama 3.2 Vision"
+    model_class = MllamaForConditionalGeneration
+    image_token = "<|image|>"
     attention_config = "text_config"
 
-    def matches(self, model: nn.Module) -> bool:
-        return isinstance(model, MllamaForConditionalGeneration)
-
-    def attention_layers(self, model: nn.Module) -> dict[nn.Module, AttentionLayer]:
-        layers = {}
-        for name, module in model.named_modules():
-            role = ROLES.get(type(module))
-            if role is not None:
-                kv_heads = getattr(module, "num_key_value_heads", module.num_heads)
-                layers[module] = AttentionLayer(name, role, module.num_heads, kv_heads, module.head_dim)
-        return layers
+    def role_of(self, module: nn.Module) -> str | None:
+        return ROLES.get(type(module))
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         encode = functools.partial(encode_frames, recomputation)
@@ -70,20 +61,11 @@ class Mllama:
         vision = model_config.vision_config
         return (vision.image_size // vision.patch_size) ** 2 + 1
 
-    def frame_ranges(self, input_ids: Sequence[int], model_config: Any) -> list[tuple[int, int]]:
-        """A token sees the images of the last group of adjacent image tokens at or before it."""
-        ranges, first, last, adjacent = [], 0, 0, False
-        for token in input_ids:
-            is_image = token == model_config.image_token_index
-            if is_image:
-                first = first if adjacent else last
-                last += 1
-            adjacent = is_image
-            ranges.append((first, last))
-        return ranges
+    def hidden_rows_see_all(self, model_config: Any) -> bool:
+        return True  # their feed-forward output is dropped
 
-    def hidden_rows_see_all(self) -> bool:
-        return True
+    def load_processor(self, name: str) -> Any:
+        return MllamaImageProcessorPil.from_pretrained(name)
 
     def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
         vision = model_config.vision_config
@@ -112,13 +94,9 @@ class Mllama:
     def dense_mask(
         self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int, model_config: Any
     ) -> Mapping[str, Tensor]:
-        tokens = max(len(sample) for sample in ranges)
-        tiles = model_config.vision_config.max_num_tiles
-        mask = torch.zeros(len(ranges), tokens, frames, tiles, dtype=torch.long)
-        for sample, rows in enumerate(ranges):
-            for token, (first, last) in enumerate(rows):
-                mask[sample, token, first:last, 0] = 1
-        return {"cross_attention_mask": mask}
+        seen = dense_frame_mask(ranges, frames)
+        tiles = (1,) + (0,) * (model_config.vision_config.max_num_tiles - 1)
+        return {"cross_attention_mask": seen[..., None] * torch.tensor(tiles)}
 
     def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
         layers = model_config.text_config.cross_attention_layers
@@ -138,8 +116,9 @@ def encode_frames(
     if batch is None:
         return None
     rest = dict(kwargs)
-    inputs = [rest.pop(key) for key in PIXELS]
-    encoded = _encoded(module.get_submodule("vision_model"), inputs, batch.portions, recomputation)
+    inputs = [rest.pop(key)[0] for key in PIXELS]
+    vision = module.get_submodule("vision_model")
+    encoded = encode_in_portions(vision, functools.partial(_encode, vision), inputs, batch.portions, recomputation)
     states = module.get_submodule("multi_modal_projector")(encoded)
     if batch.slots is not None:
         states = states.index_select(0, batch.slots)
@@ -148,33 +127,10 @@ def encode_frames(
     return args, {**rest, "cross_attention_states": states.flatten(0, 1)}
 
 
-def _encoded(vision: Any, inputs: list[Tensor], portions: int, recomputation: Recomputation) -> Tensor:
-    """Tile 0 of each frame, ``[max(frames, portions), tokens, d_vision]``; its gradients recompute portion by portion.
-
-    ``inputs`` are ``PIXELS``.
-    """
-    missing = portions - inputs[0].shape[1]
-    if missing > 0:
-        inputs = [torch.cat((x, x[:, :1].expand(-1, missing, *x.shape[2:])), dim=1) for x in inputs]
-    parts = zip(*(x.tensor_split(portions, dim=1) for x in inputs), strict=True)
-    if torch.is_grad_enabled() and any(p.requires_grad for p in vision.parameters()):
-        if recomputation.policy == "none":
-            return torch.cat([_encode(vision, *part) for part in parts])
-        # All that a portion keeps is its pixels, a view of the batch's own.
-        return torch.cat([recompute(vision, functools.partial(_encode, vision), *part) for part in parts])
-    with torch.no_grad():
-        # Frame by frame into their place: a list of portions beside the whole would take twice the memory.
-        size = (inputs[0].shape[1], vision.num_patches, vision.config.vision_output_dim)
-        encoded = torch.empty(size, device=inputs[0].device, dtype=vision.dtype)
-        for place, part in zip(encoded.tensor_split(portions), parts, strict=True):
-            place.copy_(_encode(vision, *part))
-        return encoded
-
-
 def _encode(vision: Any, *inputs: Tensor) -> Tensor:
-    """Frames of a portion to ``[f, tokens, d_vision]``, contiguous: nothing keeps the padding tiles beside them."""
-    states = vision(**dict(zip(PIXELS, _with_blank_tiles(vision.max_num_tiles, *inputs), strict=True)))
-    return states.last_hidden_state[0, :, 0].contiguous()
+    """Tile 0 of each frame of a portion, ``[f, tokens, d_vision]``, contiguous: nothing keeps the padding tiles."""
+    padded = _with_blank_tiles(vision.max_num_tiles, *(x[None] for x in inputs))
+    return vision(**dict(zip(PIXELS, padded, strict=True))).last_hidden_state[0, :, 0].contiguous()
 
 
 def _with_blank_tiles(tiles: int, pixels: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

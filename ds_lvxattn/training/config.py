@@ -17,8 +17,8 @@ class FinetuningConfig(DeepSpeedConfigModel):
 
     Attributes:
         steps: optimizer steps, unless the command line gives them.
-        trainable: ``default`` (cross-attention layers and projector of a pretrained model, everything of the
-            quickstart one), ``all``, or parameter-name patterns (``fnmatch``).
+        trainable: ``default`` (cross-attention layers and projector of a pretrained model, everything of a
+            small random one), ``all``, or parameter-name patterns (``fnmatch``).
         frames: frames sampled from a video, at most.
         max_text_tokens: longest text of a sample; None: the model's limit.
         on_bad_sample: ``skip`` broken media or overlong text with a warning, or ``fail``.

@@ -82,7 +82,7 @@ class Trainer:
         self.parallel = SequenceParallel(model, config, self.groups) if config.size > 1 else None
         self.device = torch.device(get_accelerator().current_device_name())
         self.collator = Collator(
-            family_of(model), model.config, job.loaded.processor, job.loaded.pad_token,
+            family_of(model), model.config, job.loaded.processor, job.loaded.pad_token, job.loaded.image_id,
             self.device, model_dtype(job.ds_config), self.parallel,
         )  # fmt: skip
         partition_over_all_ranks(model, job.ds_config, self.groups)

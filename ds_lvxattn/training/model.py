@@ -11,27 +11,32 @@ from typing import Any
 import torch
 from deepspeed import zero
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.integrations import HfDeepSpeedConfig
-from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 from ds_lvxattn.config import ConfigError
-from ds_lvxattn.data.needle import NeedleTask, build_tokenizer
+from ds_lvxattn.data.needle import IMAGE, build_tokenizer
 from ds_lvxattn.groups import SequenceParallelGroups
-from ds_lvxattn.models import family_of
-from ds_lvxattn.models.quickstart import build_quickstart
+from ds_lvxattn.models import family_of, family_of_config
+from ds_lvxattn.models.small import SMALL_MODELS
 
 QUICKSTART = "quickstart"
 
 
 @dataclass
 class LoadedModel:
-    """A model with what its data needs."""
+    """A model with what its data needs: tokenizer, image processor and the token that stands for a frame."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     processor: Any
     image_token: str
+
+    @property
+    def image_id(self) -> int:
+        image = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        assert isinstance(image, int)  # a list is for a list of tokens
+        return image
 
     @property
     def pad_token(self) -> int:
@@ -46,32 +51,38 @@ class LoadedModel:
 
 
 def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
-    """Load a model from a local path or hub name, or build the quickstart model.
+    """Load a model from a local path or hub name, or build a small one by its name in ``SMALL_MODELS``.
 
     Under ZeRO-3 a pretrained model is partitioned while it loads, so that it need not fit one rank.
 
     Raises:
-        ConfigError: nothing loads under ``name``.
+        ConfigError: nothing loads under ``name``, or no family knows it.
     """
-    if name == QUICKSTART:
-        size = NeedleTask().image_size
-        processor = MllamaImageProcessorPil(
-            size={"height": size, "width": size}, max_image_tiles=1, image_mean=[0.5] * 3, image_std=[0.5] * 3
-        )
-        quickstart = build_quickstart(seed)
-        nn.Module.to(quickstart, model_dtype(ds_config))
-        return LoadedModel(quickstart, build_tokenizer(), processor, "<|image|>")
+    if name in SMALL_MODELS:
+        small, processor = SMALL_MODELS[name](seed)
+        nn.Module.to(small, model_dtype(ds_config))
+        return LoadedModel(small, build_tokenizer(), processor, IMAGE)
     # Alive while the model loads: transformers partitions what it loads when a ZeRO-3 config is.
     zero3 = HfDeepSpeedConfig(ds_config) if ds_config.get("zero_optimization", {}).get("stage") == 3 else None
     try:
-        model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(name, dtype=model_dtype(ds_config))
+        family = family_of_config(AutoConfig.from_pretrained(name))
+        model = family.load_model(name, model_dtype(ds_config))
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        processor = MllamaImageProcessorPil.from_pretrained(name)
+        processor = family.load_processor(name)
+    except ConfigError as error:
+        raise ConfigError(f"--model {name}: {error}") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--model {name}: cannot be loaded ({error})") from error
+        raise ConfigError(
+            f"--model {name}: cannot be loaded ({error}); small random models are {', '.join(SMALL_MODELS)}"
+        ) from error
     del zero3
-    family_of(model)
-    return LoadedModel(model, tokenizer, processor, "<|image|>")
+    # The small models are saved with the tokenizer of the needle task.
+    image_token = next((t for t in (family.image_token, IMAGE) if t in tokenizer.get_vocab()), None)
+    if image_token is None:
+        raise ConfigError(
+            f"--model {name}: its tokenizer has no token {family.image_token!r}, which stands for a frame; add it"
+        )
+    return LoadedModel(model, tokenizer, processor, image_token)
 
 
 def model_dtype(ds_config: dict[str, Any]) -> torch.dtype:
@@ -88,7 +99,7 @@ def select_trainable(model: nn.Module, name: str, trainable: str | Sequence[str]
     Raises:
         ConfigError: a pattern matches no parameter.
     """
-    if trainable == "all" or (trainable == "default" and name == QUICKSTART):
+    if trainable == "all" or (trainable == "default" and name in SMALL_MODELS):
         return
     patterns = family_of(model).trainable_by_default(model.config) if trainable == "default" else trainable
     names = [parameter for parameter, _ in model.named_parameters()]

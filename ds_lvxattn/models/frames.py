@@ -1,0 +1,55 @@
+"""A rank's frames through a vision encoder, in portions that fit its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ds_lvxattn.recompute import Recomputation, recompute
+
+
+def encode_in_portions(
+    module: nn.Module,
+    encode: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    portions: int,
+    recomputation: Recomputation,
+) -> Tensor:
+    """``encode(*inputs)`` by ``module``, computed portion by portion of the frames.
+
+    Every rank makes ``portions`` calls, as ZeRO-3 needs: a rank with fewer frames than portions encodes its first one
+    again, which no row sees. Where ``module`` trains, its activations are computed again in the backward pass, a
+    portion at a time, unless the policy is ``none``.
+
+    Args:
+        module: holds the parameters that ``encode`` uses.
+        encode: frames of a portion, ``[f, ...]`` of each input, to ``[f, tokens, d]``.
+        inputs: ``[frames, ...]`` each.
+
+    Returns:
+        ``[max(frames, portions), tokens, d]``.
+    """
+    missing = portions - inputs[0].shape[0]
+    if missing > 0:
+        inputs = [torch.cat((x, x[:1].expand(missing, *x.shape[1:]))) for x in inputs]
+    parts = list(zip(*(x.tensor_split(portions) for x in inputs), strict=True))
+    with_graph = any(p.requires_grad for p in module.parameters()) or any(x.requires_grad for x in inputs)
+    if torch.is_grad_enabled() and with_graph:
+        if recomputation.policy == "none":
+            return torch.cat([encode(*part) for part in parts])
+        # All that a portion keeps is its inputs, views of the batch's own.
+        return torch.cat([recompute(module, encode, *part) for part in parts])
+    with torch.no_grad():
+        first = encode(*parts[0])
+        if portions == 1:
+            return first.contiguous()
+        # Frame by frame into their place: a list of portions beside the whole would take twice the memory.
+        encoded = first.new_empty(inputs[0].shape[0], *first.shape[1:])
+        places = encoded.tensor_split(portions)
+        places[0].copy_(first)
+        del first
+        for place, part in zip(places[1:], parts[1:], strict=True):
+            place.copy_(encode(*part))
+        return encoded

@@ -1,0 +1,92 @@
+"""Small random models of the families, for the vocabulary and the image size of ``data.needle``: ``--model NAME``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, IdeficsConfig, IdeficsForVisionText2Text, LlamaConfig, PreTrainedModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+from ds_lvxattn.data.needle import BOS, EOS, IMAGE, PAD, VOCABULARY, NeedleTask
+from ds_lvxattn.models.idefics import with_loss_over_all_tokens
+from ds_lvxattn.models.open_flamingo import OpenFlamingoConfig, OpenFlamingoModel
+from ds_lvxattn.models.quickstart import WIDTH, build_quickstart
+
+PIXELS: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+SIZE = NeedleTask().image_size
+TOKENS: dict[str, Any] = {
+    "bos_token_id": VOCABULARY.index(BOS),
+    "eos_token_id": VOCABULARY.index(EOS),
+    "pad_token_id": VOCABULARY.index(PAD),
+}
+
+
+def quickstart(seed: int) -> tuple[PreTrainedModel, Any]:
+    """The model of ``models.quickstart`` and its image processor."""
+    size = {"height": SIZE, "width": SIZE}
+    return build_quickstart(seed), MllamaImageProcessorPil(size=size, max_image_tiles=1, **PIXELS)
+
+
+def idefics(seed: int) -> tuple[PreTrainedModel, Any]:
+    """Idefics with a resampler of 4 latents a frame and open gates; the image token is an additional one, as there."""
+    image = VOCABULARY.index(IMAGE)
+    config = IdeficsConfig(
+        vocab_size=image, additional_vocab_size=len(VOCABULARY) - image, hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH, num_hidden_layers=4, num_attention_heads=4, cross_layer_interval=2,
+        qk_layer_norms=True, alpha_initializer="ones", alpha_type="vector", use_resampler=True,
+        freeze_text_layers=False, freeze_vision_layers=False, initializer_range=0.1, **TOKENS,
+        vision_config={
+            "embed_dim": WIDTH, "image_size": SIZE, "patch_size": SIZE // 2, "intermediate_size": 2 * WIDTH,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.1,
+        },
+        perceiver_config={
+            "use_resampler": True, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4,
+            "resampler_head_dim": WIDTH // 4,
+        },
+    )  # fmt: skip
+    processor = IdeficsImageProcessorPil(image_size=SIZE, **PIXELS)
+    return with_loss_over_all_tokens(_random(IdeficsForVisionText2Text, config, seed)), processor
+
+
+def open_flamingo(seed: int) -> tuple[PreTrainedModel, Any]:
+    """OpenFlamingo around a Llama and a CLIP model, with open gates; text sees all images before it.
+
+    The package trains no vision encoder, so that of this model stays at its random weights.
+    """
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=1, num_attention_heads=4, image_size=SIZE,
+        patch_size=SIZE // 4,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=len(VOCABULARY), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.1, **TOKENS,
+    )  # fmt: skip
+    config = OpenFlamingoConfig(
+        vision, text, cross_attn_every_n_layers=2, media_token_id=VOCABULARY.index(IMAGE),
+        eoc_token_id=VOCABULARY.index(EOS), only_attend_immediate_media=False,
+    )  # fmt: skip
+    model = _random(OpenFlamingoModel, config, seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("attn_gate", "ff_gate")):  # they start closed
+                parameter.fill_(1.0)
+    square = {"height": SIZE, "width": SIZE}
+    return model, CLIPImageProcessorPil(size=square, crop_size=square, **PIXELS)
+
+
+SMALL_MODELS: dict[str, Callable[[int], tuple[PreTrainedModel, Any]]] = {
+    "quickstart": quickstart,
+    "small-idefics": idefics,
+    "small-openflamingo": open_flamingo,
+}
+
+
+def _random(model: type[Any], config: Any, seed: int) -> Any:
+    """``model(config)`` with weights of ``seed``, in float32 on the CPU; the caller's random state stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model(config)

@@ -1,0 +1,35 @@
+"""Causal self-attention of the language models of transformers, whichever model they are part of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ds_lvxattn.config import ConfigError
+
+# Their scores carry a bias by distance (ALiBi), and their attention does not go through transformers' registry.
+ALIBI = ("MptAttention", "BloomAttention", "FalconAttention", "MPTAttention", "MultiheadAttentionMPT")
+
+
+def self_attention_role(module: Any) -> str | None:
+    """``self`` for a decoder's attention that goes through transformers' attention registry.
+
+    Raises:
+        ConfigError: an attention with ALiBi.
+    """
+    name = type(module).__name__
+    if name in ALIBI:
+        raise ConfigError(
+            f"{name} biases its scores by distance (ALiBi), which sequence-parallel self-attention does not compute; "
+            "choose a language model with rotary or learned positions, or set 'sequence_parallel_size' to 1"
+        )
+    decoder = isinstance(module, nn.Module) and name.endswith("Attention") and hasattr(module, "layer_idx")
+    return "self" if decoder and hasattr(module, "config") and hasattr(module, "head_dim") else None
+
+
+def self_attention_sizes(module: Any) -> tuple[int, int, int]:
+    """Query heads, key heads and head size of such a module."""
+    config = module.config
+    heads = config.num_attention_heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, module.head_dim

@@ -1,0 +1,151 @@
+"""What a family knows of its models, and what is refused with a message that says what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers.models.idefics.processing_idefics import (
+    image_attention_mask_for_packed_input_ids_pt,
+    incremental_to_binary_attention_mask,
+)
+
+from ds_lvxattn.config import ConfigError
+from ds_lvxattn.data.needle import IMAGE, build_tokenizer
+from ds_lvxattn.data.sample import Sample, SampleError
+from ds_lvxattn.interval import KVInterval
+from ds_lvxattn.models import FAMILIES, family_of, family_of_config
+from ds_lvxattn.models.idefics import Idefics
+from ds_lvxattn.models.open_flamingo import OpenFlamingo, OpenFlamingoConfig, OpenFlamingoModel
+from ds_lvxattn.models.small import SMALL_MODELS
+from ds_lvxattn.models.text import self_attention_role
+from ds_lvxattn.training.model import load_model
+from tests.tiny_families import tiny
+from tests.tiny_model import IMAGE_TOKEN, tiny_collator, tiny_model, tiny_sample
+
+# Masks
+
+
+class _Tokenizer:
+    eos_token_id = 2
+
+    @staticmethod
+    def convert_tokens_to_ids(token: str) -> int:
+        return IMAGE_TOKEN
+
+
+@given(st.lists(st.sampled_from([IMAGE_TOKEN, 4, 5]), max_size=20))
+def test_ranges_of_idefics_are_the_mask_of_its_processor(text: list[int]) -> None:
+    """Where no two images are adjacent: a video is one group of images here, and the last image there."""
+    ids = [token for token in text for token in ([4, token] if token == IMAGE_TOKEN else [token])]
+    images = ids.count(IMAGE_TOKEN)
+    if not images:
+        return
+    counted, _ = image_attention_mask_for_packed_input_ids_pt(torch.tensor([ids]), _Tokenizer())
+    [theirs] = incremental_to_binary_attention_mask(counted, "pt", num_classes=images)
+    ranges = Idefics().frame_ranges(ids, IMAGE_TOKEN, None)
+    ours = Idefics().dense_mask([ranges], images, None)["image_attention_mask"][0]
+    torch.testing.assert_close(ours, theirs.to(ours.dtype))
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=5))
+def test_intervals_of_a_mask(bounds: list[tuple[int, int]]) -> None:
+    mask = torch.zeros(1, len(bounds), 6, dtype=torch.bool)
+    for row, (start, stop) in enumerate(bounds):
+        mask[0, row, start:stop] = True
+    interval = KVInterval.from_mask(mask)
+    for row in range(len(bounds)):
+        seen = mask[0, row].nonzero().flatten().tolist()
+        assert list(range(int(interval.start[0, row]), int(interval.stop[0, row]))) == seen
+
+
+def test_a_mask_with_a_hole_names_the_row() -> None:
+    mask = torch.ones(2, 3, 5, dtype=torch.bool)
+    mask[1, 2] = torch.tensor([False, True, False, True, True])
+    with pytest.raises(ValueError, match=r"row 2 of sample 1 sees 3 of the keys 1 to 4"):
+        KVInterval.from_mask(mask)
+
+
+# Modules
+
+
+class StrangeAttention(nn.Module):
+    """An attention that no family knows."""
+
+
+@pytest.mark.parametrize("name", ["idefics", "open_flamingo, immediate"])
+def test_an_unknown_attention_is_named(name: str) -> None:
+    model: Any = tiny(name)
+    assert {layer.role for layer in family_of(model).attention_layers(model).values()} == {"cross", "self", "local"}
+    model.strange = StrangeAttention()
+    with pytest.raises(ConfigError, match="module strange is of class StrangeAttention.*'cross'.*'local'"):
+        family_of(model).attention_layers(model)
+
+
+def test_alibi_is_refused() -> None:
+    module = type("MptAttention", (nn.Module,), {})()
+    with pytest.raises(ConfigError, match="ALiBi"):
+        self_attention_role(module)
+
+
+def test_a_model_of_no_family_lists_those_there_are() -> None:
+    with pytest.raises(ConfigError, match="Linear belongs to no known model family.*Idefics.*OpenFlamingo"):
+        family_of(nn.Linear(1, 1))
+
+
+def test_the_family_of_a_config() -> None:
+    for family in FAMILIES:
+        assert family_of_config(family.model_class.config_class()) is family
+
+
+def test_open_flamingo_says_how_to_install_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "open_flamingo_src", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="--no-deps open-flamingo"):
+        OpenFlamingoModel(OpenFlamingoConfig())
+
+
+def test_what_text_sees_in_open_flamingo() -> None:
+    ids = [4, IMAGE_TOKEN, 4, IMAGE_TOKEN, IMAGE_TOKEN, 4]
+    config: Any = type("Config", (), {"only_attend_immediate_media": True})
+    assert OpenFlamingo().frame_ranges(ids, IMAGE_TOKEN, config) == [(0, 0), (0, 1), (0, 1), (1, 2), (2, 3), (2, 3)]
+    config.only_attend_immediate_media = False
+    assert OpenFlamingo().frame_ranges(ids, IMAGE_TOKEN, config) == [(0, 0), (0, 1), (0, 1), (0, 2), (0, 3), (0, 3)]
+
+
+# Data
+
+
+@pytest.mark.parametrize(("pattern", "frames"), [("tIIta", 0), ("tta", 2)])
+def test_image_tokens_and_frames_must_match(pattern: str, frames: int) -> None:
+    whole = tiny_sample(pattern)
+    sample = Sample(whole.input_ids, whole.labels, frames, name="clip 7")
+    with pytest.raises(SampleError, match=rf"clip 7: {pattern.count('I')} image tokens .* for {frames} frames"):
+        tiny_collator(tiny_model(), None).check(sample)
+
+
+# Models by name
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL_MODELS if name != "quickstart"])
+def test_a_saved_small_model_loads_by_its_folder(name: str, tmp_path: Path) -> None:
+    saved = load_model(name, {}, seed=3)
+    saved.save(tmp_path, {key: p.detach().clone() for key, p in saved.model.named_parameters()})
+    loaded = load_model(str(tmp_path), {}, seed=0)
+    assert type(loaded.model) is type(saved.model) and loaded.image_token == IMAGE
+    theirs = dict(loaded.model.named_parameters())
+    for key, parameter in saved.model.named_parameters():
+        torch.testing.assert_close(theirs[key], parameter)
+    frames = [np.zeros((40, 30, 3), dtype=np.uint8)]
+    family = family_of(loaded.model)
+    for key, value in family.pixels(frames, loaded.processor, loaded.model.config).items():
+        assert value.shape == family.blank_pixels(loaded.model.config)[key].shape
+    assert build_tokenizer().get_vocab() == loaded.tokenizer.get_vocab()

@@ -1,0 +1,127 @@
+"""Each model family on several ranks against its unmodified model with its own dense mask on one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+
+from ds_lvxattn.training.model import parameter_groups, partition_over_all_ranks
+from tests.distributed import run
+from tests.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
+from tests.tiny_families import FAMILIES, tiny
+from tests.tiny_model import ADAMW, CLIPPING, MODES, attach, ds_config, groups_of, loss_of, tiny_collator
+
+BATCHES = (
+    ("tItIItttaaItaIIIta",),
+    ("IIIIIIIttataa",),
+    ("tItta",),
+    ("ttatta",),
+    ("IItaItIIItta", "ttIa", "tta"),
+)
+# OpenFlamingo gives text ahead of all images the mean of all values, those of blank frames that pad a batch too.
+NONE_HIDDEN = (*BATCHES[:3], ("IIta",), ("IItaItIIItta", "Ita", "ItIIa"))
+
+
+def batches_of(family: str) -> tuple[tuple[str, ...], ...]:
+    return NONE_HIDDEN if family == "open_flamingo, all previous" else BATCHES
+
+
+@functools.cache
+def on_one_rank(family: str, patterns: tuple[str, ...], dtype: torch.dtype) -> tuple[float, Gradients]:
+    """Loss and gradients of the unmodified model."""
+    model = tiny(family, dtype)
+    value = loss_of(model, samples_of(patterns))
+    value.backward()
+    return value.item(), gradients_of(model)
+
+
+def in_modes(
+    family: str, batches: Sequence[tuple[str, ...]], dtype: torch.dtype, recompute: str
+) -> list[tuple[float, Gradients]]:
+    """Per batch, in the modes in turn, the loss and the gradients, summed over the ranks (on rank 0)."""
+    results = []
+    for number, patterns in enumerate(batches):
+        samples, model = samples_of(patterns), tiny(family, dtype).train()
+        mode = MODES[number % len(MODES)]
+        loss = loss_of(model, samples, attach(model, dist.get_world_size(), mode, samples, recompute=recompute))
+        loss.backward()
+        results.append(sum_over_ranks(loss, gradients_of(model)))
+    return results
+
+
+def check(family: str, ranks: int, batches: Sequence[tuple[str, ...]]) -> None:
+    results = run(ranks, in_modes, family, batches, torch.float64, "none")[0]
+    for number, (patterns, got) in enumerate(zip(batches, results, strict=True)):
+        loss, gradient = largest_differences(got, on_one_rank(family, patterns, torch.float64))
+        assert loss < 1e-12 and gradient < 1e-11, (patterns, MODES[number % len(MODES)], loss, gradient)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_on_two_ranks(family: str) -> None:
+    # The first batch, which has all that is special, in every mode.
+    first, *others = batches_of(family)
+    check(family, 2, (*[first] * len(MODES), *others))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_on_four_ranks(family: str) -> None:
+    batches = batches_of(family)
+    check(family, 4, (batches[0], batches[2], batches[4]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_in_float32_with_recomputation(family: str) -> None:
+    batches = batches_of(family)
+    for patterns, got in zip(batches, run(2, in_modes, family, batches, torch.float32, "kv")[0], strict=True):
+        loss, gradient = largest_differences(got, on_one_rank(family, patterns, torch.float32))
+        assert loss < 1e-5 and gradient < 1e-4, (patterns, loss, gradient)
+
+
+STEPS = 3
+ZERO3 = ("idefics, perceiver, norms", "open_flamingo, immediate")
+
+
+def train(family: str, ranks: int) -> list[float]:
+    """Losses of a few steps on one batch: under ZeRO-3 on several ranks, with torch's AdamW on one."""
+    samples, model = samples_of(BATCHES[4]), tiny(family).train()
+    parallel = attach(model, ranks, MODES[0], samples) if ranks > 1 else None
+    collator = tiny_collator(model, parallel)
+    layout = collator.layout(samples)
+    inputs = collator.collate(layout, collator.load(samples, layout)).inputs
+    losses = []
+    if parallel is None:
+        optimizer = torch.optim.AdamW(parameter_groups(model), **ADAMW)
+        for _ in range(STEPS):
+            loss = model(**inputs).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+    config = ds_config(3, len(samples), len(samples), ranks)
+    partition_over_all_ranks(model, config, groups_of(ranks))
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=parameter_groups(model), config=config, mpu=groups_of(ranks)
+    )
+    for _ in range(STEPS):
+        loss = engine(**inputs).loss
+        engine.backward(loss)
+        engine.step()
+        whole = loss.detach().clone()
+        dist.all_reduce(whole)
+        losses.append(whole.item())
+    engine.destroy()
+    return losses
+
+
+@pytest.mark.parametrize("family", ZERO3)
+def test_losses_under_zero3(family: str) -> None:
+    want, got = train(family, 1), run(2, train, family, 2)[0]
+    assert want[-1] < want[0]
+    assert got == pytest.approx(want, rel=1e-4)

@@ -1,0 +1,70 @@
+"""Tiny models of the other families, with open gates and random weights, for the samples of ``tiny_model``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, IdeficsConfig, IdeficsForVisionText2Text, LlamaConfig
+
+from ds_lvxattn.models.idefics import with_loss_over_all_tokens
+from ds_lvxattn.models.open_flamingo import OpenFlamingoConfig, OpenFlamingoModel
+from tests.tiny_model import IMAGE_TOKEN, SIZE
+
+
+def idefics(use_resampler: bool, qk_layer_norms: bool) -> nn.Module:
+    """Cross-attention ahead of every second layer; the image token is an additional token, as in published models."""
+    config = IdeficsConfig(
+        vocab_size=IMAGE_TOKEN, additional_vocab_size=1, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, cross_layer_interval=2, qk_layer_norms=qk_layer_norms, use_resampler=use_resampler,
+        alpha_initializer="normal", alphas_initializer_range=0.7, alpha_type="vector", initializer_range=0.2,
+        freeze_text_layers=False, freeze_vision_layers=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        max_position_embeddings=64,
+        vision_config={
+            "embed_dim": 16, "image_size": SIZE, "patch_size": 14, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "initializer_range": 0.2,
+        },
+        perceiver_config={
+            "use_resampler": use_resampler, "resampler_n_latents": 3, "resampler_depth": 2, "resampler_n_heads": 2,
+            "resampler_head_dim": 8, "qk_layer_norms_perceiver": qk_layer_norms,
+        },
+    )  # fmt: skip
+    return with_loss_over_all_tokens(IdeficsForVisionText2Text(config))
+
+
+def open_flamingo(immediate: bool) -> nn.Module:
+    """The package's model around a CLIP and a Llama model; its heads are always 8 of 64, its latents 64."""
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=SIZE, patch_size=14
+    )
+    text = LlamaConfig(
+        vocab_size=IMAGE_TOKEN + 1, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    config = OpenFlamingoConfig(
+        vision, text, cross_attn_every_n_layers=2, media_token_id=IMAGE_TOKEN, only_attend_immediate_media=immediate
+    )
+    return OpenFlamingoModel(config)
+
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "idefics": lambda: idefics(use_resampler=False, qk_layer_norms=False),
+    "idefics, perceiver, norms": lambda: idefics(use_resampler=True, qk_layer_norms=True),
+    "open_flamingo, immediate": lambda: open_flamingo(immediate=True),
+    "open_flamingo, all previous": lambda: open_flamingo(immediate=False),
+}
+
+
+def tiny(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model called ``name``, with the same weights at every call: norms and embeddings at random too."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        model = FAMILIES[name]()
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, parameter in model.named_parameters():
+            if name.endswith("_gate"):  # OpenFlamingo starts with closed gates
+                parameter.fill_(0.7)
+    return nn.Module.to(model, dtype)
