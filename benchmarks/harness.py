@@ -14,7 +14,7 @@ import torch
 
 # Written before every timed call: more than any L2 holds, and long enough for the host to queue the call meanwhile.
 FLUSH_BYTES = 1 << 29
-SECONDS = 0.15
+SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -40,27 +40,31 @@ class Row:
 
 
 def time_calls(*calls: Callable[[], object]) -> list[float]:
-    """Median seconds that each call takes on the device, with a cold L2.
+    """Median seconds that each call takes on the device, with a cold L2, at the clock that it settles to.
 
-    The calls take turns, for about ``SECONDS`` each: the chip's clock drifts with its temperature and the power that
-    it draws, and what is compared has to run at the same one.
+    The chip's clock follows the power that a call draws, and drifts: each call runs for ``SECONDS`` before it is
+    timed for as long, and the calls take turns twice.
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
-    def times(rounds: int) -> list[list[float]]:
-        marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2 * len(calls))] for _ in range(rounds)]
-        for events in marks:
-            for i, call in enumerate(calls):
-                flush.zero_()
-                events[2 * i].record()
-                call()
-                events[2 * i + 1].record()
+    def times(call: Callable[[], object], count: int) -> list[float]:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for begin, end in events:
+            flush.zero_()
+            begin.record()
+            call()
+            end.record()
         torch.cuda.synchronize()
-        return [[events[2 * i].elapsed_time(events[2 * i + 1]) / 1e3 for events in marks] for i in range(len(calls))]
+        return [begin.elapsed_time(end) / 1e3 for begin, end in events]
 
-    times(1)
-    slowest = max(second for _, second in times(2))
-    return [statistics.median(seconds) for seconds in times(max(5, min(50, math.ceil(SECONDS / slowest))))]
+    measured: list[list[float]] = [[] for _ in calls]
+    for _ in range(2):
+        for call, seconds in zip(calls, measured, strict=True):
+            times(call, 1)
+            count = max(5, min(50, math.ceil(SECONDS / times(call, 2)[1])))
+            times(call, count)
+            seconds += times(call, count)
+    return [statistics.median(seconds) for seconds in measured]
 
 
 def memory_row(name: str, call: Callable[[], object], moved: int, target: float) -> Row:

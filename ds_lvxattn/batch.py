@@ -16,6 +16,7 @@ from ds_lvxattn.interval import KVInterval
 from ds_lvxattn.plan.plan import LayerPlan
 from ds_lvxattn.routes import Routes
 from ds_lvxattn.shards import ShardLayout
+from ds_lvxattn.timing import LayerTimes
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class SequenceParallelBatch:
         roles: inputs of each exchanged role.
         plans: what each attention module runs with.
         kernel: local attention kernel.
+        times: measures the attention layers; None in the steps in which nothing is measured.
         slots: int64 ``[B * slots]``, the frame in each of this rank's slots, in the order of its keys, as an index
             into the frames that it encodes; None when they are those frames in their order.
         portions: how often the vision encoder is called; the same on all ranks of the run.
@@ -52,6 +54,7 @@ class SequenceParallelBatch:
     roles: Mapping[str, AttentionInputs]
     plans: Mapping[nn.Module, LayerPlan]
     kernel: str
+    times: LayerTimes | None
     slots: Tensor | None
     portions: int
     sees_frame: Tensor

@@ -34,7 +34,7 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
     """Keys of the ``sequence_parallel`` block.
 
     Attributes:
-        strategy: how attention crosses ranks; ``auto`` chooses per layer by traffic.
+        strategy: how attention crosses ranks; ``auto`` chooses per layer by predicted time.
         layers: module-name patterns (``fnmatch``) to a strategy, over ``strategy``; the first match counts.
         schedule: schedule of query exchange.
         kernel: local attention kernel.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -17,11 +17,14 @@ from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.dispatch import select_kernel
 from ds_lvxattn.models import family_of
+from ds_lvxattn.plan.choice import ShapeClass, class_of
 from ds_lvxattn.plan.memory import POLICIES, LayerSizes, kept_bytes
 from ds_lvxattn.plan.plan import AttentionLayer, LayerPlan, plan_layers
+from ds_lvxattn.plan.profile import Profile, profile_for_device
 from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.recompute import Recomputation
 from ds_lvxattn.registration import IMPLEMENTATION, register_with_transformers
+from ds_lvxattn.timing import LayerTimes
 
 # transformers chooses these by itself; any other implementation is somebody's wish, which is not overruled.
 REPLACEABLE = ("sdpa", "eager", IMPLEMENTATION)
@@ -75,6 +78,9 @@ class SequenceParallel:
         )
         self.family.install_hooks(model, self.recomputation)
         self.plans: dict[nn.Module, LayerPlan] = {}
+        self.profile: Profile | None = None
+        self.times: LayerTimes | None = None
+        self._plan_of_class: dict[ShapeClass, dict[nn.Module, LayerPlan]] = {}
 
     def _decoder_layers(self, model: nn.Module) -> list[GradientCheckpointingLayer]:
         """The layers around exchanged attention, which transformers can checkpoint."""
@@ -90,10 +96,24 @@ class SequenceParallel:
         """The plan, a layer each, in the model's order; empty before ``make_plan``."""
         return list(self.plans.values())
 
-    def make_plan(self, shapes: Mapping[str, LayerShape], device: torch.device, dtype: torch.dtype) -> None:
+    @property
+    def head_layouts(self) -> list[tuple[int, int, int]]:
+        """Query heads, key heads and head size of the layers that exchange."""
+        return sorted({(x.heads, x.kv_heads, x.head_dim) for x in self._layers.values() if x.role != "local"})
+
+    def make_plan(
+        self,
+        shapes: Mapping[str, LayerShape],
+        device: torch.device,
+        dtype: torch.dtype,
+        profile: Profile | None = None,
+    ) -> None:
         """Choose every layer's strategy for batches like ``shapes`` (role to sizes), computed in ``dtype``.
 
         Rank 0 chooses and tells the others, so that no rank can come to another plan.
+
+        Args:
+            profile: the machine; None takes the shipped profile of the device.
 
         Raises:
             ConfigError: on every rank, when a setting cannot work for a layer.
@@ -105,36 +125,87 @@ class SequenceParallel:
                     select_kernel(self.config.kernel, call)
                 except ValueError as error:
                     raise ConfigError(f"layer {layer.name}: {error}") from error
+        self.profile = profile or profile_for_device(
+            torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        )
+        self._decide(shapes, None)
+        self._plan_of_class = {class_of(shapes): self.plans}
+
+    def follow(self, shape_class: ShapeClass, shapes: Callable[[], Mapping[str, LayerShape]]) -> bool:
+        """Plan anew when a batch is of a class of sizes that has no plan yet; return whether the plan changed.
+
+        Every rank of the group calls it with the same sizes, so that all or none of them plan; the group's first rank
+        decides. A layer changes its strategy only for a gain that is worth it (``choice.HYSTERESIS``).
+
+        Args:
+            shape_class: ``choice.shape_class`` of the batch's attention roles.
+            shapes: makes the sizes; called for a new class only.
+        """
+        known = self._plan_of_class.get(shape_class)
+        before = self.plans
+        if known is None:
+            self._decide(shapes(), self.comm.group)
+            self._plan_of_class[shape_class] = self.plans
+        else:
+            self.plans = known
+        modes = ([(plan.strategy, plan.schedule) for plan in plans.values()] for plans in (before, self.plans))
+        return next(modes) != next(modes)
+
+    def _decide(self, shapes: Mapping[str, LayerShape], group: dist.ProcessGroup | None) -> None:
+        """The plan of the first rank of ``group`` (None: of all ranks) for every rank in it."""
+        assert self.profile is not None
         answer: list[list[LayerPlan] | ConfigError | None] = [None]
-        if dist.get_rank() == 0:
+        if dist.get_rank(group) == 0:
+            before = {plan.layer: (plan.strategy, plan.schedule) for plan in self.plan}
             try:
                 config = self.config.model_copy(update={"recompute": self.recomputation.policy})
-                answer[0] = plan_layers(list(self._layers.values()), shapes, config, device.type)
+                layers = list(self._layers.values())
+                answer[0] = plan_layers(layers, shapes, config, self.profile, before, _room())
             except ConfigError as error:
                 answer[0] = error
-        dist.broadcast_object_list(answer, src=0)
+        dist.broadcast_object_list(answer, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
         if isinstance(answer[0], ConfigError):
             raise answer[0]
         assert answer[0] is not None
-        self.plans = {
-            module: replace(plan, kept_bytes=self._kept_bytes(plan, layer, shapes))
-            for (module, layer), plan in zip(self._layers.items(), answer[0], strict=True)
+        self.plans = dict(zip(self._layers, answer[0], strict=True))
+        for module, sizes in self._sizes(shapes).items():
+            kept = {policy: kept_bytes(sizes, policy) for policy in POLICIES}
+            self.plans[module] = replace(self.plans[module], kept_bytes=kept)
+
+    def decoder_layer_sizes(self, shapes: Mapping[str, LayerShape]) -> list[LayerSizes]:
+        """What the memory plan must know of each decoder layer, on the rank that holds most; after ``make_plan``."""
+        return list(self._sizes(shapes).values())
+
+    def _sizes(self, shapes: Mapping[str, LayerShape]) -> dict[nn.Module, LayerSizes]:
+        return {
+            module: self._layer_sizes(self.plans[module], layer, shapes[layer.role])
+            for module, layer in self._layers.items()
+            if layer.role in shapes
         }
 
-    def _kept_bytes(self, plan: LayerPlan, layer: AttentionLayer, shapes: Mapping[str, LayerShape]) -> dict[str, int]:
-        if layer.role not in shapes:
-            return {}
-        sizes = self.layer_sizes(plan, layer, shapes[layer.role])
-        return {policy: kept_bytes(sizes, policy) for policy in POLICIES}
+    def note_times(self, measured: Mapping[nn.Module, Mapping[str, float]]) -> None:
+        """Put measured milliseconds (``forward``, ``backward``) of attention modules into the plan."""
+        for module, times in measured.items():
+            self.plans[module] = replace(self.plans[module], measured_ms={k: round(v, 4) for k, v in times.items()})
 
-    def layer_sizes(self, plan: LayerPlan, layer: AttentionLayer, shape: LayerShape) -> LayerSizes:
-        """What the memory plan must know of the decoder layer around ``layer``, on the rank that holds most."""
+    def _layer_sizes(self, plan: LayerPlan, layer: AttentionLayer, shape: LayerShape) -> LayerSizes:
         text = self.family.text_config(self.model_config)
         rows, keys = max(shape.q_lengths), max(shape.kv_lengths)
         if layer.role == "cross":
             keys = max(keys, self.family.frame_tokens(self.model_config))  # a rank without frames has a blank one
+        # What decoders call it that have no gate: the plan takes their feed-forward part for one with a gate.
+        inner = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", 4 * text.hidden_size)
         return LayerSizes(
             layer.role, plan.strategy, plan.schedule, shape.batch, shape.ranks,
             rows, rows, sum(shape.q_lengths), keys, max(sum(shape.kv_lengths), keys),
-            layer.heads, layer.kv_heads, layer.head_dim, text.hidden_size, text.intermediate_size, shape.element,
+            layer.heads, layer.kv_heads, layer.head_dim, text.hidden_size, inner, shape.element,
         )  # fmt: skip
+
+
+def _room() -> float | None:
+    """Bytes that one layer's exchange may need while it runs: half of what the device has left, which activations
+    share. None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return 0.5 * (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())

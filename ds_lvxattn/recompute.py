@@ -144,7 +144,7 @@ class _Kept:
     def __init__(self) -> None:
         self.fresh: list[tuple[Tensor, ...]] = []
         self.counts: list[int] = []
-        self.node: Any = None
+        self.saver: Tensor | None = None
 
     def save(self) -> None:
         """Hand the tensors to autograd, after the forward pass, when the checkpoint's own hooks are off."""
@@ -152,12 +152,13 @@ class _Kept:
         if self.fresh:
             tensors = [x for outputs in self.fresh for x in outputs]
             anchor = torch.empty(0, requires_grad=True)
-            self.node = _Save.apply(anchor, *tensors).grad_fn
+            self.saver = _Save.apply(anchor, *tensors)
         self.fresh = []
 
     def outputs(self) -> list[tuple[Tensor, ...]]:
         """What each operator returned."""
-        tensors = iter(self.node.saved_tensors if self.node is not None else ())
+        node: Any = None if self.saver is None else self.saver.grad_fn
+        tensors = iter(() if node is None else node.saved_tensors)
         return [tuple(next(tensors) for _ in range(count)) for count in self.counts]
 
 

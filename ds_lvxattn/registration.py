@@ -7,6 +7,7 @@ no model file is patched and no state is global.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,7 +57,8 @@ def exchanged_attention(
     inputs = sequence_parallel.roles[plan.role]
     # A rank without frames still feeds one blank frame to the model; its keys belong to no sample.
     keys = inputs.layout.kv.lengths[sequence_parallel.comm.rank]
-    out, _lse = sp_attention(
+    attend = functools.partial(
+        sp_attention,
         query,
         key[:, :, :keys],
         value[:, :, :keys],
@@ -68,7 +70,10 @@ def exchanged_attention(
         kernel=sequence_parallel.kernel,
         shards=inputs.layout,
         routes=inputs.routes,
+        head_groups=plan.head_groups,
     )
+    times = sequence_parallel.times
+    out, _lse = attend() if times is None else times.measure(module, (query, key, value), attend)
     return out.transpose(1, 2), None
 
 

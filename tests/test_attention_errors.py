@@ -110,7 +110,7 @@ ONE_RANK: dict[str, tuple[Callable[[], Any], str]] = {
     "stripe": (lambda: SequenceShards((3, 1), stripe=-2), r"stripe is -2; give 0 \(contiguous\)"),
     "lengths that are not striped": (
         lambda: SequenceShards((1, 5), stripe=2),
-        r"shard lengths \(1, 5\) are not those of units of 2 tokens dealt round robin",
+        r"shard lengths \(1, 5\) are not those of units of 2 tokens dealt in turn to 2 ranks",
     ),
     "ranks of queries and keys": (
         lambda: layout((3,), (5, 5)),

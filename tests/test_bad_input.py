@@ -56,7 +56,10 @@ def refused(folder: Path, config: dict[str, Any], *words: Any, ranks: int = 2, *
         ({"sequence_parallel": {"strategy": "megatron"}}, ("strategy", "'megatron'", "'lv_xattn'", "'ulysses'")),
         ({"sequence_parallel": {"stragety": "ring"}}, ("'sequence_parallel.stragety'", "'ring'", "strategy")),
         ({"sequence_parallel": {"layers": {"*.9.*": "ring"}}}, ("'*.9.*'", "matches none", "layers.1.cross_attn")),
-        (ds_config(3, 2, 2, recompute="layer"), ("'sequence_parallel.recompute' is 'layer'", "ZeRO-3", "'kv'")),
+        (
+            {"activation_checkpointing": {"partition_activations": True}},
+            ("'activation_checkpointing.partition_activations'", "True"),
+        ),
         ({"sequence_parallel_size": 3}, ("'sequence_parallel_size' is 3", "2 ranks", "[1, 2]")),
     ],
     ids=str,

@@ -88,3 +88,33 @@ def test_unreadable_files(tmp_path: Path, content: str | None, message: str) -> 
         file.write_text(content)
     with pytest.raises(ConfigError, match=f"--ds_config .*ds.json: {message}"):
         load_ds_config(file)
+
+
+@pytest.mark.parametrize(
+    ("block", "named", "recompute", "offload"),
+    [
+        (None, {}, "kv", False),
+        ({}, {}, "layer", False),
+        ({"cpu_checkpointing": True, "partition_activations": False, "number_checkpoints": None}, {}, "layer", True),
+        ({"cpu_checkpointing": True}, {"recompute": "kv"}, "kv", True),
+        ({}, {"recompute": "none"}, "none", False),
+    ],
+)
+def test_the_checkpointing_block_of_deepspeed(block: dict | None, named: dict, recompute: str, offload: bool) -> None:
+    config = {"sequence_parallel": named} | ({} if block is None else {"activation_checkpointing": block})
+    got = sequence_parallel_config(config, 2)
+    assert (got.recompute, got.offload) == (recompute, offload)
+
+
+@pytest.mark.parametrize(
+    ("block", "named"),
+    [
+        ({"partition_activations": True}, {}), ({"number_checkpoints": 4}, {}), ({"profile": True}, {}),
+        ({"cpu": True}, {}), ({"cpu_checkpointing": 1}, {}), ({"cpu_checkpointing": True}, {"recompute": "none"}),
+        ("yes", {}),
+    ],
+)  # fmt: skip
+def test_what_the_checkpointing_block_cannot_ask_for(block: Any, named: dict) -> None:
+    with pytest.raises(ConfigError) as error:
+        sequence_parallel_config({"activation_checkpointing": block, "sequence_parallel": named}, 2)
+    assert "activation_checkpointing" in str(error.value)

@@ -31,7 +31,6 @@ from ds_lvxattn.training.model import load_model
 from tests.tiny_families import tiny
 from tests.tiny_model import IMAGE_TOKEN, tiny_collator, tiny_model, tiny_sample
 
-
 # Masks
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ds_lvxattn.plan.memory import POLICIES
+from ds_lvxattn.plan.memory import POLICIES, LayerSizes, ModelStates, frames_that_fit, kept_bytes, step_bytes
 from tests.distributed import run
 from tests.tiny_model import attach, loss_of, tiny_model, tiny_sample
 
@@ -79,3 +79,38 @@ def test_layers_keep_what_the_plan_says(ranks: int) -> None:
             results = run(ranks, measured_and_planned, dtype, policy)[0]
             for mode, (measured, planned) in zip(MODES, results, strict=False):
                 assert measured == planned, (dtype, policy, mode)
+
+
+def cross_layer(keys: int) -> LayerSizes:
+    return LayerSizes(
+        "cross", "lv_xattn", "gather", 1, 2, 100, 100, 200, keys, 2 * keys, 32, 8, 128, 4096, 14336, 2
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", ["kv", "layer"])
+def test_recomputing_layers_keep_nothing_of_the_length_of_the_keys(policy: str) -> None:
+    assert kept_bytes(cross_layer(1_000), policy) == kept_bytes(cross_layer(1_000_000), policy)
+    # float32 and normalised keys, the inverse norms, K and V
+    grown = kept_bytes(cross_layer(1_001), "none") - kept_bytes(cross_layer(1_000), "none")
+    assert grown == 1024 * (4 + 2 + 2 + 2) + 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "want"),
+    [
+        (0, (), 1000 * 2 + 100 * 2 + 100 * 12), (1, (), 1000 * 2 + 100 * 2 + 25 * 12),
+        (2, (), 1000 * 2 + 25 * 2 + 25 * 12), (3, (), 250 * 2 + 25 * 2 + 25 * 12),
+        (2, ("offload_optimizer",), 1000 * 2), (3, ("offload_optimizer", "offload_parameters"), 0),
+    ],
+)  # fmt: skip
+def test_model_states(stage: int, offload: tuple[str, ...], want: int) -> None:
+    assert ModelStates(1000, 100, 2, stage, 4, **dict.fromkeys(offload, True)).device_bytes == want
+
+
+def test_frames_that_fit() -> None:
+    def step(frames: int) -> int:
+        return step_bytes([cross_layer(1601 * frames)] * 8, "kv", ModelStates(10**9, 0, 2, 1, 1), 0, True)
+
+    most = frames_that_fit(step, 80 * 2**30)
+    assert step(most) <= 80 * 2**30 < step(most + 1)
+    assert frames_that_fit(step, 10**9) == 0

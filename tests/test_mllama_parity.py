@@ -25,13 +25,13 @@ from tests.tiny_model import (
     MODES,
     PATTERNS,
     attach,
+    frames_in_portions,
     loss_of,
     loss_of_each_alone,
     tiny_collator,
     tiny_config,
     tiny_model,
     tiny_processor,
-    tiny_sample,
 )
 
 # Micro-batches, as patterns of ``tiny_sample``. Those of BATCHES start with an image where samples are of unequal
@@ -42,6 +42,7 @@ BATCHES = {
     "equal frames, text first": ("tIItIa", "ttIIItaaa"),
 }
 UNEQUAL_TEXT_FIRST = ("tItIIta", "ttIa", "tta")
+
 
 @functools.cache
 def on_one_rank(
@@ -103,6 +104,21 @@ def test_padding_tiles_are_dropped() -> None:
     patterns = ("ItIItttaaItaI", "IIta")
     want = on_one_rank(patterns, torch.float64, 2, loss_of)
     for mode, got in zip(MODES, run(2, in_all_modes, (patterns,), torch.float64, 2)[0][0], strict=True):
+        loss, gradient = largest_differences(got, want)
+        assert loss < 1e-12 and gradient < 1e-11, (mode, loss, gradient)
+
+
+def in_portions(patterns: tuple[str, ...]) -> list[tuple[float, Gradients]]:
+    with frames_in_portions(2, tiny_config(tiles=2)):
+        return in_all_modes((patterns,), torch.float64, 2)[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_frames_are_encoded_in_portions(ranks: int) -> None:
+    """Up to three portions; on four ranks one has fewer frames than portions."""
+    patterns = ("ItIItttaaItaIII", "IIIta")
+    want = on_one_rank(patterns, torch.float64, 2, loss_of)
+    for mode, got in zip(MODES, run(ranks, in_portions, patterns)[0], strict=True):
         loss, gradient = largest_differences(got, want)
         assert loss < 1e-12 and gradient < 1e-11, (mode, loss, gradient)
 

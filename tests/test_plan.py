@@ -11,8 +11,10 @@ import torch
 import torch.distributed as dist
 
 from ds_lvxattn.config import ConfigError, SequenceParallelConfig
+from ds_lvxattn.plan.choice import HYSTERESIS, TIE, shape_class
 from ds_lvxattn.plan.pipeline import head_groups, keeps_queries
 from ds_lvxattn.plan.plan import AttentionLayer, LayerPlan, plan_layers, write_plan
+from ds_lvxattn.plan.profile import load_profile
 from ds_lvxattn.plan.traffic import TRAFFIC, LayerShape
 from ds_lvxattn.routes import routed_rows
 from tests.distributed import run
@@ -77,30 +79,74 @@ LAYERS = [
 ]
 
 
-def plans(queries: int, keys: int, ranks: int = 2, model: Any = LAYERS, **settings: Any) -> list[LayerPlan]:
+def plans(
+    queries: int,
+    keys: int,
+    ranks: int = 2,
+    model: Any = LAYERS,
+    profile: str = "h200",
+    before: Any = None,
+    room: float | None = None,
+    **settings: Any,
+) -> list[LayerPlan]:
     """A plan for ``model`` with so many queries and visual keys a rank."""
     cross = LayerShape(1, 1, 1, 1, (queries,) * ranks, (keys,) * ranks, 2)
     text = LayerShape(1, 1, 1, 1, (queries,) * ranks, (queries,) * ranks, 2)
     config = SequenceParallelConfig(size=ranks, **settings)
-    return plan_layers(model, {"cross": cross, "self": text}, config, "cpu")
+    return plan_layers(model, {"cross": cross, "self": text}, config, load_profile(profile), before, room)
 
 
-def test_auto_takes_what_receives_fewest_bytes() -> None:
-    assert [plan.strategy for plan in plans(10, 4000)] == ["ulysses", "lv_xattn", "lv_xattn", "local"]
-    assert plans(100, 10, ranks=4)[1].strategy == "ring"
-    assert plans(100, 200, ranks=4)[1].strategy == "ulysses"
-    for plan in plans(100, 200)[:3]:
-        possible = {name: size for name, size in plan.predicted_bytes.items() if size is not None}
-        assert set(possible) == {"lv_xattn", "ulysses", "ring"} == set(plan.predicted_ms)
-        assert possible[plan.strategy] == min(possible.values())
-        assert f"{plan.strategy} {possible[plan.strategy]:,}" in plan.reason
+def test_auto_takes_what_is_predicted_fastest() -> None:
+    slow = plans(4000, 40000, profile="h200-slow-link")[1]
+    assert slow.strategy == "lv_xattn"
+    for plan in (*plans(64, 100_000)[:3], slow):
+        assert set(plan.predicted_ms) == {"lv_xattn", "ulysses", "ring"} == set(plan.predicted_bytes)
+        times = [ms for ms in plan.predicted_ms.values() if ms is not None]
+        assert plan.predicted_ms[plan.strategy] <= min(times) * (1 + TIE)
+        assert f"{plan.strategy}/{plan.schedule} " in plan.reason and " ms" in plan.reason
+
+
+def test_over_a_slow_link_bytes_decide() -> None:
+    layer = AttentionLayer("cross_attn", "cross", 32, 8, 128)
+    for queries, keys in ((256, 65536), (8192, 2048)):
+        [plan] = plans(queries, keys, model=[layer], ranks=4, profile="h200-slow-link")
+        assert plan.predicted_bytes[plan.strategy] == min(plan.predicted_bytes.values())
+
+
+def test_a_layer_changes_for_a_real_gain_only() -> None:
+    layer = AttentionLayer("cross_attn", "cross", 32, 8, 128)
+    [fresh] = plans(64, 100_000, model=[layer])
+    close = [name for name in ("gather", "routed", "ring") if name != fresh.schedule]
+    for schedule in close:
+        [kept] = plans(64, 100_000, model=[layer], before={"cross_attn": ("lv_xattn", schedule)})
+        gain = fresh.predicted_ms["lv_xattn"] / kept.predicted_ms["lv_xattn"]
+        assert kept.schedule == fresh.schedule or gain > 1 / (1 + HYSTERESIS)
+        assert ("kept" in kept.reason) == (kept.schedule == schedule)
+    [changed] = plans(64, 100_000, model=[layer], before={"cross_attn": ("ring", "ring")})
+    assert changed.strategy == fresh.strategy == "lv_xattn"
+
+
+def test_a_strategy_that_lacks_memory_is_not_taken() -> None:
+    layer = AttentionLayer("cross_attn", "cross", 32, 8, 128)
+    [plan] = plans(64, 1_000_000, model=[layer], room=1e9)
+    assert plan.strategy == "lv_xattn" and plan.predicted_ms["ring"] is None and "GB" in plan.reason
+    [forced] = plans(64, 1_000_000, model=[layer], room=1e9, strategy="ring")
+    assert forced.strategy == "ring" and forced.predicted_ms["ring"] is not None
+    with pytest.raises(ConfigError, match="no strategy can run layer"):
+        plans(64, 1_000_000, model=[layer], room=1.0)
+
+
+def test_classes_of_sizes() -> None:
+    assert shape_class(2, 1024, 4096) == shape_class(2, 513, 2049) != shape_class(2, 1025, 4096)
+    assert shape_class(1, 0, 0) != shape_class(1, 2, 0) != shape_class(1, 2, 2) != shape_class(2, 2, 2)
 
 
 def test_patterns_go_before_the_strategy_and_the_first_match_counts() -> None:
     layers = {"*.1.cross_attn": "ulysses", "*cross_attn": "ring"}
-    for strategy, text in (("auto", "ulysses"), ("lv_xattn", "lv_xattn")):
+    for strategy in ("auto", "lv_xattn"):
         chosen = plans(10, 4000, strategy=strategy, layers=layers)
-        assert [plan.strategy for plan in chosen] == [text, "ulysses", "ring", "local"]
+        assert [plan.strategy for plan in chosen[1:]] == ["ulysses", "ring", "local"]
+        assert strategy == "auto" or chosen[0].strategy == strategy
         assert "set in the config: 'ulysses'" in chosen[1].reason
 
 
@@ -120,11 +166,11 @@ def test_ulysses_without_enough_heads(heads: int, kv_heads: int) -> None:
     assert "use lv_xattn" in str(error.value)
     [plan] = plans(10, 100, ranks=4, model=[layer])
     assert plan.strategy != "ulysses" and plan.predicted_bytes["ulysses"] is None
-    assert "ulysses not possible" in plan.reason
+    assert "ulysses/auto not possible" in plan.reason
 
 
 def test_the_schedule_holds_where_a_strategy_has_it() -> None:
-    assert [plan.schedule for plan in plans(10, 4000)] == ["auto", "gather", "gather", "auto"]
+    assert {plan.schedule for plan in plans(10, 4000, strategy="ulysses")} == {"auto"}
     gather, ring = (plans(10, 4000, strategy="lv_xattn", schedule=schedule)[1] for schedule in ("gather", "ring"))
     assert (gather.schedule, ring.schedule) == ("gather", "ring")
     # The queries travel twice in the ring.
@@ -165,5 +211,5 @@ def test_head_groups_follow_link_speed_and_size() -> None:
 
 def test_queries_are_kept_while_they_are_the_small_part() -> None:
     assert keeps_queries(32, 8, (192, 192), (131_072, 131_072))
-    assert not keeps_queries(8, 8, (512, 512), (512, 512))
+    assert not keeps_queries(8, 8, (512, 512, 512), (512, 512, 512))
     assert not keeps_queries(8, 8, (512, 100), (0, 0))

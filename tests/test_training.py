@@ -200,8 +200,9 @@ def check_files(folder: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     assert [layer["role"] for layer in plan if layer["role"] != "local"] == ["self", "cross", "self", "cross"]
     for layer in plan:
-        assert set(layer) == {
-            "layer", "role", "strategy", "schedule", "predicted_ms", "predicted_bytes", "reason",
+        assert set(layer) >= {
+            "layer", "role", "strategy", "schedule", "predicted_ms", "predicted_bytes", "reason", "balance",
+            "kept_bytes", "measured_ms",
         }  # fmt: skip
     evaluation = json.loads((folder / "eval.json").read_text())
     assert 0 <= evaluation["accuracy"] <= 1 and evaluation["examples"] > 0

@@ -7,8 +7,9 @@ A sample is written as a pattern: ``I`` a frame, ``t`` a text token, ``a`` an an
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,7 @@ from ds_lvxattn.data.needle import IMAGE, VOCABULARY, build_tokenizer
 from ds_lvxattn.data.sample import IGNORE, Sample
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.integration import SequenceParallel
-from ds_lvxattn.models import family_of
+from ds_lvxattn.models import family_of, mllama
 from ds_lvxattn.models.idefics import Idefics
 from ds_lvxattn.models.mllama import Mllama
 from ds_lvxattn.models.open_flamingo import OpenFlamingo
@@ -88,6 +89,18 @@ def tiny_model(config: MllamaConfig | None = None, dtype: torch.dtype = torch.fl
             if "gate" in name and parameter.numel() == 1:
                 parameter.fill_(0.7)
     return model.to(dtype)
+
+
+@contextlib.contextmanager
+def frames_in_portions(frames: int, config: MllamaConfig) -> Iterator[None]:
+    """The vision encoder takes at most ``frames`` frames at once, the norm of the keys seven keys."""
+    usual, usual_keys = mllama.TOKENS_AT_ONCE, mllama.KEYS_AT_ONCE
+    mllama.TOKENS_AT_ONCE = usual // mllama.Mllama().frames_at_once(config) * frames
+    mllama.KEYS_AT_ONCE = 7
+    try:
+        yield
+    finally:
+        mllama.TOKENS_AT_ONCE, mllama.KEYS_AT_ONCE = usual, usual_keys
 
 
 def tiny_processor() -> MllamaImageProcessorPil:

@@ -83,8 +83,8 @@ class Collator:
         tokens = sum(token == self.image_id for token in sample.input_ids)
         if tokens != sample.num_frames:
             raise SampleError(
-                f"{sample.name}: {tokens} image tokens (id {self.image_id}) in the text for {sample.num_frames} frames; "
-                f"write one {self.family.image_token} for each frame"
+                f"{sample.name}: {tokens} image tokens (id {self.image_id}) in the text for {sample.num_frames} "
+                f"frames; write one {self.family.image_token} for each frame"
             )
         return sample
 
@@ -184,6 +184,7 @@ class Collator:
             roles,
             self.parallel.plans,
             self.parallel.config.kernel,
+            self.parallel.times,
             None if in_order else torch.tensor(slots, device=self.device),
             portions,
             sees_frame[:, None, :, None].to(self.device),

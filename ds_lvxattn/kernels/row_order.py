@@ -55,5 +55,5 @@ def row_order(*tensors: Tensor) -> RowOrder:
             dims.append((size, strides))
     count = max(1, len(dims))
     dims = [(1, [0] * len(tensors))] * (3 - len(dims)) + dims
-    strides = [(dims[0][1][i], dims[1][1][i], dims[2][1][i]) for i in range(len(tensors))]
-    return RowOrder((dims[1][0], dims[2][0]), strides, count)
+    by_tensor = [(dims[0][1][i], dims[1][1][i], dims[2][1][i]) for i in range(len(tensors))]
+    return RowOrder((dims[1][0], dims[2][0]), by_tensor, count)

@@ -55,11 +55,11 @@ if triton is not None:
         dout_strides, delta_strides, out_strides = order.strides
         head_dim = dout.shape[-1]
         block_d = triton.next_power_of_2(head_dim)
-        block_s = max(1, 4096 // block_d)
+        block_s = max(1, 1024 // block_d)
         _output_with_delta_kernel[(triton.cdiv(delta.numel(), block_s),)](
             dout, delta, out, *dout_strides, dout.stride(-1), *delta_strides, *out_strides, out.stride(-1),
             delta.numel(), *order.sizes, DIMS=order.dims, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=block_s,
-            num_warps=4,
+            num_warps=2,
         )  # fmt: skip
         return out
 

@@ -35,7 +35,8 @@ def family_of_config(config: PreTrainedConfig) -> Family:
         ConfigError: no family has.
     """
     for family in FAMILIES:
-        if isinstance(config, family.model_class.config_class):
+        of_family = family.model_class.config_class
+        if of_family is not None and isinstance(config, of_family):
             return family
     raise ConfigError(_unknown(type(config).__name__))
 

@@ -69,9 +69,9 @@ class Family(ABC):
             known = module in inside or not layers.keys().isdisjoint(module.modules())
             if "Attention" in type(module).__name__ and not known:
                 raise ConfigError(
-                    f"module {name} is of class {type(module).__name__}, an attention that the family {self.name} gives "
-                    f"no role; add the class in {type(self).__module__} as 'cross' (visual keys, divided by frames), "
-                    "'self' (text over text) or 'local' (nothing exchanged), see docs/adding-a-family.md"
+                    f"module {name} is of class {type(module).__name__}, an attention that the family {self.name} "
+                    f"gives no role; add the class in {type(self).__module__} as 'cross' (visual keys, divided by "
+                    "frames), 'self' (text over text) or 'local' (nothing exchanged), see docs/adding-a-family.md"
                 )
         return layers
 
@@ -93,6 +93,10 @@ class Family(ABC):
     @abstractmethod
     def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
         """Parameter-name patterns (``fnmatch``) that a pretrained model trains unless the config says otherwise."""
+
+    @abstractmethod
+    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
+        """Sizes of a visual token's vectors that are kept once for all layers: feature, and input of the projector."""
 
     def text_config(self, model_config: Any) -> Any:
         """The config of the language model."""

@@ -56,6 +56,9 @@ class Idefics(Family):
         resampler = ("*perceiver_resampler.*",) if model_config.use_resampler else ()
         return ("*gated_cross_attn_layers.*", *resampler)
 
+    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
+        return (model_config.vision_config.embed_dim,)
+
     def frame_tokens(self, model_config: Any) -> int:
         if model_config.use_resampler:
             return model_config.perceiver_config.resampler_n_latents

@@ -9,7 +9,7 @@ its feed-forward output is zeroed), so its interval is the whole key sequence.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,13 @@ from transformers.models.mllama.modeling_mllama import (
 from ds_lvxattn.batch import SequenceParallelBatch
 from ds_lvxattn.models.family import TOKENS_AT_ONCE, Family, dense_frame_mask
 from ds_lvxattn.models.frames import encode_in_portions
-from ds_lvxattn.recompute import Recomputation
+from ds_lvxattn.recompute import Recomputation, recompute
 
 ROLES = {MllamaTextCrossAttention: "cross", MllamaTextSelfAttention: "self", MllamaVisionAttention: "local"}
+
+# Keys that the norm of the keys takes at once: its float32 intermediates, for all keys at once, would be the peak of
+# the backward pass. Under every policy, so that all sum the gradient of its weight alike.
+KEYS_AT_ONCE = 1 << 16
 
 PIXELS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
@@ -48,6 +52,10 @@ class Mllama(Family):
         encode = functools.partial(encode_frames, recomputation)
         model.get_submodule("model").register_forward_pre_hook(encode, with_kwargs=True)
         model.get_submodule("model.language_model").register_forward_pre_hook(mask_rows, with_kwargs=True)
+        for module in model.modules():
+            if isinstance(module, MllamaTextCrossAttention):
+                norm = module.k_norm
+                setattr(norm, "forward", functools.partial(_norm_keys, recomputation, norm, norm.forward))  # noqa: B010
 
     def frame_tokens(self, model_config: Any) -> int:
         vision = model_config.vision_config
@@ -76,6 +84,9 @@ class Mllama(Family):
         tiles = model_config.vision_config.max_num_tiles
         return dict(zip(PIXELS, _with_blank_tiles(tiles, *(pixels[key] for key in PIXELS)), strict=True))
 
+    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
+        return (model_config.text_config.hidden_size, model_config.vision_config.vision_output_dim)
+
     def frames_at_once(self, model_config: Any) -> int:
         padded = -(-self.frame_tokens(model_config) // 8) * 8
         return max(TOKENS_AT_ONCE // (model_config.vision_config.max_num_tiles * padded), 1)
@@ -97,8 +108,9 @@ def encode_frames(
 ) -> Any:
     """Before the model: its visual features from the pixels, in the portions that the batch asks for.
 
-    The model would encode all frames at once. What its layers get is ``[B * slots, tokens, d]``, the frames of this
-    rank in the order of its keys, without padding tiles.
+    The model would encode all frames at once. What its layers get is ``[B * slots * tokens, d]``, the frames of this
+    rank in the order of its keys, without padding tiles. A rank with fewer frames than portions encodes its first
+    one again, so that every rank calls the encoder as often; no row sees that.
     """
     batch: SequenceParallelBatch | None = kwargs.get("sequence_parallel")
     if batch is None:
@@ -110,7 +122,9 @@ def encode_frames(
     states = module.get_submodule("multi_modal_projector")(encoded)
     if batch.slots is not None:
         states = states.index_select(0, batch.slots)
-    return args, {**rest, "cross_attention_states": states}
+    # Without the frames' dimension the projections are plain matrix products, whose gradients autograd adds up in
+    # place: as views they would take once more the memory of the features.
+    return args, {**rest, "cross_attention_states": states.flatten(0, 1)}
 
 
 def _encode(vision: Any, *inputs: Tensor) -> Tensor:
@@ -123,6 +137,15 @@ def _with_blank_tiles(tiles: int, pixels: Tensor, ids: Tensor, mask: Tensor) -> 
     """``PIXELS`` with one tile a frame to as many as the model has."""
     padding = (0, tiles - 1)
     return nn.functional.pad(pixels, (0, 0, 0, 0, 0, 0, *padding)), ids, nn.functional.pad(mask, padding)
+
+
+def _norm_keys(recomputation: Recomputation, norm: nn.Module, forward: Callable[[Tensor], Tensor], k: Tensor) -> Tensor:
+    """The norm of keys ``k [B, H_kv, S_kv, D]``, in portions; recomputed, they keep nothing but ``k``."""
+    if not norm.training or k.shape[2] <= KEYS_AT_ONCE:
+        return forward(k)
+    if recomputation.policy != "none":
+        forward = functools.partial(recompute, norm, forward)
+    return torch.cat([forward(portion) for portion in k.split(KEYS_AT_ONCE, dim=2)], dim=2)
 
 
 def mask_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

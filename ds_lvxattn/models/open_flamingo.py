@@ -100,7 +100,11 @@ class OpenFlamingoModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     # The package names the same modules twice.
-    _keys_to_ignore_on_load_missing = (r"old_decoder_blocks", r"decoder_layer\.", r"gated_cross_attn_layer\.")
+    _keys_to_ignore_on_load_missing = [  # noqa: RUF012
+        r"old_decoder_blocks",
+        r"decoder_layer\.",
+        r"gated_cross_attn_layer\.",
+    ]
 
     def __init__(self, config: OpenFlamingoConfig) -> None:
         super().__init__(config)
@@ -120,6 +124,7 @@ class OpenFlamingoModel(PreTrainedModel):
             cross_attn_every_n_layers=config.cross_attn_every_n_layers,
         )
         self.flamingo.vision_encoder.requires_grad_(False)  # the package encodes images without gradients
+        module: Any
         for module in self.modules():
             if _is_cross_attention(module):
                 module.only_attend_immediate_media = config.only_attend_immediate_media
@@ -204,6 +209,9 @@ class OpenFlamingo(Family):
 
     def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
         return ("*perceiver.*", "*gated_cross_attn_layer.*")
+
+    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
+        return (model_config.vision_config.hidden_size,)
 
     def frame_tokens(self, model_config: Any) -> int:
         return 64  # the package leaves its perceiver's number of latents at that

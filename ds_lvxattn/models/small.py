@@ -16,9 +16,9 @@ from ds_lvxattn.models.idefics import with_loss_over_all_tokens
 from ds_lvxattn.models.open_flamingo import OpenFlamingoConfig, OpenFlamingoModel
 from ds_lvxattn.models.quickstart import WIDTH, build_quickstart
 
-PIXELS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+PIXELS: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 SIZE = NeedleTask().image_size
-TOKENS = {
+TOKENS: dict[str, Any] = {
     "bos_token_id": VOCABULARY.index(BOS),
     "eos_token_id": VOCABULARY.index(EOS),
     "pad_token_id": VOCABULARY.index(PAD),

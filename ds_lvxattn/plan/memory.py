@@ -177,17 +177,17 @@ class ModelStates:
 def workspace_bytes(sizes: LayerSizes, policy: str, features_train: bool) -> int:
     """Peak of what a layer's backward pass needs beside what was kept, as far as it grows with the keys.
 
-    ``dK``, ``dV`` and three float32 tensors of the size of ``K`` in the backward pass of its norm; what is
-    recomputed (``K`` before and after its norm, and ``V``); two sets of feature gradients, the sum over layers and
-    the part of one projection. An estimate: allocators round, and kernels have workspaces.
+    ``dK`` and ``dV``; recomputed, ``K`` before and after its norm, and ``V``. Where the visual features train, their
+    gradient, the sum so far and the part of one projection; by then a layer that kept ``K`` and ``V`` has freed them.
+    An estimate: allocators round, and kernels have workspaces.
     """
-    elements = sizes.batch * sizes.keys * sizes.kv_heads * sizes.head_dim
-    work = 2 * sizes.kv_bytes + (3 * elements * FLOAT32 if sizes.role == "cross" else 0)
-    if policy != "none" and sizes.role == "cross":
-        work += 2 * sizes.kv_bytes + sizes.norm_bytes(sizes.keys * sizes.kv_heads, sizes.head_dim)
-    if features_train and sizes.role == "cross":
-        work += 2 * sizes.batch * sizes.keys * sizes.width * sizes.element
-    return work
+    if sizes.role != "cross":
+        return 2 * sizes.kv_bytes
+    features = 2 * sizes.batch * sizes.keys * sizes.width * sizes.element if features_train else 0
+    if policy != "none":
+        return 5 * sizes.kv_bytes + features
+    freed = 2 * sizes.kv_bytes + sizes.norm_bytes(sizes.keys * sizes.kv_heads, sizes.head_dim)
+    return max(2 * sizes.kv_bytes, features + sizes.kv_bytes - freed)
 
 
 def step_bytes(

@@ -9,15 +9,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ds_lvxattn.config import ConfigError, SequenceParallelConfig
-from ds_lvxattn.plan.traffic import TRAFFIC, LayerShape
+from ds_lvxattn.plan.choice import Candidate, best_of_each, candidates, choose, reason
+from ds_lvxattn.plan.cost import Layer, Mode
+from ds_lvxattn.plan.profile import Profile
+from ds_lvxattn.plan.traffic import LayerShape
+from ds_lvxattn.plan.visibility import of_shape
 from ds_lvxattn.strategies import STRATEGIES
-
-# Bytes a second at which ``predicted_ms`` turns bytes into time: a 200 Gbit/s link between nodes, or gloo over
-# loopback on a CPU. It scales all candidates alike, so the choice does not depend on it.
-NOMINAL_LINK = {"cuda": 25e9, "cpu": 1e9}
-
-# ``routed`` is not pipelined as ``gather`` is, so it must save at least this share of gather's bytes.
-ROUTED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,16 @@ class AttentionLayer:
 class LayerPlan:
     """What a layer runs with, and what was expected of every candidate: one object of ``plan.json``.
 
-    ``balance`` is the largest over the mean visible work of a rank when queries travel (1 is even).
-    ``kept_bytes`` has, for each recompute policy, what the decoder layer keeps from forward to backward pass.
+    Attributes:
+        layer, role, strategy, schedule: the layer's name and role, and the choice.
+        predicted_ms, predicted_bytes: for every strategy, by its best schedule, forward and backward together; None
+            where it cannot run. Times are of attention and exchange, bytes those that a rank receives.
+        reason: why this choice.
+        kept_bytes: for each recompute policy, what the decoder layer keeps from forward to backward pass.
+        head_groups: groups of key heads that ``gather`` pipelines in the forward and the backward pass; None: it
+            chooses, or does not run.
+        balance: largest over mean visible work of a rank when queries travel; 1 is even.
+        measured_ms: ``forward`` and ``backward`` of the choice as it ran, when a run has measured it.
     """
 
     layer: str
@@ -53,15 +58,29 @@ class LayerPlan:
     predicted_ms: dict[str, float | None]
     predicted_bytes: dict[str, int | None]
     reason: str
-    balance: float | None = None
     kept_bytes: dict[str, int] = field(default_factory=dict)
+    head_groups: tuple[int, int] | None = None
+    balance: float | None = None
+    measured_ms: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def expected_ms(self) -> float | None:
+        """Predicted time of the choice."""
+        return self.predicted_ms.get(self.strategy)
+
+    @property
+    def took_ms(self) -> float | None:
+        """Measured time of the choice, forward and backward."""
+        return sum(self.measured_ms.values()) if self.measured_ms else None
 
 
 def plan_layers(
     layers: Sequence[AttentionLayer],
     shapes: Mapping[str, LayerShape],
     config: SequenceParallelConfig,
-    device: str,
+    profile: Profile,
+    before: Mapping[str, Mode] | None = None,
+    room: float | None = None,
 ) -> list[LayerPlan]:
     """A plan for every layer.
 
@@ -69,7 +88,9 @@ def plan_layers(
         layers: the model's attention layers.
         shapes: for each exchanged role, the sizes of a typical batch (heads are taken from the layer).
         config: the sequence-parallel settings.
-        device: device type, for the nominal link speed.
+        profile: the machine that it runs on.
+        before: strategy and schedule that layers ran with so far, by layer name.
+        room: bytes that a layer's exchange may need while it runs; None: no limit.
 
     Raises:
         ConfigError: a pattern of ``config.layers`` matches no exchanged layer, or the strategy that a setting
@@ -81,11 +102,33 @@ def plan_layers(
             raise ConfigError(
                 f"'sequence_parallel.layers' has the pattern {pattern!r}, which matches none of the layers {exchanged}"
             )
-    return [_plan_layer(layer, shapes.get(layer.role), config, device) for layer in layers]
+    known: dict[object, LayerPlan] = {}
+    plans = []
+    for layer in layers:
+        forced = _forced(layer, config)
+        past = (before or {}).get(layer.name)
+        # Most layers of a model are alike, and so are their plans.
+        key = (layer.role, layer.heads, layer.kv_heads, layer.head_dim, forced, past)
+        if key not in known:
+            known[key] = _plan_layer(layer, shapes.get(layer.role), config, profile, forced, past, room)
+        plans.append(replace(known[key], layer=layer.name))
+    return plans
+
+
+def _forced(layer: AttentionLayer, config: SequenceParallelConfig) -> str | None:
+    """The strategy that the settings prescribe for a layer: the first pattern that matches, or the global one."""
+    matching = (name for pattern, name in config.layers.items() if fnmatchcase(layer.name, pattern))
+    return next(matching, None if config.strategy == "auto" else config.strategy)
 
 
 def _plan_layer(
-    layer: AttentionLayer, sizes: LayerShape | None, config: SequenceParallelConfig, device: str
+    layer: AttentionLayer,
+    sizes: LayerShape | None,
+    config: SequenceParallelConfig,
+    profile: Profile,
+    forced: str | None,
+    before: Mode | None,
+    room: float | None,
 ) -> LayerPlan:
     if sizes is None or config.size == 1:
         why = "each rank attends within its own frames" if layer.role == "local" else "one rank, nothing to exchange"
@@ -94,72 +137,47 @@ def _plan_layer(
         sizes, heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim,
         recompute=_recomputed(layer.role, config),
     )  # fmt: skip
-    ranks = shape.ranks
-    predicted: dict[str, int | None] = {}
-    obstacles: dict[str, str] = {}
-    schedules: dict[str, str] = {}
-    why_schedule: dict[str, str] = {}
+    costed = Layer(shape, of_shape(shape))
+    schedules = {}
     for name, strategy in STRATEGIES.items():
-        schedules[name], why_schedule[name] = _schedule(name, shape, config)
-        obstacle = strategy.unsupported(layer.heads, layer.kv_heads, ranks, replicated=False)
-        if obstacle is not None:
-            obstacles[name], predicted[name] = obstacle, None
-        else:
-            predicted[name] = _most_bytes(shape, name, schedules[name])
-    forced: str | None = next(
-        (name for pattern, name in config.layers.items() if fnmatchcase(layer.name, pattern)), None
-    )
-    if forced is None and config.strategy != "auto":
-        forced = config.strategy
+        if config.schedule in strategy.schedules:
+            schedules[name] = (config.schedule,)
+    found = candidates(costed, profile, schedules, room)
+    best = best_of_each(found)
     if forced is not None:
-        if forced in obstacles:
-            raise ConfigError(f"strategy '{forced}' cannot run layer {layer.name}: {obstacles[forced]}")
-        chosen, reason = forced, f"set in the config: '{forced}'"
+        if best[forced].cost is None:
+            # The only one there is: it may run out of memory, but the user asked for it.
+            if (unlimited := best_of_each(candidates(costed, profile, schedules))[forced]).cost is None:
+                raise ConfigError(f"strategy '{forced}' cannot run layer {layer.name}: {unlimited.obstacle}")
+            best[forced] = unlimited
+        chosen: Candidate | None = best[forced]
+        if before is not None and before[0] == forced:
+            own = [candidate for candidate in found if candidate.mode[0] == forced]
+            chosen = choose(own, before) or chosen
+        assert chosen is not None
+        why = f"set in the config: '{forced}'"
     else:
-        chosen, reason = _fewest_bytes(predicted, obstacles, shape)
-    link = NOMINAL_LINK.get(device, NOMINAL_LINK["cuda"])
-    predicted_ms = {name: None if b is None else b / link * 1e3 for name, b in predicted.items()}
-    if why_schedule[chosen]:
-        reason += f"; schedule {schedules[chosen]}: {why_schedule[chosen]}"
+        chosen = choose(found, before)
+        if chosen is None:
+            raise ConfigError(
+                f"no strategy can run layer {layer.name}: "
+                + "; ".join(f"{'/'.join(candidate.mode)} {candidate.obstacle}" for candidate in found)
+            )
+        why = reason(chosen, found, costed, profile, kept=chosen.mode == before)
+    # What is written for a strategy is what would run: for the chosen one, the chosen schedule.
+    best[chosen.mode[0]] = chosen
     return LayerPlan(
-        layer.name, layer.role, chosen, schedules[chosen], predicted_ms, predicted, reason, round(shape.balance, 4)
-    )
+        layer.name, layer.role, *chosen.mode,
+        {name: None if c.cost is None else round(c.cost.attention * 1e3, 4) for name, c in best.items()},
+        {name: c.received for name, c in best.items()},
+        why,
+        head_groups=costed.head_groups(profile) if chosen.mode == ("lv_xattn", "gather") else None,
+        balance=round(shape.balance, 4),
+    )  # fmt: skip
 
 
 def _recomputed(role: str, config: SequenceParallelConfig) -> str:
     return "none" if config.recompute == "kv" and role != "cross" else config.recompute
-
-
-def _most_bytes(shape: LayerShape, strategy: str, schedule: str) -> int:
-    """Bytes of the rank that receives most."""
-    return max(TRAFFIC[strategy, schedule](shape, rank).total for rank in range(shape.ranks))
-
-
-def _schedule(strategy: str, shape: LayerShape, config: SequenceParallelConfig) -> tuple[str, str]:
-    """The schedule that ``strategy`` runs with, and why; no reason where there is nothing to choose."""
-    schedules = STRATEGIES[strategy].schedules
-    if config.schedule in schedules:
-        return config.schedule, "set in the config"
-    if "routed" not in schedules:
-        return (schedules[0] if schedules else "auto"), ""
-    # The ring receives what gather does or more, in smaller messages; it is for comparison.
-    gather, routed = (_most_bytes(shape, strategy, schedule) for schedule in ("gather", "routed"))
-    if routed <= ROUTED_SHARE * gather:
-        return "routed", f"intervals let it receive {routed:,} bytes, gather {gather:,}"
-    return "gather", f"pipelined, {gather:,} bytes; routed would receive {routed:,}"
-
-
-def _fewest_bytes(
-    predicted: Mapping[str, int | None], obstacles: Mapping[str, str], shape: LayerShape
-) -> tuple[str, str]:
-    possible = {name: b for name, b in predicted.items() if b is not None}
-    chosen = min(possible, key=lambda name: possible[name])
-    compared = ", ".join(f"{name} {b:,}" for name, b in sorted(possible.items(), key=lambda item: item[1]))
-    reason = (
-        f"fewest bytes received a step, forward and backward, at {sum(shape.q_lengths)} queries and "
-        f"{sum(shape.kv_lengths)} keys on {shape.ranks} ranks: {compared}"
-    )
-    return chosen, "; ".join([reason, *(f"{name} not possible: {why}" for name, why in obstacles.items())])
 
 
 def write_plan(plan: Sequence[LayerPlan], path: Path) -> None:

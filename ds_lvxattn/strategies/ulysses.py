@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ds_lvxattn.comm import Communicator
 from ds_lvxattn.kernels.operator import local_attention
+from ds_lvxattn.plan.cost import obstacle
 from ds_lvxattn.shards import SequenceShards
 from ds_lvxattn.strategies.base import Exchange
 
@@ -26,11 +27,7 @@ class Ulysses:
     def unsupported(self, heads: int, kv_heads: int, ranks: int, replicated: bool) -> str | None:
         if replicated:
             return "it shards the queries; use lv_xattn for replicated queries"
-        if heads % ranks:
-            return f"{heads} query heads do not divide over {ranks} ranks; use lv_xattn, which has no such limit"
-        if kv_heads % ranks and ranks % kv_heads:
-            return f"{kv_heads} key heads do not fit {ranks} ranks; use lv_xattn, which has no such limit"
-        return None
+        return obstacle(self.name, heads, kv_heads, ranks)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
         comm, layout = exchange.comm, exchange.layout

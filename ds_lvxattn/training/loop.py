@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from ds_lvxattn.calibrate import HeadLayout, calibrated
 from ds_lvxattn.config import ConfigError, sequence_parallel_config
 from ds_lvxattn.data.collate import Collator
 from ds_lvxattn.data.layout import BatchLayout
@@ -22,13 +23,20 @@ from ds_lvxattn.data.sample import SampleSource
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.models import family_of
+from ds_lvxattn.plan.choice import shape_class as class_of_sizes
 from ds_lvxattn.plan.plan import plan_layers
+from ds_lvxattn.plan.profile import profile_for_device
+from ds_lvxattn.timing import LayerTimes
 from ds_lvxattn.training import checkpoint
 from ds_lvxattn.training.config import FinetuningConfig
 from ds_lvxattn.training.evaluation import evaluate
+from ds_lvxattn.training.memory import memory_plan
 from ds_lvxattn.training.model import LoadedModel, model_dtype, parameter_groups, partition_over_all_ranks
 from ds_lvxattn.training.order import Order
 from ds_lvxattn.training.run_log import RunLog
+
+# Steps after a plan in which its layers are measured; the first ones compile kernels and open connections.
+MEASURED_STEPS = range(2, 5)
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ class Trainer:
             job.train, self.engine.train_micro_batch_size_per_gpu(),
             self.groups.get_data_parallel_rank(), self.groups.get_data_parallel_world_size(),
         )  # fmt: skip
+        self._at = self._first = self._planned_at = 0  # steps: the one at hand, the first, the plan's first
         self.skipped = 0  # broken samples of this rank's group, since the start
         self.loader = self._loader(job.train)
         self.evaluation_loader = None if job.evaluation is None else self._loader(job.evaluation)
@@ -114,7 +123,9 @@ class Trainer:
             first = next(batches)
             self._plan(log, first.layout)
             batches = itertools.chain((first,), batches)
+            self._first = self._planned_at = done + 1
             for step in range(done + 1, job.steps + 1):
+                self._measure_layers(log, step)
                 log.step({"step": step, **self._step(batches, accumulation)})
                 last = step == job.steps
                 if last or (every.save_every and step % every.save_every == 0):
@@ -131,10 +142,47 @@ class Trainer:
         if self.parallel is None:
             layers = self.collator.family.attention_layers(self.job.loaded.model).values()
             config = sequence_parallel_config(self.job.ds_config, dist.get_world_size())
-            log.plan(plan_layers(list(layers), {}, config, self.device.type))
+            log.plan(plan_layers(list(layers), {}, config, profile_for_device(self.device.type)))
             return
-        self.parallel.make_plan(self.collator.shapes(first), self.device, self.collator.dtype)
+        shapes = self.collator.shapes(first)
+        profile = None
+        if self.parallel.config.strategy == "auto":
+            layouts = [HeadLayout(*layout) for layout in self.parallel.head_layouts]
+            profile = calibrated(self.parallel.comm.group, layouts, self.device, self.collator.dtype)
+        self.parallel.make_plan(shapes, self.device, self.collator.dtype, profile)
         log.plan(self.parallel.plan)
+        log.memory(
+            memory_plan(
+                self.parallel, self.job.loaded.model, self.job.ds_config, shapes, first,
+                dist.get_world_size(), self.device,
+            )
+        )  # fmt: skip
+
+    def _follow(self, layout: BatchLayout) -> None:
+        """Plan anew for a batch of other sizes than those planned for."""
+        if self.parallel is None:
+            return
+        shape_class = class_of_sizes(len(layout.frames), layout.text.total, layout.keys.total)
+        if self.parallel.follow(shape_class, lambda: self.collator.shapes(layout)):
+            self._planned_at = self._at + 1  # from the next step on, so that whole steps are measured
+
+    def _measure_layers(self, log: RunLog, step: int) -> None:
+        """Switch the measurement of attention layers on and off; tell of it when a plan's steps are measured."""
+        self._at = step
+        if self.parallel is None:
+            return
+        since = step - self._planned_at
+        if since == 0 and step > self._first:
+            log.plan(self.parallel.plan)  # another plan than the one told of
+            self.parallel.times = None
+        if since == MEASURED_STEPS.start:
+            self.parallel.times = LayerTimes(self.device)
+        elif since == MEASURED_STEPS.stop and self.parallel.times is not None:
+            self.parallel.note_times(self.parallel.times.milliseconds())
+            self.parallel.times = None
+            log.plan(self.parallel.plan)
+        if self.parallel.times is not None:
+            self.parallel.times.start_step()
 
     def _step(self, batches: Iterator[Loaded], accumulation: int) -> dict[str, Any]:
         """One optimizer step; its metrics."""
@@ -147,6 +195,7 @@ class Trainer:
         for _ in range(accumulation):
             loaded = next(batches)
             self.skipped += loaded.skipped
+            self._follow(loaded.layout)
             batch = self.collator.collate(loaded.layout, loaded.images, loaded.most_frames)
             loss = self.engine(**batch.inputs).loss
             self.engine.backward(loss)

@@ -34,7 +34,9 @@ class LoadedModel:
 
     @property
     def image_id(self) -> int:
-        return self.tokenizer.convert_tokens_to_ids(self.image_token)
+        image = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        assert isinstance(image, int)  # a list is for a list of tokens
+        return image
 
     @property
     def pad_token(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ds_lvxattn.plan.plan import LayerPlan, write_plan
+from ds_lvxattn.training.memory import MemoryPlan
 
 PROJECT = "ds_lvxattn"
+MIB = 1 << 20
 
 
 class RunLog:
@@ -53,12 +55,48 @@ class RunLog:
             return
         write_plan(plan, self.output_dir / "plan.json")
         exchanged = [layer for layer in plan if layer.role != "local"]
-        columns: list[str | int] = ["layer", "role", "strategy", "schedule", "reason"]
-        rows = [[getattr(layer, str(column)) for column in columns] for layer in exchanged]
-        self._run.log({"plan": wandb.Table(columns=columns, data=rows)}, step=0)
-        table = Table("layers", "role", "strategy", "schedule", "why", title="attention plan, layers that exchange")
-        for (*choice, reason), names in _grouped(exchanged).items():
-            table.add_row(names[0] if len(names) == 1 else f"{len(names)}, first {names[0]}", *choice, reason)
+        columns: list[str | int] = ["layer", "role", "strategy", "schedule", "predicted_ms", "measured_ms", "reason"]
+        rows = [
+            [layer.layer, layer.role, layer.strategy, layer.schedule, layer.expected_ms, layer.took_ms, layer.reason]
+            for layer in exchanged
+        ]
+        self._run.log({"plan": wandb.Table(columns=columns, data=rows)})
+        if any(layer.took_ms is not None for layer in exchanged):
+            self._compare(exchanged)
+            return
+        table = Table(
+            "layers", "role", "strategy", "schedule", "predicted ms", "why",
+            title="attention plan, layers that exchange",
+        )  # fmt: skip
+        for (*choice, reason), layers in _grouped(exchanged).items():
+            table.add_row(_names(layers), *choice, _range(layer.expected_ms for layer in layers), reason)
+        self.console.print(table)
+
+    def _compare(self, exchanged: Sequence[LayerPlan]) -> None:
+        """The plan's times beside those of the first steps, so that a wrong prediction is seen."""
+        table = Table(
+            "layers", "role", "strategy", "schedule", "predicted ms", "measured ms",
+            title="attention and its exchange, forward and backward",
+        )  # fmt: skip
+        for (*choice, _), layers in _grouped(exchanged).items():
+            expected, took = (_range(getattr(x, key) for x in layers) for key in ("expected_ms", "took_ms"))
+            table.add_row(_names(layers), *choice, expected, took)
+        self.console.print(table)
+
+    def memory(self, plan: MemoryPlan) -> None:
+        """Show on the console what the layers keep for each recompute policy, and the frames that would fit."""
+        if not self.active:
+            return
+        roles = list(plan.kept[plan.policy])
+        title = (
+            f"memory of the rank with most, MiB: model states {plan.states / MIB:,.1f}, visual features, shared by all "
+            f"layers, {plan.shared / MIB:,.1f}"
+        )
+        table = Table("recompute", *(f"kept by {role} layers" for role in roles), "frames that fit", title=title)
+        for policy, kept in plan.kept.items():
+            name = f"{policy} (this run)" if policy == plan.policy else policy
+            fit = "no GPU" if plan.frames is None else f"{plan.frames[policy]:,}"
+            table.add_row(name, *(f"{kept[role] / MIB:,.1f}" for role in roles), fit)
         self.console.print(table)
 
     def step(self, metrics: dict[str, Any]) -> None:
@@ -97,12 +135,26 @@ class RunLog:
             self._run.finish()
 
 
-def _grouped(plan: Sequence[LayerPlan]) -> dict[tuple[str, str, str, str], list[str]]:
-    """Layer names by role, strategy, schedule and reason: most layers of a model share them."""
-    groups: dict[tuple[str, str, str, str], list[str]] = {}
+def _grouped(plan: Sequence[LayerPlan]) -> dict[tuple[str, str, str, str], list[LayerPlan]]:
+    """Layers by role, strategy, schedule and reason: most layers of a model share them."""
+    groups: dict[tuple[str, str, str, str], list[LayerPlan]] = {}
     for layer in plan:
-        groups.setdefault((layer.role, layer.strategy, layer.schedule, layer.reason), []).append(layer.layer)
+        groups.setdefault((layer.role, layer.strategy, layer.schedule, layer.reason), []).append(layer)
     return groups
+
+
+def _names(layers: Sequence[LayerPlan]) -> str:
+    first = layers[0].layer
+    return first if len(layers) == 1 else f"{len(layers)}, first {first}"
+
+
+def _range(values: Iterable[float | None]) -> str:
+    """Smallest to largest of what is known."""
+    known = sorted(value for value in values if value is not None)
+    if not known:
+        return ""
+    low, high = f"{known[0]:.3g}", f"{known[-1]:.3g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def start_wandb(output_dir: Path, settings: dict[str, Any], **names: str) -> wandb.Run:

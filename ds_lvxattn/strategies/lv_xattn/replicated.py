@@ -16,6 +16,8 @@ from ds_lvxattn.kernels.merge import merge_partials
 from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like, lse_dtype
 from ds_lvxattn.strategies.base import Exchange
 
+ALIGNMENT = 8  # bytes: each rank's message holds values of up to so many
+
 
 def replicated_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Attention of the shared rows over the keys of all ranks, on every rank; see ``Strategy.attention``."""
@@ -49,9 +51,13 @@ def _gather_results(out: Tensor, lse: Tensor, comm: Communicator) -> tuple[Tenso
 
     A token's result is small: both travel in one message, side by side in bytes.
     """
+    if not out.numel():
+        return out.new_empty((comm.ranks, *out.shape)), lse.new_empty((comm.ranks, *lse.shape))
     parts = [x.contiguous().view(-1).view(torch.uint8) for x in (lse, out)]
+    size = sum(part.numel() for part in parts)
+    parts.append(parts[0].new_empty(-size % ALIGNMENT))
     results = comm.all_gather(torch.cat(parts), "outputs")
-    lses, outs = results.split([part.numel() for part in parts], dim=1)
+    lses, outs, _ = results.split([part.numel() for part in parts], dim=1)
     return outs.view(out.dtype).unflatten(1, out.shape), lses.view(lse.dtype).unflatten(1, lse.shape)
 
 

@@ -1,0 +1,184 @@
+"""One attention layer on this rank, and the time of its steps: what the exchange and scaling benchmarks share."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
+from ds_lvxattn.comm import communicator
+from ds_lvxattn.kernels.operator import local_attention
+from ds_lvxattn.routes import Routes
+
+Step = Callable[[], None]
+
+FRAME = 64  # tokens of a frame of the masks, as in OpenFlamingo
+TURN = 4  # steps of one candidate before the next one's turn, after one that is not counted
+WARM_UP_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention layer: whole sequences, divided evenly over the ranks. ``mask``: none, growing or one frame."""
+
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mask: str = "none"
+
+    def __str__(self) -> str:
+        return f"{self.queries:,} x {self.keys:,}, {self.heads}/{self.kv_heads}/{self.head_dim}, {self.mask}"
+
+
+@dataclass
+class Figure:
+    """One candidate's result."""
+
+    shape: str
+    candidate: str
+    ms: float
+    over_floor: float
+    extra_mib: float
+    received_mib: float
+
+
+class Layer:
+    """This rank's tensors of a shape, and steps to run on them; of a group, or of all ranks."""
+
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.shape, self.comm = shape, communicator(dist.group.WORLD if group is None else group)
+        ranks, rank = self.comm.ranks, self.comm.rank
+        # Frames are dealt out where masks would make the work of contiguous ones uneven.
+        keys = SequenceShards.contiguous(shape.keys, ranks)
+        if shape.mask == "growing":
+            keys = SequenceShards.striped(shape.keys, ranks, FRAME)
+        self.shards = ShardLayout(SequenceShards.contiguous(shape.queries, ranks), keys)
+        generator = torch.Generator(device).manual_seed(rank)
+
+        def projected(heads: int, rows: int) -> Tensor:
+            x = torch.randn(1, rows, heads, shape.head_dim, dtype=dtype, device=device, generator=generator)
+            return x.transpose(1, 2).requires_grad_()
+
+        own_rows = self.shards.q.lengths[rank]
+        self.q, self.dout = projected(shape.heads, own_rows), projected(shape.heads, own_rows).detach()
+        self.q_all, self.dout_all = (projected(shape.heads, shape.queries) for _ in range(2))
+        self.k, self.v = (projected(shape.kv_heads, self.shards.kv.lengths[rank]) for _ in range(2))
+        self.interval, self.routes = None, None
+        if shape.mask != "none":
+            row = torch.arange(shape.queries, dtype=torch.int64)
+            seen = row * (shape.keys // FRAME) // shape.queries  # the frame before the row
+            start = seen * FRAME if shape.mask == "one frame" else torch.zeros_like(seen)
+            ranges = [x.int().view(ranks, 1, -1) for x in (start, (seen + 1) * FRAME)]
+            self.routes = Routes.build(*ranges, self.shards, rank, device)
+            self.interval = KVInterval(*(x.to(device) for x in ranges))
+
+    def exchange(self, **options: Any) -> Step:
+        def step() -> None:
+            out, _ = sp_attention(
+                self.q, self.k, self.v, group=self.comm.group, interval=self.interval, shards=self.shards,
+                routes=self.routes, **options,
+            )  # fmt: skip
+            torch.autograd.grad(out, (self.q, self.k, self.v), self.dout)
+
+        return step
+
+    def floor(self) -> Step:
+        first, last = None, None
+        if self.interval is not None:
+            first, last = self.interval.local_to(self.shards.kv, self.comm.rank)
+
+        def step() -> None:
+            out, _ = local_attention(self.q_all, self.k, self.v, first, last, self.shape.head_dim**-0.5, "auto")
+            torch.autograd.grad(out, (self.q_all, self.k, self.v), self.dout_all)
+
+        return step
+
+
+def measure(layer: Layer, steps: dict[str, Step], seconds: float) -> list[Figure]:
+    """All candidates in turns of a few steps, each for about ``seconds`` in all: clocks and temperature drift.
+
+    The first of ``steps`` is the floor. A figure is the median, of the slowest rank of the layer's group.
+    """
+    group, on_gpu = layer.comm.group, layer.q.is_cuda
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    extra, received = {}, {}
+    for name, step in steps.items():
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if on_gpu else 0
+        layer.comm.reset()
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        extra[name] = (torch.cuda.max_memory_allocated() if on_gpu else 0) - before
+        received[name] = layer.comm.bytes_received
+    floor = next(iter(steps))
+    once = slowest(statistics.median(timed(steps[floor], 3, group)), group) * 1e-3
+    warm_up = max(1, int(WARM_UP_SECONDS / once)) if on_gpu else 1
+    for _ in range(max(3 if on_gpu else 1, int(seconds / (TURN * once + WARM_UP_SECONDS)))):
+        for name, step in steps.items():
+            # A chip that has just idled runs faster for a moment: every turn follows the same work.
+            timed(steps[floor], warm_up, group)
+            times[name] += timed(step, TURN + 1, group)[1:]
+    medians = {name: slowest(statistics.median(values), group) for name, values in times.items()}
+    return [
+        Figure(
+            str(layer.shape), name, round(ms, 3), round(ms / medians[floor], 4),
+            round(extra[name] / 2**20, 1), round(received[name] / 2**20, 2),
+        )
+        for name, ms in medians.items()
+    ]  # fmt: skip
+
+
+def timed(step: Step, iterations: int, group: dist.ProcessGroup | None = None) -> list[float]:
+    """Milliseconds of each of ``iterations`` steps in a row; the ranks of the group start together."""
+    if not torch.cuda.is_available():
+        dist.barrier(group)
+        moments = [time.perf_counter()]
+        for _ in range(iterations):
+            step()
+            moments.append(time.perf_counter())
+        return [(b - a) * 1e3 for a, b in itertools.pairwise(moments)]
+    torch.cuda.synchronize()
+    dist.barrier(group)
+    edges = [torch.cuda.Event(enable_timing=True) for _ in range(iterations + 1)]
+    edges[0].record()
+    for edge in edges[1:]:
+        step()
+        edge.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(edges)]
+
+
+def slowest(ms: float, group: dist.ProcessGroup | None = None) -> float:
+    """The largest of what the ranks of the group measured."""
+    x = torch.tensor(ms, device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(x, dist.ReduceOp.MAX, group)
+    return x.item()
+
+
+def link_speed(group: dist.ProcessGroup | None = None) -> float:
+    """Bytes a second that a rank receives in an all-gather of 64 MiB a rank."""
+    comm = communicator(dist.group.WORLD if group is None else group)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    buffer = torch.empty((comm.ranks, 2**26), dtype=torch.uint8, device=device)
+
+    def step() -> None:
+        comm.start_all_gather([("link", buffer)]).wait()
+
+    timed(step, 3, comm.group)
+    return (comm.ranks - 1) * 2**26 / (slowest(statistics.median(timed(step, 10, comm.group)), comm.group) * 1e-3)

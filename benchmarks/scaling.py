@@ -1,0 +1,152 @@
+"""Weak and strong scaling of one cross-attention layer, forward and backward, on 1 to all GPUs of the launch.
+
+    torchrun --nproc_per_node 8 benchmarks/scaling.py --output scaling.json --plot scaling.png
+    NCCL_P2P_DISABLE=1 torchrun --nproc_per_node 8 benchmarks/scaling.py --output scaling_slow_link.json
+
+Weak: 64K visual tokens a GPU. Strong: 1M visual tokens in all. The first 1, 2, 4, ... ranks work while the others wait.
+The floor is the local compute of query exchange: all queries against the rank's own keys. In weak scaling that is what
+one GPU does, so efficiency against one GPU is floor over time. Without GPUs it runs on gloo with small sizes, which
+checks that everything runs, not how fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from attention_layer import Figure, Layer, Shape, Step, link_speed, measure
+
+from ds_lvxattn.plan.pipeline import head_groups
+from ds_lvxattn.strategies import strategy_named
+
+# Query heads, key heads, head size; the last has more ranks than key heads from 8 GPUs on.
+HEADS = ((32, 8, 128), (28, 4, 128), (16, 4, 128))
+TEXT = (384, 2_048, 8_192)
+WEAK, STRONG = 65_536, 1_048_576
+CPU_SCALE = 1_024  # visual tokens are divided by this without a GPU
+
+
+@dataclass
+class Point:
+    """One candidate on so many ranks; ``efficiency`` is floor over time."""
+
+    scaling: str
+    ranks: int
+    efficiency: float
+    figure: Figure
+
+
+def shapes(ranks: int, on_gpu: bool) -> Iterator[tuple[str, Shape]]:
+    for heads in HEADS:
+        for text in TEXT if on_gpu and heads != HEADS[-1] else TEXT[1:2]:
+            for scaling, keys in (("weak", WEAK * ranks), ("strong", STRONG)):
+                if on_gpu:
+                    yield scaling, Shape(text, keys, *heads)
+                else:
+                    yield scaling, Shape(text // 32, keys // CPU_SCALE, heads[0] // 4, heads[1] // 4, 16)
+
+
+def candidates(layer: Layer, link: float) -> dict[str, Step]:
+    shape = layer.shape
+    lengths = (layer.shards.q.lengths, layer.shards.kv.lengths)
+    groups = head_groups(1, shape.heads, shape.kv_heads, shape.head_dim, 2, *lengths, link)
+    steps = {"floor": layer.floor()}
+    if layer.comm.ranks > 1:
+        steps["lv_xattn gather"] = layer.exchange(schedule="gather", head_groups=groups)
+        steps["lv_xattn ring"] = layer.exchange(schedule="ring")
+        for name in ("ulysses", "ring"):
+            if strategy_named(name).unsupported(shape.heads, shape.kv_heads, layer.comm.ranks, False) is None:
+                steps[name] = layer.exchange(strategy=name)
+    return steps
+
+
+def run(seconds: float, device: torch.device) -> list[Point]:
+    """All points; known to rank 0, which takes part in each."""
+    points: list[Point] = []
+    world, rank = dist.get_world_size(), dist.get_rank()
+    ranks = 1
+    while ranks <= world:
+        group = dist.new_group(list(range(ranks)))
+        if rank < ranks:
+            link = link_speed(group) if ranks > 1 else float("inf")
+            for scaling, shape in shapes(ranks, device.type == "cuda"):
+                layer = Layer(shape, torch.bfloat16 if device.type == "cuda" else torch.float32, device, group)
+                figures = measure(layer, candidates(layer, link), seconds)
+                points += [Point(scaling, ranks, round(1 / figure.over_floor, 4), figure) for figure in figures]
+                if rank == 0:
+                    report(points[-len(figures) :])
+        dist.barrier()
+        ranks *= 2
+    return points
+
+
+def report(points: list[Point]) -> None:
+    print(f"\n{points[0].scaling}, {points[0].ranks} ranks, {points[0].figure.shape}")
+    for point in points:
+        print(f"{point.figure.candidate:20s}{point.figure.ms:10.3f} ms, efficiency {point.efficiency:.3f}", flush=True)
+
+
+def draw(points: list[Point], path: Path) -> None:
+    """Efficiency over ranks, one panel for each weak-scaling shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    weak = [point for point in points if point.scaling == "weak" and point.figure.candidate != "floor"]
+    panels = sorted({_layer_of(point) for point in weak})
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.2), sharey=True, squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for candidate in sorted({point.figure.candidate for point in weak}):
+            line = [(p.ranks, p.efficiency) for p in weak if _layer_of(p) == panel and p.figure.candidate == candidate]
+            axis.plot(*zip((1, 1.0), *line, strict=True), marker="o", label=candidate)
+        axis.set(title=panel, xlabel="GPUs", xscale="log", ylim=(0, 1.05))
+        axis.set_xscale("log", base=2)
+    axes[0][0].set_ylabel("floor / time")
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def _layer_of(point: Point) -> str:
+    """Text length and heads: a shape without its keys, which grow with the ranks."""
+    queries, rest = point.figure.shape.split(" x ", 1)
+    return f"{queries} text, {rest.split(', ')[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=0.4, help="for each candidate of a shape (%(default)s)")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", torch.cuda.current_device())
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    points = run(args.seconds, device)
+    if dist.get_rank() == 0:
+        about: dict[str, Any] = {
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "ranks": dist.get_world_size(),
+            "torch": torch.__version__,
+            "NCCL_P2P_DISABLE": os.environ.get("NCCL_P2P_DISABLE", "0"),
+            "points": [asdict(point) for point in points],
+        }
+        args.output.write_text(json.dumps(about, indent=1) + "\n")
+        if args.plot:
+            draw(points, args.plot)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""What a cluster would do with a model, before anyone rents it.
+
+    python -m ds_lvxattn.plan --model Llama-3.2-11B-Vision --text 2048 --frames 1024 --gpus 64 --cluster h100
+
+Prints, for every strategy, a cross-attention layer's time and traffic, the whole step, its memory and the largest
+number of frames that fits; and what would be chosen. No GPU and no network is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ds_lvxattn.plan.choice import Candidate, choose
+from ds_lvxattn.plan.models import SHIPPED, ModelError, model_sizes
+from ds_lvxattn.plan.profile import Profile, ProfileError, load_profile, shipped_profiles
+from ds_lvxattn.plan.step import USABLE, Job, Step, frames_that_fit, layer_candidates, steps
+
+
+def report(job: Job, profile: Profile) -> dict[str, Any]:
+    """Everything that is printed, as one JSON object."""
+    own = choose(layer_candidates(job.self_attention(), profile))
+    assert own is not None
+    strategies: dict[str, Any] = {}
+    best: tuple[float, str] | None = None
+    for name, (candidate, step) in steps(job, profile).items():
+        if candidate.cost is None or step is None:
+            strategies[name] = {"obstacle": candidate.obstacle}
+            continue
+        fits = step.memory <= USABLE * profile.memory
+        strategies[name] = {
+            "schedule": candidate.mode[1],
+            "layer_ms": layer_milliseconds(candidate),
+            "layer_received_bytes": candidate.received,
+            "step_s": {"total": step.total, **seconds_by_part(step)},
+            "step_received_bytes": step.received,
+            "memory_bytes": step.memory,
+            "fits": fits,
+            "largest_frames": frames_that_fit(job, candidate.mode, own.mode, profile),
+        }
+        if fits and (best is None or step.total < best[0]):
+            best = (step.total, name)
+    return {
+        "model": job.model.name,
+        "cluster": profile.name,
+        "source": profile.source,
+        "text": job.text,
+        "frames": job.frames,
+        "visual_tokens": job.visual,
+        "gpus": job.gpus,
+        "recompute": job.recompute,
+        "self_attention": {"strategy": own.mode[0], "schedule": own.mode[1], "layer_ms": own.seconds * 1e3},
+        "strategies": strategies,
+        "choice": None if best is None else best[1],
+        "reason": reason(strategies, best, profile),
+    }
+
+
+def layer_milliseconds(candidate: Candidate) -> dict[str, float]:
+    """A layer's time by parts."""
+    cost = candidate.cost
+    assert cost is not None
+    parts = {
+        "kernels": cost.forward.kernel + cost.backward.kernel,
+        "passes": cost.forward.passes + cost.backward.passes + cost.again.passes,
+        "exchange": cost.forward.exchange + cost.backward.exchange + cost.again.exchange,
+        "projection": cost.projection + cost.projection_again,
+        "forward": cost.forward.total,
+        "backward": cost.backward.total + cost.again.total,
+        "total": cost.total,
+    }
+    return {name: seconds * 1e3 for name, seconds in parts.items()}
+
+
+def seconds_by_part(step: Step) -> dict[str, float]:
+    return {name: value for name, value in asdict(step).items() if name not in ("received", "memory")}
+
+
+def reason(strategies: dict[str, Any], best: tuple[float, str] | None, profile: Profile) -> str:
+    """One sentence for the choice."""
+    if best is None:
+        most = max((s["largest_frames"] for s in strategies.values() if "largest_frames" in s), default=0)
+        return f"nothing fits {profile.memory / 1e9:.0f} GB a GPU; at most {most} frames do"
+    others = [
+        f"{name} {s['step_s']['total'] / best[0]:.2f} times as long" + ("" if s["fits"] else " and too large")
+        for name, s in strategies.items()
+        if name != best[1] and "step_s" in s
+    ]
+    barred = [f"{name} cannot run: {s['obstacle']}" for name, s in strategies.items() if "obstacle" in s]
+    return "; ".join([f"predicted fastest step that fits{': ' if others else ''}{', '.join(others)}", *barred])
+
+
+def show(found: dict[str, Any]) -> None:
+    """The report as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.width = max(console.width, 120)
+    console.print(
+        f"{found['model']}, {found['text']:,} text tokens, {found['frames']:,} frames = {found['visual_tokens']:,} "
+        f"visual tokens, {found['gpus']:,} GPUs, recompute {found['recompute']}\n{found['cluster']}: {found['source']}",
+        highlight=False,
+    )
+    layer = Table(
+        "strategy", "schedule", "forward", "backward", "kernels", "passes", "exchange", "projection", "total",
+        "received", title="one cross-attention layer, ms (exchange: what is not hidden); MiB a GPU",
+    )  # fmt: skip
+    step = Table(
+        "strategy", "cross", "self", "text", "vision", "ZeRO-3", "optimizer", "total", "received", "memory",
+        "most frames", title="training step, s; GiB a GPU",
+    )  # fmt: skip
+    for name, s in found["strategies"].items():
+        if "obstacle" in s:
+            continue
+        ms, parts = s["layer_ms"], s["step_s"]
+        keys = ("forward", "backward", "kernels", "passes", "exchange", "projection", "total")
+        received = f"{s['layer_received_bytes'] / 2**20:,.1f}"
+        layer.add_row(name, s["schedule"], *(f"{ms[key]:.3g}" for key in keys), received)
+        keys = ("cross", "self_attention", "text", "vision", "zero", "optimizer", "total")
+        memory = f"{s['memory_bytes'] / 2**30:.1f}" + ("" if s["fits"] else " too large")
+        step.add_row(
+            name, *(f"{parts[key]:.3g}" for key in keys), f"{s['step_received_bytes'] / 2**30:.2f}", memory,
+            f"{s['largest_frames']:,}",
+        )  # fmt: skip
+    console.print(layer)
+    console.print(step)
+    console.print(f"choice: {found['choice']}; {found['reason']}", highlight=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ds_lvxattn.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help=f"one of {', '.join(SHIPPED)}, or a local config.json")
+    parser.add_argument("--text", type=int, required=True, help="text tokens of a sample")
+    parser.add_argument("--frames", type=int, required=True, help="frames of a sample")
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs, all of one sequence-parallel group")
+    parser.add_argument("--cluster", default="h200", help=f"{', '.join(shipped_profiles())} or a file (%(default)s)")
+    parser.add_argument("--recompute", choices=("none", "kv", "layer"), default="kv", help="(default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw scaling curves over GPUs and frames")
+    parser.add_argument("--map", type=Path, metavar="FILE", help="draw the fastest strategy by text and visual tokens")
+    args = parser.parse_args(arguments)
+    try:
+        for name in ("text", "frames", "gpus"):
+            if getattr(args, name) < 1:
+                raise ModelError(f"--{name} is {getattr(args, name)}; give at least 1")
+        profile = load_profile(args.cluster)
+        job = Job(model_sizes(args.model), args.text, args.frames, args.gpus, args.recompute)
+    except (ModelError, ProfileError) as error:
+        print(f"plan: {error}", file=sys.stderr)
+        return 2
+    found = report(job, profile)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found)
+    if args.plot or args.map:
+        from ds_lvxattn.plan import plots
+
+        if args.plot:
+            plots.scaling(job, profile, args.plot)
+        if args.map:
+            plots.choice_map(job, profile, args.map)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""The choice for one layer: every strategy's predicted time, bytes and memory, and which is taken. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from ds_lvxattn.plan.cost import Cost, Layer, Mode, layer_cost, obstacle, workspace_bytes
+from ds_lvxattn.plan.profile import Profile
+from ds_lvxattn.plan.traffic import TRAFFIC, LayerShape
+
+# Predictions closer than this are a tie, which fewer bytes decide: they are exact, and what is shared with others.
+TIE = 0.01
+# A layer changes its strategy only for a gain above this, so that batches near a boundary do not make it swing.
+HYSTERESIS = 0.05
+
+ShapeClass = tuple[int, int, int]  # sequences; bits of the text and the visual length
+
+STRATEGIES = ("lv_xattn", "ulysses", "ring")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is expected of one strategy and schedule.
+
+    Attributes:
+        mode: strategy and schedule.
+        cost: predicted seconds; None where it cannot run.
+        received: bytes that the rank that receives most receives, forward and backward; exact. None as ``cost``.
+        workspace: bytes that the exchange needs while it runs. None as ``cost``.
+        obstacle: why it cannot run, or None.
+    """
+
+    mode: Mode
+    cost: Cost | None
+    received: int | None
+    workspace: float | None
+    obstacle: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self.cost.total if self.cost is not None else float("inf")
+
+
+def candidates(
+    layer: Layer, profile: Profile, schedules: Mapping[str, Collection[str]] | None = None, room: float | None = None
+) -> list[Candidate]:
+    """Every strategy and schedule with what is expected of it.
+
+    Args:
+        layer: the layer.
+        profile: the machine.
+        schedules: for a strategy, the schedules to look at; all for those not named.
+        room: bytes that an exchange may need while it runs; None: no limit.
+    """
+    found = []
+    shape = layer.shape
+    for mode, traffic in TRAFFIC.items():
+        strategy, schedule = mode
+        wanted = (schedules or {}).get(strategy)
+        if wanted is not None and schedule not in wanted:
+            continue
+        if wanted is None and schedule == "routed" and not layer.mask.masked:
+            continue  # without a mask every row sees keys everywhere, and there is nothing to route by
+        why = obstacle(strategy, shape.heads, shape.kv_heads, shape.ranks)
+        need = workspace_bytes(layer, mode, profile)
+        if why is None and room is not None and need > room:
+            why = f"needs {need / 1e9:.1f} GB while it runs, and {room / 1e9:.1f} GB are there"
+        if why is not None:
+            found.append(Candidate(mode, None, None, None, why))
+            continue
+        received = max(traffic(shape, rank).total for rank in _ranks_that_differ(layer))
+        if schedule == "routed" and shape.routed_rows is None:  # no batch at hand: as the mask's summary says
+            received = round(received * layer.mask.rows_seen)
+        found.append(Candidate(mode, layer_cost(layer, mode, profile), received, need))
+    return found
+
+
+def _ranks_that_differ(layer: Layer) -> Collection[int]:
+    """One rank for all that have the same shards around them: even shards make all ranks equal."""
+    shape = layer.shape
+    even = len(set(shape.q_lengths)) == 1 and len(set(shape.kv_lengths)) == 1 and shape.routed_rows is None
+    return (0,) if even else range(shape.ranks)
+
+
+def choose(found: Sequence[Candidate], before: Mode | None = None) -> Candidate | None:
+    """The fastest by prediction; ties go to fewer bytes, and ``before`` is kept unless the gain is worth a change.
+
+    Returns:
+        None when none can run.
+    """
+    possible = [candidate for candidate in found if candidate.cost is not None]
+    if not possible:
+        return None
+    least = min(candidate.seconds for candidate in possible)
+    for candidate in possible:
+        if candidate.mode == before and candidate.seconds <= least * (1 + HYSTERESIS):
+            return candidate
+    tied = [candidate for candidate in possible if candidate.seconds <= least * (1 + TIE)]
+    return min(tied, key=lambda candidate: candidate.received or 0)
+
+
+def best_of_each(found: Sequence[Candidate]) -> dict[str, Candidate]:
+    """For every strategy its best schedule, or one that says why it cannot run."""
+    best = {}
+    for strategy in STRATEGIES:
+        own = [candidate for candidate in found if candidate.mode[0] == strategy]
+        if own:
+            best[strategy] = choose(own) or own[0]
+    return best
+
+
+def reason(chosen: Candidate, found: Sequence[Candidate], layer: Layer, profile: Profile, kept: bool) -> str:
+    """Why ``chosen`` was taken, with the times that decided it.
+
+    Args:
+        kept: it ran before, and nothing was enough faster.
+    """
+    shape = layer.shape
+    times = sorted((c for c in best_of_each(found).values() if c.cost is not None), key=lambda c: c.seconds)
+    compared = ", ".join(f"{'/'.join(c.mode)} {c.seconds * 1e3:.3g} ms" for c in times)
+    cost = chosen.cost
+    assert cost is not None
+    kernels = cost.forward.kernel + cost.backward.kernel
+    exchange = cost.forward.exchange + cost.backward.exchange + cost.again.exchange
+    if kept:
+        why = f"kept: no other is predicted more than {HYSTERESIS:.0%} faster"
+    elif times[0].mode != chosen.mode:
+        why = f"fewest bytes of those predicted within {TIE:.0%} of the fastest"
+    else:
+        why = "predicted fastest"
+    text = (
+        f"{why}, forward and backward, at {sum(shape.q_lengths)} queries and {sum(shape.kv_lengths)} keys on "
+        f"{shape.ranks} ranks ({profile.name}): {compared}; of its time kernels {kernels * 1e3:.3g} ms, "
+        f"exchange not hidden {exchange * 1e3:.3g} ms"
+    )
+    if cost.host > cost.device:
+        text += f", less than the host takes to issue it ({cost.host * 1e3:.3g} ms)"
+    barred = [f"{'/'.join(c.mode)} not possible: {c.obstacle}" for c in found if c.obstacle is not None]
+    return "; ".join([text, *barred])
+
+
+def shape_class(batch: int, queries: int, keys: int) -> ShapeClass:
+    """Batches of one class share a plan: sequences, and text and visual tokens to the next power of two."""
+    return batch, max(queries - 1, 0).bit_length(), max(keys - 1, 0).bit_length()
+
+
+def class_of(shapes: Mapping[str, LayerShape]) -> ShapeClass:
+    """The class of a batch from the sizes of its roles: its text and its visual tokens."""
+    batch = max((shape.batch for shape in shapes.values()), default=0)
+    queries = max((sum(shape.q_lengths) for shape in shapes.values()), default=0)
+    return shape_class(batch, queries, sum(shapes["cross"].kv_lengths) if "cross" in shapes else 0)

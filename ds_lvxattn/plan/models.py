@@ -1,0 +1,181 @@
+"""Sizes of models, as far as the planner needs them: those that ship, or those of a local ``config.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class ModelError(ValueError):
+    """A model whose sizes are not known; the message says what can be given."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """A cross-attention video-language model.
+
+    Attributes:
+        name, source: what it is, and where its sizes come from.
+        width, intermediate, vocabulary: of the text model.
+        self_layers, cross_layers: layers with causal self-attention over text, and with attention over visual tokens.
+        heads, kv_heads, head_dim: of self-attention.
+        cross_heads, cross_kv_heads, cross_head_dim: of cross-attention.
+        cross_intermediate: inner size of the feed-forward part that a cross-attention layer brings; 0 for none.
+        gated: whether feed-forward parts have a third matrix, the gate.
+        features: width of the visual features from which cross-attention projects K and V.
+        frame_tokens: visual tokens of a frame in cross-attention.
+        mask: which frames a text token sees: ``full``, ``growing`` or ``frame``.
+        vision_layers, vision_width, vision_intermediate: the encoder.
+        vision_tokens: tokens of a frame in the encoder; more than ``frame_tokens`` where blank tiles or a resampler's
+            inputs pass through it too.
+    """
+
+    name: str
+    source: str
+    width: int
+    intermediate: int
+    vocabulary: int
+    self_layers: int
+    cross_layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    cross_heads: int
+    cross_kv_heads: int
+    cross_head_dim: int
+    cross_intermediate: int
+    gated: bool
+    features: int
+    frame_tokens: int
+    mask: str
+    vision_layers: int
+    vision_width: int
+    vision_intermediate: int
+    vision_tokens: int
+
+    @property
+    def self_parameters(self) -> int:
+        """Of one self-attention layer."""
+        attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attention + (3 if self.gated else 2) * self.width * self.intermediate
+
+    @property
+    def cross_parameters(self) -> int:
+        """Of one cross-attention layer, its projections of K and V included."""
+        queries = 2 * self.width * self.cross_heads * self.cross_head_dim
+        keys = 2 * self.features * self.cross_kv_heads * self.cross_head_dim
+        return queries + keys + (3 if self.gated else 2) * self.width * self.cross_intermediate
+
+    @property
+    def vision_parameters(self) -> int:
+        return self.vision_layers * self.vision_width * (4 * self.vision_width + 2 * self.vision_intermediate)
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model, small vectors left out."""
+        text = self.self_layers * self.self_parameters + self.cross_layers * self.cross_parameters
+        return text + 2 * self.vocabulary * self.width + self.vision_parameters
+
+    @property
+    def trainable(self) -> int:
+        """What trains by default: cross-attention layers and the projector."""
+        return self.cross_layers * self.cross_parameters + self.vision_width * self.features
+
+
+def _llama(name: str, width: int, intermediate: int, self_layers: int, cross_layers: int, heads: int) -> ModelSizes:
+    return ModelSizes(
+        name, "the model's config.json", width, intermediate, 128256, self_layers, cross_layers, heads, 8, 128,
+        heads, 8, 128, intermediate, True, width, 1601, "full", 40, 1280, 5120, 4 * 1601,
+    )  # fmt: skip
+
+
+def _flamingo(name: str, width: int, self_layers: int, cross_layers: int, heads: int) -> ModelSizes:
+    return ModelSizes(
+        name, "OpenFlamingo (arXiv 2308.01390), table 1, with MPT's and CLIP ViT-L/14's configs", width, 4 * width,
+        50280, self_layers, cross_layers, heads, heads, 128, 8, 8, 64, 4 * width, False, 1024, 64, "frame",
+        24, 1024, 4096, 257,
+    )  # fmt: skip
+
+
+SHIPPED = {
+    sizes.name: sizes
+    for sizes in (
+        _llama("Llama-3.2-11B-Vision", 4096, 14336, 32, 8, 32),
+        _llama("Llama-3.2-90B-Vision", 8192, 28672, 80, 20, 64),
+        _flamingo("OpenFlamingo-3B", 2048, 24, 24, 16),
+        _flamingo("OpenFlamingo-9B", 4096, 32, 8, 32),
+        ModelSizes(
+            "mPLUG-Owl3-7B", "the model's config.json (240728); Qwen2-7B and SigLIP so400m", 3584, 18944, 152064,
+            28, 4, 28, 4, 128, 28, 4, 128, 0, True, 3584, 729, "growing", 27, 1152, 4304, 729,
+        ),
+        ModelSizes(
+            "NVLM-H-72B", "sizes like those of NVLM (arXiv 2409.11402) on Qwen2-72B and InternViT-6B", 8192, 29568,
+            152064, 80, 10, 64, 8, 128, 64, 8, 128, 29568, True, 8192, 256, "growing", 45, 3200, 12800, 1024,
+        ),
+    )
+}  # fmt: skip
+
+
+def model_sizes(name: str) -> ModelSizes:
+    """Sizes by the name of a shipped model (capitals do not count) or the path of a ``config.json`` or its folder.
+
+    A local file is a transformers config of Llama 3.2 Vision or mPLUG-Owl3, or has the fields of ``ModelSizes``.
+
+    Raises:
+        ModelError: neither.
+    """
+    for known, sizes in SHIPPED.items():
+        if name.lower() == known.lower():
+            return sizes
+    path = Path(name)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ModelError(f"--model {name}: no such file, and the models that ship are {list(SHIPPED)}")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ModelError(f"--model {path}: not valid JSON ({error})") from error
+    try:
+        return _from_config(config, path)
+    except KeyError as error:
+        raise ModelError(f"--model {path}: the key {error} is missing") from error
+
+
+def _from_config(config: dict[str, Any], path: Path) -> ModelSizes:
+    kind = config.get("model_type")
+    name = str(config.get("_name_or_path") or path.parent.name)
+    if kind == "mllama":
+        text, vision = config["text_config"], config["vision_config"]
+        heads = text["num_attention_heads"]
+        cross = len(text["cross_attention_layers"])
+        # transformers leaves out of a saved config what has the default of its class.
+        per_tile = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
+        width, head_dim = text["hidden_size"], text["hidden_size"] // heads
+        vision_width = vision["hidden_size"]
+        return ModelSizes(
+            name, str(path), width, text["intermediate_size"], text["vocab_size"],
+            text["num_hidden_layers"] - cross, cross, heads, text["num_key_value_heads"], head_dim,
+            heads, text["num_key_value_heads"], head_dim, text["intermediate_size"], True, width, per_tile, "full",
+            vision["num_hidden_layers"] + vision["num_global_layers"], vision_width, vision["intermediate_size"],
+            per_tile * vision["max_num_tiles"],
+        )  # fmt: skip
+    if kind == "mplugowl3":
+        vision = config["vision_config"]
+        heads, width = config["num_attention_heads"], config["hidden_size"]
+        tokens = (vision["image_size"] // vision["patch_size"]) ** 2
+        return ModelSizes(
+            name, str(path), width, config["intermediate_size"], config["vocab_size"], config["num_hidden_layers"],
+            len(config["hyper_layers"]), heads, config["num_key_value_heads"], width // heads,
+            heads, config["num_key_value_heads"], width // heads, 0, True, width, tokens, "growing",
+            vision["num_hidden_layers"], vision["hidden_size"], vision["intermediate_size"], tokens,
+        )  # fmt: skip
+    fields = {field.name for field in dataclasses.fields(ModelSizes)}
+    if fields - {"name", "source"} <= set(config):
+        return ModelSizes(**{"name": name, "source": str(path), **{key: config[key] for key in fields & set(config)}})
+    raise ModelError(
+        f"--model {path}: model_type is {kind!r}; the planner reads 'mllama' and 'mplugowl3' configs, or a JSON object "
+        f"with the keys {sorted(fields - {'name', 'source'})}"
+    )

@@ -1,0 +1,108 @@
+"""Measuring a machine, and the times of layers inside training steps."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from ds_lvxattn.calibrate import Extent, HeadLayout, cache_path, calibrated
+from ds_lvxattn.comm import communicator
+from ds_lvxattn.plan.cost import Layer, layer_cost
+from ds_lvxattn.plan.profile import profile_to_json
+from ds_lvxattn.plan.traffic import TRAFFIC, LayerShape
+from ds_lvxattn.timing import LayerTimes
+from tests.distributed import device, run
+from tests.tiny_model import attach, loss_of, tiny_model, tiny_sample
+
+LAYOUTS = (HeadLayout(4, 2, 16),)
+SMALL = Extent((8, 16), (16, 64), 1e9, (1 << 8, 1 << 12), 1)
+
+
+def measured_twice(cache: str) -> tuple[dict, dict, bool]:
+    """The profile as first measured and as then read, and whether the group's counts stayed as they were."""
+    group = dist.group.WORLD
+    comm = communicator(group)
+    comm.reset()
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=cache):
+        first = calibrated(group, LAYOUTS, device(), torch.float32, SMALL)
+        untouched = comm.bytes_received == 0
+        second = calibrated(group, LAYOUTS, device(), torch.float32, SMALL)
+        path = cache_path(group, LAYOUTS, device(), torch.float32)
+    assert path.is_file() and path.is_relative_to(cache)
+    if comm.rank == 0:
+        path.write_text("{}")  # as another version may have left it
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=cache):
+        assert calibrated(group, LAYOUTS, device(), torch.float32, SMALL).curves
+    layer = Layer(LayerShape(1, 4, 2, 16, (12, 12), (30, 30), 4))
+    for mode in TRAFFIC:
+        assert 0 < layer_cost(layer, mode, first).total < 10
+    return profile_to_json(first), profile_to_json(second), untouched
+
+
+def test_ranks_measure_once_and_agree(tmp_path: Path) -> None:
+    results = run(2, measured_twice, str(tmp_path))
+    for first, second, untouched in results:
+        assert first == second == results[0][0] and untouched
+    profile = results[0][0]
+    assert {c["op"] for c in profile["collectives"]} == {"all_gather", "all_to_all", "send"}
+    assert {(k["masked"], k["head_dim"]) for k in profile["kernels"]} == {(False, 16), (True, 16)}
+    assert {"lv_xattn/gather", "lv_xattn/routed masked", "ulysses/auto", "ring/ring masked"} <= set(profile["host_ms"])
+    assert "measured by ds_lvxattn.calibrate on 2 ranks" in profile["source"]
+    assert 0 <= profile["overlap"] <= 1
+
+
+def times_and_plans() -> tuple[list[dict[str, float]], list[tuple], list[bool]]:
+    """Measured milliseconds of the exchanged layers, and the plan as batches change their sizes."""
+    samples = [tiny_sample("IItaIItItaaI", seed) for seed in range(2)]
+    model = tiny_model()
+    parallel = attach(model, dist.get_world_size(), ("auto", "auto", "contiguous"), samples, recompute="kv")
+    parallel.times = LayerTimes(device())
+    for _ in range(2):
+        parallel.times.start_step()
+        loss_of(model, samples, parallel).backward()
+    parallel.note_times(parallel.times.milliseconds())
+    measured = [layer.measured_ms for layer in parallel.plan if layer.role != "local"]
+
+    made = []
+
+    def shapes():
+        made.append(True)
+        return {role: LayerShape(1, 1, 1, 1, (64, 64), (5000, 5000), 4) for role in ("cross", "self")}
+
+    changed = [parallel.follow((1, 7, 14), shapes) for _ in range(2)]
+    later = [(layer.strategy, layer.schedule) for layer in parallel.plan]
+    assert len(made) == 1, "a class that is known needs no new plan"
+    return measured, later, changed
+
+
+def test_layers_are_timed_and_plans_follow_the_sizes() -> None:
+    results = run(2, times_and_plans)
+    for measured, later, changed in results:
+        assert all(set(times) == {"forward", "backward"} and min(times.values()) > 0 for times in measured)
+        assert later == results[0][1] and not changed[1]
+
+
+def test_a_layer_is_timed_once_a_step() -> None:
+    times = LayerTimes(torch.device("cpu"))
+    module = torch.nn.Identity()
+    x = torch.ones(3, requires_grad=True)
+    calls = 0
+
+    def call():
+        nonlocal calls
+        calls += 1
+        return x * 2, x
+
+    times.start_step()
+    for _ in range(2):
+        out, _ = times.measure(module, (x,), call)
+        out.sum().backward()
+    assert calls == 2 and set(times.milliseconds()[module]) == {"forward", "backward"}
+    with torch.no_grad():
+        times.start_step()
+        times.measure(module, (x,), call)
+    assert len(times._spans[module]["forward"]) == 1

@@ -1,0 +1,156 @@
+"""``python -m ds_lvxattn.plan``: machines that are not there, without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ds_lvxattn.plan.__main__ import main, report
+from ds_lvxattn.plan.models import SHIPPED, ModelError, model_sizes
+from ds_lvxattn.plan.profile import (
+    ProfileError,
+    load_profile,
+    profile_from_json,
+    profile_to_json,
+    shipped_profiles,
+    write_profile,
+)
+from ds_lvxattn.plan.step import Job, layer_candidates, steps
+
+ARGUMENTS = ["--text", "2048", "--frames", "6246", "--gpus", "1024"]
+
+
+def test_ten_million_visual_tokens_on_1024_gpus_without_torch() -> None:
+    code = (
+        "import sys, time; began = time.perf_counter()\n"
+        "from ds_lvxattn.plan.__main__ import main\n"
+        f"main(['--model', 'Llama-3.2-11B-Vision', '--json', *{ARGUMENTS}])\n"
+        "assert not {'torch', 'numpy', 'transformers', 'deepspeed'} & set(sys.modules), 'slow imports'\n"
+        "print(time.perf_counter() - began, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert float(done.stderr.split()[-1]) < 2.0
+    assert found["visual_tokens"] == 6246 * 1601 and found["choice"] == "lv_xattn"
+    assert "obstacle" in found["strategies"]["ulysses"]
+    lv, ring = found["strategies"]["lv_xattn"], found["strategies"]["ring"]
+    assert lv["step_s"]["total"] < ring["step_s"]["total"] and lv["largest_frames"] >= 6246
+    assert lv["step_s"]["total"] == pytest.approx(sum(v for k, v in lv["step_s"].items() if k != "total"))
+
+
+@pytest.mark.parametrize("model", SHIPPED)
+def test_models_that_ship(model: str) -> None:
+    """Published numbers of parameters, and a plan on every cluster that ships."""
+    billions = {
+        "Llama-3.2-11B-Vision": 10.7, "Llama-3.2-90B-Vision": 88.6, "OpenFlamingo-3B": 2.6, "OpenFlamingo-9B": 8.3,
+        "mPLUG-Owl3-7B": 8.1, "NVLM-H-72B": 79.0,
+    }  # fmt: skip
+    sizes = SHIPPED[model]
+    assert sizes.parameters / 1e9 == pytest.approx(billions[model], rel=0.12)
+    for cluster in shipped_profiles():
+        found = report(Job(sizes, 512, 64, 8), load_profile(cluster))
+        assert {"lv_xattn", "ring"} <= set(found["strategies"])
+        assert found["choice"] in found["strategies"] or "nothing fits" in found["reason"]
+
+
+def test_one_gpu_and_no_memory() -> None:
+    profile = load_profile("h200")
+    alone = report(Job(SHIPPED["Llama-3.2-11B-Vision"], 512, 8, 1), profile)
+    assert alone["choice"] == "local" and alone["strategies"]["local"]["layer_received_bytes"] == 0
+    crowded = report(Job(SHIPPED["Llama-3.2-90B-Vision"], 512, 8, 2), profile)
+    assert crowded["choice"] is None and "nothing fits" in crowded["reason"]
+
+
+def test_frames_that_fit_fit() -> None:
+    profile = load_profile("h200")
+    job = Job(SHIPPED["Llama-3.2-11B-Vision"], 512, 64, 4)
+    most = report(job, profile)["strategies"]["lv_xattn"]["largest_frames"]
+    for frames, fits in ((most, True), (most + 4, False)):
+        found = report(Job(job.model, job.text, frames, job.gpus), profile)
+        assert found["strategies"]["lv_xattn"]["fits"] is fits
+
+
+def test_more_of_anything_takes_longer() -> None:
+    profile = load_profile("h200-slow-link")
+    for change in ({"text": 16384}, {"frames": 2048}):
+        base = {"text": 512, "frames": 256}
+        small, large = (Job(SHIPPED["Llama-3.2-11B-Vision"], gpus=8, **x) for x in (base, {**base, **change}))
+        for name, (_, step) in steps(small, profile).items():
+            larger = steps(large, profile)[name][1]
+            assert step is not None and larger is not None and step.total < larger.total, (name, change)
+    assert all(candidate.seconds > 0 for candidate in layer_candidates(small.cross(), profile))
+
+
+def test_local_configs(tmp_path: Path) -> None:
+    config = {
+        "model_type": "mllama",
+        "text_config": {
+            "hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256, "num_hidden_layers": 40,
+            "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38], "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+        "vision_config": {
+            "image_size": 560, "patch_size": 14, "hidden_size": 1280, "intermediate_size": 5120,
+            "num_hidden_layers": 32, "num_global_layers": 8, "max_num_tiles": 4,
+        },
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    local, shipped = model_sizes(str(tmp_path)), SHIPPED["Llama-3.2-11B-Vision"]
+    assert {**vars(local), "name": "", "source": ""} == {**vars(shipped), "name": "", "source": ""}
+    (tmp_path / "config.json").write_text(json.dumps({**vars(shipped), "frame_tokens": 7}))
+    assert model_sizes(str(tmp_path / "config.json")).frame_tokens == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{}", "model_type is None"), ("{", "not valid JSON"), ('{"model_type": "mllama"}', "missing")],
+)
+def test_a_config_that_cannot_be_read(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=message):
+        model_sizes(str(tmp_path))
+
+
+def test_wrong_arguments_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for model, cluster, text, message in (
+        ("Llama-9", "h200", "10", "Llama-3.2-11B-Vision"),
+        ("OpenFlamingo-3B", "h900", "10", "h200-slow-link"),
+        ("OpenFlamingo-3B", "h200", "0", "at least 1"),
+    ):
+        arguments = ["--model", model, "--cluster", cluster, "--text", text, "--frames", "1", "--gpus", "2"]
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    pictures = [tmp_path / "scaling.png", tmp_path / "map.png"]
+    began = time.perf_counter()
+    assert main(["--model", "OpenFlamingo-9B", "--text", "512", "--frames", "64", "--gpus", "8",
+                 "--plot", str(pictures[0]), "--map", str(pictures[1])]) == 0  # fmt: skip
+    assert time.perf_counter() - began < 60
+    printed = capsys.readouterr().out
+    assert "lv_xattn" in printed and "choice" in printed
+    assert all(picture.stat().st_size > 10_000 for picture in pictures)
+
+
+@pytest.mark.parametrize("name", shipped_profiles())
+def test_profiles_survive_writing_and_say_where_they_come_from(name: str, tmp_path: Path) -> None:
+    profile = load_profile(name)
+    assert len(profile.source) > 40
+    write_profile(profile, tmp_path / "again.json")
+    assert profile_to_json(load_profile(tmp_path / "again.json")) == profile_to_json(profile)
+
+
+def test_a_broken_profile_is_told() -> None:
+    data = profile_to_json(load_profile("h200"))
+    with pytest.raises(ProfileError, match="'format' is 0"):
+        profile_from_json({**data, "format": 0})
+    del data["matmul_tflop_per_s"]
+    with pytest.raises(ProfileError, match="matmul_tflop_per_s"):
+        profile_from_json(data)

@@ -1,0 +1,136 @@
+"""The closed formulas against the discrete-event simulation, for 6 to 4,096 ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ds_lvxattn.plan import network, simulate
+from ds_lvxattn.plan.cost import Layer, layer_cost
+from ds_lvxattn.plan.profile import Profile, load_profile
+from ds_lvxattn.plan.simulate import Cluster, Simulation, Task
+from ds_lvxattn.plan.traffic import LayerShape
+
+PROFILES = ("a100-2x3", "h200", "h200-slow-link")
+
+
+def machine(name: str) -> Profile:
+    """A profile on which transfers and kernels do not slow each other, and elementwise passes are free."""
+    return replace(load_profile(name), overlap=1.0, memory_bandwidth=1e30, launch=0.0, host={}, curves=())
+
+
+def layer(ranks: int, rows: int, keys: int, groups: int = 1) -> Layer:
+    shape = LayerShape(1, 32, 8, 128, (rows,) * ranks, (keys,) * ranks, 2)
+    return Layer(shape, groups=(groups, groups))
+
+
+def test_a_shared_link_is_divided_and_streams_keep_their_order() -> None:
+    simulation = Simulation(lambda link: 10.0)
+    first = simulation.add(Task("a", 0.0, 10.0, ("link",)))
+    second = simulation.add(Task("b", 1.0, 10.0, ("link",)))
+    last = simulation.add(Task("a", 2.0), [second])
+    # Alone for 1 s (10 bytes left: none), so they do not meet.
+    assert simulation.run() == pytest.approx(4.0)
+    assert (first.done, second.done, last.done) == (pytest.approx(1.0), pytest.approx(2.0), pytest.approx(4.0))
+    shared = Simulation(lambda link: 10.0)
+    both = [shared.add(Task(name, 0.0, size, ("link",))) for name, size in (("a", 10.0), ("b", 20.0))]
+    shared.run()
+    assert [task.done for task in both] == [pytest.approx(2.0), pytest.approx(3.0)]
+
+
+def test_tasks_in_a_circle_are_an_error() -> None:
+    simulation = Simulation(lambda link: 1.0)
+    late = Task("a", 1.0)
+    simulation.add(Task("a", 1.0), [late])
+    simulation.add(late)
+    with pytest.raises(RuntimeError, match="wait for each other"):
+        simulation.run()
+
+
+@pytest.mark.parametrize("ranks", [6, 96, 1024, 4096])
+@pytest.mark.parametrize("name", PROFILES)
+def test_collectives(name: str, ranks: int) -> None:
+    profile = machine(name)
+    cluster = Cluster(profile, ranks)
+    for own in (1e4, 4e6):
+
+        def collective(what, size=own):
+            def build(simulation: Simulation) -> None:
+                what(simulation, size, [simulation.add(Task(("begin", r))) for r in range(cluster.simulated)])
+
+            return cluster.run(build)
+
+        assert network.all_gather(profile, ranks, own) == pytest.approx(collective(cluster.all_gather), rel=0.07)
+        exchanged = collective(cluster.all_to_all, own * ranks)
+        assert network.all_to_all(profile, ranks, own * ranks) == pytest.approx(exchanged, rel=0.07)
+
+
+@pytest.mark.parametrize("ranks", [6, 48, 384, 4096])
+@pytest.mark.parametrize("name", PROFILES)
+def test_kv_ring(name: str, ranks: int) -> None:
+    """Short and long queries: the links bind, or the kernels do."""
+    profile = machine(name)
+    for rows in (1, 2048):
+        call = layer(ranks, rows, 2048)
+        forward = layer_cost(call, ("ring", "ring"), profile).forward
+        sent = 2 * 2048 * 8 * 128 * 2
+        assert forward.total == pytest.approx(
+            simulate.ring(Cluster(profile, ranks), forward.kernel / ranks, sent), rel=0.05
+        )
+
+
+@pytest.mark.parametrize("ranks", [6, 48, 384])
+def test_query_ring(ranks: int) -> None:
+    for name in PROFILES:
+        profile = machine(name)
+        call = layer(ranks, 512, 4096)
+        shape = call.shape
+        forward = layer_cost(call, ("lv_xattn", "ring"), profile).forward
+        sent = shape.query_bytes(512)
+        simulated = simulate.ring(
+            Cluster(profile, ranks), forward.kernel / ranks, sent, sent + shape.statistic_bytes(512)
+        )
+        assert forward.total == pytest.approx(simulated, rel=0.12), name
+
+
+@pytest.mark.parametrize(("ranks", "groups"), [(6, 1), (6, 2), (6, 8), (64, 1), (64, 8), (512, 2)])
+def test_query_gather(ranks: int, groups: int) -> None:
+    """The formula lets transfers follow each other; where kernels are short, some of different ranks overlap."""
+    for name in PROFILES:
+        profile = machine(name)
+        for keys in (1024, 65536):
+            call = layer(ranks, 64, keys, groups)
+            shape = call.shape
+            forward = layer_cost(call, ("lv_xattn", "gather"), profile).forward
+            rows = 64 * ranks
+            simulated = simulate.query_gather(
+                Cluster(profile, ranks), groups, forward.kernel / groups, shape.query_bytes(64),
+                shape.query_bytes(rows) + shape.statistic_bytes(rows),
+            )  # fmt: skip
+            assert forward.total == pytest.approx(simulated, rel=0.1 if keys > 1024 else 0.22), (name, keys)
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 32])
+def test_head_all_to_all(ranks: int) -> None:
+    for name in ("h200", "h200-slow-link"):
+        profile = machine(name)
+        call = layer(ranks, 256, 16384)
+        shape = call.shape
+        forward = layer_cost(call, ("ulysses", "auto"), profile).forward
+        query, key = shape.query_bytes(256), 16384 * max(8, ranks) * 128 * 2
+        simulated = simulate.head_all_to_all(
+            Cluster(profile, ranks), forward.kernel, (query, key, key), (query, shape.statistic_bytes(256))
+        )
+        assert forward.total == pytest.approx(simulated, rel=0.05), name
+
+
+def test_a_straggler_holds_up_all() -> None:
+    """One rank of eight computes at half speed: every step of a ring waits for it, as the formulas say."""
+    profile = machine("h200")
+    slow = (1.0,) * 7 + (2.0,)
+    even = simulate.ring(Cluster(profile, 8, (1.0,) * 8), 1e-3, 1e6)
+    assert even == pytest.approx(simulate.ring(Cluster(profile, 8), 1e-3, 1e6))
+    assert simulate.ring(Cluster(profile, 8, slow), 1e-3, 1e6) == pytest.approx(2 * even, rel=0.05)
+    gather = simulate.query_gather(Cluster(profile, 8, slow), 1, 1e-3, 1e4, 8e4)
+    assert gather == pytest.approx(simulate.query_gather(Cluster(profile, 8), 1, 2e-3, 1e4, 8e4), rel=0.01)
