@@ -163,7 +163,8 @@ def launch(*arguments: Any) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_and_its_resumption(tmp_path: Path) -> None:
     model, whole, stopped = write_model(tmp_path / "model"), tmp_path / "whole", tmp_path / "stopped"
-    config = ds_config(2, 4, 4, strategy="auto")
+    # Not auto: a plan that another history leads to gives losses that differ in their last digits.
+    config = ds_config(2, 4, 4, strategy="lv_xattn")
     config["scheduler"] = {
         "type": "WarmupCosineLR",
         "params": {"total_num_steps": "auto", "warmup_num_steps": "auto", "cos_min_ratio": 0.02},
