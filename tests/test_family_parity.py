@@ -66,9 +66,9 @@ def check(family: str, ranks: int, batches: Sequence[tuple[str, ...]]) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_on_two_ranks(family: str) -> None:
-    # The first batch, which has all that is special, in every mode.
+    # The first batch has all that is special.
     first, *others = batches_of(family)
-    check(family, 2, (*[first] * len(MODES), *others))
+    check(family, 2, (*[first] * (len(MODES) - len(others)), *others))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

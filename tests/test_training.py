@@ -98,8 +98,11 @@ def check(case: Case, folder: Path) -> None:
     assert losses_in(folder) == pytest.approx(one_rank(case.steps, case.batch, case.micro_batch), rel=1e-5)
 
 
-@pytest.mark.parametrize("mode", MODES, ids="-".join)
-@pytest.mark.parametrize("stage", [1, 2, 3])
+# Stages 1 and 2 differ in when gradients are reduced, not in what attention does: two modes say as much as all.
+@pytest.mark.parametrize(
+    ("stage", "mode"), [*((3, mode) for mode in MODES), *((stage, MODES[i]) for stage in (1, 2) for i in (0, 2))],
+    ids=str,
+)  # fmt: skip
 def test_losses_on_two_ranks(stage: int, mode: tuple[str, str, str], tmp_path: Path) -> None:
     check(Case(2, 2, stage, mode), tmp_path)
 
@@ -112,13 +115,13 @@ def test_losses_on_four_ranks(size: int, stage: int, tmp_path: Path) -> None:
     check(Case(4, size, stage, mode, accumulation=1 if size == 4 else 2), tmp_path)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 3])
 def test_fifty_steps_of_one_sample_of_every_kind(stage: int, tmp_path: Path) -> None:
     """Steps without any frame, and with fewer frames than ranks, among others."""
     check(Case(2, 2, stage, MODES[0], steps=50, micro_batch=1), tmp_path)
 
 
-@pytest.mark.parametrize(("recompute", "stage"), [("kv", 2), ("kv", 3), ("layer", 2), ("layer", 3)])
+@pytest.mark.parametrize(("recompute", "stage"), [("kv", 3), ("layer", 2)])
 def test_recomputation_leaves_the_losses_as_they_are(recompute: str, stage: int, tmp_path: Path) -> None:
     check(Case(2, 2, stage, ("auto", "auto", "striped"), recompute=recompute), tmp_path)
 
