@@ -18,6 +18,9 @@ from ds_lvxattn.batch import SequenceParallelBatch
 
 IMPLEMENTATION = "ds_lvxattn"
 
+# Arguments of transformers' attention functions that change the scores, which no kernel here computes.
+UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
+
 
 def register_with_transformers() -> None:
     """Make ``attn_implementation="ds_lvxattn"`` known to transformers."""
@@ -34,7 +37,7 @@ def exchanged_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sequence_parallel: SequenceParallelBatch | None = None,
-    **unused: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of transformers: ``query [B, H_q, s_q, D]``, ``key, value [B, H_kv, s_kv, D]``.
 
@@ -42,7 +45,8 @@ def exchanged_attention(
         ``[B, s_q, H_q, D]`` and None (no attention weights).
 
     Raises:
-        ValueError: called without ``sequence_parallel``, with dropout or with a dense mask.
+        ValueError: called without ``sequence_parallel``, with dropout, with a dense mask or with one of
+            ``UNSUPPORTED``.
     """
     if sequence_parallel is None:
         raise ValueError(
@@ -53,6 +57,12 @@ def exchanged_attention(
         raise ValueError(f"attention dropout is {dropout}; sequence-parallel attention has none, set it to 0")
     if attention_mask is not None:
         raise ValueError("a dense attention mask was given; sequence-parallel attention takes intervals")
+    for name in UNSUPPORTED:
+        if others.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} attends with {name}, which sequence-parallel attention does not compute; set "
+                "it to None in the model's config, or 'sequence_parallel_size' to 1"
+            )
     plan = sequence_parallel.plans[module]
     inputs = sequence_parallel.roles[plan.role]
     # A rank without frames still feeds one blank frame to the model; its keys belong to no sample.

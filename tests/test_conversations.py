@@ -426,3 +426,10 @@ def test_unusable_settings(folder, source_of):
         source_of(chat(), split="eval", eval_share=0.0)
     with pytest.raises(ValueError, match="no token '<frame>'"):
         source_of(chat(), image_token="<frame>")
+
+
+def test_a_model_without_frames_takes_rows_without_media(source_of):
+    source = source_of(chat(), chat(image="red.png"), image_token=None)
+    assert source.sample(0).num_frames == 0
+    with pytest.raises(SampleError, match="line 2: 1 images and videos, and the model takes text alone"):
+        source.sample(1)

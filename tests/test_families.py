@@ -27,6 +27,7 @@ from ds_lvxattn.models.idefics import Idefics
 from ds_lvxattn.models.open_flamingo import OpenFlamingo, OpenFlamingoConfig, OpenFlamingoModel
 from ds_lvxattn.models.small import SMALL_MODELS
 from ds_lvxattn.models.text import self_attention_role
+from ds_lvxattn.registration import exchanged_attention
 from ds_lvxattn.training.model import load_model
 from tests.tiny_families import tiny
 from tests.tiny_model import IMAGE_TOKEN, tiny_collator, tiny_model, tiny_sample
@@ -94,6 +95,14 @@ def test_alibi_is_refused() -> None:
     module = type("MptAttention", (nn.Module,), {})()
     with pytest.raises(ConfigError, match="ALiBi"):
         self_attention_role(module)
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "softcap"])
+def test_scores_that_no_kernel_computes_are_refused(name: str) -> None:
+    q = torch.zeros(1, 1, 1, 4)
+    batch: Any = object()
+    with pytest.raises(ValueError, match=f"Identity attends with {name}"):
+        exchanged_attention(nn.Identity(), q, q, q, None, sequence_parallel=batch, **{name: 8})
 
 
 def test_a_model_of_no_family_lists_those_there_are() -> None:

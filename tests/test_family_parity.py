@@ -25,9 +25,12 @@ BATCHES = (
 )
 # OpenFlamingo gives text ahead of all images the mean of all values, those of blank frames that pad a batch too.
 NONE_HIDDEN = (*BATCHES[:3], ("IIta",), ("IItaItIIItta", "Ita", "ItIIa"))
+TEXT = (("ttatttattaataatta",), ("tttttttaa",), ("tta",), ("ta",), ("tttatta", "ta", "ttttta"))
 
 
 def batches_of(family: str) -> tuple[tuple[str, ...], ...]:
+    if family == "text only":
+        return TEXT
     return NONE_HIDDEN if family == "open_flamingo, all previous" else BATCHES
 
 

@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, IdeficsConfig, IdeficsForVisionText2Text, LlamaConfig
+from transformers import (
+    CLIPVisionConfig,
+    IdeficsConfig,
+    IdeficsForVisionText2Text,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from ds_lvxattn.models.idefics import with_loss_over_all_tokens
 from ds_lvxattn.models.open_flamingo import OpenFlamingoConfig, OpenFlamingoModel
@@ -49,11 +56,20 @@ def open_flamingo(immediate: bool) -> nn.Module:
     return OpenFlamingoModel(config)
 
 
+def text_only() -> nn.Module:
+    config = Qwen2Config(
+        vocab_size=IMAGE_TOKEN, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config)
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "idefics": lambda: idefics(use_resampler=False, qk_layer_norms=False),
     "idefics, perceiver, norms": lambda: idefics(use_resampler=True, qk_layer_norms=True),
     "open_flamingo, immediate": lambda: open_flamingo(immediate=True),
     "open_flamingo, all previous": lambda: open_flamingo(immediate=False),
+    "text only": text_only,
 }
 
 

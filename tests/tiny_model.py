@@ -34,6 +34,7 @@ from ds_lvxattn.models import family_of, mllama
 from ds_lvxattn.models.idefics import Idefics
 from ds_lvxattn.models.mllama import Mllama
 from ds_lvxattn.models.open_flamingo import OpenFlamingo
+from ds_lvxattn.models.text_only import TextOnly
 from ds_lvxattn.training.model import LoadedModel
 
 CPU = torch.device("cpu")
@@ -146,6 +147,7 @@ class ListSource:
 PROCESSORS: dict[type, Callable[[], Any]] = {
     Mllama: tiny_processor,
     Idefics: lambda: IdeficsImageProcessorPil(image_size=SIZE),
+    TextOnly: lambda: None,
     OpenFlamingo: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
 }
 

@@ -88,7 +88,7 @@ class ConversationSource:
         data: a file of one JSON object a line, or of a JSON list; or a dataset that ``datasets.load_dataset``
             finds, as ``NAME``, ``NAME:SPLIT`` or ``NAME:CONFIG:SPLIT``.
         tokenizer: a fast tokenizer; its chat template renders the text, ``PLAIN_TEMPLATE`` if it has none.
-        image_token: the token that stands for a frame.
+        image_token: the token that stands for a frame; None for a model that takes none.
         max_frames: frames of a row; its videos share what its images leave.
         max_text_tokens: longest sample in tokens, image tokens included; None for no limit.
         split: ``train`` or ``eval``.
@@ -108,7 +108,7 @@ class ConversationSource:
         data: str | os.PathLike[str],
         tokenizer: PreTrainedTokenizerBase,
         *,
-        image_token: str,
+        image_token: str | None,
         max_frames: int,
         max_text_tokens: int | None = None,
         split: Literal["train", "eval"] = "train",
@@ -122,7 +122,7 @@ class ConversationSource:
             raise ValueError(f"eval_share is {eval_share}; give a share in [0, 1)")
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; load the fast tokenizer")
-        image_id = tokenizer.convert_tokens_to_ids(image_token)
+        image_id = -1 if image_token is None else tokenizer.convert_tokens_to_ids(image_token)
         if not isinstance(image_id, int) or image_id == tokenizer.unk_token_id:
             raise ValueError(f"the tokenizer has no token {image_token!r}; give the image token of the model")
         self.image_id = image_id
@@ -172,7 +172,9 @@ class ConversationSource:
     def _sample(self, row: dict[str, Any], name: str) -> Sample:
         messages = read_messages(row)
         media = self._media(row)
-        messages, media = place_media(messages, media, self.image_token)
+        if self.image_token is None and media:
+            raise SampleError(f"{len(media)} images and videos, and the model takes text alone")
+        messages, media = place_media(messages, media, self.image_token or "")
         input_ids, labels = encode(messages, self.tokenizer)
         frames = sum(len(m.frames) for m in media)
         image_tokens = input_ids.count(self.image_id)

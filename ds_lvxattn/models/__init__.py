@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import LlamaForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
 
 from ds_lvxattn.config import ConfigError
 from ds_lvxattn.models.family import Family
 from ds_lvxattn.models.idefics import Idefics
 from ds_lvxattn.models.mllama import Mllama
 from ds_lvxattn.models.open_flamingo import OpenFlamingo
+from ds_lvxattn.models.text_only import TextOnly
 
-FAMILIES: tuple[Family, ...] = (Mllama(), Idefics(), OpenFlamingo())
+FAMILIES: tuple[Family, ...] = (
+    Mllama(),
+    Idefics(),
+    OpenFlamingo(),
+    TextOnly(LlamaForCausalLM),
+    TextOnly(Qwen2ForCausalLM),
+)
 
 __all__ = ["FAMILIES", "Family", "family_of", "family_of_config"]
 

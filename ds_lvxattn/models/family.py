@@ -30,7 +30,7 @@ class Family(ABC):
     Attributes:
         name: how errors call it.
         model_class: the class of its models; its ``config_class`` tells the family of a config.
-        image_token: the token that stands for a frame in the text.
+        image_token: the token that stands for a frame in the text; None for a model that takes no frames.
         attention_config: the sub-config (a key of ``model_config.sub_configs``) of the language model, whose attention
             is exchanged; empty for the model's own config.
         needs_frames: whether the unmodified model fails on a batch without any frame; it is then given a blank one
@@ -39,7 +39,7 @@ class Family(ABC):
 
     name: str
     model_class: type[PreTrainedModel]
-    image_token: str
+    image_token: str | None
     attention_config: str = ""
     needs_frames: bool = False
 

@@ -30,10 +30,13 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     processor: Any
-    image_token: str
+    image_token: str | None
 
     @property
     def image_id(self) -> int:
+        """Token id of a frame; -1, which no token has, for a model that takes none."""
+        if self.image_token is None:
+            return -1
         image = self.tokenizer.convert_tokens_to_ids(self.image_token)
         assert isinstance(image, int)  # a list is for a list of tokens
         return image
@@ -47,7 +50,8 @@ class LoadedModel:
         """``save_pretrained`` of model, tokenizer and image processor."""
         self.model.save_pretrained(folder, state_dict=state_dict)
         self.tokenizer.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)
 
 
 def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
@@ -76,6 +80,8 @@ def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
             f"--model {name}: cannot be loaded ({error}); small random models are {', '.join(SMALL_MODELS)}"
         ) from error
     del zero3
+    if family.image_token is None:
+        return LoadedModel(model, tokenizer, processor, None)
     # The small models are saved with the tokenizer of the needle task.
     image_token = next((t for t in (family.image_token, IMAGE) if t in tokenizer.get_vocab()), None)
     if image_token is None:
