@@ -299,7 +299,7 @@ def cases(draw: st.DrawFn, ranks: int) -> Case:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_as_accurate_as_one_device(ranks: int) -> None:
-    @settings(max_examples=EXAMPLES or 25, derandomize=not EXAMPLES, deadline=None, database=None)
+    @settings(max_examples=EXAMPLES or 15, derandomize=not EXAMPLES, deadline=None, database=None)
     @given(cases(ranks))
     def holds(case: Case) -> None:
         results = run(ranks, attend_in_all_modes, [case])

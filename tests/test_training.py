@@ -100,14 +100,14 @@ def check(case: Case, folder: Path) -> None:
 
 # Stages 1 and 2 differ in when gradients are reduced, not in what attention does: two modes say as much as all.
 @pytest.mark.parametrize(
-    ("stage", "mode"), [*((3, mode) for mode in MODES), *((stage, MODES[i]) for stage in (1, 2) for i in (0, 2))],
+    ("stage", "mode"), [*((3, mode) for mode in MODES), *((stage, MODES[i]) for stage, i in ((1, 0), (2, 2)))],
     ids=str,
 )  # fmt: skip
 def test_losses_on_two_ranks(stage: int, mode: tuple[str, str, str], tmp_path: Path) -> None:
     check(Case(2, 2, stage, mode), tmp_path)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("size", [4, 2])
 def test_losses_on_four_ranks(size: int, stage: int, tmp_path: Path) -> None:
     """One group of four, and two groups of two with two micro-batches a step; another strategy in each."""
@@ -115,7 +115,7 @@ def test_losses_on_four_ranks(size: int, stage: int, tmp_path: Path) -> None:
     check(Case(4, size, stage, mode, accumulation=1 if size == 4 else 2), tmp_path)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [3])
 def test_fifty_steps_of_one_sample_of_every_kind(stage: int, tmp_path: Path) -> None:
     """Steps without any frame, and with fewer frames than ranks, among others."""
     check(Case(2, 2, stage, MODES[0], steps=50, micro_batch=1), tmp_path)
