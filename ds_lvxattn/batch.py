@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ds_lvxattn.comm import Communicator
+from ds_lvxattn.decoding import VisualCache
 from ds_lvxattn.interval import KVInterval
 from ds_lvxattn.plan.plan import LayerPlan
 from ds_lvxattn.routes import Routes
@@ -48,6 +49,8 @@ class SequenceParallelBatch:
             into the frames that it encodes; None when they are those frames in their order.
         portions: how often the vision encoder is called; the same on all ranks of the run.
         sees_frame: ``[B, 1, s_q, 1]`` in the model's dtype, 1 for the rank's text rows that see a frame.
+        visual: collects the rank's visual keys and values of each cross-attention module, in the prefill of a
+            generation; None in training.
     """
 
     comm: Communicator
@@ -58,3 +61,4 @@ class SequenceParallelBatch:
     slots: Tensor | None
     portions: int
     sees_frame: Tensor
+    visual: VisualCache | None = None

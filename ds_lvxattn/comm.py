@@ -138,6 +138,13 @@ class Communicator:
         self.received[what] += 2 * x.nbytes * (self.ranks - 1) // self.ranks
         return x
 
+    def broadcast(self, x: Tensor, what: str) -> Tensor:
+        """``x`` of the first rank on every rank, in place; contiguous."""
+        if self.ranks > 1 and x.numel():
+            dist.broadcast(_raw(x), group=self.group, group_src=0)
+            self.received[what] += x.nbytes * (self.rank > 0)
+        return x
+
     def exchange(self, messages: Sequence[Message]) -> Transfer:
         """Start point-to-point messages together; empty tensors are not sent, so both ends know the lengths.
 

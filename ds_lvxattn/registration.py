@@ -1,8 +1,8 @@
 """Registration with Hugging Face transformers: attention and mask functions called ``ds_lvxattn``.
 
 A model whose attention implementation is ``ds_lvxattn`` gets its exchanges from the forward argument
-``sequence_parallel`` (a ``SequenceParallelBatch``), which transformers hands down to every attention function. So
-no model file is patched and no state is global.
+``sequence_parallel`` (a ``SequenceParallelBatch``, or a ``DecodingStep`` while text is generated), which transformers
+hands down to every attention function. So no model file is patched and no state is global.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ds_lvxattn.attention import sp_attention
 from ds_lvxattn.batch import SequenceParallelBatch
+from ds_lvxattn.decoding import DecodingStep
 
 IMPLEMENTATION = "ds_lvxattn"
 
@@ -36,7 +37,7 @@ def exchanged_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sequence_parallel: SequenceParallelBatch | None = None,
+    sequence_parallel: SequenceParallelBatch | DecodingStep | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of transformers: ``query [B, H_q, s_q, D]``, ``key, value [B, H_kv, s_kv, D]``.
@@ -63,15 +64,20 @@ def exchanged_attention(
                 f"{type(module).__name__} attends with {name}, which sequence-parallel attention does not compute; set "
                 "it to None in the model's config, or 'sequence_parallel_size' to 1"
             )
+    if isinstance(sequence_parallel, DecodingStep):
+        return sequence_parallel.attend(module, query, key, value, scaling).transpose(1, 2), None
     plan = sequence_parallel.plans[module]
     inputs = sequence_parallel.roles[plan.role]
     # A rank without frames still feeds one blank frame to the model; its keys belong to no sample.
     keys = inputs.layout.kv.lengths[sequence_parallel.comm.rank]
+    key, value = key[:, :, :keys], value[:, :, :keys]
+    if sequence_parallel.visual is not None and plan.role == "cross":
+        sequence_parallel.visual[module] = key, value
     attend = functools.partial(
         sp_attention,
         query,
-        key[:, :, :keys],
-        value[:, :, :keys],
+        key,
+        value,
         group=sequence_parallel.comm.group,
         strategy=plan.strategy if plan.strategy != "local" else "lv_xattn",
         interval=inputs.interval,

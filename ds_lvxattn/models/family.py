@@ -90,6 +90,10 @@ class Family(ABC):
         trains is computed again in the backward pass.
         """
 
+    def decoder(self, model: nn.Module) -> Any:
+        """The module whose ``generate``, that of transformers, runs the decoding steps."""
+        return model
+
     @abstractmethod
     def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
         """Parameter-name patterns (``fnmatch``) that a pretrained model trains unless the config says otherwise."""

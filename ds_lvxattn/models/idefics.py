@@ -23,6 +23,7 @@ from transformers.models.idefics.perceiver import IdeficsPerceiverAttention
 from transformers.models.idefics.vision import IdeficsVisionAttention
 
 from ds_lvxattn.batch import SequenceParallelBatch
+from ds_lvxattn.decoding import DecodingStep
 from ds_lvxattn.models.family import TOKENS_AT_ONCE, Family, dense_frame_mask
 from ds_lvxattn.models.frames import encode_in_portions
 from ds_lvxattn.recompute import Recomputation
@@ -95,23 +96,28 @@ def encode_frames(
     the tokens. Handed over as images of one token each, under the mask of one image that every row with a frame
     sees, they give the gate of the cross-attention layers and no mask of the length of the keys.
     """
-    batch: SequenceParallelBatch | None = kwargs.get("sequence_parallel")
+    batch: SequenceParallelBatch | DecodingStep | None = kwargs.get("sequence_parallel")
     if batch is None:
         return None
     rest = dict(kwargs)
     model: Any = module
+    name = "perceiver_embeddings" if model.config.use_resampler else "image_encoder_embeddings"
+    samples, seen = batch.sees_frame.shape[0], batch.sees_frame[:, 0]
+    if isinstance(batch, DecodingStep):
+        # The model would project the features of all frames for each new token. Keys and values of the prefill are
+        # used, so it gets one feature for form's sake.
+        feature = seen.new_zeros(samples, 1, 1, model.config.vision_config.embed_dim)
+        return args, {**rest, "pixel_values": None, name: feature, "image_attention_mask": seen}
     pixels = rest.pop("pixel_values")[0]
     vision = functools.partial(_vision_states, model.vision_model)
     states = encode_in_portions(model.vision_model, vision, [pixels], batch.portions, recomputation)
-    name = "image_encoder_embeddings"
     if model.config.use_resampler:
-        resampler, name = model.perceiver_resampler, "perceiver_embeddings"
+        resampler = model.perceiver_resampler
         states = encode_in_portions(resampler, resampler, [states], batch.portions, recomputation)
     if batch.slots is not None:
         states = states.index_select(0, batch.slots)
-    samples = batch.sees_frame.shape[0]
     features = states.reshape(samples, -1, 1, states.shape[-1])
-    return args, {**rest, name: features, "image_attention_mask": batch.sees_frame[:, 0]}
+    return args, {**rest, name: features, "image_attention_mask": seen}
 
 
 def drop_dense_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -24,6 +24,7 @@ from transformers.models.mllama.modeling_mllama import (
 )
 
 from ds_lvxattn.batch import SequenceParallelBatch
+from ds_lvxattn.decoding import DecodingStep
 from ds_lvxattn.models.family import TOKENS_AT_ONCE, Family, dense_frame_mask
 from ds_lvxattn.models.frames import encode_in_portions
 from ds_lvxattn.recompute import Recomputation, recompute
@@ -112,8 +113,8 @@ def encode_frames(
     rank in the order of its keys, without padding tiles. A rank with fewer frames than portions encodes its first
     one again, so that every rank calls the encoder as often; no row sees that.
     """
-    batch: SequenceParallelBatch | None = kwargs.get("sequence_parallel")
-    if batch is None:
+    batch: SequenceParallelBatch | DecodingStep | None = kwargs.get("sequence_parallel")
+    if batch is None or isinstance(batch, DecodingStep):  # then the keys and values are in the model's cache
         return None
     rest = dict(kwargs)
     inputs = [rest.pop(key)[0] for key in PIXELS]
@@ -151,8 +152,9 @@ def _norm_keys(recomputation: Recomputation, norm: nn.Module, forward: Callable[
 def mask_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before the language model: say which rows see a frame, ``[B, 1, s_q, 1]``, as the model derives it from a
     dense mask."""
-    batch: SequenceParallelBatch | None = kwargs.get("sequence_parallel")
+    batch: SequenceParallelBatch | DecodingStep | None = kwargs.get("sequence_parallel")
     if batch is None:
         return None
-    dtype = kwargs["cross_attention_states"].dtype
-    return args, {**kwargs, "full_text_row_masked_out_mask": batch.sees_frame.to(dtype)}
+    states = kwargs.get("cross_attention_states")
+    mask = batch.sees_frame if states is None else batch.sees_frame.to(states.dtype)
+    return args, {**kwargs, "full_text_row_masked_out_mask": mask}

@@ -34,6 +34,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention
 
 from ds_lvxattn.batch import SequenceParallelBatch
 from ds_lvxattn.config import ConfigError
+from ds_lvxattn.decoding import DecodingStep
 from ds_lvxattn.models.family import TOKENS_AT_ONCE, Family
 from ds_lvxattn.models.frames import encode_in_portions
 from ds_lvxattn.models.text import self_attention_role, self_attention_sizes
@@ -124,6 +125,8 @@ class OpenFlamingoModel(PreTrainedModel):
             cross_attn_every_n_layers=config.cross_attn_every_n_layers,
         )
         self.flamingo.vision_encoder.requires_grad_(False)  # the package encodes images without gradients
+        language.generation_config.eos_token_id = config.eoc_token_id  # where the package ends an answer
+        language.register_forward_pre_hook(_name_mask, with_kwargs=True)
         module: Any
         for module in self.modules():
             if _is_cross_attention(module):
@@ -155,6 +158,10 @@ class OpenFlamingoModel(PreTrainedModel):
         if clear_conditioned_layers:
             flamingo.lang_encoder.clear_conditioned_layers()
         return output
+
+    def generate(self, input_ids: Tensor, vision_x: Tensor, **settings: Any) -> Tensor:
+        """As ``Flamingo.generate``: the prompts ``[B, S]`` with the new tokens behind them."""
+        return self.flamingo.generate(vision_x, input_ids, **settings)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.flamingo.lang_encoder.get_input_embeddings()
@@ -206,6 +213,12 @@ class OpenFlamingo(Family):
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         model.register_forward_pre_hook(functools.partial(encode_frames, recomputation), with_kwargs=True)
+        decoder = self.decoder(model)
+        decoder.register_forward_pre_hook(condition_on_step, with_kwargs=True)
+        decoder.register_forward_hook(end_step, with_kwargs=True)
+
+    def decoder(self, model: nn.Module) -> Any:
+        return model.get_submodule("flamingo.lang_encoder")
 
     def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
         return ("*perceiver.*", "*gated_cross_attn_layer.*")
@@ -254,6 +267,11 @@ class OpenFlamingo(Family):
         return {}  # the model finds the image tokens itself
 
 
+def _name_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The package wants the argument that ``generate`` leaves out where no token is padding."""
+    return args, {"attention_mask": None, **kwargs}
+
+
 def encode_frames(
     recomputation: Recomputation, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -276,6 +294,20 @@ def encode_frames(
     return args, {**rest, "media": (features.unflatten(0, (samples, -1)), batch)}
 
 
+def condition_on_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before the language model in a decoding step: its layers get the step in the place of features."""
+    step = kwargs.get("sequence_parallel")
+    if isinstance(step, DecodingStep):
+        for layer in module._get_decoder_layers():
+            layer.condition_vis_x((None, step))
+
+
+def end_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """After it: the layers hold on to nothing."""
+    if isinstance(kwargs.get("sequence_parallel"), DecodingStep):
+        module.clear_conditioned_layers()
+
+
 def exchanged_cross_attention(
     module: Any, forward: Any, x: Tensor, media: Any, media_locations: Any = None, use_cached_media: bool = False
 ) -> Tensor:
@@ -283,7 +315,7 @@ def exchanged_cross_attention(
 
     Args:
         forward: the module's own, for features that are not divided.
-        media: from ``encode_frames``, features and batch.
+        media: from ``encode_frames``, features and batch; in a decoding step None and the step.
     """
     if not isinstance(media, tuple):
         return forward(x, media, media_locations=media_locations, use_cached_media=use_cached_media)
@@ -292,7 +324,9 @@ def exchanged_cross_attention(
     if not module.only_attend_immediate_media:
         # Equal scores for tokens that see nothing: they get the mean of the values, and give no other gradient.
         query = query * batch.sees_frame[:, 0]
-    key, value = module.to_kv(features.flatten(1, 2)).chunk(2, dim=-1)
+    # A decoding step brings the keys and values of the prefill.
+    step = isinstance(batch, DecodingStep)
+    key, value = (query, query) if step else module.to_kv(features.flatten(1, 2)).chunk(2, dim=-1)
     q, k, v = (y.unflatten(-1, (module.heads, -1)).transpose(1, 2) for y in (query, key, value))
     out, _ = exchanged_attention(module, q, k, v, None, scaling=module.scale, sequence_parallel=batch)
     return module.to_out(out.flatten(2))
