@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers import Cache, LogitsProcessor, LogitsProcessorList
 
 from ds_lvxattn.comm import Communicator
+from ds_lvxattn.data.agreement import agree
 from ds_lvxattn.data.collate import Collator, Images
 from ds_lvxattn.data.layout import BatchLayout
-from ds_lvxattn.data.sample import Sample, SampleError
+from ds_lvxattn.data.sample import Sample
 from ds_lvxattn.decoding import DecodingStep, VisualCache
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.interval import KVInterval
@@ -106,7 +107,11 @@ def _on_all_ranks(model: Any, collator: Collator, samples: Sequence[Sample], set
         parallel.make_plan(collator.shapes(layout), collator.device, collator.dtype)
     # Where ZeRO-3 partitions the model over several groups, they wait for one another in every forward.
     together = any(hasattr(p, "ds_id") for p in model.parameters()) and dist.get_world_size() > parallel.comm.ranks
-    images = _load(collator, samples, layout)
+    images = agree(
+        lambda: collator.load(samples, layout),
+        lambda _: ", ".join(f"{s.name}: {len(s.input_ids)} tokens, {s.num_frames} frames" for s in samples),
+        parallel.comm.group,
+    )
     cache, visual = _prefill(model, collator, layout, images, together)
     lengths = [len(sample.input_ids) for sample in samples]
     padding = [layout.text.total - length for length in lengths]
@@ -131,23 +136,6 @@ def _on_all_ranks(model: Any, collator: Collator, samples: Sequence[Sample], set
     finally:
         hook.remove()
     return tokens[:, layout.text.total :]
-
-
-def _load(collator: Collator, samples: Sequence[Sample], layout: BatchLayout) -> Images:
-    """This rank's frames. Raises ``SampleError`` on every rank of the group when one of them cannot decode its own."""
-    assert collator.parallel is not None
-    images: Images = []
-    error = ""
-    try:
-        images = collator.load(samples, layout)
-    except SampleError as problem:
-        error = str(problem)
-    comm = collator.parallel.comm
-    errors: list[Any] = [None] * comm.ranks
-    dist.all_gather_object(errors, error, group=comm.group)
-    if any(errors):
-        raise SampleError(next(filter(None, errors)))
-    return images
 
 
 def _prefill(

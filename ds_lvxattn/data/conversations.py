@@ -310,6 +310,14 @@ def place_media(
     return messages, placed
 
 
+def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> str:
+    """The text of a conversation; with ``prompt``, up to where the assistant's answer begins."""
+    template = tokenizer.chat_template or PLAIN_TEMPLATE
+    return str(
+        tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=prompt)
+    )
+
+
 def encode(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and labels that mask all but the answers and their end-of-turn tokens.
 
@@ -320,20 +328,13 @@ def encode(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple
     Raises:
         SampleError: the template refuses the conversation, or rewrites earlier turns when later ones follow.
     """
-    template = tokenizer.chat_template or PLAIN_TEMPLATE
-
-    def render(turns: list[Message], prompt: bool = False) -> str:
-        return str(
-            tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=prompt)
-        )
-
     answers = []
     try:
-        text = render(messages)
+        text = render(messages, tokenizer)
         for at, message in enumerate(messages):
             if message["role"] == "assistant":
-                prompt = render(messages[:at], prompt=True)
-                answered = render(messages[: at + 1])
+                prompt = render(messages[:at], tokenizer, prompt=True)
+                answered = render(messages[: at + 1], tokenizer)
                 if not (answered.startswith(prompt) and text.startswith(answered)):
                     raise SampleError(
                         f"the chat template rewrites the conversation around turn {at + 1}, so the answer "

@@ -35,6 +35,11 @@ PAD, BOS, EOS, IMAGE = "<|pad|>", "<|begin_of_text|>", "<|end_of_text|>", "<|ima
 QUESTION = "which digit ?"
 # `<|image|>` is the last id: Llama 3.2 Vision gives it an embedding row but no output logit.
 VOCABULARY = (PAD, BOS, EOS, "<|unk|>", *QUESTION.split(), *"0123456789", IMAGE)
+# Conversations as `encode_row` writes them: words, and nothing about who says them.
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.content }} "
+    "{% if m.role == 'assistant' %}{{ eos_token }} {% endif %}{% endfor %}"
+)
 IGNORE = -100
 _CHANNEL_ORDERS = tuple(itertools.permutations(range(3)))
 
@@ -239,6 +244,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         pad_token=PAD,
         unk_token="<|unk|>",
         additional_special_tokens=[IMAGE],
+        chat_template=TEMPLATE,
     )
 
 

@@ -1,0 +1,58 @@
+"""A question about a video as the prompt of a generation."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from ds_lvxattn.data.conversations import Media, load_frames, place_media, render
+from ds_lvxattn.data.sample import IGNORE, Sample, SampleError
+from ds_lvxattn.data.video import probe_video, sample_indices
+
+
+def question_sample(
+    question: str,
+    video: str | os.PathLike[str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    image_token: str | None,
+    max_frames: int,
+    max_text_tokens: int,
+) -> Sample:
+    """The prompt of ``question``, as rows of the user's own data are rendered up to their first answer.
+
+    Args:
+        question: the user's turn; a placeholder (``<video>``, ``<image>``) says where the frames go, or they are first.
+        video: a video or an image; None: text alone.
+        tokenizer: its chat template renders the text, ``PLAIN_TEMPLATE`` if it has none.
+        image_token: the token that stands for a frame; None for a model that takes none.
+        max_frames: frames taken, spread evenly over the video.
+        max_text_tokens: longest prompt, image tokens included.
+
+    Raises:
+        SampleError: a missing or broken video, a placeholder without one, a model that takes no frames, a template
+            that refuses the question, a prompt that is too long.
+    """
+    name = "the question" if video is None else os.fspath(video)
+    if video is not None and image_token is None:
+        raise SampleError(f"{name}: the model takes text alone; leave the video out")
+    media = []
+    if video is not None:
+        path = os.fspath(video)
+        media = [Media("video", path, tuple(sample_indices(probe_video(path).num_frames, max_frames)))]
+    messages, media = place_media([{"role": "user", "content": question}], media, image_token or "")
+    try:
+        text = render(messages, tokenizer, prompt=True)
+    except jinja2.TemplateError as error:
+        raise SampleError(f"the chat template refuses the question: {error}") from error
+    input_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    frames = sum(len(medium.frames) for medium in media)
+    if len(input_ids) > max_text_tokens:
+        raise SampleError(
+            f"{name}: the prompt has {len(input_ids)} tokens, {frames} of them for frames, and there is room for "
+            f"{max_text_tokens}; ask a shorter question, or take fewer frames"
+        )
+    return Sample(input_ids, [IGNORE] * len(input_ids), frames, functools.partial(load_frames, media), name)

@@ -1,0 +1,128 @@
+"""Answer a question about a video, with the video divided over the ranks.
+
+deepspeed train/generate.py --ds_config ds_configs/quickstart.json --model runs/mine/model --video clip.mp4 \
+  --question "What happens?"
+
+All ranks share the one video, whatever the config's sequence_parallel_size; without the launcher it is one rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from ds_lvxattn.config import SIZE_KEY, ConfigError, load_ds_config, sequence_parallel_config
+from ds_lvxattn.data.agreement import agree
+from ds_lvxattn.data.collate import Collator
+from ds_lvxattn.data.question import question_sample
+from ds_lvxattn.data.sample import SampleError
+from ds_lvxattn.generation import generate
+from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
+from ds_lvxattn.integration import SequenceParallel
+from ds_lvxattn.models import family_of
+from ds_lvxattn.training.config import finetuning_config
+from ds_lvxattn.training.data import text_limit
+from ds_lvxattn.training.model import LoadedModel, load_model, model_dtype, partition_over_all_ranks
+
+# What of the DeepSpeed config says how the weights are held.
+WEIGHTS = ("zero_optimization", "bf16", "fp16")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ds_config", required=True, help="DeepSpeed config file, as for train/finetune.py")
+    parser.add_argument("--model", required=True, help="local path (OUTPUT_DIR/model of a fine-tuning) or hub name")
+    parser.add_argument("--video", help="video or image file; without it the question is text alone")
+    parser.add_argument("--question", required=True)
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws, where --temperature is above 0")
+    parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
+    return parser.parse_args(arguments)
+
+
+def answer(args: argparse.Namespace) -> str:
+    """The answer, on every rank."""
+    if args.max_new_tokens < 1:
+        raise ConfigError(f"--max_new_tokens is {args.max_new_tokens}; give at least 1")
+    if args.temperature < 0:
+        raise ConfigError(f"--temperature is {args.temperature}; give 0 or more")
+    accelerator = get_accelerator()
+    if "WORLD_SIZE" in os.environ:
+        start_distributed()
+        if accelerator.device_name() != "cpu":
+            accelerator.set_device(int(os.environ.get("LOCAL_RANK", args.local_rank)))
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    ds_config = load_ds_config(args.ds_config)
+    config = sequence_parallel_config({**ds_config, SIZE_KEY: ranks}, ranks)
+    max_frames = finetuning_config(ds_config).frames
+    # DeepSpeed wants a batch size, though nothing is trained.
+    ds_config = {"train_micro_batch_size_per_gpu": 1, **{key: ds_config[key] for key in WEIGHTS if key in ds_config}}
+    if ranks == 1:
+        ds_config.pop("zero_optimization", None)  # nothing to partition over
+    loaded = load_model(args.model, ds_config, args.seed)
+    groups = SequenceParallelGroups(ranks) if ranks > 1 else None
+    sample = agree(
+        lambda: question_sample(
+            args.question,
+            args.video,
+            loaded.tokenizer,
+            image_token=loaded.image_token,
+            max_frames=max_frames,
+            max_text_tokens=text_limit(loaded.model) - args.max_new_tokens,
+        ),
+        lambda sample: f"{sample.name}: {len(sample.input_ids)} tokens, {sample.num_frames} frames",
+        groups.get_sequence_parallel_group() if groups else None,
+    )
+    device = torch.device(accelerator.current_device_name())
+    parallel = SequenceParallel(loaded.model, config, groups) if groups else None
+    collator = Collator(
+        family_of(loaded.model), loaded.model.config, loaded.processor, loaded.pad_token, loaded.image_id,
+        device, model_dtype(ds_config), parallel,
+    )  # fmt: skip
+    model = place(loaded, ds_config, groups, device)
+    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if args.temperature:
+        how = {"do_sample": True, "temperature": args.temperature}
+    tokens = generate(model, collator, [sample], seed=args.seed, max_new_tokens=args.max_new_tokens, **how)
+    return str(loaded.tokenizer.decode(tokens[0], skip_special_tokens=True)).strip()
+
+
+def place(
+    loaded: LoadedModel, ds_config: dict[str, Any], groups: SequenceParallelGroups | None, device: torch.device
+) -> Any:
+    """The model where it runs: whole on every rank, or under ZeRO-3 partitioned over them."""
+    if groups is None or ds_config.get("zero_optimization", {}).get("stage") != 3:
+        return torch.nn.Module.to(loaded.model, device)
+    partition_over_all_ranks(loaded.model, ds_config, groups)
+    engine, *_ = deepspeed.initialize(model=loaded.model, config=ds_config, mpu=groups)
+    return engine.module
+
+
+def main() -> int:
+    args = parse()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        text = answer(args)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(text)
+    except (ConfigError, SampleError) as error:
+        # The same on every rank, before any collective can wait for a rank that has left.
+        print(f"generate: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
