@@ -202,6 +202,12 @@ def _step(collator: Collator, layout: BatchLayout, visual: VisualCache, lengths:
 
 
 def _with_step(step: DecodingStep, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before a forward of ``generate``: the step, and positions where transformers gives none.
+
+    A model without them would count the padding, which the keys of the prefill did not.
+    """
+    if kwargs.get("position_ids") is None and step.text_start is not None:
+        kwargs = {**kwargs, "position_ids": kwargs["past_key_values"].get_seq_length() - step.text_start.long()}
     return args, {**kwargs, "sequence_parallel": step}
 
 
