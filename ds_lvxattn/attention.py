@@ -92,6 +92,8 @@ def sp_attention(
     if comm.ranks == 1:
         bounds = (None, None) if interval is None else (interval.start[0], interval.stop[0])
         return local_attention(q, k, v, *bounds, scale, kernel)
+    if not shards.kv.total:  # a batch of text alone: nothing to see on any rank, so nothing travels
+        return local_attention(q, k, v, None, None, scale, kernel)
     if head_groups is not None and any(k.shape[1] % max(count, 1) or count < 1 for count in head_groups):
         raise ValueError(f"head_groups is {head_groups}; give two divisors of the {k.shape[1]} key heads")
     if schedule == "routed" and not replicated and routes is None and interval is not None:

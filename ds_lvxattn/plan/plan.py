@@ -133,6 +133,8 @@ def _plan_layer(
     if sizes is None or config.size == 1:
         why = "each rank attends within its own frames" if layer.role == "local" else "one rank, nothing to exchange"
         return LayerPlan(layer.name, layer.role, "local", "auto", {}, {}, why)
+    if not sum(sizes.kv_lengths):
+        return LayerPlan(layer.name, layer.role, "local", "auto", {}, {}, "no rank has a key, nothing to exchange")
     shape = replace(
         sizes, heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim,
         recompute=_recomputed(layer.role, config),
