@@ -169,6 +169,10 @@ def test_the_visual_cache_is_divided_and_only_partial_results_travel(mode: Mode)
         assert set(received) <= {"outputs", "scores"}
 
 
+def test_a_prompt_without_frames_exchanges_the_scores_alone() -> None:
+    assert all(set(received) <= {"scores"} for _, _, received in run(2, steps_of, PATTERNS["text only"], MODES[0]))
+
+
 # Under ZeRO-3
 
 

@@ -45,6 +45,16 @@ def test_predicted_bytes_are_the_counted_ones(layer: Layer) -> None:
             assert (predicted.forward, predicted.backward) == want, (strategy, schedule, rank)
 
 
+def test_without_any_key_nothing_is_exchanged() -> None:
+    layers = [AttentionLayer("cross", "cross", 4, 2, 8), AttentionLayer("self", "self", 4, 2, 8)]
+    shapes = {
+        "cross": LayerShape(1, 1, 1, 1, (6, 5), (0, 0), 2),
+        "self": LayerShape(1, 1, 1, 1, (6, 5), (6, 5), 2),
+    }
+    cross, own = plan_layers(layers, shapes, SequenceParallelConfig(size=2), load_profile("h200"))
+    assert (cross.strategy, cross.predicted_bytes) == ("local", {}) and own.strategy != "local"
+
+
 def bytes_of_a_step(recompute: str) -> list[tuple[int, int]]:
     """Counted and planned bytes of a forward and a backward pass of the model, in each mode."""
     samples = [tiny_sample("IItaIItItaaI", seed) for seed in range(2)]  # twelve tokens, six frames
