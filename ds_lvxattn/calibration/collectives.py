@@ -15,7 +15,6 @@ from ds_lvxattn.calibration.kernels import kernel_calls
 from ds_lvxattn.comm import Communicator, Message, Part, Transfer
 from ds_lvxattn.plan.profile import Curve, Link, Profile
 
-
 IN_A_ROW = 8
 
 
