@@ -140,8 +140,8 @@ def steps_of(pattern: str, mode: Mode) -> tuple[list[tuple[int, int]], int, dict
                 parallel.comm.reset()
             seen.append(kwargs["sequence_parallel"])
             for visual in seen[-1].visual:  # the model's own cache holds no second copy
-                kept = kwargs["past_key_values"].layers[visual.layer_idx].keys
-                assert kept.data_ptr() == seen[-1].visual[visual][0].data_ptr()
+                kept = kwargs["past_key_values"].layers[visual.layer_idx].keys.untyped_storage()
+                assert kept.data_ptr() == seen[-1].visual[visual][0].untyped_storage().data_ptr()
 
     model.register_forward_pre_hook(look, with_kwargs=True)
     generate(model, tiny_collator(model, parallel), samples, max_new_tokens=NEW, do_sample=False, eos_token_id=NEVER)
