@@ -11,6 +11,7 @@ from ds_lvxattn.models.idefics import Idefics
 from ds_lvxattn.models.llava import Llava
 from ds_lvxattn.models.mllama import Mllama
 from ds_lvxattn.models.open_flamingo import OpenFlamingo
+from ds_lvxattn.models.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.models.text_only import TextOnly
 
 FAMILIES: tuple[Family, ...] = (
@@ -18,6 +19,7 @@ FAMILIES: tuple[Family, ...] = (
     Idefics(),
     OpenFlamingo(),
     Llava(),
+    Qwen25VL(),
     TextOnly(LlamaForCausalLM),
     TextOnly(Qwen2ForCausalLM),
 )

@@ -54,7 +54,9 @@ class Concatenation(Family):
         model.get_submodule("model").register_forward_pre_hook(hook, with_kwargs=True)
 
     def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
-        return ("*language_model.*", "*lm_head.*")
+        # A head that shares the weights of the embedding is no parameter of its own.
+        head = () if model_config.tie_word_embeddings else ("*lm_head.*",)
+        return ("*language_model.*", *head)
 
     def frame_ranges(self, input_ids: Sequence[int], image_id: int, model_config: Any) -> list[tuple[int, int]]:
         return [(0, 0)] * len(input_ids)

@@ -31,6 +31,7 @@ class Family(ABC):
         name: how errors call it.
         model_class: the class of its models; its ``config_class`` tells the family of a config.
         image_token: the token that stands for a frame in the text; None for a model that takes no frames.
+        frame_text: how a conversation writes a frame, its image token included; empty: by that token alone.
         attention_config: the sub-config (a key of ``model_config.sub_configs``) of the language model, whose attention
             is exchanged; empty for the model's own config.
         needs_frames: whether the unmodified model fails on a batch without any frame; it is then given a blank one
@@ -42,6 +43,7 @@ class Family(ABC):
     name: str
     model_class: type[PreTrainedModel]
     image_token: str | None
+    frame_text: str = ""
     attention_config: str = ""
     needs_frames: bool = False
     keys_in_text: bool = False
