@@ -101,6 +101,11 @@ class SequenceParallel:
         """Query heads, key heads and head size of the layers that exchange."""
         return sorted({(x.heads, x.kv_heads, x.head_dim) for x in self._layers.values() if x.role != "local"})
 
+    @property
+    def windows(self) -> list[int]:
+        """Sliding windows of self-attention layers, each once."""
+        return sorted({layer.window for layer in self._layers.values() if layer.window is not None})
+
     def make_plan(
         self,
         shapes: Mapping[str, LayerShape],
@@ -108,7 +113,7 @@ class SequenceParallel:
         dtype: torch.dtype,
         profile: Profile | None = None,
     ) -> None:
-        """Choose every layer's strategy for batches like ``shapes`` (role to sizes), computed in ``dtype``.
+        """Choose every layer's strategy for batches like ``shapes`` (kind of layers to sizes), computed in ``dtype``.
 
         Rank 0 chooses and tells the others, so that no rank can come to another plan.
 
@@ -119,7 +124,7 @@ class SequenceParallel:
             ConfigError: on every rank, when a setting cannot work for a layer.
         """
         for layer in self._layers.values():
-            if layer.role in shapes:
+            if layer.kind in shapes:
                 call = Call(device.type, dtype, layer.heads, layer.kv_heads, layer.head_dim, masked=True)
                 try:
                     select_kernel(self.config.kernel, call)
@@ -178,9 +183,9 @@ class SequenceParallel:
 
     def _sizes(self, shapes: Mapping[str, LayerShape]) -> dict[nn.Module, LayerSizes]:
         return {
-            module: self._layer_sizes(self.plans[module], layer, shapes[layer.role])
+            module: self._layer_sizes(self.plans[module], layer, shapes[layer.kind])
             for module, layer in self._layers.items()
-            if layer.role in shapes
+            if layer.kind in shapes
         }
 
     def note_times(self, measured: Mapping[nn.Module, Mapping[str, float]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -97,12 +98,19 @@ def test_alibi_is_refused() -> None:
         self_attention_role(module)
 
 
-@pytest.mark.parametrize("name", ["sliding_window", "softcap"])
+@pytest.mark.parametrize("name", ["softcap", "s_aux"])
 def test_scores_that_no_kernel_computes_are_refused(name: str) -> None:
     q = torch.zeros(1, 1, 1, 4)
     batch: Any = object()
     with pytest.raises(ValueError, match=f"Identity attends with {name}"):
         exchanged_attention(nn.Identity(), q, q, q, None, sequence_parallel=batch, **{name: 8})
+
+
+def test_a_window_that_the_plan_does_not_know_is_refused() -> None:
+    q, module = torch.zeros(1, 1, 1, 4), nn.Identity()
+    batch: Any = SimpleNamespace(plans={module: SimpleNamespace(window=None)})
+    with pytest.raises(ValueError, match="Identity attends with a sliding window of 8.*window_of"):
+        exchanged_attention(module, q, q, q, None, sequence_parallel=batch, sliding_window=8)
 
 
 def test_a_model_of_no_family_lists_those_there_are() -> None:

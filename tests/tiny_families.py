@@ -95,7 +95,9 @@ def qwen2_5_vl() -> nn.Module:
 
 
 def text_only() -> nn.Module:
+    """The second and third layer see the last five tokens."""
     config = Qwen2Config(
+        use_sliding_window=True, sliding_window=5, max_window_layers=1,
         vocab_size=IMAGE_TOKEN, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from ds_lvxattn.data.sample import IGNORE, Sample, SampleError
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.interval import KVInterval
 from ds_lvxattn.models.family import Family
+from ds_lvxattn.plan.plan import kind_of
 from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.routes import Routes, routed_rows, visible_work
 from ds_lvxattn.shards import ShardLayout
@@ -94,12 +95,11 @@ class Collator:
         return [sample.load_frames(layout.own_frames(i, self.rank)) for i, sample in enumerate(samples)]
 
     def shapes(self, layout: BatchLayout) -> dict[str, LayerShape]:
-        """Sizes of the exchanged roles for the plan; heads are those of each layer."""
+        """Sizes of the exchanged kinds of layers for the plan; heads are those of each layer."""
         batch, element = len(layout.frames), self.dtype.itemsize
         shapes = {}
-        for role, shards in layout.roles.items():
-            ranges = layout.ranges_of(role)
-            shapes[role] = LayerShape(
+        for kind, shards, ranges in self._kinds(layout):
+            shapes[kind] = LayerShape(
                 batch, 1, 1, 1, shards.q.lengths, shards.kv.lengths, element,
                 routed_rows(*ranges, shards), visible_work(*ranges, shards.kv),
             )  # fmt: skip
@@ -171,10 +171,8 @@ class Collator:
     def _exchange(self, layout: BatchLayout, own: slice | np.ndarray, most_frames: int) -> SequenceParallelBatch:
         assert self.parallel is not None
         comm = self.parallel.comm
-        routed = {plan.role for plan in self.parallel.plans.values() if plan.schedule == "routed"}
-        roles = {
-            role: self._inputs(shards, *layout.ranges_of(role), role in routed) for role, shards in layout.roles.items()
-        }
+        routed = {plan.kind for plan in self.parallel.plans.values() if plan.schedule == "routed"}
+        roles = {kind: self._inputs(shards, *ranges, kind in routed) for kind, shards, ranges in self._kinds(layout)}
         # An unused slot repeats the first frame, which no row sees.
         loaded, slots = 0, []
         for frames in layout.frames:
@@ -198,6 +196,13 @@ class Collator:
             sees_frame[:, None, :, None].to(self.device),
             visual_rows,
         )
+
+    def _kinds(self, layout: BatchLayout) -> Iterator[tuple[str, ShardLayout, tuple[Tensor, Tensor]]]:
+        """Name, shards and ranges of the kinds of layers that exchange."""
+        assert self.parallel is not None
+        for role, shards in layout.roles.items():
+            for window in (None, *(self.parallel.windows if role == "self" else ())):
+                yield kind_of(role, window), shards, layout.ranges_of(role, window)
 
     def _inputs(self, shards: ShardLayout, start: Tensor, stop: Tensor, routed: bool) -> AttentionInputs:
         routes = Routes.build(start, stop, shards, self.rank, self.device) if routed else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
 
 from ds_lvxattn.config import ConfigError
 from ds_lvxattn.models.family import Family
@@ -21,6 +21,7 @@ FAMILIES: tuple[Family, ...] = (
     Llava(),
     Qwen25VL(),
     TextOnly(LlamaForCausalLM),
+    TextOnly(MistralForCausalLM),
     TextOnly(Qwen2ForCausalLM),
 )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ds_lvxattn.batch import SequenceParallelBatch
 from ds_lvxattn.models.family import Family
-from ds_lvxattn.models.text import self_attention_role, self_attention_sizes
+from ds_lvxattn.models.text import self_attention_role, self_attention_sizes, self_attention_window
 from ds_lvxattn.recompute import Recomputation
 
 
@@ -48,6 +48,9 @@ class Concatenation(Family):
 
     def sizes_of(self, module: Any) -> tuple[int, int, int]:
         return super().sizes_of(module) if self.is_local(module) else self_attention_sizes(module)
+
+    def window_of(self, module: Any) -> int | None:
+        return None if self.is_local(module) else self_attention_window(module)
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         hook = functools.partial(_embed, self, recomputation)

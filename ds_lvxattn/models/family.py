@@ -58,6 +58,10 @@ class Family(ABC):
         """Query heads, key heads and head size of an attention module that has a role."""
         return module.num_heads, getattr(module, "num_key_value_heads", module.num_heads), module.head_dim
 
+    def window_of(self, module: Any) -> int | None:
+        """Of a module with the role ``self``, the last keys that a row sees, its own included; None: all before it."""
+        return None
+
     def attention_layers(self, model: nn.Module) -> dict[nn.Module, AttentionLayer]:
         """Every attention module of ``model`` with its role and sizes.
 
@@ -68,7 +72,7 @@ class Family(ABC):
         for name, module in model.named_modules():
             role = self.role_of(module)
             if role is not None:
-                layers[module] = AttentionLayer(name, role, *self.sizes_of(module))
+                layers[module] = AttentionLayer(name, role, *self.sizes_of(module), self.window_of(module))
         inside = {part for module in layers for part in module.modules()}
         for name, module in model.named_modules():
             known = module in inside or not layers.keys().isdisjoint(module.modules())
