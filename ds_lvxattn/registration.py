@@ -63,12 +63,13 @@ def exchanged_attention(
                 f"{type(module).__name__} attends with {name}, which sequence-parallel attention does not compute; set "
                 "it to None in the model's config, or 'sequence_parallel_size' to 1"
             )
-    plan = sequence_parallel.plans[module]
-    if others.get("sliding_window") != plan.window:
+    given, planned = others.get("sliding_window"), sequence_parallel.plans[module].window
+    if given != planned:
         raise ValueError(
-            f"{type(module).__name__} attends with a sliding window of {others.get('sliding_window')}, and its family "
-            f"says {plan.window}; let Family.window_of give what the module passes on"
+            f"{type(module).__name__} attends with a sliding window of {given}, and its family says {planned}; let "
+            "Family.window_of give what the module passes on"
         )
+    plan = sequence_parallel.plans[module]
     inputs = sequence_parallel.roles[plan.kind]
     # A rank without frames still feeds one blank frame to the model; its keys belong to no sample.
     keys = inputs.layout.kv.lengths[sequence_parallel.comm.rank]

@@ -72,7 +72,7 @@ class Family(ABC):
         for name, module in model.named_modules():
             role = self.role_of(module)
             if role is not None:
-                layers[module] = AttentionLayer(name, role, *self.sizes_of(module), self.window_of(module))
+                layers[module] = AttentionLayer(name, role, *self.sizes_of(module), window=self.window_of(module))
         inside = {part for module in layers for part in module.modules()}
         for name, module in model.named_modules():
             known = module in inside or not layers.keys().isdisjoint(module.modules())
