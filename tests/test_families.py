@@ -27,7 +27,7 @@ from ds_lvxattn.models import FAMILIES, family_of, family_of_config
 from ds_lvxattn.models.idefics import Idefics
 from ds_lvxattn.models.open_flamingo import OpenFlamingo, OpenFlamingoConfig, OpenFlamingoModel
 from ds_lvxattn.models.small import SMALL_MODELS
-from ds_lvxattn.models.text import self_attention_role
+from ds_lvxattn.models.text import check_positions, self_attention_role
 from ds_lvxattn.registration import exchanged_attention
 from ds_lvxattn.training.model import load_model
 from tests.tiny_families import tiny
@@ -96,6 +96,15 @@ def test_alibi_is_refused() -> None:
     module = type("MptAttention", (nn.Module,), {})()
     with pytest.raises(ConfigError, match="ALiBi"):
         self_attention_role(module)
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_rotary_frequencies_that_follow_the_length_are_refused(layers: bool) -> None:
+    of_a_layer = {"rope_type": "dynamic", "factor": 2.0}
+    config = SimpleNamespace(rope_parameters={"full_attention": of_a_layer} if layers else of_a_layer)
+    with pytest.raises(ConfigError, match="'dynamic'.*longest text.*'sequence_parallel_size' to 1"):
+        check_positions(config)
+    check_positions(SimpleNamespace(rope_parameters={"rope_type": "llama3", "factor": 8.0}))
 
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux"])
