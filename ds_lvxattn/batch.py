@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ds_lvxattn.comm import Communicator
-from ds_lvxattn.decoding import VisualCache
+from ds_lvxattn.decoding import KeyCache
 from ds_lvxattn.interval import KVInterval
 from ds_lvxattn.plan.plan import LayerPlan
 from ds_lvxattn.routes import Routes
@@ -64,4 +64,4 @@ class SequenceParallelBatch:
     portions: int
     sees_frame: Tensor
     visual_rows: VisualRows | None = None
-    visual: VisualCache | None = None
+    visual: KeyCache | None = None

@@ -1,9 +1,10 @@
 """``generate``: transformers' own generation, over visual keys and values that stay divided over the ranks.
 
 The prefill is one forward of the prompts as in training: text and frames divided over the ranks, every attention layer
-by its strategy. What it leaves of the video, the keys and values of the cross-attention layers, stays on the rank of
-its frame. The text's keys and values are short, and are gathered to every rank. From the last token of the prompt on,
-``generate`` of transformers runs alike on all ranks, one token at a time (``DecodingStep``).
+by its strategy. The keys and values of the video stay on the rank that has them: those of cross-attention on the rank
+of the frame, and where the text holds the visual tokens, those of self-attention on the rank of the row. Elsewhere the
+text is short, and its keys and values are gathered to every rank. From the last token of the prompt on, ``generate``
+of transformers runs alike on all ranks, one token at a time (``DecodingStep``).
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import Cache, LogitsProcessor, LogitsProcessorList
+from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from ds_lvxattn.comm import Communicator
 from ds_lvxattn.data.agreement import agree
 from ds_lvxattn.data.collate import Collator, Images
 from ds_lvxattn.data.layout import BatchLayout
 from ds_lvxattn.data.sample import Sample
-from ds_lvxattn.decoding import DecodingStep, VisualCache
+from ds_lvxattn.decoding import DecodingStep, KeyCache, NewTokens
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.interval import KVInterval
 from ds_lvxattn.shards import SequenceShards, ShardLayout
@@ -78,8 +79,9 @@ def generate(model: Any, collator: Collator, samples: Sequence[Sample], *, seed:
 
 def _on_one_rank(model: Any, collator: Collator, samples: Sequence[Sample], settings: dict[str, Any]) -> Tensor:
     """The unmodified model. transformers wants padding ahead of the text."""
-    longest = max(len(sample.input_ids) for sample in samples)
-    padding = [longest - len(sample.input_ids) for sample in samples]
+    lengths = collator.layout(samples).lengths
+    longest = max(lengths)
+    padding = [longest - length for length in lengths]
     padded = [
         replace(s, input_ids=[*[collator.pad_token] * n, *s.input_ids], labels=[*[0] * n, *s.labels])
         for s, n in zip(samples, padding, strict=True)
@@ -87,6 +89,7 @@ def _on_one_rank(model: Any, collator: Collator, samples: Sequence[Sample], sett
     layout = collator.layout(padded)
     inputs = collator.collate(layout, collator.load(padded, layout)).inputs
     inputs = {key: value for key, value in inputs.items() if key not in TRAINING}
+    inputs |= {key: x.to(collator.device) for key, x in collator.family.prompt_arguments(layout.visual).items()}
     inputs["attention_mask"] = _attention_mask(padding, longest, collator.device)
     return model.generate(**inputs, **settings)[:, longest:]
 
@@ -112,21 +115,26 @@ def _on_all_ranks(model: Any, collator: Collator, samples: Sequence[Sample], set
         lambda _: ", ".join(f"{s.name}: {len(s.input_ids)} tokens, {s.num_frames} frames" for s in samples),
         parallel.comm.group,
     )
-    cache, visual = _prefill(model, collator, layout, images, together)
-    lengths = [len(sample.input_ids) for sample in samples]
-    padding = [layout.text.total - length for length in lengths]
-    _gather_text(cache, parallel, layout.text, padding)
-    step = _step(collator, layout, visual, lengths)
+    cache, divided = _prefill(model, collator, layout, images, together)
+    padding = [layout.text.total - length for length in layout.lengths]
+    if layout.keys_in_text:
+        _keep_divided(cache, divided, parallel, layout.text.total)
+    else:
+        _gather_text(cache, parallel, layout.text, padding)
+    step = _step(collator, layout, divided)
 
-    input_ids = torch.full((len(samples), layout.text.total), collator.pad_token)
-    for row, sample in enumerate(samples):
-        input_ids[row, padding[row] :] = torch.as_tensor(sample.input_ids)
+    # Padding moves from behind the text to ahead of it, where transformers wants it.
+    input_ids = np.full_like(layout.input_ids, collator.pad_token)
+    for row, length in enumerate(layout.lengths):
+        input_ids[row, padding[row] :] = layout.input_ids[row, :length]
     processors = settings.pop("logits_processor", None) or ()
     # transformers takes no keyword that it does not know: the step joins the arguments of each forward.
-    hook = decoder.register_forward_pre_hook(functools.partial(_with_step, step), prepend=True, with_kwargs=True)
+    hook = decoder.register_forward_pre_hook(
+        functools.partial(_with_step, step, layout.text.total), prepend=True, with_kwargs=True
+    )
     try:
         tokens = decoder.generate(
-            input_ids=input_ids.to(collator.device),
+            input_ids=torch.from_numpy(input_ids).to(collator.device),
             attention_mask=_attention_mask(padding, layout.text.total, collator.device),
             past_key_values=cache,
             logits_processor=LogitsProcessorList([*processors, SameScores(parallel.comm)]),
@@ -140,20 +148,35 @@ def _on_all_ranks(model: Any, collator: Collator, samples: Sequence[Sample], set
 
 def _prefill(
     model: Any, collator: Collator, layout: BatchLayout, images: Images, together: bool
-) -> tuple[Cache, VisualCache]:
-    """One forward over the prompts. Returns the model's cache of this rank's tokens, and its visual keys and values."""
+) -> tuple[Cache, KeyCache]:
+    """One forward over the prompts. Returns the model's cache of this rank's rows, and its visual keys and values."""
     most_frames = layout.most_frames
     if together:
         most = torch.tensor(most_frames, device=collator.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         most_frames = int(most)
     inputs = collator.collate(layout, images, most_frames).inputs
-    visual: VisualCache = {}
+    visual: KeyCache = {}
     batch = replace(inputs["sequence_parallel"], visual=visual)
     taken = {key: value for key, value in inputs.items() if key not in TRAINING}
     taken |= {"position_ids": inputs["position_ids"], "sequence_parallel": batch}
-    output = model(**taken, use_cache=True, logits_to_keep=1)
-    return output.past_key_values, visual
+    # A cache that knows nothing of sliding windows: what lies out of sight of a rank's rows is seen by others'.
+    cache = DynamicCache()
+    model(**taken, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache, visual
+
+
+def _keep_divided(cache: Cache, divided: KeyCache, parallel: SequenceParallel, rows: int) -> None:
+    """The keys and values of the text stay where they are; the model's cache goes on with the new tokens.
+
+    The last token of a prompt is the first step's, so what the prefill left of it is never seen.
+    """
+    for module, plan in parallel.plans.items():
+        if plan.role == "self":
+            index = int(module.layer_idx)  # type: ignore[arg-type]
+            layer: Any = cache.layers[index]
+            divided[module] = layer.keys, layer.values
+            cache.layers[index] = NewTokens(rows - 1)
 
 
 def _gather_text(cache: Cache, parallel: SequenceParallel, text: SequenceShards, padding: Sequence[int]) -> None:
@@ -180,35 +203,40 @@ def _gather_text(cache: Cache, parallel: SequenceParallel, text: SequenceShards,
         layer.keys, layer.values = whole.gather(3, rows).unbind()
 
 
-def _step(collator: Collator, layout: BatchLayout, visual: VisualCache, lengths: Sequence[int]) -> DecodingStep:
-    """What all new tokens have in common: they see what the last token of their prompt sees."""
+def _step(collator: Collator, layout: BatchLayout, divided: KeyCache) -> DecodingStep:
+    """What all new tokens have in common: in cross-attention they see what the last token of their prompt sees."""
     parallel, device = collator.parallel, collator.device
     assert parallel is not None
-    last = np.arange(len(lengths)), np.array(lengths) - 1
-    start, stop = layout.start[last], layout.stop[last]
+    lengths = np.array(layout.lengths)
+    last = np.arange(len(lengths)), lengths - 1
+    if layout.keys_in_text:
+        keys, start, stop = layout.text, np.zeros_like(lengths), lengths - 1
+    else:
+        keys, start, stop = layout.keys, layout.start[last], layout.stop[last]
     interval = None
-    if start.any() or (stop != layout.keys.total).any():
-        first_and_last = torch.from_numpy(np.stack((start, stop))[:, None, :, None]).to(device)
-        interval = KVInterval(*first_and_last.unbind())
+    if start.any() or (stop != keys.total).any():
+        bounds = torch.from_numpy(np.stack((start, stop)).astype(np.int32)[:, None, :, None]).to(device)
+        interval = KVInterval(*bounds.unbind())
     text_start = None
-    if min(lengths) < layout.text.total:
-        text_start = torch.tensor([[layout.text.total - n] for n in lengths], dtype=torch.int32, device=device)
+    if not layout.keys_in_text and lengths.min() < layout.text.total:
+        text_start = torch.from_numpy((layout.text.total - lengths).astype(np.int32)[:, None]).to(device)
+    positions = (parallel.family.positions(visual, collator.model_config) for visual in layout.visual)
+    position = np.stack([p[..., n - 1 : n] for p, n in zip(positions, lengths, strict=True)], axis=-2)
     sees_frame = torch.from_numpy(layout.sees_frame[last]).to(device, collator.dtype)
     one_row = SequenceShards((1,) * parallel.comm.ranks)
     return DecodingStep(
-        parallel.comm, parallel.plans, parallel.config.kernel, visual,
-        ShardLayout(one_row, layout.keys), interval, text_start, sees_frame[:, None, None, None],
+        parallel.comm, parallel.plans, parallel.config.kernel, divided, ShardLayout(one_row, keys), interval,
+        text_start, sees_frame[:, None, None, None], torch.from_numpy(position).to(device),
     )  # fmt: skip
 
 
-def _with_step(step: DecodingStep, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Before a forward of ``generate``: the step, and positions where transformers gives none.
+def _with_step(step: DecodingStep, rows: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before a forward of ``generate``: the step, and positions that go on from those of the prompts' ``rows``.
 
-    A model without them would count the padding, which the keys of the prefill did not.
+    Those of transformers would count the padding, or not know of the frames.
     """
-    if kwargs.get("position_ids") is None and step.text_start is not None:
-        kwargs = {**kwargs, "position_ids": kwargs["past_key_values"].get_seq_length() - step.text_start.long()}
-    return args, {**kwargs, "sequence_parallel": step}
+    new = kwargs["past_key_values"].get_seq_length() - (rows - 1)
+    return args, {**kwargs, "sequence_parallel": step, "position_ids": step.position + new}
 
 
 def _attention_mask(padding: Sequence[int], length: int, device: torch.device) -> Tensor:

@@ -29,7 +29,7 @@ from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.models import family_of
 from ds_lvxattn.training.config import finetuning_config
-from ds_lvxattn.training.data import text_limit
+from ds_lvxattn.training.data import frames_in_text, text_limit
 from ds_lvxattn.training.model import LoadedModel, load_model, model_dtype, partition_over_all_ranks
 
 # What of the DeepSpeed config says how the weights are held.
@@ -75,7 +75,7 @@ def answer(args: argparse.Namespace) -> str:
             args.question,
             args.video,
             loaded.tokenizer,
-            image_token=loaded.image_token,
+            **frames_in_text(loaded),
             max_frames=max_frames,
             max_text_tokens=text_limit(loaded.model) - args.max_new_tokens,
         ),

@@ -19,6 +19,8 @@ def question_sample(
     tokenizer: PreTrainedTokenizerBase,
     *,
     image_token: str | None,
+    frame_text: str = "",
+    frame_tokens: int = 1,
     max_frames: int,
     max_text_tokens: int,
 ) -> Sample:
@@ -29,8 +31,10 @@ def question_sample(
         video: a video or an image; None: text alone.
         tokenizer: its chat template renders the text, ``PLAIN_TEMPLATE`` if it has none.
         image_token: the token that stands for a frame; None for a model that takes none.
+        frame_text: how a frame is written, with that token in it; by default the token alone.
+        frame_tokens: rows that the model makes of a frame's token.
         max_frames: frames taken, spread evenly over the video.
-        max_text_tokens: longest prompt, image tokens included.
+        max_text_tokens: longest prompt, with the rows of its frames.
 
     Raises:
         SampleError: a missing or broken video, a placeholder without one, a model that takes no frames, a template
@@ -43,16 +47,17 @@ def question_sample(
     if video is not None:
         path = os.fspath(video)
         media = [Media("video", path, tuple(sample_indices(probe_video(path).num_frames, max_frames)))]
-    messages, media = place_media([{"role": "user", "content": question}], media, image_token or "")
+    messages, media = place_media([{"role": "user", "content": question}], media, frame_text or image_token or "")
     try:
         text = render(messages, tokenizer, prompt=True)
     except jinja2.TemplateError as error:
         raise SampleError(f"the chat template refuses the question: {error}") from error
     input_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     frames = sum(len(medium.frames) for medium in media)
-    if len(input_ids) > max_text_tokens:
+    rows = len(input_ids) + frames * (frame_tokens - 1)
+    if rows > max_text_tokens:
         raise SampleError(
-            f"{name}: the prompt has {len(input_ids)} tokens, {frames} of them for frames, and there is room for "
+            f"{name}: the prompt has {rows} tokens, {frames * frame_tokens} of them for frames, and there is room for "
             f"{max_text_tokens}; ask a shorter question, or take fewer frames"
         )
     return Sample(input_ids, [IGNORE] * len(input_ids), frames, functools.partial(load_frames, media), name)

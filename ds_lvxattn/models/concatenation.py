@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ds_lvxattn.batch import SequenceParallelBatch
+from ds_lvxattn.decoding import DecodingStep
 from ds_lvxattn.models.family import Family
 from ds_lvxattn.models.text import self_attention_role, self_attention_sizes, self_attention_window
 from ds_lvxattn.recompute import Recomputation
@@ -81,8 +82,8 @@ def _embed(
     kwargs: dict[str, Any],
 ) -> Any:
     """Before the model: embeddings of the rank's rows, with the visual tokens of all ranks in their places."""
-    batch: SequenceParallelBatch | None = kwargs.get("sequence_parallel")
-    if batch is None:
+    batch: SequenceParallelBatch | DecodingStep | None = kwargs.get("sequence_parallel")
+    if batch is None or isinstance(batch, DecodingStep):  # a new token is text
         return None
     model: Any = module
     rest = dict(kwargs)

@@ -173,6 +173,14 @@ class Family(ABC):
 
     # The unmodified model, without exchange
 
+    def prompt_arguments(self, visual: np.ndarray) -> Mapping[str, Tensor]:
+        """What its ``generate`` wants of prompts beside tokens and pixels.
+
+        Args:
+            visual: int64 ``[B, S]``, see ``positions``.
+        """
+        return {}
+
     def pad_tiles(self, pixels: Mapping[str, Tensor], model_config: Any) -> Mapping[str, Tensor]:
         """``pixels`` with the blank tiles that the unmodified model wants beside a frame's own.
 

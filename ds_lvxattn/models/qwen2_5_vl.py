@@ -97,6 +97,9 @@ class Qwen25VL(Concatenation):
             "image_grid_thw": torch.tensor([[[1, side, side]]]),
         }
 
+    def prompt_arguments(self, visual: np.ndarray) -> Mapping[str, Tensor]:
+        return {"mm_token_type_ids": torch.from_numpy((visual >= 0).astype(np.int64))}  # 1: image
+
     def pad_tiles(self, pixels: Mapping[str, Tensor], model_config: Any) -> Mapping[str, Tensor]:
         return {"pixel_values": pixels["pixel_values"][0].flatten(0, 1), "image_grid_thw": pixels["image_grid_thw"][0]}
 

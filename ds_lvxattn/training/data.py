@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -39,14 +40,11 @@ def load_sources(
         if not finetuning.eval_examples:
             return needles, None
         return needles, NeedleSource("eval", finetuning.eval_examples, seed, loaded.tokenizer, task)
-    family, config = family_of(loaded.model), loaded.model.config
     conversations = functools.partial(
         ConversationSource,
         data,
         loaded.tokenizer,
-        image_token=loaded.image_token,
-        frame_text=family.frame_text if loaded.image_token == family.image_token else "",
-        frame_tokens=family.frame_tokens(config) if family.keys_in_text else 1,
+        **frames_in_text(loaded),
         max_frames=finetuning.frames,
         max_text_tokens=finetuning.max_text_tokens or text_limit(loaded.model),
         eval_data=finetuning.eval_data,
@@ -61,6 +59,16 @@ def load_sources(
         return train, conversations(split="eval", limit=finetuning.eval_examples)
     except ValueError as error:
         raise ConfigError(f"--data {data}: {error}") from error
+
+
+def frames_in_text(loaded: LoadedModel) -> dict[str, Any]:
+    """How the model's text has a frame, as arguments of ``ConversationSource`` and ``question_sample``."""
+    family = family_of(loaded.model)
+    return {
+        "image_token": loaded.image_token,
+        "frame_text": family.frame_text if loaded.image_token == family.image_token else "",
+        "frame_tokens": family.frame_tokens(loaded.model.config) if family.keys_in_text else 1,
+    }
 
 
 def text_limit(model: PreTrainedModel) -> int:
