@@ -59,12 +59,15 @@ def generate(model: Any, collator: Collator, samples: Sequence[Sample], *, seed:
 
     Raises:
         SampleError: on every rank of the group, when the frames of a sample cannot be decoded on one of them.
-        ValueError: no samples, an empty prompt, or a setting that cannot work (``LIMITS``).
+        ValueError: no samples, an empty prompt, a model that cannot generate, or a setting that cannot work
+            (``LIMITS``).
     """
     lengths = [len(sample.input_ids) for sample in samples]
     if not min(lengths, default=0):
         raise ValueError(f"the prompts have {lengths} tokens; give at least one prompt, each with at least one token")
     samples = [collator.check(sample) for sample in samples]
+    if not hasattr(collator.family.decoder(model), "generate"):
+        raise ValueError(f"{collator.family.name} cannot generate: {type(model).__name__} has no cache for it")
     settings.setdefault("pad_token_id", collator.pad_token)
     devices = [collator.device] if collator.device.type == "cuda" else []
     was_training = model.training
