@@ -173,6 +173,22 @@ def test_the_visual_cache_is_divided_and_only_partial_results_travel(mode: Mode)
         assert set(received) <= {"outputs", "scores"}
 
 
+def divided_bytes(family: str, pattern: str, mode: Mode) -> list[int]:
+    """Bytes of keys and values that this rank keeps of the prompt, by layer."""
+    model, samples = model_of(family), [tiny_sample(pattern)]
+    parallel = attach(model, dist.get_world_size(), mode, samples)
+    steps: list[DecodingStep] = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: steps.append(kwargs["sequence_parallel"]), with_kwargs=True)
+    generate(model, tiny_collator(model, parallel), samples, max_new_tokens=2, do_sample=False)
+    return [k.nbytes + v.nbytes for k, v in steps[-1].divided.values()]
+
+
+def test_the_cache_of_a_text_that_holds_the_visual_tokens_is_divided() -> None:
+    """float64, two key heads of 8; seven frames of four rows and six tokens on two ranks."""
+    whole = 2 * 34 * 2 * 8 * 8
+    assert run(2, divided_bytes, "llava", PATTERNS["video"], MODES[0]) == [[whole // 2] * 3] * 2
+
+
 def test_a_prompt_without_frames_exchanges_the_scores_alone() -> None:
     assert all(set(received) <= {"scores"} for _, _, received in run(2, steps_of, PATTERNS["text only"], MODES[0]))
 
