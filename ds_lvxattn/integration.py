@@ -65,12 +65,13 @@ class SequenceParallel:
                 "in the model's config"
             )
         register_with_transformers()
-        model.set_attn_implementation({self.family.attention_config: IMPLEMENTATION})
+        if self.family.attention_config is not None:
+            model.set_attn_implementation({self.family.attention_config: IMPLEMENTATION})
         self._layers = self.family.attention_layers(model)
         self.family.reach_attention(model)
         self.recomputation = Recomputation(
             model,
-            [module for module, layer in self._layers.items() if layer.role == "cross"],
+            self.family.recomputed(self._layers),
             self._decoder_layers(model),
             config.recompute,
             "recompute" in config.model_fields_set,
@@ -195,6 +196,8 @@ class SequenceParallel:
             keys = max(keys, self.family.frame_tokens(self.model_config))  # a rank without frames has a blank one
         # What decoders call it that have no gate: the plan takes their feed-forward part for one with a gate.
         inner = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", 4 * text.hidden_size)
+        if layer.beside:
+            inner = 0
         return LayerSizes(
             layer.role, plan.strategy, plan.schedule, shape.batch, shape.ranks,
             rows, rows, sum(shape.q_lengths), keys, max(sum(shape.kv_lengths), keys),

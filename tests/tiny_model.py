@@ -23,6 +23,7 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.data.collate import Collator
@@ -33,6 +34,7 @@ from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.models import family_of, mllama
 from ds_lvxattn.models.idefics import Idefics
 from ds_lvxattn.models.mllama import Mllama
+from ds_lvxattn.models.mplug_owl3 import MPlugOwl3
 from ds_lvxattn.models.open_flamingo import OpenFlamingo
 from ds_lvxattn.models.text_only import TextOnly
 from ds_lvxattn.training.model import LoadedModel
@@ -148,6 +150,7 @@ PROCESSORS: dict[type, Callable[[], Any]] = {
     Mllama: tiny_processor,
     Idefics: lambda: IdeficsImageProcessorPil(image_size=SIZE),
     TextOnly: lambda: None,
+    MPlugOwl3: lambda: SiglipImageProcessorPil(size=SQUARE),
     OpenFlamingo: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
 }
 
