@@ -235,14 +235,18 @@ def exchanged_hyper_attention(
 
 
 def _normalised(norm: nn.Module, features: VisualFeatures) -> Tensor:
-    """The features behind ``norm``: recomputed, in portions, which are as many on all ranks.
+    """The features behind ``norm``, in portions, which are as many on all ranks; recomputed, they keep nothing.
 
-    Its float32 intermediates, for all keys at once, would be the peak of the backward pass.
+    The float32 intermediates of a norm of all keys at once would be the peak of the backward pass. Under every policy,
+    so that all sum the gradient of its weight alike.
     """
-    if features.recomputation.policy == "none" or not norm.training:
+    if not norm.training:
         return norm(features.states)
-    portions = features.states.tensor_split(features.batch.portions)
-    return torch.cat([recompute(norm, norm, portion) for portion in portions])
+    again: Callable[[Tensor], Tensor] = norm
+    if features.recomputation.policy != "none":
+        again = functools.partial(recompute, norm, norm)
+    portions = [again(portion) for portion in features.states.tensor_split(features.batch.portions)]
+    return torch.cat(portions) if len(portions) > 1 else portions[0]
 
 
 def _is_hyper_qwen2(module: Any) -> bool:
