@@ -138,9 +138,26 @@ def test_parameters_are_named_as_in_published_checkpoints(kind: str, tmp_path: P
     assert pixels.shape == (1, 1, 3, SIZE, SIZE) and (pixels == -1).all()
 
 
-def test_an_unknown_kind_is_named() -> None:
-    with pytest.raises(ValueError, match="hyper_attention is None; choose one of .*'fused'"):
-        hyper_qwen2.mPLUGOwl3Model(hyper_qwen2.MPlugOwl3Config(num_hidden_layers=1, projector="mlp"))
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "hyper_attention is None; choose one of .*'fused'"),
+        ({"hyper_attention": "gate", "use_sliding_window": True}, "use_sliding_window True"),
+    ],
+)
+def test_what_the_model_cannot_be_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hyper_qwen2.mPLUGOwl3Model(hyper_qwen2.MPlugOwl3Config(num_hidden_layers=1, projector="mlp", **settings))
+
+
+def test_a_published_config() -> None:
+    """Keys of the 7B models' ``config.json`` that are not those of a config that transformers 5 writes."""
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 1152, "image_size": 384, "patch_size": 14}
+    config = hyper_qwen2.MPlugOwl3Config.from_dict(
+        {"model_type": "mplugowl3", "rope_theta": 1e6, "hyper_layers": [1, 9, 17, 25], "vision_config": vision}
+    )
+    assert config.rope_parameters["rope_theta"] == 1e6 and MPlugOwl3().frame_tokens(config) == 729
+    assert MPlugOwl3().has_config(config) and config.hyper_attention is None
 
 
 # The code that published checkpoints come with: its arguments, around the arithmetic of this package's model

@@ -240,7 +240,8 @@ class mPLUGOwl3Model(PreTrainedModel):
     """mPLUG-Owl3, named like the published class. It trains; it has no cache of keys to generate with.
 
     Raises:
-        ValueError: ``hyper_attention`` or ``projector`` of the config is not one of those there are.
+        ValueError: ``hyper_attention`` or ``projector`` of the config is not one of those there are, or it asks for
+            sliding windows or scaled rotary positions, which this attention does not have.
     """
 
     config_class = MPlugOwl3Config
@@ -258,6 +259,12 @@ class mPLUGOwl3Model(PreTrainedModel):
         for key, known in (("hyper_attention", HYPER_ATTENTION), ("projector", ("linear", "mlp"))):
             if getattr(config, key) not in known:
                 raise ValueError(f"the config's {key} is {getattr(config, key)!r}; choose one of {known}")
+        rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+        if config.use_sliding_window or rope_type != "default":
+            raise ValueError(
+                f"the config has use_sliding_window {config.use_sliding_window} and rope_type {rope_type!r}; "
+                "mPLUG-Owl3 attends to all text, with rotary positions of the type 'default'"
+            )
         self.loss_type = "ForCausalLM"
         self.language_model = HyperQwen2ForCausalLM(config)
         vision = SiglipVisionModel._from_config(config.vision_config)
