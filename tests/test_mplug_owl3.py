@@ -213,9 +213,12 @@ def as_published(model: Any) -> nn.Module:
 
 
 def published_on_two_ranks(kind: str) -> tuple[tuple[float, Gradients], float]:
-    """Loss and gradients, summed over ranks, and the loss that the model returns."""
+    """Loss and gradients, summed over ranks, and the loss that the model returns; the roles attend differently."""
     samples, model = samples_of(PATTERNS), as_published(tiny(f"mplug_owl3, {kind}").train())
-    parallel = attach(model, 2, GATHER, samples, recompute="kv")
+    parallel = attach(model, 2, GATHER, samples, recompute="kv", layers={"*.v_kv_proj": "ring"})
+    assert {(plan.role, plan.strategy) for plan in parallel.plan} == {
+        ("self", "lv_xattn"), ("cross", "ring"), ("local", "local")
+    }  # fmt: skip
     loss = loss_of(model, samples, parallel)
     loss.backward()
     found = sum_over_ranks(loss, gradients_of(model))
