@@ -92,11 +92,9 @@ class MPlugOwl3(Family):
             attention: Any = getattr(layer, "self_attn", None)
             if not _is_hyper_qwen2(attention):
                 continue
-            norm: Any = layer.input_layernorm
+            norm = layer.get_submodule("input_layernorm")
             forward = functools.partial(exchanged_hyper_attention, attention, attention.forward, norm)
             setattr(attention, "forward", forward)  # noqa: B010
-            if hasattr(attention, "v_kv_proj"):
-                setattr(norm, "forward", functools.partial(leave_features, norm.forward))  # noqa: B010
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         language_model = model.get_submodule("language_model")
@@ -171,14 +169,14 @@ def encode_frames(
 
 
 def give_features(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Before the language model: the features take the place of those that the model would have encoded."""
+    """Before the language model: no visual tokens in place of those that the model would have encoded.
+
+    Hyper layers put them through their input norm; the features pass it by as ``media_offset``, which no layer touches.
+    """
     features = kwargs.get("media_offset")
-    return (args, {**kwargs, "image_embeds": features}) if isinstance(features, VisualFeatures) else None
-
-
-def leave_features(forward: Callable[[Tensor], Tensor], x: Any) -> Any:
-    """The input norm of a hyper layer: features pass it, to be normalised inside the attention."""
-    return x if isinstance(x, VisualFeatures) else forward(x)
+    if not isinstance(features, VisualFeatures):
+        return None
+    return args, {**kwargs, "image_embeds": features.states.new_empty(0, features.states.shape[-1])}
 
 
 def exchanged_hyper_attention(
@@ -201,7 +199,7 @@ def exchanged_hyper_attention(
         norm: the layer's input norm.
         hidden_states: ``[B, s_q, d]``, the rank's rows.
         position_ids: int64 ``[B, s_q]``, their positions in the whole text; or ``position_embeddings``.
-        image_embeds: the rank's ``VisualFeatures`` in a hyper layer, None in others.
+        media_offset: the rank's ``VisualFeatures`` in a hyper layer, None in others.
         sequence_parallel: the micro-batch; None computes ``forward``.
 
     Raises:
@@ -218,9 +216,9 @@ def exchanged_hyper_attention(
     angles = position_embeddings or hyper_qwen2.rotary(position_ids, module, hidden_states.dtype)
     q, k, v = hyper_qwen2.text_projections(module, hidden_states, angles)
     out, lse = exchange(module, q, k, v, sequence_parallel)
-    if image_embeds is None:
+    if media_offset is None:
         return module.o_proj(out.transpose(1, 2).flatten(2)), None, None
-    projected = module.v_kv_proj(_normalised(norm, image_embeds))
+    projected = module.v_kv_proj(_normalised(norm, media_offset))
     visual_k, visual_v = hyper_qwen2.visual_keys(module, projected, sequence_parallel.places)
     visual, visual_lse = exchange(module.v_kv_proj, q, visual_k, visual_v, sequence_parallel)
     if hyper_qwen2.is_fused(module):
