@@ -21,9 +21,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 
-# How a hyper layer joins text and visual attention: by a gate of its own, by a gate that it computes from the text's part
-# of each head (both are in code published for the 7B-240728, 2B and 1B checkpoints), or as one softmax over text and
-# visual keys (7B-241101).
+# How a hyper layer joins text and visual attention: by a gate of its own, by a gate that it computes from the text's
+# part of each head (both are in code published for the 7B-240728, 2B and 1B checkpoints), or as one softmax over text
+# and visual keys (7B-241101).
 HYPER_ATTENTION = ("gate", "gate_proj", "fused")
 
 
