@@ -143,6 +143,7 @@ def test_parameters_are_named_as_in_published_checkpoints(kind: str, tmp_path: P
     [
         ({}, "hyper_attention is None; choose one of .*'fused'"),
         ({"hyper_attention": "gate", "use_sliding_window": True}, "use_sliding_window True"),
+        ({"hyper_attention": "gate", "attention_dropout": 0.1}, "attention_dropout 0.1"),
     ],
 )
 def test_what_the_model_cannot_be_is_named(settings: dict[str, Any], message: str) -> None:

@@ -242,7 +242,7 @@ class mPLUGOwl3Model(PreTrainedModel):
 
     Raises:
         ValueError: ``hyper_attention`` or ``projector`` of the config is not one of those there are, or it asks for
-            sliding windows or scaled rotary positions, which this attention does not have.
+            sliding windows, scaled rotary positions or dropout, which this attention does not have.
     """
 
     config_class = MPlugOwl3Config
@@ -261,10 +261,10 @@ class mPLUGOwl3Model(PreTrainedModel):
             if getattr(config, key) not in known:
                 raise ValueError(f"the config's {key} is {getattr(config, key)!r}; choose one of {known}")
         rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-        if config.use_sliding_window or rope_type != "default":
+        if config.use_sliding_window or rope_type != "default" or config.attention_dropout:
             raise ValueError(
-                f"the config has use_sliding_window {config.use_sliding_window} and rope_type {rope_type!r}; "
-                "mPLUG-Owl3 attends to all text, with rotary positions of the type 'default'"
+                f"the config has use_sliding_window {config.use_sliding_window}, rope_type {rope_type!r} and "
+                f"attention_dropout {config.attention_dropout}; this model has False, 'default' and 0.0"
             )
         self.loss_type = "ForCausalLM"
         self.language_model = HyperQwen2ForCausalLM(config)
