@@ -196,12 +196,10 @@ class SequenceParallel:
             keys = max(keys, self.family.frame_tokens(self.model_config))  # a rank without frames has a blank one
         # What decoders call it that have no gate: the plan takes their feed-forward part for one with a gate.
         inner = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", 4 * text.hidden_size)
-        if layer.beside:
-            inner = 0
         return LayerSizes(
             layer.role, plan.strategy, plan.schedule, shape.batch, shape.ranks,
             rows, rows, sum(shape.q_lengths), keys, max(sum(shape.kv_lengths), keys),
-            layer.heads, layer.kv_heads, layer.head_dim, text.hidden_size, inner, shape.element,
+            layer.heads, layer.kv_heads, layer.head_dim, text.hidden_size, inner, shape.element, layer.beside,
         )  # fmt: skip
 
 
