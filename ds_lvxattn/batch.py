@@ -17,16 +17,17 @@ from ds_lvxattn.plan.plan import LayerPlan
 from ds_lvxattn.routes import Routes
 from ds_lvxattn.shards import ShardLayout
 from ds_lvxattn.timing import LayerTimes
+from ds_lvxattn.visual_rows import VisualRows
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What the layers of one role have in common.
+    """What the layers of one kind (``LayerPlan.kind``) have in common.
 
     Attributes:
         layout: shards of queries and keys.
         interval: key ranges of the rows of every rank, ``[n, B, s_max]``.
-        routes: where this rank's rows travel; None when no layer of the role is routed.
+        routes: where this rank's rows travel; None when no layer of the kind is routed.
     """
 
     layout: ShardLayout
@@ -40,7 +41,7 @@ class SequenceParallelBatch:
 
     Attributes:
         comm: communicator of the sequence-parallel group.
-        roles: inputs of each exchanged role.
+        roles: inputs of each exchanged role; of layers with a sliding window, by the name of their kind.
         plans: what each attention module runs with.
         kernel: local attention kernel.
         times: measures the attention layers; None in the steps in which nothing is measured.
@@ -50,6 +51,7 @@ class SequenceParallelBatch:
             in the text of all ranks, 0 for a slot that no sample uses.
         portions: how often the vision encoder is called; the same on all ranks of the run.
         sees_frame: ``[B, 1, s_q, 1]`` in the model's dtype, 1 for the rank's text rows that see a frame.
+        visual_rows: how visual tokens come to their rows, where all keys are in the text; None elsewhere.
     """
 
     comm: Communicator
@@ -61,3 +63,4 @@ class SequenceParallelBatch:
     places: Tensor
     portions: int
     sees_frame: Tensor
+    visual_rows: VisualRows | None = None

@@ -17,6 +17,7 @@ from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.dispatch import select_kernel
 from ds_lvxattn.models import family_of
+from ds_lvxattn.models.text import check_positions
 from ds_lvxattn.plan.choice import ShapeClass, class_of
 from ds_lvxattn.plan.memory import POLICIES, LayerSizes, kept_bytes
 from ds_lvxattn.plan.plan import AttentionLayer, LayerPlan, plan_layers
@@ -42,8 +43,8 @@ class SequenceParallel:
         groups: the process groups.
 
     Raises:
-        ConfigError: an attention implementation that would be overruled, attention dropout above 0, or a model
-            class that no family knows.
+        ConfigError: an attention implementation that would be overruled, attention dropout above 0, rotary frequencies
+            that depend on the length, or a model class that no family knows.
     """
 
     def __init__(self, model: PreTrainedModel, config: SequenceParallelConfig, groups: SequenceParallelGroups) -> None:
@@ -64,6 +65,7 @@ class SequenceParallel:
                 f"the model's attention dropout is {dropout}; sequence-parallel attention has none, set it to 0 "
                 "in the model's config"
             )
+        check_positions(text)
         register_with_transformers()
         if self.family.attention_config is not None:
             model.set_attn_implementation({self.family.attention_config: IMPLEMENTATION})
@@ -102,6 +104,11 @@ class SequenceParallel:
         """Query heads, key heads and head size of the layers that exchange."""
         return sorted({(x.heads, x.kv_heads, x.head_dim) for x in self._layers.values() if x.role != "local"})
 
+    @property
+    def windows(self) -> list[int]:
+        """Sliding windows of self-attention layers, each once."""
+        return sorted({layer.window for layer in self._layers.values() if layer.window is not None})
+
     def make_plan(
         self,
         shapes: Mapping[str, LayerShape],
@@ -109,7 +116,7 @@ class SequenceParallel:
         dtype: torch.dtype,
         profile: Profile | None = None,
     ) -> None:
-        """Choose every layer's strategy for batches like ``shapes`` (role to sizes), computed in ``dtype``.
+        """Choose every layer's strategy for batches like ``shapes`` (kind of layers to sizes), computed in ``dtype``.
 
         Rank 0 chooses and tells the others, so that no rank can come to another plan.
 
@@ -120,7 +127,7 @@ class SequenceParallel:
             ConfigError: on every rank, when a setting cannot work for a layer.
         """
         for layer in self._layers.values():
-            if layer.role in shapes:
+            if layer.kind in shapes:
                 call = Call(device.type, dtype, layer.heads, layer.kv_heads, layer.head_dim, masked=True)
                 try:
                     select_kernel(self.config.kernel, call)
@@ -179,9 +186,9 @@ class SequenceParallel:
 
     def _sizes(self, shapes: Mapping[str, LayerShape]) -> dict[nn.Module, LayerSizes]:
         return {
-            module: self._layer_sizes(self.plans[module], layer, shapes[layer.role])
+            module: self._layer_sizes(self.plans[module], layer, shapes[layer.kind])
             for module, layer in self._layers.items()
-            if layer.role in shapes
+            if layer.kind in shapes
         }
 
     def note_times(self, measured: Mapping[nn.Module, Mapping[str, float]]) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from ds_lvxattn.models import FAMILIES, family_of, family_of_config, idefics, ml
 from ds_lvxattn.models.idefics import Idefics
 from ds_lvxattn.models.open_flamingo import OpenFlamingo, OpenFlamingoConfig, OpenFlamingoModel
 from ds_lvxattn.models.small import SMALL_MODELS
-from ds_lvxattn.models.text import self_attention_role
+from ds_lvxattn.models.text import check_positions, self_attention_role
 from ds_lvxattn.registration import exchanged_attention
 from ds_lvxattn.training.model import load_model
 from tests.tiny_families import tiny
@@ -127,12 +128,28 @@ def test_alibi_is_refused() -> None:
         self_attention_role(module)
 
 
-@pytest.mark.parametrize("name", ["sliding_window", "softcap"])
+@pytest.mark.parametrize("layers", [False, True])
+def test_rotary_frequencies_that_follow_the_length_are_refused(layers: bool) -> None:
+    of_a_layer = {"rope_type": "dynamic", "factor": 2.0}
+    config = SimpleNamespace(rope_parameters={"full_attention": of_a_layer} if layers else of_a_layer)
+    with pytest.raises(ConfigError, match="'dynamic'.*longest text.*'sequence_parallel_size' to 1"):
+        check_positions(config)
+    check_positions(SimpleNamespace(rope_parameters={"rope_type": "llama3", "factor": 8.0}))
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux"])
 def test_scores_that_no_kernel_computes_are_refused(name: str) -> None:
     q = torch.zeros(1, 1, 1, 4)
     batch: Any = object()
     with pytest.raises(ValueError, match=f"Identity attends with {name}"):
         exchanged_attention(nn.Identity(), q, q, q, None, sequence_parallel=batch, **{name: 8})
+
+
+def test_a_window_that_the_plan_does_not_know_is_refused() -> None:
+    q, module = torch.zeros(1, 1, 1, 4), nn.Identity()
+    batch: Any = SimpleNamespace(plans={module: SimpleNamespace(window=None)})
+    with pytest.raises(ValueError, match="Identity attends with a sliding window of 8.*window_of"):
+        exchanged_attention(module, q, q, q, None, sequence_parallel=batch, sliding_window=8)
 
 
 def test_a_model_of_no_family_lists_those_there_are() -> None:

@@ -12,6 +12,10 @@ from transformers import (
     IdeficsConfig,
     IdeficsForVisionText2Text,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -57,8 +61,44 @@ def open_flamingo(immediate: bool) -> nn.Module:
     return OpenFlamingoModel(config)
 
 
+def llava() -> nn.Module:
+    """Two layers' features side by side, without the class token: four visual tokens a frame in the text."""
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=SIZE, patch_size=14
+    )
+    text = LlamaConfig(
+        vocab_size=IMAGE_TOKEN + 1, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, vision_feature_layer=[-2, -1]
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def qwen2_5_vl() -> nn.Module:
+    """Four visual tokens a frame; one vision layer attends within windows of two by two patches, one to all."""
+    config = Qwen2_5_VLConfig(
+        image_token_id=IMAGE_TOKEN,
+        vision_config={
+            "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": SIZE // 4,
+            "window_size": SIZE // 2, "out_hidden_size": 32, "fullatt_block_indexes": [1], "image_size": SIZE,
+            "initializer_range": 0.2,
+        },
+        text_config={
+            "vocab_size": IMAGE_TOKEN + 1, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+            "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        },
+    )  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
 def text_only() -> nn.Module:
+    """The second and third layer see the last five tokens."""
     config = Qwen2Config(
+        use_sliding_window=True, sliding_window=5, max_window_layers=1,
         vocab_size=IMAGE_TOKEN, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
     )  # fmt: skip
@@ -84,6 +124,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "idefics, perceiver, norms": lambda: idefics(use_resampler=True, qk_layer_norms=True),
     "open_flamingo, immediate": lambda: open_flamingo(immediate=True),
     "open_flamingo, all previous": lambda: open_flamingo(immediate=False),
+    "llava": llava,
+    "qwen2.5-vl": qwen2_5_vl,
     "text only": text_only,
     "mplug_owl3, fused": lambda: mplug_owl3("fused"),
     "mplug_owl3, gate": lambda: mplug_owl3("gate"),

@@ -23,6 +23,7 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from ds_lvxattn.config import SequenceParallelConfig
@@ -33,9 +34,11 @@ from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.models import family_of, mllama
 from ds_lvxattn.models.idefics import Idefics
+from ds_lvxattn.models.llava import Llava
 from ds_lvxattn.models.mllama import Mllama
 from ds_lvxattn.models.mplug_owl3 import MPlugOwl3
 from ds_lvxattn.models.open_flamingo import OpenFlamingo
+from ds_lvxattn.models.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.models.text_only import TextOnly
 from ds_lvxattn.training.model import LoadedModel
 
@@ -151,6 +154,8 @@ PROCESSORS: dict[type, Callable[[], Any]] = {
     Idefics: lambda: IdeficsImageProcessorPil(image_size=SIZE),
     TextOnly: lambda: None,
     MPlugOwl3: lambda: SiglipImageProcessorPil(size=SQUARE),
+    Qwen25VL: lambda: Qwen2VLImageProcessorPil(patch_size=SIZE // 4),
+    Llava: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
     OpenFlamingo: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
 }
 

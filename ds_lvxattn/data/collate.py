@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,11 @@ from ds_lvxattn.data.sample import IGNORE, Sample, SampleError
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.interval import KVInterval
 from ds_lvxattn.models.family import Family
+from ds_lvxattn.plan.plan import kind_of
 from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.routes import Routes, routed_rows, visible_work
 from ds_lvxattn.shards import ShardLayout
+from ds_lvxattn.visual_rows import VisualRows
 
 Images = list[list[np.ndarray]]  # per sample, the frames that this rank loaded
 
@@ -93,12 +95,11 @@ class Collator:
         return [sample.load_frames(layout.own_frames(i, self.rank)) for i, sample in enumerate(samples)]
 
     def shapes(self, layout: BatchLayout) -> dict[str, LayerShape]:
-        """Sizes of the exchanged roles for the plan; heads are those of each layer."""
+        """Sizes of the exchanged kinds of layers for the plan; heads are those of each layer."""
         batch, element = len(layout.frames), self.dtype.itemsize
         shapes = {}
-        for role, shards in (("cross", layout.cross), ("self", layout.self_attention)):
-            ranges = layout.ranges_of(role)
-            shapes[role] = LayerShape(
+        for kind, shards, ranges in self._kinds(layout):
+            shapes[kind] = LayerShape(
                 batch, 1, 1, 1, shards.q.lengths, shards.kv.lengths, element,
                 routed_rows(*ranges, shards), visible_work(*ranges, shards.kv),
             )  # fmt: skip
@@ -110,13 +111,13 @@ class Collator:
         Args:
             most_frames: ``layout.most_frames`` over all groups of the run; None: there is one group.
         """
-        rows = layout.text.positions(self.rank)
-        own = slice(rows[0], rows[-1] + 1)
+        own = layout.text.index(self.rank)
         labels = torch.from_numpy(layout.shift_labels[:, own]).contiguous()
+        positions = [self.family.positions(visual, self.model_config) for visual in layout.visual]
         answers, num_answers = number_answers(layout.shift_labels)
         inputs: dict[str, Any] = {
             "input_ids": torch.from_numpy(layout.input_ids[:, own]),
-            "position_ids": torch.arange(own.start, own.stop).expand(len(layout.frames), -1),
+            "position_ids": torch.from_numpy(np.stack([p[..., own] for p in positions], axis=-2)),
             "use_cache": False,
             # The model's own loss: summed over its rows and divided by the count of the whole group.
             "labels": labels,
@@ -132,7 +133,7 @@ class Collator:
             inputs["labels"],
             torch.from_numpy(answers[:, own]).to(self.device),
             num_answers,
-            sum(len(ranges) for ranges in layout.ranges),
+            sum(map(len, layout.ranges)),
             sum(layout.frames),
         )
 
@@ -148,7 +149,12 @@ class Collator:
             return dict(self.family.pixels(flat, self.processor, self.model_config))
         frames = max(layout.frames)
         if not frames and not self.family.needs_frames:
-            return {}  # the unmodified model skips its cross-attention
+            return {}  # the unmodified model skips its vision encoder
+        if self.family.keys_in_text:
+            whole = self.family.pixels(
+                [image for sample in images for image in sample], self.processor, self.model_config
+            )
+            return dict(self.family.pad_tiles(whole, self.model_config))
         frames = max(frames, 1)
         pixels = [
             self.family.pixels(sample, self.processor, self.model_config)
@@ -162,14 +168,11 @@ class Collator:
         dense = self.family.dense_mask(ranges, frames, self.model_config)
         return {**{key: torch.cat([_pad_frames(p[key], frames) for p in pixels]) for key in pixels[0]}, **dense}
 
-    def _exchange(self, layout: BatchLayout, own: slice, most_frames: int) -> SequenceParallelBatch:
+    def _exchange(self, layout: BatchLayout, own: slice | np.ndarray, most_frames: int) -> SequenceParallelBatch:
         assert self.parallel is not None
         comm = self.parallel.comm
-        routed = {plan.role for plan in self.parallel.plans.values() if plan.schedule == "routed"}
-        roles = {
-            role: self._inputs(shards, *layout.ranges_of(role), role in routed)
-            for role, shards in (("cross", layout.cross), ("self", layout.self_attention))
-        }
+        routed = {plan.kind for plan in self.parallel.plans.values() if plan.schedule == "routed"}
+        roles = {kind: self._inputs(shards, *ranges, kind in routed) for kind, shards, ranges in self._kinds(layout)}
         # An unused slot repeats the first frame, which no row sees.
         loaded, slots = 0, []
         for frames in layout.frames:
@@ -179,6 +182,9 @@ class Collator:
         portions = -(-most_frames // self.family.frames_at_once(self.model_config))
         in_order = slots == list(range(max(loaded, portions, 1)))
         sees_frame = torch.from_numpy(layout.sees_frame[:, own]).to(self.dtype)
+        visual_rows = None
+        if layout.keys_in_text and self.family.image_token is not None:
+            visual_rows = VisualRows.build(*layout.visual_sources(), layout.text, comm.rank, self.device)
         return SequenceParallelBatch(
             comm,
             roles,
@@ -189,7 +195,15 @@ class Collator:
             torch.from_numpy(layout.places(comm.rank)).to(self.device),
             portions,
             sees_frame[:, None, :, None].to(self.device),
+            visual_rows,
         )
+
+    def _kinds(self, layout: BatchLayout) -> Iterator[tuple[str, ShardLayout, tuple[Tensor, Tensor]]]:
+        """Name, shards and ranges of the kinds of layers that exchange."""
+        assert self.parallel is not None
+        for role, shards in layout.roles.items():
+            for window in (None, *(self.parallel.windows if role == "self" else ())):
+                yield kind_of(role, window), shards, layout.ranges_of(role, window)
 
     def _inputs(self, shards: ShardLayout, start: Tensor, stop: Tensor, routed: bool) -> AttentionInputs:
         routes = Routes.build(start, stop, shards, self.rank, self.device) if routed else None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
 
 from ds_lvxattn.config import ConfigError
 from ds_lvxattn.models.family import Family
 from ds_lvxattn.models.idefics import Idefics
+from ds_lvxattn.models.llava import Llava
 from ds_lvxattn.models.mllama import Mllama
 from ds_lvxattn.models.mplug_owl3 import MPlugOwl3
 from ds_lvxattn.models.open_flamingo import OpenFlamingo
+from ds_lvxattn.models.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.models.text_only import TextOnly
 
 FAMILIES: tuple[Family, ...] = (
@@ -18,7 +20,10 @@ FAMILIES: tuple[Family, ...] = (
     Idefics(),
     OpenFlamingo(),
     MPlugOwl3(),  # ahead of Qwen2, whose config its own extends
+    Llava(),
+    Qwen25VL(),
     TextOnly(LlamaForCausalLM),
+    TextOnly(MistralForCausalLM),
     TextOnly(Qwen2ForCausalLM),
 )
 

@@ -31,18 +31,23 @@ class Family(ABC):
         name: how errors call it.
         model_class: the class of its models; its ``config_class`` is that of their configs.
         image_token: the token that stands for a frame in the text; None for a model that takes no frames.
+        frame_text: how a conversation writes a frame, its image token included; empty: by that token alone.
         attention_config: the sub-config (a key of ``model_config.sub_configs``) of the language model, whose attention
             is exchanged; empty for the model's own config. None: that config too, but ``reach_attention`` reaches all
             of it, and no implementation is set.
         needs_frames: whether the unmodified model fails on a batch without any frame; it is then given a blank one
             that no row sees.
+        keys_in_text: whether all that text attends to is the text itself: the visual tokens of a frame, if the model
+            takes frames, stand in the place of its image token, and attention of the role ``self`` is all there is.
     """
 
     name: str
     model_class: type[PreTrainedModel]
     image_token: str | None
     attention_config: str | None = ""
+    frame_text: str = ""
     needs_frames: bool = False
+    keys_in_text: bool = False
 
     def has_model(self, model: nn.Module) -> bool:
         """Whether ``model`` is of this family."""
@@ -62,6 +67,10 @@ class Family(ABC):
         """Query heads, key heads and head size of an attention module that has a role."""
         return module.num_heads, getattr(module, "num_key_value_heads", module.num_heads), module.head_dim
 
+    def window_of(self, module: Any) -> int | None:
+        """Of a module with the role ``self``, the last keys that a row sees, its own included; None: all before it."""
+        return None
+
     def attention_layers(self, model: nn.Module) -> dict[nn.Module, AttentionLayer]:
         """Every attention module of ``model`` with its role and sizes.
 
@@ -75,7 +84,7 @@ class Family(ABC):
         for name, module in model.named_modules():
             role = self.role_of(module)
             if role is not None:
-                layers[module] = AttentionLayer(name, role, *self.sizes_of(module))
+                layers[module] = AttentionLayer(name, role, *self.sizes_of(module), window=self.window_of(module))
         inside = {part for module in layers for part in module.modules()}
         for name, module in model.named_modules():
             known = module in inside or not layers.keys().isdisjoint(module.modules())
@@ -143,6 +152,15 @@ class Family(ABC):
             ranges.append((first, last))
         return ranges
 
+    def positions(self, visual: np.ndarray, model_config: Any) -> np.ndarray:
+        """Position ids of a sample's rows, int64 ``[..., S]``: here their places in the sequence.
+
+        Args:
+            visual: int64 ``[S]``, for each row the visual token that it takes, counted over the sample's frames, -1 for
+                a row of text; all -1 unless ``keys_in_text``.
+        """
+        return np.arange(len(visual))
+
     def hidden_rows_see_all(self, model_config: Any) -> bool:
         """Whether a token that sees no frame attends to every key of its sample."""
         return False
@@ -168,7 +186,10 @@ class Family(ABC):
     # The unmodified model, without exchange
 
     def pad_tiles(self, pixels: Mapping[str, Tensor], model_config: Any) -> Mapping[str, Tensor]:
-        """``pixels`` with the blank tiles that the unmodified model wants beside a frame's own."""
+        """``pixels`` with the blank tiles that the unmodified model wants beside a frame's own.
+
+        With ``keys_in_text``, pixels of the frames of all samples, as the model wants them: without a batch dimension.
+        """
         return pixels
 
     @abstractmethod

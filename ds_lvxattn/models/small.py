@@ -6,10 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, IdeficsConfig, IdeficsForVisionText2Text, LlamaConfig, PreTrainedModel
+from transformers import (
+    CLIPVisionConfig,
+    IdeficsConfig,
+    IdeficsForVisionText2Text,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from ds_lvxattn.data.needle import BOS, EOS, IMAGE, PAD, VOCABULARY, NeedleTask
@@ -95,11 +106,52 @@ def mplug_owl3(seed: int) -> tuple[PreTrainedModel, Any]:
     return _random(mPLUGOwl3Model, config, seed), processor
 
 
+def llava(seed: int) -> tuple[PreTrainedModel, Any]:
+    """LLaVA around a CLIP and a Llama model: four visual tokens a frame in the text."""
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2, num_attention_heads=4, image_size=SIZE,
+        patch_size=SIZE // 2,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=len(VOCABULARY), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.1, **TOKENS,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=VOCABULARY.index(IMAGE), vision_feature_layer=-1
+    )
+    square = {"height": SIZE, "width": SIZE}
+    return _random(LlavaForConditionalGeneration, config, seed), CLIPImageProcessorPil(
+        size=square, crop_size=square, **PIXELS
+    )
+
+
+def qwen2_5_vl(seed: int) -> tuple[PreTrainedModel, Any]:
+    """Qwen2.5-VL with four visual tokens a frame; the last of its vision layers attends beyond a window."""
+    config = Qwen2_5_VLConfig(
+        image_token_id=VOCABULARY.index(IMAGE),
+        vision_config={
+            "depth": 2, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_heads": 4, "patch_size": SIZE // 4,
+            "window_size": SIZE // 2, "out_hidden_size": WIDTH, "fullatt_block_indexes": [1], "image_size": SIZE,
+            "initializer_range": 0.1,
+        },
+        text_config={
+            "vocab_size": len(VOCABULARY), "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH,
+            "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 4096, "initializer_range": 0.1, **TOKENS,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 4, 4]},
+        },
+    )  # fmt: skip
+    processor = Qwen2VLImageProcessorPil(patch_size=SIZE // 4, **PIXELS)
+    return _random(Qwen2_5_VLForConditionalGeneration, config, seed), processor
+
+
 SMALL_MODELS: dict[str, Callable[[int], tuple[PreTrainedModel, Any]]] = {
     "quickstart": quickstart,
     "small-idefics": idefics,
     "small-openflamingo": open_flamingo,
     "small-mplug-owl3": mplug_owl3,
+    "small-llava": llava,
+    "small-qwen2.5-vl": qwen2_5_vl,
 }
 
 
