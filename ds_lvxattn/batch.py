@@ -48,6 +48,8 @@ class SequenceParallelBatch:
         times: measures the attention layers; None in the steps in which nothing is measured.
         slots: int64 ``[B * slots]``, the frame in each of this rank's slots, in the order of its keys, as an index
             into the frames that it encodes; None when they are those frames in their order.
+        places: int64 ``[B, slots]``, the first text token that sees the frame in each of this rank's slots; a position
+            in the text of all ranks, 0 for a slot that no sample uses.
         portions: how often the vision encoder is called; the same on all ranks of the run.
         sees_frame: ``[B, 1, s_q, 1]`` in the model's dtype, 1 for the rank's text rows that see a frame.
         visual_rows: how visual tokens come to their rows, where all keys are in the text; None elsewhere.
@@ -61,6 +63,7 @@ class SequenceParallelBatch:
     kernel: str
     times: LayerTimes | None
     slots: Tensor | None
+    places: Tensor
     portions: int
     sees_frame: Tensor
     visual_rows: VisualRows | None = None

@@ -67,12 +67,13 @@ class SequenceParallel:
             )
         check_positions(text)
         register_with_transformers()
-        model.set_attn_implementation({self.family.attention_config: IMPLEMENTATION})
+        if self.family.attention_config is not None:
+            model.set_attn_implementation({self.family.attention_config: IMPLEMENTATION})
         self._layers = self.family.attention_layers(model)
         self.family.reach_attention(model)
         self.recomputation = Recomputation(
             model,
-            [module for module, layer in self._layers.items() if layer.role == "cross"],
+            self.family.recomputed(self._layers),
             self._decoder_layers(model),
             config.recompute,
             "recompute" in config.model_fields_set,
@@ -205,7 +206,7 @@ class SequenceParallel:
         return LayerSizes(
             layer.role, plan.strategy, plan.schedule, shape.batch, shape.ranks,
             rows, rows, sum(shape.q_lengths), keys, max(sum(shape.kv_lengths), keys),
-            layer.heads, layer.kv_heads, layer.head_dim, text.hidden_size, inner, shape.element,
+            layer.heads, layer.kv_heads, layer.head_dim, text.hidden_size, inner, shape.element, layer.beside,
         )  # fmt: skip
 
 

@@ -69,10 +69,33 @@ class KVInterval:
             sample, row = broken.nonzero()[0].tolist()
             raise ValueError(
                 f"row {row} of sample {sample} sees {int(count[sample, row])} of the keys {int(start[sample, row])} to "
-                f"{int(last[sample, row])}; an interval has no holes: reorder the keys, or leave those that no row "
-                "sees off the shard"
+                f"{int(last[sample, row])}; an interval has no holes: reorder the keys, leave those that no row sees "
+                "off the shard, or attend to the mask in pieces, see KVInterval.pieces_of_mask"
             )
         return cls(start.int(), (start + count).int())
+
+    @classmethod
+    def pieces_of_mask(cls, mask: Tensor) -> list[KVInterval]:
+        """Any dense mask as intervals of disjoint keys; takes a host synchronisation.
+
+        Attention to each of them, merged by ``merge_attention``, is exactly attention under the mask. Each piece costs
+        one exchange, and on several ranks all of them must take equally many: fill up with empty ones.
+
+        Args:
+            mask: bool ``[B, s_q, S_kv]``, true where a row sees a key.
+
+        Returns:
+            As many as the row with most runs of adjacent keys has, at least one.
+        """
+        edges = torch.nn.functional.pad(mask.to(torch.int8), (1, 1)).diff(dim=-1)
+        first, behind = edges == 1, edges == -1
+        runs = max(int(first.sum(dim=-1).max()), 1) if mask.numel() else 1
+
+        def bound(marks: Tensor, run: int) -> Tensor:
+            """Where the run begins or ends in each row; 0 in a row that has fewer."""
+            return (marks & (marks.cumsum(dim=-1) == run)).to(torch.int8).argmax(dim=-1).int()
+
+        return [cls(bound(first, run), bound(behind, run)) for run in range(1, runs + 1)]
 
     @property
     def of_all_ranks(self) -> bool:

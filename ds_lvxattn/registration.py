@@ -72,6 +72,26 @@ def exchanged_attention(
         )
     if isinstance(sequence_parallel, DecodingStep):
         return sequence_parallel.attend(module, query, key, value, scaling).transpose(1, 2), None
+    out, _lse = exchange(module, query, key, value, sequence_parallel, scaling)
+    return out.transpose(1, 2), None
+
+
+def exchange(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequence_parallel: SequenceParallelBatch,
+    scaling: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``sp_attention`` as ``module`` is planned, for the rank's own ``query [B, H_q, s_q, D]``, ``key`` and ``value``.
+
+    Args:
+        key, value: ``[B, H_kv, s_kv, D]``; what a blank frame adds stands behind the rank's own.
+
+    Returns:
+        ``out [B, H_q, s_q, D]`` and its log-sum-exp ``[B, H_q, s_q]``.
+    """
     plan = sequence_parallel.plans[module]
     inputs = sequence_parallel.roles[plan.kind]
     # A rank without frames still feeds one blank frame to the model; its keys belong to no sample.
@@ -95,8 +115,7 @@ def exchanged_attention(
         head_groups=plan.head_groups,
     )
     times = sequence_parallel.times
-    out, _lse = attend() if times is None else times.measure(module, (query, key, value), attend)
-    return out.transpose(1, 2), None
+    return attend() if times is None else times.measure(module, (query, key, value), attend)
 
 
 def no_dense_mask(*unused: Any, **unused_too: Any) -> None:

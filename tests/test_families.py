@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,16 +15,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.idefics.processing_idefics import (
     image_attention_mask_for_packed_input_ids_pt,
     incremental_to_binary_attention_mask,
 )
 
+from ds_lvxattn import merge_attention, sp_attention
 from ds_lvxattn.config import ConfigError
 from ds_lvxattn.data.needle import IMAGE, build_tokenizer
 from ds_lvxattn.data.sample import Sample, SampleError
 from ds_lvxattn.interval import KVInterval
-from ds_lvxattn.models import FAMILIES, family_of, family_of_config
+from ds_lvxattn.models import FAMILIES, family_of, family_of_config, idefics, mllama
 from ds_lvxattn.models.idefics import Idefics
 from ds_lvxattn.models.open_flamingo import OpenFlamingo, OpenFlamingoConfig, OpenFlamingoModel
 from ds_lvxattn.models.small import SMALL_MODELS
@@ -74,6 +77,33 @@ def test_a_mask_with_a_hole_names_the_row() -> None:
     mask[1, 2] = torch.tensor([False, True, False, True, True])
     with pytest.raises(ValueError, match=r"row 2 of sample 1 sees 3 of the keys 1 to 4"):
         KVInterval.from_mask(mask)
+
+
+def test_a_mask_with_holes_is_attended_to_in_pieces() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, rows, 4, dtype=torch.float64) for heads, rows in ((4, 6), (2, 9), (2, 9)))
+    mask = torch.rand(2, 6, 9) < 0.5
+    mask[0, 1] = False
+    pieces = KVInterval.pieces_of_mask(mask)
+    assert len(pieces) == max(len(runs(row)) for row in mask.flatten(0, 1).tolist()) > 1
+    out, _ = merge_attention([sp_attention(q, k, v, interval=piece) for piece in pieces])
+    want = scaled_dot_product_attention(q, k, v, mask[:, None], enable_gqa=True)
+    torch.testing.assert_close(out, want.masked_fill(~mask.any(-1)[:, None, :, None], 0.0))
+    assert len(KVInterval.pieces_of_mask(torch.zeros(1, 2, 3, dtype=torch.bool))) == 1
+
+
+def runs(row: list[bool]) -> list[str]:
+    return "".join("1" if seen else " " for seen in row).split()
+
+
+@pytest.mark.parametrize(
+    ("encode", "argument"),
+    [(idefics.encode_frames, "image_attention_mask"), (mllama.encode_frames, "cross_attention_mask")],
+)
+def test_a_mask_beside_the_intervals_is_refused(encode: Callable[..., Any], argument: str) -> None:
+    arguments = {"sequence_parallel": object(), argument: torch.ones(1, 2, 3)}
+    with pytest.raises(ValueError, match=f"{argument} was given: .* leave the argument out"):
+        encode(None, nn.Identity(), (), arguments)
 
 
 # Modules

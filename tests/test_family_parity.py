@@ -29,7 +29,14 @@ NONE_HIDDEN = (*BATCHES[:3], ("IIta",), ("IItaItIIItta", "Ita", "ItIIa"))
 TEXT = (("ttatttattaataatta",), ("tttttttaa",), ("tta",), ("ta",), ("tttatta", "ta", "ttttta"))
 
 
-ZERO3 = ("idefics, perceiver, norms", "open_flamingo, immediate", "llava", "qwen2.5-vl")
+ZERO3 = (
+    "idefics, perceiver, norms",
+    "open_flamingo, immediate",
+    "llava",
+    "qwen2.5-vl",
+    "mplug_owl3, gate",
+    "mplug_owl3, fused",
+)
 
 
 def batches_of(family: str) -> tuple[tuple[str, ...], ...]:

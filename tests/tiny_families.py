@@ -20,6 +20,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from ds_lvxattn.models.hyper_qwen2 import MPlugOwl3Config, mPLUGOwl3Model
 from ds_lvxattn.models.idefics import with_loss_over_all_tokens
 from ds_lvxattn.models.open_flamingo import OpenFlamingoConfig, OpenFlamingoModel
 from tests.tiny_model import IMAGE_TOKEN, SIZE
@@ -104,6 +105,20 @@ def text_only() -> nn.Module:
     return Qwen2ForCausalLM(config)
 
 
+def mplug_owl3(hyper_attention: str) -> nn.Module:
+    """Hyper layers: the first, the second and the last of four."""
+    config = MPlugOwl3Config(
+        vocab_size=IMAGE_TOKEN + 1, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, hyper_layers=[1, 2, 4],
+        hyper_attention=hyper_attention, projector="mlp" if hyper_attention == "fused" else "linear",
+        vision_config={
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "image_size": SIZE, "patch_size": 14,
+        },
+    )  # fmt: skip
+    return mPLUGOwl3Model(config)
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "idefics": lambda: idefics(use_resampler=False, qk_layer_norms=False),
     "idefics, perceiver, norms": lambda: idefics(use_resampler=True, qk_layer_norms=True),
@@ -112,6 +127,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "llava": llava,
     "qwen2.5-vl": qwen2_5_vl,
     "text only": text_only,
+    "mplug_owl3, fused": lambda: mplug_owl3("fused"),
+    "mplug_owl3, gate": lambda: mplug_owl3("gate"),
+    "mplug_owl3, gate_proj": lambda: mplug_owl3("gate_proj"),
 }
 
 

@@ -192,6 +192,7 @@ class Collator:
             self.parallel.config.kernel,
             self.parallel.times,
             None if in_order else torch.tensor(slots, device=self.device),
+            torch.from_numpy(layout.places(comm.rank)).to(self.device),
             portions,
             sees_frame[:, None, :, None].to(self.device),
             visual_rows,

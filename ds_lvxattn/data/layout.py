@@ -94,6 +94,19 @@ class BatchLayout:
         samples = range(len(self.frames))
         return max(1, *(sum(len(self.own_frames(i, rank)) for i in samples) for rank in range(len(self.slots))))
 
+    def places(self, rank: int) -> np.ndarray:
+        """int64 ``[B, slots]``: the first text token that sees the frame in each slot of ``rank``.
+
+        0 for a slot that the sample does not use, the last token for a frame that no token sees.
+        """
+        places = np.zeros((len(self.frames), len(self.slots[rank])), dtype=np.int64)
+        for sample, ranges in enumerate(self.ranges):
+            # What is seen grows along the text, so the frame is first seen where the ranges first reach beyond it.
+            first = np.searchsorted([stop for _, stop in ranges], self.slots[rank], side="right")
+            used = np.array(self.slots[rank]) < self.frames[sample]
+            places[sample] = np.where(used, np.minimum(first, len(ranges) - 1), 0)
+        return places
+
     def own_frames(self, sample: int, rank: int) -> list[int]:
         """Frames of ``sample`` that ``rank`` decodes and encodes."""
         return [slot for slot in self.slots[rank] if slot < self.frames[sample]]

@@ -10,6 +10,7 @@ from ds_lvxattn.models.family import Family
 from ds_lvxattn.models.idefics import Idefics
 from ds_lvxattn.models.llava import Llava
 from ds_lvxattn.models.mllama import Mllama
+from ds_lvxattn.models.mplug_owl3 import MPlugOwl3
 from ds_lvxattn.models.open_flamingo import OpenFlamingo
 from ds_lvxattn.models.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.models.text_only import TextOnly
@@ -18,6 +19,7 @@ FAMILIES: tuple[Family, ...] = (
     Mllama(),
     Idefics(),
     OpenFlamingo(),
+    MPlugOwl3(),  # ahead of Qwen2, whose config its own extends
     Llava(),
     Qwen25VL(),
     TextOnly(LlamaForCausalLM),
@@ -35,7 +37,7 @@ def family_of(model: nn.Module) -> Family:
         ConfigError: no family knows its class.
     """
     for family in FAMILIES:
-        if isinstance(model, family.model_class):
+        if family.has_model(model):
             return family
     raise ConfigError(_unknown(type(model).__name__))
 
@@ -47,8 +49,7 @@ def family_of_config(config: PreTrainedConfig) -> Family:
         ConfigError: no family has.
     """
     for family in FAMILIES:
-        of_family = family.model_class.config_class
-        if of_family is not None and isinstance(config, of_family):
+        if family.has_config(config):
             return family
     raise ConfigError(_unknown(type(config).__name__))
 

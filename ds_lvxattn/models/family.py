@@ -29,11 +29,12 @@ class Family(ABC):
 
     Attributes:
         name: how errors call it.
-        model_class: the class of its models; its ``config_class`` tells the family of a config.
+        model_class: the class of its models; its ``config_class`` is that of their configs.
         image_token: the token that stands for a frame in the text; None for a model that takes no frames.
         frame_text: how a conversation writes a frame, its image token included; empty: by that token alone.
         attention_config: the sub-config (a key of ``model_config.sub_configs``) of the language model, whose attention
-            is exchanged; empty for the model's own config.
+            is exchanged; empty for the model's own config. None: that config too, but ``reach_attention`` reaches all
+            of it, and no implementation is set.
         needs_frames: whether the unmodified model fails on a batch without any frame; it is then given a blank one
             that no row sees.
         keys_in_text: whether all that text attends to is the text itself: the visual tokens of a frame, if the model
@@ -43,10 +44,18 @@ class Family(ABC):
     name: str
     model_class: type[PreTrainedModel]
     image_token: str | None
+    attention_config: str | None = ""
     frame_text: str = ""
-    attention_config: str = ""
     needs_frames: bool = False
     keys_in_text: bool = False
+
+    def has_model(self, model: nn.Module) -> bool:
+        """Whether ``model`` is of this family."""
+        return isinstance(model, self.model_class)
+
+    def has_config(self, model_config: Any) -> bool:
+        """Whether the models of such a config are of this family."""
+        return self.model_class.config_class is not None and isinstance(model_config, self.model_class.config_class)
 
     # Modules
 
@@ -64,6 +73,9 @@ class Family(ABC):
 
     def attention_layers(self, model: nn.Module) -> dict[nn.Module, AttentionLayer]:
         """Every attention module of ``model`` with its role and sizes.
+
+        A module that attends twice, in two roles, is there for one of them, and for the other a part of it that
+        serves that one alone.
 
         Raises:
             ConfigError: the model has a class of attention that the family does not know.
@@ -90,6 +102,10 @@ class Family(ABC):
         Called once, ahead of everything that wraps those modules.
         """
         return None
+
+    def recomputed(self, layers: Mapping[nn.Module, AttentionLayer]) -> list[nn.Module]:
+        """The modules that project visual keys and attend to them, which policy ``kv`` computes again."""
+        return [module for module, layer in layers.items() if layer.role == "cross"]
 
     @abstractmethod
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ds_lvxattn.recompute import Recomputation, recompute
+
+
+def refuse_mask(kwargs: Mapping[str, Any], name: str) -> None:
+    """Raise ``ValueError`` where the model is called with its dense mask beside the intervals of a batch."""
+    if kwargs.get(name) is not None:
+        raise ValueError(
+            f"{name} was given: under sequence parallelism what a token sees follows from the image tokens in the text "
+            "(frame_ranges of the model's family), and the batch has it as intervals; leave the argument out, or set "
+            "'sequence_parallel_size' to 1"
+        )
 
 
 def encode_in_portions(

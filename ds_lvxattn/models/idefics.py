@@ -25,7 +25,7 @@ from transformers.models.idefics.vision import IdeficsVisionAttention
 from ds_lvxattn.batch import SequenceParallelBatch
 from ds_lvxattn.decoding import DecodingStep
 from ds_lvxattn.models.family import TOKENS_AT_ONCE, Family, dense_frame_mask
-from ds_lvxattn.models.frames import encode_in_portions
+from ds_lvxattn.models.frames import encode_in_portions, refuse_mask
 from ds_lvxattn.recompute import Recomputation
 
 
@@ -99,6 +99,7 @@ def encode_frames(
     batch: SequenceParallelBatch | DecodingStep | None = kwargs.get("sequence_parallel")
     if batch is None:
         return None
+    refuse_mask(kwargs, "image_attention_mask")
     rest = dict(kwargs)
     model: Any = module
     name = "perceiver_embeddings" if model.config.use_resampler else "image_encoder_embeddings"

@@ -26,7 +26,7 @@ from transformers.models.mllama.modeling_mllama import (
 from ds_lvxattn.batch import SequenceParallelBatch
 from ds_lvxattn.decoding import DecodingStep
 from ds_lvxattn.models.family import TOKENS_AT_ONCE, Family, dense_frame_mask
-from ds_lvxattn.models.frames import encode_in_portions
+from ds_lvxattn.models.frames import encode_in_portions, refuse_mask
 from ds_lvxattn.recompute import Recomputation, recompute
 
 ROLES = {MllamaTextCrossAttention: "cross", MllamaTextSelfAttention: "self", MllamaVisionAttention: "local"}
@@ -116,6 +116,7 @@ def encode_frames(
     batch: SequenceParallelBatch | DecodingStep | None = kwargs.get("sequence_parallel")
     if batch is None or isinstance(batch, DecodingStep):  # then the keys and values are in the model's cache
         return None
+    refuse_mask(kwargs, "cross_attention_mask")
     rest = dict(kwargs)
     inputs = [rest.pop(key)[0] for key in PIXELS]
     vision = module.get_submodule("vision_model")

@@ -21,8 +21,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from ds_lvxattn.data.needle import BOS, EOS, IMAGE, PAD, VOCABULARY, NeedleTask
+from ds_lvxattn.models.hyper_qwen2 import MPlugOwl3Config, mPLUGOwl3Model
 from ds_lvxattn.models.idefics import with_loss_over_all_tokens
 from ds_lvxattn.models.open_flamingo import OpenFlamingoConfig, OpenFlamingoModel
 from ds_lvxattn.models.quickstart import WIDTH, build_quickstart
@@ -89,6 +91,21 @@ def open_flamingo(seed: int) -> tuple[PreTrainedModel, Any]:
     return model, CLIPImageProcessorPil(size=square, crop_size=square, **PIXELS)
 
 
+def mplug_owl3(seed: int) -> tuple[PreTrainedModel, Any]:
+    """mPLUG-Owl3 with fused hyper attention in two of four layers, one of them the first."""
+    config = MPlugOwl3Config(
+        vocab_size=len(VOCABULARY), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.1,
+        hyper_layers=[1, 3], hyper_attention="fused", projector="mlp", **TOKENS,
+        vision_config={
+            "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "image_size": SIZE, "patch_size": SIZE // 2, "vision_use_head": False,
+        },
+    )  # fmt: skip
+    processor = SiglipImageProcessorPil(size={"height": SIZE, "width": SIZE}, **PIXELS)
+    return _random(mPLUGOwl3Model, config, seed), processor
+
+
 def llava(seed: int) -> tuple[PreTrainedModel, Any]:
     """LLaVA around a CLIP and a Llama model: four visual tokens a frame in the text."""
     vision = CLIPVisionConfig(
@@ -132,6 +149,7 @@ SMALL_MODELS: dict[str, Callable[[int], tuple[PreTrainedModel, Any]]] = {
     "quickstart": quickstart,
     "small-idefics": idefics,
     "small-openflamingo": open_flamingo,
+    "small-mplug-owl3": mplug_owl3,
     "small-llava": llava,
     "small-qwen2.5-vl": qwen2_5_vl,
 }

@@ -32,6 +32,8 @@ class LayerSizes:
         width: size of a text row (``d_model``), and of a visual feature.
         intermediate: inner size of the feed-forward part.
         element: bytes of an element.
+        beside: whether this attention shares a decoder layer, its queries too, with another one, with which the rest of
+            the layer is counted; its visual features pass the layer's norm.
     """
 
     role: str
@@ -50,6 +52,7 @@ class LayerSizes:
     width: int
     intermediate: int
     element: int
+    beside: bool = False
 
     @property
     def statistic(self) -> int:
@@ -89,6 +92,8 @@ def kept_bytes(sizes: LayerSizes, policy: str) -> int:
     """
     if policy not in POLICIES:
         raise ValueError(f"recompute policy is {policy!r}; choose one of {POLICIES}")
+    if sizes.beside:
+        return returned_bytes(sizes) + (_beside_bytes(sizes) if policy == "none" else 0)
     rows = sizes.rows * sizes.row_bytes
     if policy == "layer":
         return rows + returned_bytes(sizes)
@@ -136,6 +141,12 @@ def _attention_bytes(sizes: LayerSizes) -> int:
         kept += sizes.query_bytes(sizes.rows) + sizes.query_bytes(sizes.total_rows) // sizes.ranks
         return kept + 2 * keys + 8 * sizes.batch * sizes.total_rows
     return kept + 2 * sizes.kv_bytes + (0 if _keeps_gathered(sizes) else sizes.query_bytes(sizes.rows))
+
+
+def _beside_bytes(sizes: LayerSizes) -> int:
+    """Keys and values; of the features, what their norm keeps and its output, which is the input of the projection."""
+    normed = sizes.norm_bytes(sizes.keys, sizes.width) + sizes.batch * sizes.keys * sizes.width * sizes.element
+    return 2 * sizes.kv_bytes + normed
 
 
 def _feed_forward_bytes(sizes: LayerSizes) -> int:

@@ -26,6 +26,7 @@ class AttentionLayer:
         role: ``cross`` (visual keys, sharded by frames), ``self`` (text, causal, sharded by tokens) or ``local``
             (each rank its own frames, nothing exchanged).
         heads, kv_heads, head_dim: its sizes.
+        beside: whether it shares a decoder layer with another attention, with which the rest of the layer is counted.
         window: of ``self``, the last keys that a row sees, its own included; None: all before it.
     """
 
@@ -34,6 +35,7 @@ class AttentionLayer:
     heads: int
     kv_heads: int
     head_dim: int
+    beside: bool = False
     window: int | None = None
 
     @property
