@@ -66,7 +66,7 @@ def generate(model: Any, collator: Collator, samples: Sequence[Sample], *, seed:
     if not min(lengths, default=0):
         raise ValueError(f"the prompts have {lengths} tokens; give at least one prompt, each with at least one token")
     samples = [collator.check(sample) for sample in samples]
-    if not hasattr(collator.family.decoder(model), "generate"):
+    if not collator.family.generates:
         raise ValueError(f"{collator.family.name} cannot generate: {type(model).__name__} has no cache for it")
     settings.setdefault("pad_token_id", collator.pad_token)
     devices = [collator.device] if collator.device.type == "cuda" else []

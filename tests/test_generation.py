@@ -250,6 +250,11 @@ def refused(case: str) -> str:
     return str(error.value)
 
 
+def test_a_family_without_a_cache_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="mPLUG-Owl3 cannot generate"):
+        answer("mplug_owl3, fused", samples_of(LONG), None, GREEDY)
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [

@@ -39,6 +39,7 @@ class Family(ABC):
             that no row sees.
         keys_in_text: whether all that text attends to is the text itself: the visual tokens of a frame, if the model
             takes frames, stand in the place of its image token, and attention of the role ``self`` is all there is.
+        generates: whether its models keep keys and values in a cache of transformers, which generation needs.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Family(ABC):
     frame_text: str = ""
     needs_frames: bool = False
     keys_in_text: bool = False
+    generates: bool = True
 
     def has_model(self, model: nn.Module) -> bool:
         """Whether ``model`` is of this family."""

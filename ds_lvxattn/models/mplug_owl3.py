@@ -54,6 +54,7 @@ class MPlugOwl3(Family):
     model_class = hyper_qwen2.mPLUGOwl3Model
     image_token = "<|image|>"
     attention_config = None
+    generates = False
 
     def has_model(self, model: nn.Module) -> bool:
         return type(model).__name__ == "mPLUGOwl3Model"
