@@ -237,9 +237,14 @@ def ds_config(stage: int, batch: int, micro_batch: int, size: int = 2, **block: 
 
 
 def losses_on_one_rank(samples: Sequence[Sample], steps: int, batch: int, micro_batch: int) -> list[float]:
-    """Losses of training the unmodified model with plain torch AdamW, ``batch`` samples a step.
+    """Losses of ``steps_on_one_rank``."""
+    return [loss for loss, _ in steps_on_one_rank(samples, steps, batch, micro_batch)]
 
-    As in the loop, vectors and scalars do not decay.
+
+def steps_on_one_rank(samples: Sequence[Sample], steps: int, batch: int, micro_batch: int) -> list[tuple[float, float]]:
+    """Training the unmodified model with plain torch AdamW, ``batch`` samples a step: losses, and norms of gradients.
+
+    Norms are those before clipping. As in the loop, vectors and scalars do not decay.
     A step averages the losses of its micro-batches, as ZeRO does. Parameters that a batch does not reach have
     gradient zero, as in ZeRO's flat partitions.
     """
@@ -247,7 +252,7 @@ def losses_on_one_rank(samples: Sequence[Sample], steps: int, batch: int, micro_
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], **ADAMW)
-    losses = []
+    found = []
     for step in range(steps):
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -257,7 +262,7 @@ def losses_on_one_rank(samples: Sequence[Sample], steps: int, batch: int, micro_
             loss = loss_of_each_alone(model, rows) * (micro_batch / batch)
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
         optimizer.step()
-        losses.append(total)
-    return losses
+        found.append((total, norm.item()))
+    return found
