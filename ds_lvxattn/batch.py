@@ -17,6 +17,7 @@ from ds_lvxattn.plan.plan import LayerPlan
 from ds_lvxattn.routes import Routes
 from ds_lvxattn.shards import ShardLayout
 from ds_lvxattn.timing import LayerTimes
+from ds_lvxattn.visual_rows import VisualRows
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class SequenceParallelBatch:
             into the frames that it encodes; None when they are those frames in their order.
         portions: how often the vision encoder is called; the same on all ranks of the run.
         sees_frame: ``[B, 1, s_q, 1]`` in the model's dtype, 1 for the rank's text rows that see a frame.
+        visual_rows: how visual tokens come to their rows, where all keys are in the text; None elsewhere.
     """
 
     comm: Communicator
@@ -58,3 +60,4 @@ class SequenceParallelBatch:
     slots: Tensor | None
     portions: int
     sees_frame: Tensor
+    visual_rows: VisualRows | None = None

@@ -6,8 +6,13 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+# Largest unit in which a sequence of queries is dealt: the rows that a kernel takes at once. Rows of one unit see the
+# same keys of every other rank, so that a tile has no partly visible keys but on its own rank.
+TILE = 128
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,7 @@ class SequenceShards:
         lengths: tokens that each rank holds, in rank order; shards may be uneven or empty.
         stripe: 0 when each rank holds one contiguous run, in rank order. Otherwise the sequence is cut into
             units of ``stripe`` tokens (the tokens of a frame), which are dealt in turn: to the ranks in their order,
-            then in reverse order, and so on. Striped frames balance masks that grow along the sequence, and turning
+            then in reverse order, and so on. Striped tokens balance masks that grow along the sequence, and turning
             back makes up for the lead that later ranks have in each round.
 
     Raises:
@@ -56,6 +61,15 @@ class SequenceShards:
         object.__setattr__(shards, "stripe", stripe)
         return shards
 
+    @classmethod
+    def balanced(cls, total: int, ranks: int) -> SequenceShards:
+        """``total`` tokens striped for causal self-attention: there and back equally often, units of at most ``TILE``.
+
+        Every rank holds a token if there are enough.
+        """
+        rounds = 2 * max(-(-total // (2 * ranks * TILE)), 1)
+        return cls.striped(total, ranks, max(-(-total // (ranks * rounds)), 1))
+
     @property
     def ranks(self) -> int:
         return len(self.lengths)
@@ -91,16 +105,18 @@ class SequenceShards:
             local = (rounds + (passed > 0)) * self.stripe + inside
         return local.clamp(0, self.lengths[rank])
 
+    def index(self, rank: int) -> slice | np.ndarray:
+        """What takes the tokens of ``rank``, ascending, out of an array along the sequence: a slice or positions."""
+        if not self.stripe:
+            return slice(self.offset(rank), self.offset(rank) + self.lengths[rank])
+        units = np.array(striped_units(-(-self.total // self.stripe), self.ranks, rank), dtype=np.int64)
+        # Only the last unit of the sequence may be short, and it is the last of its rank.
+        return (units[:, None] * self.stripe + np.arange(self.stripe)).reshape(-1)[: self.lengths[rank]]
+
     def positions(self, rank: int) -> range | list[int]:
         """Global positions of the tokens of ``rank``, ascending."""
-        if not self.stripe:
-            return range(self.offset(rank), self.offset(rank) + self.lengths[rank])
-        units = -(-self.total // self.stripe)
-        return [
-            position
-            for unit in striped_units(units, self.ranks, rank)
-            for position in range(unit * self.stripe, min((unit + 1) * self.stripe, self.total))
-        ]
+        index = self.index(rank)
+        return range(index.start, index.stop) if isinstance(index, slice) else index.tolist()
 
     def order_from_padded(self) -> list[int] | None:
         """Where each global position lies in the rank-major sequence padded to the longest shard.
@@ -110,11 +126,10 @@ class SequenceShards:
         """
         if self.even and not self.stripe:
             return None
-        order = [0] * self.total
+        order = np.zeros(self.total, dtype=np.int64)
         for rank in range(self.ranks):
-            for local, position in enumerate(self.positions(rank)):
-                order[position] = rank * self.longest + local
-        return order
+            order[self.index(rank)] = rank * self.longest + np.arange(self.lengths[rank])
+        return order.tolist()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ def sequences(draw: st.DrawFn) -> SequenceShards:
     ranks = draw(st.integers(1, 5))
     if draw(st.booleans()):
         return SequenceShards(tuple(draw(st.lists(st.integers(0, 9), min_size=ranks, max_size=ranks))))
+    if draw(st.booleans()):
+        return SequenceShards.balanced(draw(st.integers(0, 40)), ranks)
     return SequenceShards.striped(draw(st.integers(0, 40)), ranks, draw(st.integers(1, 7)))
 
 

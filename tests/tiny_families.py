@@ -12,6 +12,8 @@ from transformers import (
     IdeficsConfig,
     IdeficsForVisionText2Text,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -56,6 +58,21 @@ def open_flamingo(immediate: bool) -> nn.Module:
     return OpenFlamingoModel(config)
 
 
+def llava() -> nn.Module:
+    """Two layers' features side by side, without the class token: four visual tokens a frame in the text."""
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=SIZE, patch_size=14
+    )
+    text = LlamaConfig(
+        vocab_size=IMAGE_TOKEN + 1, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, vision_feature_layer=[-2, -1]
+    )
+    return LlavaForConditionalGeneration(config)
+
+
 def text_only() -> nn.Module:
     config = Qwen2Config(
         vocab_size=IMAGE_TOKEN, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
@@ -69,6 +86,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "idefics, perceiver, norms": lambda: idefics(use_resampler=True, qk_layer_norms=True),
     "open_flamingo, immediate": lambda: open_flamingo(immediate=True),
     "open_flamingo, all previous": lambda: open_flamingo(immediate=False),
+    "llava": llava,
     "text only": text_only,
 }
 

@@ -32,6 +32,7 @@ from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.models import family_of, mllama
 from ds_lvxattn.models.idefics import Idefics
+from ds_lvxattn.models.llava import Llava
 from ds_lvxattn.models.mllama import Mllama
 from ds_lvxattn.models.open_flamingo import OpenFlamingo
 from ds_lvxattn.models.text_only import TextOnly
@@ -148,6 +149,7 @@ PROCESSORS: dict[type, Callable[[], Any]] = {
     Mllama: tiny_processor,
     Idefics: lambda: IdeficsImageProcessorPil(image_size=SIZE),
     TextOnly: lambda: None,
+    Llava: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
     OpenFlamingo: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
 }
 

@@ -19,6 +19,7 @@ from ds_lvxattn.models.family import Family
 from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.routes import Routes, routed_rows, visible_work
 from ds_lvxattn.shards import ShardLayout
+from ds_lvxattn.visual_rows import VisualRows
 
 Images = list[list[np.ndarray]]  # per sample, the frames that this rank loaded
 
@@ -96,7 +97,7 @@ class Collator:
         """Sizes of the exchanged roles for the plan; heads are those of each layer."""
         batch, element = len(layout.frames), self.dtype.itemsize
         shapes = {}
-        for role, shards in (("cross", layout.cross), ("self", layout.self_attention)):
+        for role, shards in layout.roles.items():
             ranges = layout.ranges_of(role)
             shapes[role] = LayerShape(
                 batch, 1, 1, 1, shards.q.lengths, shards.kv.lengths, element,
@@ -110,13 +111,13 @@ class Collator:
         Args:
             most_frames: ``layout.most_frames`` over all groups of the run; None: there is one group.
         """
-        rows = layout.text.positions(self.rank)
-        own = slice(rows[0], rows[-1] + 1)
+        own = layout.text.index(self.rank)
         labels = torch.from_numpy(layout.shift_labels[:, own]).contiguous()
+        positions = [self.family.positions(visual, self.model_config) for visual in layout.visual]
         answers, num_answers = number_answers(layout.shift_labels)
         inputs: dict[str, Any] = {
             "input_ids": torch.from_numpy(layout.input_ids[:, own]),
-            "position_ids": torch.arange(own.start, own.stop).expand(len(layout.frames), -1),
+            "position_ids": torch.from_numpy(np.stack([p[..., own] for p in positions], axis=-2)),
             "use_cache": False,
             # The model's own loss: summed over its rows and divided by the count of the whole group.
             "labels": labels,
@@ -132,7 +133,7 @@ class Collator:
             inputs["labels"],
             torch.from_numpy(answers[:, own]).to(self.device),
             num_answers,
-            sum(len(ranges) for ranges in layout.ranges),
+            sum(map(len, layout.ranges)),
             sum(layout.frames),
         )
 
@@ -148,7 +149,12 @@ class Collator:
             return dict(self.family.pixels(flat, self.processor, self.model_config))
         frames = max(layout.frames)
         if not frames and not self.family.needs_frames:
-            return {}  # the unmodified model skips its cross-attention
+            return {}  # the unmodified model skips its vision encoder
+        if self.family.keys_in_text:
+            whole = self.family.pixels(
+                [image for sample in images for image in sample], self.processor, self.model_config
+            )
+            return dict(self.family.pad_tiles(whole, self.model_config))
         frames = max(frames, 1)
         pixels = [
             self.family.pixels(sample, self.processor, self.model_config)
@@ -162,13 +168,12 @@ class Collator:
         dense = self.family.dense_mask(ranges, frames, self.model_config)
         return {**{key: torch.cat([_pad_frames(p[key], frames) for p in pixels]) for key in pixels[0]}, **dense}
 
-    def _exchange(self, layout: BatchLayout, own: slice, most_frames: int) -> SequenceParallelBatch:
+    def _exchange(self, layout: BatchLayout, own: slice | np.ndarray, most_frames: int) -> SequenceParallelBatch:
         assert self.parallel is not None
         comm = self.parallel.comm
         routed = {plan.role for plan in self.parallel.plans.values() if plan.schedule == "routed"}
         roles = {
-            role: self._inputs(shards, *layout.ranges_of(role), role in routed)
-            for role, shards in (("cross", layout.cross), ("self", layout.self_attention))
+            role: self._inputs(shards, *layout.ranges_of(role), role in routed) for role, shards in layout.roles.items()
         }
         # An unused slot repeats the first frame, which no row sees.
         loaded, slots = 0, []
@@ -179,6 +184,9 @@ class Collator:
         portions = -(-most_frames // self.family.frames_at_once(self.model_config))
         in_order = slots == list(range(max(loaded, portions, 1)))
         sees_frame = torch.from_numpy(layout.sees_frame[:, own]).to(self.dtype)
+        visual_rows = None
+        if layout.keys_in_text and self.family.image_token is not None:
+            visual_rows = VisualRows.build(*layout.visual_sources(), layout.text, comm.rank, self.device)
         return SequenceParallelBatch(
             comm,
             roles,
@@ -188,6 +196,7 @@ class Collator:
             None if in_order else torch.tensor(slots, device=self.device),
             portions,
             sees_frame[:, None, :, None].to(self.device),
+            visual_rows,
         )
 
     def _inputs(self, shards: ShardLayout, start: Tensor, stop: Tensor, routed: bool) -> AttentionInputs:

@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
 from ds_lvxattn.config import ConfigError
 from ds_lvxattn.models.family import Family
 from ds_lvxattn.models.idefics import Idefics
+from ds_lvxattn.models.llava import Llava
 from ds_lvxattn.models.mllama import Mllama
 from ds_lvxattn.models.open_flamingo import OpenFlamingo
 from ds_lvxattn.models.text_only import TextOnly
@@ -16,6 +17,7 @@ FAMILIES: tuple[Family, ...] = (
     Mllama(),
     Idefics(),
     OpenFlamingo(),
+    Llava(),
     TextOnly(LlamaForCausalLM),
     TextOnly(Qwen2ForCausalLM),
 )

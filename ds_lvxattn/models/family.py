@@ -35,6 +35,8 @@ class Family(ABC):
             is exchanged; empty for the model's own config.
         needs_frames: whether the unmodified model fails on a batch without any frame; it is then given a blank one
             that no row sees.
+        keys_in_text: whether all that text attends to is the text itself: the visual tokens of a frame, if the model
+            takes frames, stand in the place of its image token, and attention of the role ``self`` is all there is.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Family(ABC):
     image_token: str | None
     attention_config: str = ""
     needs_frames: bool = False
+    keys_in_text: bool = False
 
     # Modules
 
@@ -127,6 +130,15 @@ class Family(ABC):
             ranges.append((first, last))
         return ranges
 
+    def positions(self, visual: np.ndarray, model_config: Any) -> np.ndarray:
+        """Position ids of a sample's rows, int64 ``[..., S]``: here their places in the sequence.
+
+        Args:
+            visual: int64 ``[S]``, for each row the visual token that it takes, counted over the sample's frames, -1 for
+                a row of text; all -1 unless ``keys_in_text``.
+        """
+        return np.arange(len(visual))
+
     def hidden_rows_see_all(self, model_config: Any) -> bool:
         """Whether a token that sees no frame attends to every key of its sample."""
         return False
@@ -152,7 +164,10 @@ class Family(ABC):
     # The unmodified model, without exchange
 
     def pad_tiles(self, pixels: Mapping[str, Tensor], model_config: Any) -> Mapping[str, Tensor]:
-        """``pixels`` with the blank tiles that the unmodified model wants beside a frame's own."""
+        """``pixels`` with the blank tiles that the unmodified model wants beside a frame's own.
+
+        With ``keys_in_text``, pixels of the frames of all samples, as the model wants them: without a batch dimension.
+        """
         return pixels
 
     @abstractmethod

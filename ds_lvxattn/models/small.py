@@ -6,7 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, IdeficsConfig, IdeficsForVisionText2Text, LlamaConfig, PreTrainedModel
+from transformers import (
+    CLIPVisionConfig,
+    IdeficsConfig,
+    IdeficsForVisionText2Text,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
@@ -78,10 +86,30 @@ def open_flamingo(seed: int) -> tuple[PreTrainedModel, Any]:
     return model, CLIPImageProcessorPil(size=square, crop_size=square, **PIXELS)
 
 
+def llava(seed: int) -> tuple[PreTrainedModel, Any]:
+    """LLaVA around a CLIP and a Llama model: four visual tokens a frame in the text."""
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2, num_attention_heads=4, image_size=SIZE,
+        patch_size=SIZE // 2,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=len(VOCABULARY), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.1, **TOKENS,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=VOCABULARY.index(IMAGE), vision_feature_layer=-1
+    )
+    square = {"height": SIZE, "width": SIZE}
+    return _random(LlavaForConditionalGeneration, config, seed), CLIPImageProcessorPil(
+        size=square, crop_size=square, **PIXELS
+    )
+
+
 SMALL_MODELS: dict[str, Callable[[int], tuple[PreTrainedModel, Any]]] = {
     "quickstart": quickstart,
     "small-idefics": idefics,
     "small-openflamingo": open_flamingo,
+    "small-llava": llava,
 }
 
 

@@ -19,6 +19,7 @@ class TextOnly(Family):
     """A causal language model of transformers; see ``Family``. Samples with frames are refused."""
 
     image_token = None
+    keys_in_text = True
 
     def __init__(self, model_class: type[Any]) -> None:
         self.name = f"text only, {model_class.__name__}"

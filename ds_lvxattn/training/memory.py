@@ -72,11 +72,12 @@ def memory_plan(
     frames = None
     if device.type == "cuda":
         capacity = torch.cuda.get_device_properties(device).total_memory
-        text = max(0, layout.text.total - max(layout.frames))  # a frame has a token in the text
-        per_frame = parallel.family.frame_tokens(parallel.model_config)
+        per_frame = layout.frame_tokens
+        rows = per_frame if layout.keys_in_text else 1  # of a frame in the text
+        text = max(0, layout.text.total - max(layout.frames) * rows)
 
         def step(policy: str, count: int) -> int:
-            some = [_at(layer, text + count, count, per_frame) for layer in layers]
+            some = [_at(layer, text + count * rows, count, per_frame) for layer in layers]
             # Features that need no gradient would leave room for more.
             return step_bytes(some, policy, states, shared(some), features_train=True)
 

@@ -1,0 +1,120 @@
+"""Visual tokens in the text: where they come from, what travels, and how evenly causal work lies on the ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_lvxattn import SequenceShards
+from ds_lvxattn.comm import communicator
+from ds_lvxattn.config import ConfigError
+from ds_lvxattn.data.layout import BatchLayout, lay_out
+from ds_lvxattn.data.sample import IGNORE
+from ds_lvxattn.models.llava import Llava
+from ds_lvxattn.routes import visible_work
+from ds_lvxattn.visual_rows import VisualRows
+from tests.distributed import device, run
+from tests.parity import samples_of
+from tests.test_traffic import measured
+from tests.tiny_families import tiny
+from tests.tiny_model import IMAGE_TOKEN
+
+BATCH = ("tItIItttaaItaIIIta", "ttIa", "ttatta")
+PER_FRAME = 4
+
+
+def layout_of(patterns: tuple[str, ...], ranks: int, placement: str) -> BatchLayout:
+    model: Any = tiny("llava")
+    return lay_out(samples_of(patterns), Llava(), model.config, ranks, placement, 0, IMAGE_TOKEN)
+
+
+def test_a_frame_has_a_row_for_each_of_its_visual_tokens() -> None:
+    layout = layout_of(("tIIta", "ta"), 2, "contiguous")
+    [sample, other] = samples_of(("tIIta", "ta"))
+    text, *_, answer = sample.input_ids
+    assert layout.input_ids[0].tolist() == [text, *[IMAGE_TOKEN] * 8, sample.input_ids[3], answer]
+    assert layout.visual.tolist() == [[-1, *range(8), -1, -1], [-1] * 11]
+    assert layout.shift_labels[0].tolist() == [*[IGNORE] * 9, answer, IGNORE]
+    assert layout.input_ids[1].tolist() == [*other.input_ids, *[0] * 9]
+    start, stop = layout.ranges_of("self")
+    assert not start.any()
+    # What pads a sample, or a shard, sees nothing.
+    assert stop.transpose(0, 1).flatten(1).tolist() == [[*range(1, 12), 0], [1, 2, *[0] * 10]]
+    assert list(layout.roles) == ["self"]
+
+
+# Tokens to their rows
+
+
+def place(placement: str) -> None:
+    """Every rank encodes numbered tokens; each arrives in its row, and its gradient comes back."""
+    comm = communicator(dist.group.WORLD)
+    layout = layout_of(BATCH, comm.ranks, placement)
+    width, batch = 3, len(BATCH)
+    holder, token = layout.visual_sources()
+    rows = VisualRows.build(holder, token, layout.text, comm.rank, device())
+    own = [sample * 100 + frame for sample in range(batch) for frame in layout.own_frames(sample, comm.rank)]
+    numbers = torch.tensor(own or [-1])[:, None] * PER_FRAME + torch.arange(PER_FRAME)  # -1: a blank frame
+    visual = (numbers[..., None] + torch.zeros(width)).to(device()).requires_grad_()
+    mine = layout.text.index(comm.rank)
+    text = torch.full((batch, layout.text.lengths[comm.rank], width), -7.0, device=device(), requires_grad=True)
+    comm.reset()
+    with measured() as forward:
+        placed = rows.place(text, visual, comm)
+    taken = torch.from_numpy(layout.visual[:, mine]).to(device())
+    want = torch.where(taken >= 0, taken + 100 * PER_FRAME * torch.arange(batch, device=device())[:, None], -7)
+    assert torch.equal(placed, want[..., None].expand_as(placed).float())
+    # The gradient of a token is that of its row: the row's number in the batch, plus one.
+    numbered = np.arange(1, layout.visual.size + 1).reshape(layout.visual.shape)
+    with measured() as backward:
+        placed.backward(torch.from_numpy(numbered[:, mine]).to(device())[..., None].expand_as(placed).float())
+    assert visual.grad is not None and text.grad is not None
+    got = visual.grad[..., 0].flatten().tolist()
+    here = {int(token[at]): float(numbered[at]) for at in zip(*np.nonzero(holder == comm.rank), strict=True)}
+    assert got == [here.get(number, 0.0) for number in range(len(got))]
+    assert torch.equal(text.grad[..., 0] != 0, taken < 0)
+    # Bytes: the width of each token that lies elsewhere than its row.
+    shard = np.zeros(layout.text.total, dtype=int)
+    for rank in range(comm.ranks):
+        shard[layout.text.index(rank)] = rank
+    arriving = ((shard == comm.rank) & (holder >= 0) & (holder != comm.rank)).sum() * width * text.element_size()
+    leaving = ((shard != comm.rank) & (holder == comm.rank)).sum() * width * text.element_size()
+    assert comm.received == {"visual rows": arriving, "visual row gradients": leaving}
+    assert (forward.total(), backward.total()) == (arriving, leaving)
+
+
+@pytest.mark.parametrize(("ranks", "placement"), [(2, "contiguous"), (4, "striped")])
+def test_visual_tokens_come_to_their_rows(ranks: int, placement: str) -> None:
+    run(ranks, place, placement)
+
+
+# Balance
+
+
+@given(st.integers(1, 3000), st.integers(1, 9))
+def test_balanced_shards_share_causal_work(total: int, ranks: int) -> None:
+    shards = SequenceShards.balanced(total, ranks)
+    assert shards.total == total
+    assert min(shards.lengths) > 0 or total < ranks
+    stop = torch.arange(1, total + 1, dtype=torch.int32)
+    work = visible_work(torch.zeros_like(stop), stop, shards)
+    # Rounding to units of up to ``TILE`` tokens, there and back, costs less than a unit of one rank.
+    assert max(work) * ranks <= sum(work) + ranks * shards.stripe * total
+    if total % (2 * ranks) == 0 and total <= 256 * ranks:
+        assert max(work) == min(work)
+
+
+# Errors
+
+
+def test_a_tower_without_a_fixed_number_of_tokens_is_refused() -> None:
+    model: Any = tiny("llava")
+    model.config.vision_config.model_type = "pixtral"
+    with pytest.raises(ConfigError, match="'pixtral'.*'clip_vision_model'.*'sequence_parallel_size' to 1"):
+        Llava().frame_tokens(model.config)
