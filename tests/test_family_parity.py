@@ -28,7 +28,7 @@ NONE_HIDDEN = (*BATCHES[:3], ("IIta",), ("IItaItIIItta", "Ita", "ItIIa"))
 TEXT = (("ttatttattaataatta",), ("tttttttaa",), ("tta",), ("ta",), ("tttatta", "ta", "ttttta"))
 
 
-ZERO3 = ("idefics, perceiver, norms", "open_flamingo, immediate", "llava")
+ZERO3 = ("idefics, perceiver, norms", "open_flamingo, immediate", "llava", "blip2")
 
 
 def batches_of(family: str) -> tuple[tuple[str, ...], ...]:

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
     CLIPVisionConfig,
     IdeficsConfig,
     IdeficsForVisionText2Text,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    OPTConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -73,6 +76,27 @@ def llava() -> nn.Module:
     return LlavaForConditionalGeneration(config)
 
 
+def blip2() -> nn.Module:
+    """Three visual tokens a frame, in the text of an OPT model with learned positions."""
+    vision = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": SIZE, "patch_size": 14, "initializer_range": 0.2,
+    }  # fmt: skip
+    q_former = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2,
+    }  # fmt: skip
+    text = OPTConfig(
+        vocab_size=IMAGE_TOKEN + 1, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=128, dropout=0.0, init_std=0.2, pad_token_id=0,
+    )  # fmt: skip
+    config = Blip2Config(
+        vision_config=vision, qformer_config=q_former, text_config=text, num_query_tokens=3,
+        image_token_index=IMAGE_TOKEN, initializer_range=0.2,
+    )  # fmt: skip
+    return Blip2ForConditionalGeneration(config)
+
+
 def text_only() -> nn.Module:
     config = Qwen2Config(
         vocab_size=IMAGE_TOKEN, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
@@ -87,6 +111,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "open_flamingo, immediate": lambda: open_flamingo(immediate=True),
     "open_flamingo, all previous": lambda: open_flamingo(immediate=False),
     "llava": llava,
+    "blip2": blip2,
     "text only": text_only,
 }
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
@@ -31,6 +32,7 @@ from ds_lvxattn.data.sample import IGNORE, Sample
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.models import family_of, mllama
+from ds_lvxattn.models.blip2 import Blip2
 from ds_lvxattn.models.idefics import Idefics
 from ds_lvxattn.models.llava import Llava
 from ds_lvxattn.models.mllama import Mllama
@@ -150,6 +152,7 @@ PROCESSORS: dict[type, Callable[[], Any]] = {
     Idefics: lambda: IdeficsImageProcessorPil(image_size=SIZE),
     TextOnly: lambda: None,
     Llava: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
+    Blip2: lambda: BlipImageProcessorPil(size=SQUARE),
     OpenFlamingo: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
 }
 

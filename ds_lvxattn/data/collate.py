@@ -151,8 +151,11 @@ class Collator:
         if not frames and not self.family.needs_frames:
             return {}  # the unmodified model skips its vision encoder
         if self.family.keys_in_text:
-            whole = self.family.pixels(
-                [image for sample in images for image in sample], self.processor, self.model_config
+            flat = [image for sample in images for image in sample]
+            whole = (
+                self.family.pixels(flat, self.processor, self.model_config)
+                if flat
+                else self.family.blank_pixels(self.model_config)
             )
             return dict(self.family.pad_tiles(whole, self.model_config))
         frames = max(frames, 1)

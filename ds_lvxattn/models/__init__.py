@@ -6,6 +6,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
 
 from ds_lvxattn.config import ConfigError
+from ds_lvxattn.models.blip2 import Blip2
 from ds_lvxattn.models.family import Family
 from ds_lvxattn.models.idefics import Idefics
 from ds_lvxattn.models.llava import Llava
@@ -18,6 +19,7 @@ FAMILIES: tuple[Family, ...] = (
     Idefics(),
     OpenFlamingo(),
     Llava(),
+    Blip2(),
     TextOnly(LlamaForCausalLM),
     TextOnly(Qwen2ForCausalLM),
 )
