@@ -16,7 +16,10 @@ from torch import Tensor
 from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
 from ds_lvxattn.comm import communicator
 from ds_lvxattn.kernels.operator import local_attention
-from ds_lvxattn.routes import Routes
+from ds_lvxattn.plan.cost import Layer as CostedLayer
+from ds_lvxattn.plan.traffic import LayerShape
+from ds_lvxattn.plan.visibility import of_shape
+from ds_lvxattn.routes import Routes, routed_rows, visible_work
 
 Step = Callable[[], None]
 
@@ -53,7 +56,10 @@ class Figure:
 
 
 class Layer:
-    """This rank's tensors of a shape, and steps to run on them; of a group, or of all ranks."""
+    """This rank's tensors of a shape, and steps to run on them; of a group, or of all ranks.
+
+    ``costed`` is the layer as the planner knows it.
+    """
 
     def __init__(
         self, shape: Shape, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None = None
@@ -76,6 +82,7 @@ class Layer:
         self.q_all, self.dout_all = (projected(shape.heads, shape.queries) for _ in range(2))
         self.k, self.v = (projected(shape.kv_heads, self.shards.kv.lengths[rank]) for _ in range(2))
         self.interval, self.routes = None, None
+        routed, work = None, None
         if shape.mask != "none":
             row = torch.arange(shape.queries, dtype=torch.int64)
             seen = row * (shape.keys // FRAME) // shape.queries  # the frame before the row
@@ -83,6 +90,12 @@ class Layer:
             ranges = [x.int().view(ranks, 1, -1) for x in (start, (seen + 1) * FRAME)]
             self.routes = Routes.build(*ranges, self.shards, rank, device)
             self.interval = KVInterval(*(x.to(device) for x in ranges))
+            routed, work = routed_rows(*ranges, self.shards), visible_work(*ranges, keys)
+        sizes = LayerShape(
+            1, shape.heads, shape.kv_heads, shape.head_dim, self.shards.q.lengths, keys.lengths, dtype.itemsize,
+            routed, work,
+        )  # fmt: skip
+        self.costed = CostedLayer(sizes, of_shape(sizes))
 
     def exchange(self, **options: Any) -> Step:
         def step() -> None:

@@ -5,7 +5,8 @@
 
 The floor is the local compute of query exchange alone: all queries against the rank's own keys, nothing sent. All
 candidates of a shape take turns within one run; a figure is the median of its iterations, of the slowest rank. Queries,
-keys and values lie in memory as a model's projections leave them, ``[B, s, H, D]``.
+keys and values lie in memory as a model's projections leave them, ``[B, s, H, D]``. What the planner would take, from a
+calibration at the start, is named with its time over that of the fastest.
 """
 
 from __future__ import annotations
@@ -14,18 +15,23 @@ import argparse
 import gc
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from attention_layer import Figure, Layer, Shape, Step, link_speed, measure
+from attention_layer import Figure, Layer, Shape, Step, measure
 
 from ds_lvxattn import SequenceShards, ShardLayout, sp_attention
+from ds_lvxattn.calibrate import calibrated
+from ds_lvxattn.calibration.extent import HeadLayout
 from ds_lvxattn.kernels.operator import local_attention
-from ds_lvxattn.plan.pipeline import head_groups
+from ds_lvxattn.plan.choice import candidates as plan_candidates
+from ds_lvxattn.plan.choice import choose
+from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.strategies import strategy_named
 
+GRAPH = "lv_xattn gather, one CUDA graph"
 SHAPES = (
     Shape(384, 262_144, 32, 8, 128),
     Shape(4_096, 262_144, 32, 8, 128),
@@ -36,15 +42,23 @@ SHAPES = (
 )
 
 
-def candidates(layer: Layer, link: float, sweep: bool) -> dict[str, Step]:
+@dataclass
+class Choice:
+    """What ``auto`` takes for a shape, and its time over that of the fastest strategy and schedule."""
+
+    shape: str
+    candidate: str
+    over_fastest: float
+
+
+def candidates(layer: Layer, profile: Profile, sweep: bool) -> dict[str, Step]:
     """The floor, and every strategy and schedule."""
     shape, ranks = layer.shape, layer.comm.ranks
-    lengths = (layer.shards.q.lengths, layer.shards.kv.lengths)
-    chosen = head_groups(1, shape.heads, shape.kv_heads, shape.head_dim, 2, *lengths, link)
+    chosen = layer.costed.head_groups(profile)
     steps = {
         "floor": layer.floor(),
         f"lv_xattn gather {chosen[0]}/{chosen[1]}": layer.exchange(schedule="gather", head_groups=chosen),
-        "lv_xattn gather, one CUDA graph": captured(layer.exchange(schedule="gather", head_groups=chosen)),
+        GRAPH: captured(layer.exchange(schedule="gather", head_groups=chosen)),
         "lv_xattn ring": layer.exchange(schedule="ring"),
     }
     if shape.mask != "none":
@@ -63,6 +77,18 @@ def candidates(layer: Layer, link: float, sweep: bool) -> dict[str, Step]:
             schedule="gather", head_groups=chosen, keep_queries=False
         )
     return steps
+
+
+def choice(layer: Layer, profile: Profile, figures: list[Figure]) -> Choice:
+    """What the planner takes for ``layer``, judged by ``figures``."""
+    chosen = choose(plan_candidates(layer.costed, profile))
+    assert chosen is not None
+    strategy, schedule = chosen.mode
+    name = f"{strategy} {schedule}" if strategy == "lv_xattn" else strategy
+    if schedule == "gather":
+        name += " {}/{}".format(*layer.costed.head_groups(profile))
+    ms = {figure.candidate: figure.ms for figure in figures if figure.candidate not in ("floor", GRAPH)}
+    return Choice(str(layer.shape), name, round(ms[name] / min(ms.values()), 4))
 
 
 def decoding(seconds: float) -> list[Figure]:
@@ -114,13 +140,18 @@ def main() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     dist.init_process_group("nccl", device_id=device)
     figures: list[Figure] = []
-    link = link_speed()
+    layouts = {HeadLayout(shape.heads, shape.kv_heads, shape.head_dim) for shape in SHAPES}
+    profile = calibrated(dist.group.WORLD, layouts, device, torch.bfloat16)
+    choices: list[Choice] = []
     numbers = range(len(SHAPES)) if args.shapes is None else map(int, args.shapes.split(","))
     for number in numbers:
         layer = Layer(SHAPES[number], torch.bfloat16, device)
-        figures += measure(layer, candidates(layer, link, args.sweep), args.seconds)
+        measured = measure(layer, candidates(layer, profile, args.sweep), args.seconds)
+        figures += measured
+        choices.append(choice(layer, profile, measured))
         if dist.get_rank() == 0:
             report(figures, figures[-1].shape)
+            print(f"auto: {choices[-1].candidate}, {choices[-1].over_fastest:.3f} of the fastest", flush=True)
     figures += decoding(args.seconds)
     if dist.get_rank() == 0:
         report(figures, figures[-1].shape)
@@ -128,8 +159,9 @@ def main() -> None:
             "device": torch.cuda.get_device_name(),
             "ranks": dist.get_world_size(),
             "torch": torch.__version__,
-            "link_gb_per_s": round(link / 1e9, 1),
+            "link_gb_per_s": round(profile.intra.bandwidth / 1e9, 1),
             "NCCL_P2P_DISABLE": os.environ.get("NCCL_P2P_DISABLE", "0"),
+            "auto": [asdict(choice) for choice in choices],
             "figures": [asdict(figure) for figure in figures],
         }
         args.output.write_text(json.dumps(about, indent=1) + "\n")

@@ -157,7 +157,7 @@ def measure_layer(case: Case, mode: tuple[str, str], device: Any, dtype: Any) ->
     if agreed.item() == float("inf"):
         return None
     repeats = min(max(int(0.05 / agreed.item()), 2), 30)
-    times = [timed(step, repeats) for _ in range(3)]
+    times = [timed(step, repeats) for _ in range(3 if agreed.item() < 0.1 else 1)]
     slowest = torch.tensor([statistics.median(times)], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     del step
@@ -170,10 +170,10 @@ def training_step(case: Case, mode: tuple[str, str], device: Any, dtype: Any) ->
     """Forward and backward pass of the case's layer on this rank."""
     import torch
     import torch.distributed as dist
-    from torch import nn
 
     from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
-    from ds_lvxattn.recompute import recompute
+    from ds_lvxattn.calibration.extent import HeadLayout
+    from ds_lvxattn.calibration.layers import CrossAttention, layer_step
     from ds_lvxattn.routes import Routes
 
     ranks, rank = dist.get_world_size(), dist.get_rank()
@@ -185,42 +185,15 @@ def training_step(case: Case, mode: tuple[str, str], device: Any, dtype: Any) ->
         interval = KVInterval(start.to(device), stop.to(device))
         if mode[1] == "routed":
             routes = Routes.build(start, stop, shards, rank, device)
-
-    class CrossAttention(nn.Module):
-        """Projection of K and V, norm of K, attention: a cross-attention layer as far as strategies differ."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.k, self.v = (
-                nn.Linear(FEATURES, case.kv_heads * case.head_dim, bias=False, device=device, dtype=dtype)
-                for _ in range(2)
-            )
-            self.norm = nn.RMSNorm(case.head_dim, device=device, dtype=dtype)
-
-        def forward(self, hidden_states: Any, features: Any) -> Any:
-            k, v = (p(features).unflatten(2, (case.kv_heads, case.head_dim)) for p in (self.k, self.v))
-            out, _ = sp_attention(
-                hidden_states.unflatten(2, (case.heads, case.head_dim)).transpose(1, 2),
-                self.norm(k).transpose(1, 2), v.transpose(1, 2), group=dist.group.WORLD if ranks > 1 else None,
-                strategy=mode[0], schedule=mode[1], interval=interval, shards=shards, routes=routes,
-            )  # fmt: skip
-            return out
-
-    layer = CrossAttention()
-    make = {"device": device, "dtype": dtype, "requires_grad": True}
-    rows = torch.randn(1, case.text // ranks, case.heads * case.head_dim, **make)
-    features = torch.randn(1, case.visual // ranks, FEATURES, **make)
-
-    def step() -> None:
-        if case.recompute == "none":
-            out = layer(rows, features)
-        else:
-            out = recompute(layer, functools.partial(layer, features=features), rows)
-        torch.autograd.backward(out, torch.ones_like(out))
-        for leaf in (rows, features, *layer.parameters()):
-            leaf.grad = None
-
-    return step
+    attend = functools.partial(
+        sp_attention, group=dist.group.WORLD if ranks > 1 else None, strategy=mode[0], schedule=mode[1],
+        interval=interval, shards=shards, routes=routes,
+    )  # fmt: skip
+    make = {"device": device, "dtype": dtype}
+    layer = CrossAttention(HeadLayout(case.heads, case.kv_heads, case.head_dim), FEATURES, attend, **make)
+    rows = torch.randn(1, case.text // ranks, case.heads * case.head_dim, requires_grad=True, **make)
+    features = torch.randn(1, case.visual // ranks, FEATURES, requires_grad=True, **make)
+    return layer_step(layer, rows, features, case.recompute != "none")
 
 
 def _synchronize(device: Any) -> None:
@@ -307,7 +280,8 @@ def run_on_ranks(args: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
-    from ds_lvxattn.calibrate import DEFAULT_LAYOUTS, HeadLayout, calibrate, start_on_device
+    from ds_lvxattn.calibrate import calibrate, start_on_device
+    from ds_lvxattn.calibration.extent import DEFAULT_LAYOUTS, HeadLayout
 
     device = start_on_device(args.local_rank)
     on_gpu = device.type == "cuda"

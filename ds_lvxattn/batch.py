@@ -22,12 +22,12 @@ from ds_lvxattn.visual_rows import VisualRows
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What the layers of one role have in common.
+    """What the layers of one kind (``LayerPlan.kind``) have in common.
 
     Attributes:
         layout: shards of queries and keys.
         interval: key ranges of the rows of every rank, ``[n, B, s_max]``.
-        routes: where this rank's rows travel; None when no layer of the role is routed.
+        routes: where this rank's rows travel; None when no layer of the kind is routed.
     """
 
     layout: ShardLayout
@@ -41,7 +41,7 @@ class SequenceParallelBatch:
 
     Attributes:
         comm: communicator of the sequence-parallel group.
-        roles: inputs of each exchanged role.
+        roles: inputs of each exchanged role; of layers with a sliding window, by the name of their kind.
         plans: what each attention module runs with.
         kernel: local attention kernel.
         times: measures the attention layers; None in the steps in which nothing is measured.

@@ -58,7 +58,10 @@ class SequenceParallel:
                 f"needs '{IMPLEMENTATION}': load the model without attn_implementation, or set "
                 "'sequence_parallel_size' to 1"
             )
-        dropout = max(getattr(text, key, 0.0) or 0.0 for key in ("dropout", "attention_dropout"))
+        self._layers = self.family.attention_layers(model)
+        dropout = max(
+            (attention_dropout(module) for module, layer in self._layers.items() if layer.role != "local"), default=0.0
+        )
         if dropout:
             raise ConfigError(
                 f"the model's attention dropout is {dropout}; sequence-parallel attention has none, set it to 0 "
@@ -66,7 +69,6 @@ class SequenceParallel:
             )
         register_with_transformers()
         model.set_attn_implementation({self.family.attention_config: IMPLEMENTATION})
-        self._layers = self.family.attention_layers(model)
         self.family.reach_attention(model)
         self.recomputation = Recomputation(
             model,
@@ -101,6 +103,11 @@ class SequenceParallel:
         """Query heads, key heads and head size of the layers that exchange."""
         return sorted({(x.heads, x.kv_heads, x.head_dim) for x in self._layers.values() if x.role != "local"})
 
+    @property
+    def windows(self) -> list[int]:
+        """Sliding windows of self-attention layers, each once."""
+        return sorted({layer.window for layer in self._layers.values() if layer.window is not None})
+
     def make_plan(
         self,
         shapes: Mapping[str, LayerShape],
@@ -108,7 +115,7 @@ class SequenceParallel:
         dtype: torch.dtype,
         profile: Profile | None = None,
     ) -> None:
-        """Choose every layer's strategy for batches like ``shapes`` (role to sizes), computed in ``dtype``.
+        """Choose every layer's strategy for batches like ``shapes`` (kind of layers to sizes), computed in ``dtype``.
 
         Rank 0 chooses and tells the others, so that no rank can come to another plan.
 
@@ -119,7 +126,7 @@ class SequenceParallel:
             ConfigError: on every rank, when a setting cannot work for a layer.
         """
         for layer in self._layers.values():
-            if layer.role in shapes:
+            if layer.kind in shapes:
                 call = Call(device.type, dtype, layer.heads, layer.kv_heads, layer.head_dim, masked=True)
                 try:
                     select_kernel(self.config.kernel, call)
@@ -178,9 +185,9 @@ class SequenceParallel:
 
     def _sizes(self, shapes: Mapping[str, LayerShape]) -> dict[nn.Module, LayerSizes]:
         return {
-            module: self._layer_sizes(self.plans[module], layer, shapes[layer.role])
+            module: self._layer_sizes(self.plans[module], layer, shapes[layer.kind])
             for module, layer in self._layers.items()
-            if layer.role in shapes
+            if layer.kind in shapes
         }
 
     def note_times(self, measured: Mapping[nn.Module, Mapping[str, float]]) -> None:
@@ -200,6 +207,12 @@ class SequenceParallel:
             rows, rows, sum(shape.q_lengths), keys, max(sum(shape.kv_lengths), keys),
             layer.heads, layer.kv_heads, layer.head_dim, text.hidden_size, inner, shape.element,
         )  # fmt: skip
+
+
+def attention_dropout(attention: nn.Module) -> float:
+    """Probability with which a module drops attention weights; in a config ``dropout`` may be that of other layers."""
+    values = (getattr(attention, key, 0.0) for key in ("dropout", "attention_dropout"))
+    return max((value for value in values if isinstance(value, (int, float))), default=0.0)
 
 
 def _room() -> float | None:

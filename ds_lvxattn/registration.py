@@ -19,7 +19,7 @@ from ds_lvxattn.batch import SequenceParallelBatch
 IMPLEMENTATION = "ds_lvxattn"
 
 # Arguments of transformers' attention functions that change the scores, which no kernel here computes.
-UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias")
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
 def register_with_transformers() -> None:
@@ -46,7 +46,7 @@ def exchanged_attention(
 
     Raises:
         ValueError: called without ``sequence_parallel``, with dropout, with a dense mask or with one of
-            ``UNSUPPORTED``.
+            ``UNSUPPORTED``, or with another sliding window than planned.
     """
     if sequence_parallel is None:
         raise ValueError(
@@ -63,8 +63,14 @@ def exchanged_attention(
                 f"{type(module).__name__} attends with {name}, which sequence-parallel attention does not compute; set "
                 "it to None in the model's config, or 'sequence_parallel_size' to 1"
             )
+    given, planned = others.get("sliding_window"), sequence_parallel.plans[module].window
+    if given != planned:
+        raise ValueError(
+            f"{type(module).__name__} attends with a sliding window of {given}, and its family says {planned}; let "
+            "Family.window_of give what the module passes on"
+        )
     plan = sequence_parallel.plans[module]
-    inputs = sequence_parallel.roles[plan.role]
+    inputs = sequence_parallel.roles[plan.kind]
     # A rank without frames still feeds one blank frame to the model; its keys belong to no sample.
     keys = inputs.layout.kv.lengths[sequence_parallel.comm.rank]
     attend = functools.partial(

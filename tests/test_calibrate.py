@@ -9,7 +9,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from ds_lvxattn.calibrate import Extent, HeadLayout, cache_path, calibrated
+from ds_lvxattn.calibrate import cache_path, calibrated
+from ds_lvxattn.calibration.extent import Extent, HeadLayout
 from ds_lvxattn.comm import communicator
 from ds_lvxattn.plan.cost import Layer, layer_cost
 from ds_lvxattn.plan.profile import profile_to_json

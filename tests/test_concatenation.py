@@ -17,6 +17,7 @@ from ds_lvxattn.config import ConfigError
 from ds_lvxattn.data.layout import BatchLayout, lay_out
 from ds_lvxattn.data.sample import IGNORE
 from ds_lvxattn.models.llava import Llava
+from ds_lvxattn.models.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.routes import visible_work
 from ds_lvxattn.visual_rows import VisualRows
 from tests.distributed import device, run
@@ -47,6 +48,27 @@ def test_a_frame_has_a_row_for_each_of_its_visual_tokens() -> None:
     # What pads a sample, or a shard, sees nothing.
     assert stop.transpose(0, 1).flatten(1).tolist() == [[*range(1, 12), 0], [1, 2, *[0] * 10]]
     assert list(layout.roles) == ["self"]
+
+
+@pytest.mark.parametrize("pattern", ["ttItItttIa", "Ita", "tta"])
+def test_positions_of_qwen_are_those_of_the_model(pattern: str) -> None:
+    model: Any = tiny("qwen2.5-vl")
+    layout = lay_out(samples_of((pattern,)), Qwen25VL(), model.config, 1, "contiguous", 0, IMAGE_TOKEN)
+    ids = torch.from_numpy(layout.input_ids)
+    grid = torch.tensor([[1, 4, 4]] * pattern.count("I")).reshape(-1, 3)
+    want, _ = model.model.get_rope_index(ids, (ids == IMAGE_TOKEN).int(), grid)
+    got = Qwen25VL().positions(layout.visual[0], model.config)
+    assert got.tolist() == want[:, 0].tolist()
+
+
+def test_adjacent_frames_of_qwen_come_one_after_another() -> None:
+    """The model's own function takes them for one image; published prompts have tokens between them."""
+    model: Any = tiny("qwen2.5-vl")
+    layout = lay_out(samples_of(("tIIt",)), Qwen25VL(), model.config, 1, "contiguous", 0, IMAGE_TOKEN)
+    time, row, column = Qwen25VL().positions(layout.visual[0], model.config).tolist()
+    assert time == [0, 1, 1, 1, 1, 3, 3, 3, 3, 5]
+    assert row == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
+    assert column == [0, 1, 2, 1, 2, 3, 4, 3, 4, 5]
 
 
 # Tokens to their rows
@@ -118,3 +140,10 @@ def test_a_tower_without_a_fixed_number_of_tokens_is_refused() -> None:
     model.config.vision_config.model_type = "pixtral"
     with pytest.raises(ConfigError, match="'pixtral'.*'clip_vision_model'.*'sequence_parallel_size' to 1"):
         Llava().frame_tokens(model.config)
+
+
+def test_frames_that_do_not_divide_into_tokens_are_refused() -> None:
+    model: Any = tiny("qwen2.5-vl")
+    model.config.vision_config.image_size = 30
+    with pytest.raises(ConfigError, match="30 pixels do not divide into tokens of 14; set 'image_size'"):
+        Qwen25VL().frame_tokens(model.config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import Blip2Config, OPTConfig, T5Config
 from transformers.models.idefics.processing_idefics import (
     image_attention_mask_for_packed_input_ids_pt,
     incremental_to_binary_attention_mask,
 )
+from transformers.models.opt.modeling_opt import OPTAttention
 
 from ds_lvxattn.config import ConfigError
 from ds_lvxattn.data.needle import IMAGE, build_tokenizer
 from ds_lvxattn.data.sample import Sample, SampleError
+from ds_lvxattn.integration import attention_dropout
 from ds_lvxattn.interval import KVInterval
 from ds_lvxattn.models import FAMILIES, family_of, family_of_config
+from ds_lvxattn.models.blip2 import Blip2
 from ds_lvxattn.models.idefics import Idefics
 from ds_lvxattn.models.open_flamingo import OpenFlamingo, OpenFlamingoConfig, OpenFlamingoModel
 from ds_lvxattn.models.small import SMALL_MODELS
@@ -97,12 +102,29 @@ def test_alibi_is_refused() -> None:
         self_attention_role(module)
 
 
-@pytest.mark.parametrize("name", ["sliding_window", "softcap"])
+def test_an_encoder_decoder_in_blip2_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'t5', an encoder-decoder.*decoder-only"):
+        Blip2().text_config(Blip2Config(text_config=T5Config()))
+
+
+def test_dropout_beside_the_attention_is_not_that_of_attention() -> None:
+    for config, want in ((OPTConfig(dropout=0.1), 0.0), (OPTConfig(dropout=0.0, attention_dropout=0.2), 0.2)):
+        assert attention_dropout(OPTAttention(config, layer_idx=0)) == want
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux"])
 def test_scores_that_no_kernel_computes_are_refused(name: str) -> None:
     q = torch.zeros(1, 1, 1, 4)
     batch: Any = object()
     with pytest.raises(ValueError, match=f"Identity attends with {name}"):
         exchanged_attention(nn.Identity(), q, q, q, None, sequence_parallel=batch, **{name: 8})
+
+
+def test_a_window_that_the_plan_does_not_know_is_refused() -> None:
+    q, module = torch.zeros(1, 1, 1, 4), nn.Identity()
+    batch: Any = SimpleNamespace(plans={module: SimpleNamespace(window=None)})
+    with pytest.raises(ValueError, match="Identity attends with a sliding window of 8.*window_of"):
+        exchanged_attention(module, q, q, q, None, sequence_parallel=batch, sliding_window=8)
 
 
 def test_a_model_of_no_family_lists_those_there_are() -> None:

@@ -48,7 +48,7 @@ def test_models_that_ship(model: str) -> None:
     """Published numbers of parameters, and a plan on every cluster that ships."""
     billions = {
         "Llama-3.2-11B-Vision": 10.7, "Llama-3.2-90B-Vision": 88.6, "OpenFlamingo-3B": 2.6, "OpenFlamingo-9B": 8.3,
-        "mPLUG-Owl3-7B": 8.1, "NVLM-H-72B": 79.0,
+        "mPLUG-Owl3-7B": 8.1, "NVLM-H-72B": 79.0, "LLaVA-1.5-7B": 7.1, "Qwen2.5-VL-7B": 8.3,
     }  # fmt: skip
     sizes = SHIPPED[model]
     assert sizes.parameters / 1e9 == pytest.approx(billions[model], rel=0.12)
@@ -104,6 +104,24 @@ def test_local_configs(tmp_path: Path) -> None:
     assert {**vars(local), "name": "", "source": ""} == {**vars(shipped), "name": "", "source": ""}
     (tmp_path / "config.json").write_text(json.dumps({**vars(shipped), "frame_tokens": 7}))
     assert model_sizes(str(tmp_path / "config.json")).frame_tokens == 7
+
+
+def test_visual_tokens_in_the_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All attention is self-attention over both; saved configs leave out what is Llama's default."""
+    sizes = SHIPPED["LLaVA-1.5-7B"]
+    job = Job(sizes, 1000, 100, 8)
+    assert job.rows == (1000 + 100 * 576) // 8 and job.compared().shape.kv_lengths == (job.rows,) * 8
+    profile = load_profile("h200")
+    assert report(job, profile)["strategies"]["ulysses"]["step_s"]["cross"] == 0
+    vision = {"image_size": 336, "patch_size": 14, "num_hidden_layers": 24, "hidden_size": 1024}
+    config = {"model_type": "llava", "text_config": {"vocab_size": 32064}, "vision_config": vision}
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "vision_config": {**vision, "intermediate_size": 4096}})
+    )
+    assert {**vars(model_sizes(str(tmp_path))), "name": "", "source": ""} == {**vars(sizes), "name": "", "source": ""}
+    arguments = ["--model", "Qwen2.5-VL-7B", "--map", str(tmp_path / "map.png")]
+    assert main([*arguments, *ARGUMENTS]) == 2
+    assert "--map is of cross-attention" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

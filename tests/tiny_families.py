@@ -17,6 +17,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     OPTConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -97,8 +99,29 @@ def blip2() -> nn.Module:
     return Blip2ForConditionalGeneration(config)
 
 
+def qwen2_5_vl() -> nn.Module:
+    """Four visual tokens a frame; one vision layer attends within windows of two by two patches, one to all."""
+    config = Qwen2_5_VLConfig(
+        image_token_id=IMAGE_TOKEN,
+        vision_config={
+            "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": SIZE // 4,
+            "window_size": SIZE // 2, "out_hidden_size": 32, "fullatt_block_indexes": [1], "image_size": SIZE,
+            "initializer_range": 0.2,
+        },
+        text_config={
+            "vocab_size": IMAGE_TOKEN + 1, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+            "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        },
+    )  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
 def text_only() -> nn.Module:
+    """The second and third layer see the last five tokens."""
     config = Qwen2Config(
+        use_sliding_window=True, sliding_window=5, max_window_layers=1,
         vocab_size=IMAGE_TOKEN, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
     )  # fmt: skip
@@ -112,6 +135,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "open_flamingo, all previous": lambda: open_flamingo(immediate=False),
     "llava": llava,
     "blip2": blip2,
+    "qwen2.5-vl": qwen2_5_vl,
     "text only": text_only,
 }
 

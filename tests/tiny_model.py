@@ -24,6 +24,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.data.collate import Collator
@@ -37,6 +38,7 @@ from ds_lvxattn.models.idefics import Idefics
 from ds_lvxattn.models.llava import Llava
 from ds_lvxattn.models.mllama import Mllama
 from ds_lvxattn.models.open_flamingo import OpenFlamingo
+from ds_lvxattn.models.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.models.text_only import TextOnly
 from ds_lvxattn.training.model import LoadedModel
 
@@ -151,6 +153,7 @@ PROCESSORS: dict[type, Callable[[], Any]] = {
     Mllama: tiny_processor,
     Idefics: lambda: IdeficsImageProcessorPil(image_size=SIZE),
     TextOnly: lambda: None,
+    Qwen25VL: lambda: Qwen2VLImageProcessorPil(patch_size=SIZE // 4),
     Llava: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
     Blip2: lambda: BlipImageProcessorPil(size=SQUARE),
     OpenFlamingo: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from ds_lvxattn.data.sample import IGNORE, Sample, SampleError
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.interval import KVInterval
 from ds_lvxattn.models.family import Family
+from ds_lvxattn.plan.plan import kind_of
 from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.routes import Routes, routed_rows, visible_work
 from ds_lvxattn.shards import ShardLayout
@@ -94,12 +95,11 @@ class Collator:
         return [sample.load_frames(layout.own_frames(i, self.rank)) for i, sample in enumerate(samples)]
 
     def shapes(self, layout: BatchLayout) -> dict[str, LayerShape]:
-        """Sizes of the exchanged roles for the plan; heads are those of each layer."""
+        """Sizes of the exchanged kinds of layers for the plan; heads are those of each layer."""
         batch, element = len(layout.frames), self.dtype.itemsize
         shapes = {}
-        for role, shards in layout.roles.items():
-            ranges = layout.ranges_of(role)
-            shapes[role] = LayerShape(
+        for kind, shards, ranges in self._kinds(layout):
+            shapes[kind] = LayerShape(
                 batch, 1, 1, 1, shards.q.lengths, shards.kv.lengths, element,
                 routed_rows(*ranges, shards), visible_work(*ranges, shards.kv),
             )  # fmt: skip
@@ -141,43 +141,33 @@ class Collator:
         return x.to(self.device, dtype=self.dtype if x.is_floating_point() else None)
 
     def _visual(self, layout: BatchLayout, images: Images) -> dict[str, Tensor]:
+        flat = [image for sample in images for image in sample]
         if self.parallel:
-            flat = [image for sample in images for image in sample]
             # A rank without frames encodes a blank one, so that every rank runs the same modules and collectives.
-            if not flat:
-                return dict(self.family.blank_pixels(self.model_config))
-            return dict(self.family.pixels(flat, self.processor, self.model_config))
+            return dict(self._pixels(flat))
         frames = max(layout.frames)
         if not frames and not self.family.needs_frames:
             return {}  # the unmodified model skips its vision encoder
         if self.family.keys_in_text:
-            flat = [image for sample in images for image in sample]
-            whole = (
-                self.family.pixels(flat, self.processor, self.model_config)
-                if flat
-                else self.family.blank_pixels(self.model_config)
-            )
-            return dict(self.family.pad_tiles(whole, self.model_config))
+            return dict(self.family.pad_tiles(self._pixels(flat), self.model_config))
         frames = max(frames, 1)
-        pixels = [
-            self.family.pixels(sample, self.processor, self.model_config)
-            if sample
-            else self.family.blank_pixels(self.model_config)
-            for sample in images
-        ]
-        pixels = [self.family.pad_tiles(p, self.model_config) for p in pixels]
+        pixels = [self.family.pad_tiles(self._pixels(sample), self.model_config) for sample in images]
         # Rows of the padding behind a sample see nothing.
         ranges = [[*rows, *[(0, 0)] * (layout.input_ids.shape[1] - len(rows))] for rows in layout.ranges]
         dense = self.family.dense_mask(ranges, frames, self.model_config)
         return {**{key: torch.cat([_pad_frames(p[key], frames) for p in pixels]) for key in pixels[0]}, **dense}
 
+    def _pixels(self, frames: list[np.ndarray]) -> Mapping[str, Tensor]:
+        """Pixel arguments of these frames, or of a blank one."""
+        if not frames:
+            return self.family.blank_pixels(self.model_config)
+        return self.family.pixels(frames, self.processor, self.model_config)
+
     def _exchange(self, layout: BatchLayout, own: slice | np.ndarray, most_frames: int) -> SequenceParallelBatch:
         assert self.parallel is not None
         comm = self.parallel.comm
-        routed = {plan.role for plan in self.parallel.plans.values() if plan.schedule == "routed"}
-        roles = {
-            role: self._inputs(shards, *layout.ranges_of(role), role in routed) for role, shards in layout.roles.items()
-        }
+        routed = {plan.kind for plan in self.parallel.plans.values() if plan.schedule == "routed"}
+        roles = {kind: self._inputs(shards, *ranges, kind in routed) for kind, shards, ranges in self._kinds(layout)}
         # An unused slot repeats the first frame, which no row sees.
         loaded, slots = 0, []
         for frames in layout.frames:
@@ -201,6 +191,13 @@ class Collator:
             sees_frame[:, None, :, None].to(self.device),
             visual_rows,
         )
+
+    def _kinds(self, layout: BatchLayout) -> Iterator[tuple[str, ShardLayout, tuple[Tensor, Tensor]]]:
+        """Name, shards and ranges of the kinds of layers that exchange."""
+        assert self.parallel is not None
+        for role, shards in layout.roles.items():
+            for window in (None, *(self.parallel.windows if role == "self" else ())):
+                yield kind_of(role, window), shards, layout.ranges_of(role, window)
 
     def _inputs(self, shards: ShardLayout, start: Tensor, stop: Tensor, routed: bool) -> AttentionInputs:
         routes = Routes.build(start, stop, shards, self.rank, self.device) if routed else None

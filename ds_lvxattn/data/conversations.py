@@ -89,8 +89,11 @@ class ConversationSource:
             finds, as ``NAME``, ``NAME:SPLIT`` or ``NAME:CONFIG:SPLIT``.
         tokenizer: a fast tokenizer; its chat template renders the text, ``PLAIN_TEMPLATE`` if it has none.
         image_token: the token that stands for a frame; None for a model that takes none.
+        frame_text: how a frame is written, with that token in it; by default the token alone.
+        frame_tokens: rows that the model makes of a frame's token.
         max_frames: frames of a row; its videos share what its images leave.
-        max_text_tokens: longest sample in tokens, image tokens included; None for no limit.
+        max_text_tokens: longest sample in tokens, image tokens included with the rows that the model makes of them;
+            None for no limit.
         split: ``train`` or ``eval``.
         eval_share: share of the videos that ``eval`` holds out, in ``[0, 1)``; unused with ``eval_data``.
         eval_data: a dataset of its own for ``eval``, as ``data``.
@@ -109,6 +112,8 @@ class ConversationSource:
         tokenizer: PreTrainedTokenizerBase,
         *,
         image_token: str | None,
+        frame_text: str = "",
+        frame_tokens: int = 1,
         max_frames: int,
         max_text_tokens: int | None = None,
         split: Literal["train", "eval"] = "train",
@@ -127,6 +132,7 @@ class ConversationSource:
             raise ValueError(f"the tokenizer has no token {image_token!r}; give the image token of the model")
         self.image_id = image_id
         self.tokenizer, self.image_token = tokenizer, image_token
+        self.frame_text, self.frame_tokens = frame_text or image_token or "", frame_tokens
         self.max_frames, self.max_text_tokens, self.seed = max_frames, max_text_tokens, seed
 
         separate = eval_data is not None
@@ -174,7 +180,7 @@ class ConversationSource:
         media = self._media(row)
         if self.image_token is None and media:
             raise SampleError(f"{len(media)} images and videos, and the model takes text alone")
-        messages, media = place_media(messages, media, self.image_token or "")
+        messages, media = place_media(messages, media, self.frame_text)
         input_ids, labels = encode(messages, self.tokenizer)
         frames = sum(len(m.frames) for m in media)
         image_tokens = input_ids.count(self.image_id)
@@ -183,9 +189,10 @@ class ConversationSource:
                 f"{image_tokens} image tokens for {frames} frames; the text holds "
                 f"{self.image_token!r} outside the user's turns, or the chat template drops turns"
             )
-        if self.max_text_tokens is not None and len(input_ids) > self.max_text_tokens:
+        rows = len(input_ids) + frames * (self.frame_tokens - 1)
+        if self.max_text_tokens is not None and rows > self.max_text_tokens:
             raise SampleError(
-                f"{len(input_ids)} tokens, {frames} of them for frames, but max_text_tokens is "
+                f"{rows} tokens, {frames * self.frame_tokens} of them for frames, but max_text_tokens is "
                 f"{self.max_text_tokens}; shorten the conversation or raise the limit, if the model has room"
             )
         return Sample(input_ids, labels, frames, functools.partial(load_frames, media), name)
@@ -272,9 +279,9 @@ def _plain_text(value: Any) -> str:
 
 
 def place_media(
-    messages: Sequence[Message], media: Sequence[Media], image_token: str
+    messages: Sequence[Message], media: Sequence[Media], frame_text: str
 ) -> tuple[list[Message], list[Media]]:
-    """Replace the placeholders of the user's turns by one ``image_token`` a frame.
+    """Replace the placeholders of the user's turns by one ``frame_text`` a frame.
 
     A placeholder takes the next of its kind, or of the other kind when there is none: LLaVA-Video writes
     ``<image>`` for a video.
@@ -303,7 +310,7 @@ def place_media(
     def tokens(match: re.Match[str]) -> str:
         kind, other = ("video", "image") if match.group() == "<video>" else ("image", "video")
         placed.append((waiting[kind] or waiting[other]).popleft())
-        return image_token * len(placed[-1].frames)
+        return frame_text * len(placed[-1].frames)
 
     for message in user:
         message["content"] = PLACEHOLDER.sub(tokens, message["content"])

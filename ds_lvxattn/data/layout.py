@@ -68,12 +68,16 @@ class BatchLayout:
         own = {"self": ShardLayout(self.text, self.text)}
         return own if self.keys_in_text else {"cross": ShardLayout(self.text, self.keys), **own}
 
-    def ranges_of(self, role: str) -> tuple[Tensor, Tensor]:
-        """``start, stop`` of the rows of every rank in attention of ``role``: int32 ``[n, B, s_max]`` on the CPU."""
+    def ranges_of(self, role: str, window: int | None = None) -> tuple[Tensor, Tensor]:
+        """``start, stop`` of the rows of every rank in attention of ``role``: int32 ``[n, B, s_max]`` on the CPU.
+
+        Args:
+            window: of ``self``, the last keys that a row sees; None: all before it.
+        """
         start, stop = self.start, self.stop
         if role == "self":
-            start = np.zeros_like(self.start)
             stop = np.arange(1, start.shape[1] + 1, dtype=np.int32)
+            start = np.broadcast_to(np.maximum(stop - (window or len(stop)), 0), start.shape)
             # Padding behind a sample sees nothing, and no row of the sample sees it.
             stop = np.where(stop <= np.array(self.lengths)[:, None], stop, np.int32(0))
         return self._by_rank(start), self._by_rank(stop)

@@ -16,14 +16,21 @@ launches, so ``_query_grads_again_kernel`` computes the scores a second time and
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ds_lvxattn.kernels.backward_plan import (
+    WORKSPACE_BYTES,
+    BackwardConfig,
+    backward_config,
+    plan_dense,
+    plan_masked,
+    rows_at_once,
+)
+from ds_lvxattn.kernels.backward_rows import pack_rows_kernel, seen_tiles_kernel
 from ds_lvxattn.kernels.interval_forward import (
     LOG2_E,
     is_hopper,
@@ -33,82 +40,7 @@ from ds_lvxattn.kernels.interval_forward import (
     rows_for_copy_engine,
 )
 
-WORKSPACE_BYTES = 2 << 30
-
-_FAR = tl.constexpr(2**31 - 1)
 _LOG2_E = tl.constexpr(LOG2_E)
-
-
-@triton.jit(do_not_specialize=["heads_kv", "seq_q", "tiles"])
-def _pack_rows_kernel(
-    lse_ptr, delta_ptr, start_ptr, stop_ptr, terms_ptr, packed_start_ptr, packed_stop_ptr, bounds_ptr,
-    heads_kv, seq_q, tiles,
-    GROUP: tl.constexpr, TILE: tl.constexpr, HAS_INTERVAL: tl.constexpr,
-):  # fmt: skip
-    """Row terms in the packed order (query ``r // GROUP``, head ``r % GROUP``), padded to whole tiles.
-
-    ``terms [B * H_kv, 2, rows]`` holds the log-sum-exp in base 2, then delta. The log-sum-exp is ``+inf`` for
-    padding and for rows that see no key here or anywhere: their probabilities are then ``exp2(s - inf) = 0``
-    and no loop needs a row mask. ``bounds [B, 4, tiles]`` holds each tile's first key that some row sees,
-    last, first key that all rows see, last; rows that see nothing are left out.
-    """
-    tile = tl.program_id(0)
-    batch = tl.program_id(1) // heads_kv
-    head = tl.program_id(1) % heads_kv
-    row = tile * TILE + tl.arange(0, TILE)
-    query = row // GROUP
-    sees = row < seq_q * GROUP
-    source = ((batch * heads_kv + head) * GROUP + row % GROUP).to(tl.int64) * seq_q + query
-    lse = tl.load(lse_ptr + source, mask=sees, other=float("-inf"))
-    delta = tl.load(delta_ptr + source, mask=sees, other=0.0)
-    if HAS_INTERVAL:
-        bound = batch.to(tl.int64) * seq_q + query
-        start = tl.load(start_ptr + bound, mask=sees, other=0)
-        stop = tl.load(stop_ptr + bound, mask=sees, other=0)
-        sees = sees & (start < stop)
-        if head == 0:
-            packed = batch.to(tl.int64) * tiles * TILE + row
-            tl.store(packed_start_ptr + packed, start)
-            tl.store(packed_stop_ptr + packed, stop)
-            tile_bounds = bounds_ptr + batch.to(tl.int64) * 4 * tiles + tile
-            tl.store(tile_bounds, tl.min(tl.where(sees, start, _FAR), 0))
-            tl.store(tile_bounds + tiles, tl.max(tl.where(sees, stop, 0), 0))
-            tl.store(tile_bounds + 2 * tiles, tl.max(tl.where(sees, start, 0), 0))
-            tl.store(tile_bounds + 3 * tiles, tl.min(tl.where(sees, stop, _FAR), 0))
-    sees = sees & (lse > float("-inf"))
-    terms_ptr += tl.program_id(1).to(tl.int64) * 2 * tiles * TILE
-    tl.store(terms_ptr + row, tl.where(sees, lse * _LOG2_E, float("inf")))
-    tl.store(terms_ptr + tiles * TILE + row, tl.where(sees, delta, 0.0))
-
-
-@triton.jit(do_not_specialize=["tiles"])
-def _seen_tiles_kernel(bounds_ptr, seen_ptr, count_ptr, tiles, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
-    """For one block of keys, the tiles of rows that see it: those that see all of it from the front of
-    ``seen [B, key blocks, tiles]``, those that see part of it from the back; ``count [B, key blocks, 2]``."""
-    block = tl.program_id(0)
-    here = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + block
-    bounds_ptr += tl.program_id(1).to(tl.int64) * 4 * tiles
-    seen_ptr += here * tiles
-    key_first = block * BLOCK_N
-    key_last = key_first + BLOCK_N
-    whole_count = 0
-    part_count = 0
-    for base in range(0, tiles, BLOCK_T):
-        tile = base + tl.arange(0, BLOCK_T)
-        inside = tile < tiles
-        first = tl.load(bounds_ptr + tile, mask=inside, other=_FAR)
-        last = tl.load(bounds_ptr + tiles + tile, mask=inside, other=0)
-        all_first = tl.load(bounds_ptr + 2 * tiles + tile, mask=inside, other=_FAR)
-        all_last = tl.load(bounds_ptr + 3 * tiles + tile, mask=inside, other=0)
-        some = (first < key_last) & (last > key_first)
-        whole = (some & (all_first <= key_first) & (all_last >= key_last)).to(tl.int32)
-        part = some.to(tl.int32) - whole
-        tl.store(seen_ptr + whole_count + tl.cumsum(whole, 0) - 1, tile, mask=whole > 0)
-        tl.store(seen_ptr + tiles - part_count - tl.cumsum(part, 0), tile, mask=part > 0)
-        whole_count += tl.sum(whole, 0)
-        part_count += tl.sum(part, 0)
-    tl.store(count_ptr + here * 2, whole_count)
-    tl.store(count_ptr + here * 2 + 1, part_count)
 
 
 @triton.jit
@@ -156,12 +88,14 @@ def _key_grads_kernel(
     dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s,
     pairs, heads_kv, seq_kv, tiles, blocks, chunk, chunk_blocks, slots, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_INTERVAL: tl.constexpr, KEEP_DS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_INTERVAL: tl.constexpr, KEEP_DS: tl.constexpr, ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dK``, ``dV`` of one chunk's key blocks, and their ``dS`` against all rows that see them.
 
     One program a (head, key block) item; with a mask the launch may hold more programs than the chunk has
-    items. ``dS`` of key block ``n`` and row tile ``t`` fills slot ``base[t] + n``.
+    items. ``dS`` of key block ``n`` and row tile ``t`` fills slot ``base[t] + n``. ``ADD`` adds to the ``dK`` and
+    ``dV`` at hand.
     """
     batches = pairs // heads_kv
     if HAS_INTERVAL and KEEP_DS:
@@ -245,7 +179,11 @@ def _key_grads_kernel(
         key = key.to(tl.int64)[:, None]
         dk_rows = dk_ptr + batch.to(tl.int64) * dk_stride_b + head.to(tl.int64) * dk_stride_h + key * dk_stride_s
         dv_rows = dv_ptr + batch.to(tl.int64) * dv_stride_b + head.to(tl.int64) * dv_stride_h + key * dv_stride_s
-        tl.store(dk_rows + dim[None, :], (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
+        dk *= scale
+        if ADD:
+            dk += tl.load(dk_rows + dim[None, :], mask=mask, other=0.0)
+            dv += tl.load(dv_rows + dim[None, :], mask=mask, other=0.0)
+        tl.store(dk_rows + dim[None, :], dk.to(dk_ptr.dtype.element_ty), mask=mask)
         tl.store(dv_rows + dim[None, :], dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
@@ -360,114 +298,6 @@ def _query_grads_again_kernel(
     tl.store(dq_ptr + row[:, None] * HEAD_DIM + dim[None, :], acc, mask=(dim < HEAD_DIM)[None, :])
 
 
-class BackwardConfig(NamedTuple):
-    """Tiles of the kernels.
-
-    Args:
-        tile: rows that the mask is resolved to, a multiple of ``block_m``; also the rows of a ``dQ`` program.
-        block_m, block_n: rows and keys of one step.
-        num_warps, num_stages, max_registers: of the kernel that owns keys.
-        resident: its programs that a multiprocessor holds at once.
-        query_warps, query_stages: of the kernel that owns rows.
-        keep_ds: with a mask, whether ``dQ`` comes from the workspace or from scores computed again.
-    """
-
-    tile: int
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    resident: int
-    query_warps: int
-    query_stages: int
-    max_registers: int | None = None
-    keep_ds: bool = True
-
-
-def backward_config(head_dim: int, itemsize: int, masked: bool, hopper: bool) -> BackwardConfig:
-    """Tile sizes by head size, chosen by measurement on an H200; nothing is tuned at run time."""
-    if itemsize == 4:
-        return BackwardConfig(32, 32, 32, 4, 1, 1, 4, 1, keep_ds=head_dim > 64)
-    if not hopper:
-        if head_dim <= 64:
-            return BackwardConfig(64, 32, 64, 8, 2, 1, 8, 2, keep_ds=False)
-        if head_dim <= 128:
-            return BackwardConfig(64, 32, 64, 8, 2, 1, 8, 2)
-        return BackwardConfig(32, 32, 32, 8, 1, 1, 8, 1)
-    if head_dim <= 64:
-        if masked:
-            # 168 registers let three programs share a multiprocessor, which hides the start of short visits.
-            return BackwardConfig(64, 64, 64, 4, 2, 3, 4, 3, max_registers=168, keep_ds=False)
-        return BackwardConfig(128, 64, 64, 4, 2, 3, 8, 4, max_registers=168)
-    if head_dim <= 128:
-        return BackwardConfig(128, 64, 64, 4, 2, 2, 8, 4)
-    return BackwardConfig(64, 32, 64, 8, 1, 1, 8, 2)
-
-
-class ChunkPlan(NamedTuple):
-    """How the keys are taken in chunks whose ``dS`` fits the workspace.
-
-    Args:
-        chunks: launches that suffice whatever the mask; chunks past the last key block are empty.
-        blocks: key blocks a chunk when every key is visible; else the fewest that fill one.
-        slots: blocks of ``dS`` that the workspace holds for one key/value head.
-        edges: int32 ``[chunks + 1]``, first key block of each chunk; None when every key is visible.
-        base: int32 ``[chunks, B, tiles]``; key block ``n`` and tile ``t`` have slot ``base[t] + n``.
-    """
-
-    chunks: int
-    blocks: int
-    slots: int
-    edges: Tensor | None
-    base: Tensor | None
-
-    def launched_blocks(self, chunk: int, blocks: int) -> int:
-        """Key blocks, of ``blocks`` in all, that the launch of ``chunk`` has to allow for.
-
-        With a mask only the device knows the edges, and the host does not wait for them: it allows for all blocks
-        that the chunks before cannot have taken. The programs past the edge, or of a chunk past the last block,
-        end at once (16 microseconds a launch over 16,384 programs on an H200).
-        """
-        left = blocks - chunk * self.blocks
-        return min(self.blocks, left) if self.edges is None else left
-
-
-def plan_dense(blocks: int, batch: int, heads_kv: int, tiles: int, room: int, programs: int) -> ChunkPlan:
-    """Equal chunks: the key blocks that ``room`` slots hold, rounded down to full rounds of programs."""
-    fit = max(1, min(blocks, room // (batch * tiles)))
-    rounds = fit * batch * heads_kv // programs
-    if fit < blocks and rounds > 0:
-        fit = max(1, rounds * programs // (batch * heads_kv))
-    return ChunkPlan(triton.cdiv(blocks, fit), fit, fit * batch * tiles, None, None)
-
-
-def plan_masked(bounds: Tensor, count: Tensor, block_n: int, room: int) -> ChunkPlan:
-    """Chunks of about equal visible work, found on the device: only visible (block, tile) pairs take a slot.
-
-    Args:
-        bounds: int32 ``[B, 4, tiles]`` of ``_pack_rows_kernel``.
-        count: int32 ``[B, key blocks, 2]`` of ``_seen_tiles_kernel``.
-        block_n: keys a block.
-        room: slots of the workspace a key/value head.
-    """
-    batch, blocks, _ = count.shape
-    tiles = bounds.shape[2]
-    # A chunk ends after the block that fills it, so one block's worth of slots is kept back.
-    fill = max(1, room - batch * tiles)
-    chunks = triton.cdiv(blocks * batch * tiles, fill)
-    per_block = count.sum((0, 2), dtype=torch.int32)
-    before = per_block.cumsum(0, dtype=torch.int32) - per_block
-    marks = torch.arange(chunks + 1, dtype=torch.int32, device=count.device) * fill
-    edges = torch.searchsorted(before, marks, out_int32=True)
-    edges[-1] = blocks
-    last = (bounds[:, 1] + block_n - 1) // block_n
-    first = torch.minimum(bounds[:, 0] // block_n, last)
-    low = torch.maximum(first, edges[:-1, None, None])
-    length = (torch.minimum(last, edges[1:, None, None]) - low).clamp_(min=0).flatten(1)
-    base = (length.cumsum(1, dtype=torch.int32) - length).view_as(low) - low
-    return ChunkPlan(chunks, fill // (batch * tiles), fill + batch * tiles, edges, base)
-
-
 def interval_backward(
     dout: Tensor,
     q: Tensor,
@@ -504,21 +334,62 @@ def interval_backward(
     if scale <= 0:
         raise ValueError(f"interval_backward: scale is {scale}; it must be positive (negate q for a negative one)")
     batch, heads_q, seq_q, head_dim = q.shape
-    heads_kv, seq_kv = k.shape[1], k.shape[2]
+    heads_kv = k.shape[1]
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
 
+    config = backward_config(head_dim, q.element_size(), start is not None, is_hopper(q.device))
+    room = workspace_bytes // (heads_kv * config.block_n * config.tile * q.element_size())
+    run = seq_q
+    if config.keep_ds or start is None:
+        units = multiprocessors(q.device)
+        run = rows_at_once(seq_q, heads_q // heads_kv, batch, heads_kv, config, room, units)
+    if run == seq_q:
+        _backward_of_rows(dout, q, k, v, lse, delta, start, stop, scale, config, room, dq, dk, dv, add=False)
+        return dq, dk, dv
+    dk_sum, dv_sum = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+    for first in range(0, seq_q, run):
+        x = slice(first, first + run)
+        _backward_of_rows(
+            dout[:, :, x], q[:, :, x], k, v, lse[:, :, x], delta[:, :, x],
+            None if start is None else start[:, x], None if stop is None else stop[:, x],
+            scale, config, room, dq[:, :, x], dk_sum, dv_sum, add=True,
+        )  # fmt: skip
+    return dq, dk.copy_(dk_sum), dv.copy_(dv_sum)
+
+
+def _backward_of_rows(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    start: Tensor | None,
+    stop: Tensor | None,
+    scale: float,
+    config: BackwardConfig,
+    room: int,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    add: bool,
+) -> None:
+    """Gradients of one run of query rows: ``dq`` is set, ``dk`` and ``dv`` are set or added to.
+
+    ``room`` is the slots of ``dS`` that the workspace holds for one key/value head.
+    """
+    batch, heads_q, seq_q, head_dim = q.shape
+    heads_kv, seq_kv = k.shape[1], k.shape[2]
     has_interval = start is not None and stop is not None
-    config = backward_config(head_dim, q.element_size(), has_interval, is_hopper(q.device))
     group = heads_q // heads_kv
     pairs = batch * heads_kv
     tiles = triton.cdiv(seq_q * group, config.tile)
     rows = tiles * config.tile
     blocks = triton.cdiv(seq_kv, config.block_n)
     programs = multiprocessors(q.device) * config.resident
-    room = workspace_bytes // (heads_kv * config.block_n * config.tile * q.element_size())
 
     terms = torch.empty((pairs * 2, rows), dtype=torch.float32, device=q.device)
     packed_start = packed_stop = bounds = seen = count = None
@@ -526,14 +397,14 @@ def interval_backward(
         packed_start, packed_stop = start.new_empty((2, batch, rows)).unbind(0)
         bounds = start.new_empty((batch, 4, tiles))
         start, stop = start.contiguous(), stop.contiguous()
-    _pack_rows_kernel[(tiles, pairs)](
+    pack_rows_kernel[(tiles, pairs)](
         lse.contiguous(), delta.contiguous(), start, stop, terms, packed_start, packed_stop, bounds,
         heads_kv, seq_q, tiles, GROUP=group, TILE=config.tile, HAS_INTERVAL=has_interval,
     )  # fmt: skip
     if bounds is not None:
         seen = bounds.new_empty((batch, blocks, tiles))
         count = bounds.new_empty((batch, blocks, 2))
-        _seen_tiles_kernel[(blocks, batch)](bounds, seen, count, tiles, BLOCK_N=config.block_n, BLOCK_T=256)
+        seen_tiles_kernel[(blocks, batch)](bounds, seen, count, tiles, BLOCK_N=config.block_n, BLOCK_T=256)
 
     # Q and dO are short next to K and V: packing them once (a copy only where heads share keys) lets the copy
     # engine fetch a whole tile of rows in one instruction, at any group size.
@@ -550,7 +421,7 @@ def interval_backward(
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     key_args = dict(
-        BLOCK_M=config.block_m, HAS_INTERVAL=has_interval, num_warps=config.num_warps,
+        BLOCK_M=config.block_m, HAS_INTERVAL=has_interval, ADD=add, num_warps=config.num_warps,
         num_stages=config.num_stages, maxnreg=config.max_registers, **tile_args,
     )  # fmt: skip
     query_args = dict(num_warps=config.query_warps, num_stages=config.query_stages, **tile_args)
@@ -587,4 +458,3 @@ def interval_backward(
             )  # fmt: skip
     dq_groups = dq_rows[:, :, : seq_q * group].unflatten(2, (seq_q, group)).transpose(2, 3)
     torch.mul(dq_groups, scale, out=dq.unflatten(1, (heads_kv, group)))
-    return dq, dk, dv

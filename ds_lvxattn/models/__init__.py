@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
 
 from ds_lvxattn.config import ConfigError
 from ds_lvxattn.models.blip2 import Blip2
@@ -12,6 +12,7 @@ from ds_lvxattn.models.idefics import Idefics
 from ds_lvxattn.models.llava import Llava
 from ds_lvxattn.models.mllama import Mllama
 from ds_lvxattn.models.open_flamingo import OpenFlamingo
+from ds_lvxattn.models.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.models.text_only import TextOnly
 
 FAMILIES: tuple[Family, ...] = (
@@ -20,7 +21,9 @@ FAMILIES: tuple[Family, ...] = (
     OpenFlamingo(),
     Llava(),
     Blip2(),
+    Qwen25VL(),
     TextOnly(LlamaForCausalLM),
+    TextOnly(MistralForCausalLM),
     TextOnly(Qwen2ForCausalLM),
 )
 

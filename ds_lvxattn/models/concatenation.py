@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ds_lvxattn.batch import SequenceParallelBatch
 from ds_lvxattn.models.family import Family
-from ds_lvxattn.models.text import self_attention_role, self_attention_sizes
+from ds_lvxattn.models.text import self_attention_role, self_attention_sizes, self_attention_window
 from ds_lvxattn.recompute import Recomputation
 
 
@@ -49,12 +49,17 @@ class Concatenation(Family):
     def sizes_of(self, module: Any) -> tuple[int, int, int]:
         return super().sizes_of(module) if self.is_local(module) else self_attention_sizes(module)
 
+    def window_of(self, module: Any) -> int | None:
+        return None if self.is_local(module) else self_attention_window(module)
+
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         hook = functools.partial(_embed, self, recomputation)
         model.get_submodule("model").register_forward_pre_hook(hook, with_kwargs=True)
 
     def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
-        return ("*language_model.*", "*lm_head.*")
+        # A head that shares the weights of the embedding is no parameter of its own.
+        head = () if model_config.tie_word_embeddings else ("*lm_head.*",)
+        return ("*language_model.*", *head)
 
     def frame_ranges(self, input_ids: Sequence[int], image_id: int, model_config: Any) -> list[tuple[int, int]]:
         return [(0, 0)] * len(input_ids)

@@ -31,6 +31,7 @@ class Family(ABC):
         name: how errors call it.
         model_class: the class of its models; its ``config_class`` tells the family of a config.
         image_token: the token that stands for a frame in the text; None for a model that takes no frames.
+        frame_text: how a conversation writes a frame, its image token included; empty: by that token alone.
         attention_config: the sub-config (a key of ``model_config.sub_configs``) of the language model, whose attention
             is exchanged; empty for the model's own config.
         needs_frames: whether the unmodified model fails on a batch without any frame; it is then given a blank one
@@ -42,6 +43,7 @@ class Family(ABC):
     name: str
     model_class: type[PreTrainedModel]
     image_token: str | None
+    frame_text: str = ""
     attention_config: str = ""
     needs_frames: bool = False
     keys_in_text: bool = False
@@ -56,6 +58,10 @@ class Family(ABC):
         """Query heads, key heads and head size of an attention module that has a role."""
         return module.num_heads, getattr(module, "num_key_value_heads", module.num_heads), module.head_dim
 
+    def window_of(self, module: Any) -> int | None:
+        """Of a module with the role ``self``, the last keys that a row sees, its own included; None: all before it."""
+        return None
+
     def attention_layers(self, model: nn.Module) -> dict[nn.Module, AttentionLayer]:
         """Every attention module of ``model`` with its role and sizes.
 
@@ -66,7 +72,7 @@ class Family(ABC):
         for name, module in model.named_modules():
             role = self.role_of(module)
             if role is not None:
-                layers[module] = AttentionLayer(name, role, *self.sizes_of(module))
+                layers[module] = AttentionLayer(name, role, *self.sizes_of(module), window=self.window_of(module))
         inside = {part for module in layers for part in module.modules()}
         for name, module in model.named_modules():
             known = module in inside or not layers.keys().isdisjoint(module.modules())

@@ -38,6 +38,9 @@ class Llava(Concatenation):
         select = functools.partial(_selected, model.config, tower)
         return model.multi_modal_projector(encode_in_portions(tower, select, pixels, portions, recomputation))
 
+    def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
+        return (*super().trainable_by_default(model_config), "*multi_modal_projector.*")
+
     def visual_widths(self, model_config: Any) -> tuple[int, ...]:
         return (
             model_config.text_config.hidden_size,

@@ -7,17 +7,24 @@ from typing import Any
 
 import torch
 from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
     CLIPVisionConfig,
     IdeficsConfig,
     IdeficsForVisionText2Text,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    OPTConfig,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
 )
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ds_lvxattn.data.needle import BOS, EOS, IMAGE, PAD, VOCABULARY, NeedleTask
 from ds_lvxattn.models.idefics import with_loss_over_all_tokens
@@ -105,11 +112,58 @@ def llava(seed: int) -> tuple[PreTrainedModel, Any]:
     )
 
 
+def qwen2_5_vl(seed: int) -> tuple[PreTrainedModel, Any]:
+    """Qwen2.5-VL with four visual tokens a frame; the last of its vision layers attends beyond a window."""
+    config = Qwen2_5_VLConfig(
+        image_token_id=VOCABULARY.index(IMAGE),
+        vision_config={
+            "depth": 2, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_heads": 4, "patch_size": SIZE // 4,
+            "window_size": SIZE // 2, "out_hidden_size": WIDTH, "fullatt_block_indexes": [1], "image_size": SIZE,
+            "initializer_range": 0.1,
+        },
+        text_config={
+            "vocab_size": len(VOCABULARY), "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH,
+            "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 4096, "initializer_range": 0.1, **TOKENS,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 4, 4]},
+        },
+    )  # fmt: skip
+    processor = Qwen2VLImageProcessorPil(patch_size=SIZE // 4, **PIXELS)
+    return _random(Qwen2_5_VLForConditionalGeneration, config, seed), processor
+
+
+def blip2(seed: int) -> tuple[PreTrainedModel, Any]:
+    """BLIP-2 around an OPT model: a Q-Former makes four visual tokens of a frame, which stand in the text."""
+    vision = {
+        "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "image_size": SIZE, "patch_size": SIZE // 2, "initializer_range": 0.1,
+    }  # fmt: skip
+    q_former = {
+        "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.1,
+    }  # fmt: skip
+    text = OPTConfig(
+        vocab_size=len(VOCABULARY), hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=2 * WIDTH,
+        num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=4096, dropout=0.0, init_std=0.1, **TOKENS,
+    )  # fmt: skip
+    config = Blip2Config(
+        vision_config=vision, qformer_config=q_former, text_config=text, num_query_tokens=4,
+        image_token_index=VOCABULARY.index(IMAGE), initializer_range=0.1,
+    )  # fmt: skip
+    model = _random(Blip2ForConditionalGeneration, config, seed)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model.query_tokens.normal_()  # they start at 0, and equal queries stay equal
+    return model, BlipImageProcessorPil(size={"height": SIZE, "width": SIZE}, **PIXELS)
+
+
 SMALL_MODELS: dict[str, Callable[[int], tuple[PreTrainedModel, Any]]] = {
     "quickstart": quickstart,
     "small-idefics": idefics,
     "small-openflamingo": open_flamingo,
     "small-llava": llava,
+    "small-blip2": blip2,
+    "small-qwen2.5-vl": qwen2_5_vl,
 }
 
 

@@ -28,6 +28,11 @@ def self_attention_role(module: Any) -> str | None:
     return "self" if decoder and hasattr(module, "config") and hasattr(module, "head_dim") else None
 
 
+def self_attention_window(module: Any) -> int | None:
+    """The sliding window of such a module, as it hands it to its attention function; None: none."""
+    return getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+
+
 def self_attention_sizes(module: Any) -> tuple[int, int, int]:
     """Query heads, key heads and head size of such a module."""
     config = module.config

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ds_lvxattn.models.family import Family
-from ds_lvxattn.models.text import self_attention_role, self_attention_sizes
+from ds_lvxattn.models.text import self_attention_role, self_attention_sizes, self_attention_window
 from ds_lvxattn.recompute import Recomputation
 
 
@@ -30,6 +30,9 @@ class TextOnly(Family):
 
     def sizes_of(self, module: Any) -> tuple[int, int, int]:
         return self_attention_sizes(module)
+
+    def window_of(self, module: Any) -> int | None:
+        return self_attention_window(module)
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         """Nothing: the model takes the rank's tokens and positions as they are."""

@@ -2,8 +2,8 @@
 
     python -m ds_lvxattn.plan --model Llama-3.2-11B-Vision --text 2048 --frames 1024 --gpus 64 --cluster h100
 
-Prints, for every strategy, a cross-attention layer's time and traffic, the whole step, its memory and the largest
-number of frames that fits; and what would be chosen. No GPU and no network is needed.
+Prints, for every strategy, time and traffic of a layer that attends to visual tokens, the whole step, its memory and
+the largest number of frames that fits; and what would be chosen. No GPU and no network is needed.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def report(job: Job, profile: Profile) -> dict[str, Any]:
         "frames": job.frames,
         "visual_tokens": job.visual,
         "gpus": job.gpus,
+        "keys_in_text": job.model.keys_in_text,
         "recompute": job.recompute,
         "self_attention": {"strategy": own.mode[0], "schedule": own.mode[1], "layer_ms": own.seconds * 1e3},
         "strategies": strategies,
@@ -106,9 +107,10 @@ def show(found: dict[str, Any]) -> None:
         f"visual tokens, {found['gpus']:,} GPUs, recompute {found['recompute']}\n{found['cluster']}: {found['source']}",
         highlight=False,
     )
+    kind = "self" if found["keys_in_text"] else "cross"
     layer = Table(
         "strategy", "schedule", "forward", "backward", "kernels", "passes", "exchange", "projection", "total",
-        "received", title="one cross-attention layer, ms (exchange: what is not hidden); MiB a GPU",
+        "received", title=f"one {kind}-attention layer, ms (exchange: what is not hidden); MiB a GPU",
     )  # fmt: skip
     step = Table(
         "strategy", "cross", "self", "text", "vision", "ZeRO-3", "optimizer", "total", "received", "memory",
@@ -152,6 +154,8 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ModelError(f"--{name} is {getattr(args, name)}; give at least 1")
         profile = load_profile(args.cluster)
         job = Job(model_sizes(args.model), args.text, args.frames, args.gpus, args.recompute)
+        if args.map and job.model.keys_in_text:
+            raise ModelError("--map is of cross-attention layers, which this model has not; leave it out")
     except (ModelError, ProfileError) as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2

@@ -116,8 +116,8 @@ def layer_cost(layer: Layer, mode: Mode, profile: Profile) -> Cost:
     if host is not None:
         # A ring issues a step for every rank; the other schedules issue the same calls on any number of ranks.
         scale = layer.shape.ranks / profile.host_ranks if mode[1] == "ring" else 1.0
-        twice = 2 if layer.shape.recompute != "none" else 1  # recomputation issues the forward pass again
-        host_time = (twice * host.forward + host.backward) * scale
+        repeated_issue = host.again if layer.shape.recompute != "none" else 0.0
+        host_time = (host.forward + host.backward + repeated_issue) * scale
     again = again if layer.shape.recompute != "none" else Pass()
     return Cost(forward, backward, again, first + later, repeated, host_time)
 
@@ -318,19 +318,25 @@ def _kv_ring(layer: Layer, profile: Profile) -> tuple[Pass, Pass, Pass]:
     return forward, Pass(n * kernels.backward, n * wide, total - n * work), Pass()
 
 
+def projection_seconds(profile: Profile, tokens: float, features: int, width: int, element: int) -> tuple[float, float]:
+    """Projecting K and V of ``width`` from ``tokens`` features, by formula: forward, and backward."""
+    product = 4.0 * tokens * features * width / profile.matmul + 2 * profile.launch
+    # Transposing to heads and the norm of K read and write K and V about twice; gradients as often again. The features'
+    # gradients of K and of V are added up.
+    rest = _moved(profile, 4 * 2 * tokens * width * element, 3)
+    return product + rest, 2 * product + rest + _moved(profile, 3 * tokens * features * element)
+
+
 def _projection(layer: Layer, profile: Profile) -> tuple[float, float, float]:
     """K and V from the rank's features: forward, backward, and once more where they are recomputed."""
     shape = layer.shape
-    tokens = shape.batch * max(shape.kv_lengths)
+    tokens, width = shape.batch * max(shape.kv_lengths), shape.kv_heads * shape.head_dim
     if not layer.features or not tokens:
         return 0.0, 0.0, 0.0
-    product = 4.0 * tokens * layer.features * shape.kv_heads * shape.head_dim / profile.matmul + 2 * profile.launch
-    # Transposing to heads and the norm of K read and write K and V about twice; gradients as often again. The features'
-    # gradients of K and of V are added up.
-    rest = _moved(profile, 4 * _key_bytes(shape, max(shape.kv_lengths)), 3)
-    forward = product + rest
-    again = forward if shape.recompute != "none" else 0.0
-    return forward, 2 * product + rest + _moved(profile, 3 * tokens * layer.features * shape.element), again
+    measured = profile.projection(width, shape.head_dim)
+    forward, backward = projection_seconds(profile, tokens, layer.features, width, shape.element)
+    forward *= measured.forward
+    return forward, backward * measured.backward, forward if shape.recompute != "none" else 0.0
 
 
 COSTS: dict[Mode, Callable[[Layer, Profile], tuple[Pass, Pass, Pass]]] = {

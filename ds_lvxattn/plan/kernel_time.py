@@ -2,7 +2,8 @@
 
 The formula knows why small calls are slow (part-filled tiles, idle multiprocessors in the last round, keys that only a
 part of a tile sees, memory traffic). What it does not know, each measured point says as a ratio of measured to
-computed; between the points the ratio is interpolated over tiles and keys, so a call that was measured is exact.
+computed; between the points the ratio is interpolated over tiles, keys and the kind of the mask, so a call that was
+measured is exact. Beyond them the ratio is that of the nearest.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from ds_lvxattn.plan.profile import Kernel, KernelPoint, Profile
 
@@ -51,6 +53,20 @@ def kernel_seconds(profile: Profile, kernel: Kernel, call: AttentionCall, backwa
         return 0.0
     ratio = _interpolated(_ratios(profile, kernel, call.element, backward), _place(kernel, call))
     return profile.launch + ratio * _computed(profile, kernel, call, backward)
+
+
+class Place(NamedTuple):
+    """Where a call lies among the measured ones: logarithms, to base 2.
+
+    Attributes:
+        tiles: row tiles.
+        span: keys that a row tile computes.
+        travel: how far the ranges of the rows move over all rows, in lengths of a range; 0 where all see the same.
+    """
+
+    tiles: float
+    span: float
+    travel: float
 
 
 def _tiles(kernel: Kernel, call: AttentionCall) -> tuple[float, float]:
@@ -107,14 +123,14 @@ def _rounds(items: float, units: int) -> float:
     return math.ceil(items / units) * units / items
 
 
-def _place(kernel: Kernel, call: AttentionCall) -> tuple[float, float]:
-    return math.log2(_tiles(kernel, call)[0]), math.log2(max(_span(kernel, call), 1.0))
+def _place(kernel: Kernel, call: AttentionCall) -> Place:
+    span = max(_span(kernel, call), 1.0)
+    travel = call.drift * call.rows / max(call.seen, 1.0)
+    return Place(math.log2(_tiles(kernel, call)[0]), math.log2(span), math.log2(1 + travel))
 
 
 @lru_cache(maxsize=256)
-def _ratios(
-    profile: Profile, kernel: Kernel, element: int, backward: bool
-) -> tuple[tuple[tuple[float, float], float], ...]:
+def _ratios(profile: Profile, kernel: Kernel, element: int, backward: bool) -> tuple[tuple[Place, float], ...]:
     """For each measured point its place and the logarithm of measured over computed."""
     found = []
     for point in kernel.points:
@@ -131,14 +147,16 @@ def call_of(point: KernelPoint, kernel: Kernel, element: int) -> AttentionCall:
     )
 
 
-def _interpolated(points: tuple[tuple[tuple[float, float], float], ...], place: tuple[float, float]) -> float:
-    """Ratio at ``place``: mean of the measured ones, weighted by the inverse cube of their distance."""
+def _interpolated(points: tuple[tuple[Place, float], ...], place: Place) -> float:
+    """Ratio at ``place``, moved into the range of the points: mean of theirs, by the inverse cube of the distance."""
     if not points:
         return 1.0
+    inside = [
+        min(max(x, min(p[axis] for p, _ in points)), max(p[axis] for p, _ in points)) for axis, x in enumerate(place)
+    ]
     total = weights = 0.0
-    for (x, y), value in points:
-        distance = math.hypot(x - place[0], y - place[1])
-        weight = 1.0 / (distance + 1e-3) ** 3
+    for point, value in points:
+        weight = 1.0 / (math.dist(point, inside) + 1e-3) ** 3
         total += weight * value
         weights += weight
     return math.exp(total / weights)

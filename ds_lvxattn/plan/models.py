@@ -15,7 +15,7 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """A cross-attention video-language model.
+    """A video-language model, with cross-attention layers or, where it has none, with visual tokens in its text.
 
     Attributes:
         name, source: what it is, and where its sizes come from.
@@ -25,9 +25,9 @@ class ModelSizes:
         cross_heads, cross_kv_heads, cross_head_dim: of cross-attention.
         cross_intermediate: inner size of the feed-forward part that a cross-attention layer brings; 0 for none.
         gated: whether feed-forward parts have a third matrix, the gate.
-        features: width of the visual features from which cross-attention projects K and V.
-        frame_tokens: visual tokens of a frame in cross-attention.
-        mask: which frames a text token sees: ``full``, ``growing`` or ``frame``.
+        features: width of the visual features, from which cross-attention projects K and V.
+        frame_tokens: visual tokens of a frame in the language model.
+        mask: which frames a text token sees in cross-attention: ``full``, ``growing`` or ``frame``.
         vision_layers, vision_width, vision_intermediate: the encoder.
         vision_tokens: tokens of a frame in the encoder; more than ``frame_tokens`` where blank tiles or a resampler's
             inputs pass through it too.
@@ -57,6 +57,11 @@ class ModelSizes:
     vision_tokens: int
 
     @property
+    def keys_in_text(self) -> bool:
+        """Whether visual tokens stand in the text, where self-attention is all there is."""
+        return not self.cross_layers
+
+    @property
     def self_parameters(self) -> int:
         """Of one self-attention layer."""
         attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
@@ -81,8 +86,17 @@ class ModelSizes:
 
     @property
     def trainable(self) -> int:
-        """What trains by default: cross-attention layers and the projector."""
-        return self.cross_layers * self.cross_parameters + self.vision_width * self.features
+        """What trains by default: cross-attention layers, or else the whole language model, and the projector."""
+        projector = self.vision_width * self.features
+        if self.keys_in_text:
+            return self.self_layers * self.self_parameters + 2 * self.vocabulary * self.width + projector
+        return self.cross_layers * self.cross_parameters + projector
+
+
+LLAMA_DEFAULTS = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "vocab_size": 32000,
+}  # fmt: skip
 
 
 def _llama(name: str, width: int, intermediate: int, self_layers: int, cross_layers: int, heads: int) -> ModelSizes:
@@ -100,6 +114,36 @@ def _flamingo(name: str, width: int, self_layers: int, cross_layers: int, heads:
     )  # fmt: skip
 
 
+def _concatenation(
+    name: str,
+    source: str,
+    width: int,
+    intermediate: int,
+    vocabulary: int,
+    layers: int,
+    heads: tuple[int, int, int],
+    frame_tokens: int,
+    vision: tuple[int, int, int, int],
+) -> ModelSizes:
+    return ModelSizes(
+        name,
+        source,
+        width,
+        intermediate,
+        vocabulary,
+        layers,
+        0,
+        *heads,
+        *heads,
+        0,
+        True,
+        width,
+        frame_tokens,
+        "growing",
+        *vision,
+    )
+
+
 SHIPPED = {
     sizes.name: sizes
     for sizes in (
@@ -115,6 +159,13 @@ SHIPPED = {
             "NVLM-H-72B", "sizes like those of NVLM (arXiv 2409.11402) on Qwen2-72B and InternViT-6B", 8192, 29568,
             152064, 80, 10, 64, 8, 128, 64, 8, 128, 29568, True, 8192, 256, "growing", 45, 3200, 12800, 1024,
         ),
+        _concatenation(
+            "LLaVA-1.5-7B", "the model's config.json", 4096, 11008, 32064, 32, (32, 32, 128), 576, (24, 1024, 4096, 577)
+        ),
+        _concatenation(
+            "Qwen2.5-VL-7B", "the model's config.json; frames of 280 pixels", 3584, 18944, 152064, 28, (28, 4, 128),
+            100, (32, 1280, 5130, 400),
+        ),
     )
 }  # fmt: skip
 
@@ -122,7 +173,8 @@ SHIPPED = {
 def model_sizes(name: str) -> ModelSizes:
     """Sizes by the name of a shipped model (capitals do not count) or the path of a ``config.json`` or its folder.
 
-    A local file is a transformers config of Llama 3.2 Vision or mPLUG-Owl3, or has the fields of ``ModelSizes``.
+    A local file is a transformers config of Llama 3.2 Vision, mPLUG-Owl3, LLaVA with a CLIP tower or Qwen2.5-VL, or
+    has the fields of ``ModelSizes``.
 
     Raises:
         ModelError: neither.
@@ -172,10 +224,32 @@ def _from_config(config: dict[str, Any], path: Path) -> ModelSizes:
             heads, config["num_key_value_heads"], width // heads, 0, True, width, tokens, "growing",
             vision["num_hidden_layers"], vision["hidden_size"], vision["intermediate_size"], tokens,
         )  # fmt: skip
+    if kind == "llava":
+        # transformers leaves out of a saved config what has the default of its class, here that of a Llama model.
+        text, vision = {**LLAMA_DEFAULTS, **config["text_config"]}, config["vision_config"]
+        heads = text["num_attention_heads"]
+        layout = heads, text.get("num_key_value_heads", heads), text["hidden_size"] // heads
+        patches = (vision["image_size"] // vision["patch_size"]) ** 2
+        return _concatenation(
+            name, str(path), text["hidden_size"], text["intermediate_size"], text["vocab_size"],
+            text["num_hidden_layers"], layout, patches,
+            (vision["num_hidden_layers"], vision["hidden_size"], vision["intermediate_size"], patches + 1),
+        )  # fmt: skip
+    if kind == "qwen2_5_vl":
+        text, vision = {**config, **config.get("text_config", {})}, config["vision_config"]
+        heads = text["num_attention_heads"]
+        side = vision.get("image_size", 280) // vision["patch_size"]
+        return _concatenation(
+            name, str(path), text["hidden_size"], text["intermediate_size"], text["vocab_size"],
+            text["num_hidden_layers"], (heads, text["num_key_value_heads"], text["hidden_size"] // heads),
+            (side // vision["spatial_merge_size"]) ** 2,
+            # Its feed-forward parts have a gate: three matrices, where others have two.
+            (vision["depth"], vision["hidden_size"], 3 * vision["intermediate_size"] // 2, side**2),
+        )  # fmt: skip
     fields = {field.name for field in dataclasses.fields(ModelSizes)}
     if fields - {"name", "source"} <= set(config):
         return ModelSizes(**{"name": name, "source": str(path), **{key: config[key] for key in fields & set(config)}})
     raise ModelError(
-        f"--model {path}: model_type is {kind!r}; the planner reads 'mllama' and 'mplugowl3' configs, or a JSON object "
-        f"with the keys {sorted(fields - {'name', 'source'})}"
+        f"--model {path}: model_type is {kind!r}; the planner reads 'mllama', 'mplugowl3', 'llava' and 'qwen2_5_vl' "
+        f"configs, or a JSON object with the keys {sorted(fields - {'name', 'source'})}"
     )

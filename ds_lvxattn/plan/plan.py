@@ -26,6 +26,7 @@ class AttentionLayer:
         role: ``cross`` (visual keys, sharded by frames), ``self`` (text, causal, sharded by tokens) or ``local``
             (each rank its own frames, nothing exchanged).
         heads, kv_heads, head_dim: its sizes.
+        window: of ``self``, the last keys that a row sees, its own included; None: all before it.
     """
 
     name: str
@@ -33,6 +34,12 @@ class AttentionLayer:
     heads: int
     kv_heads: int
     head_dim: int
+    window: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """What layers with the same shards and mask have in common."""
+        return kind_of(self.role, self.window)
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class LayerPlan:
             chooses, or does not run.
         balance: largest over mean visible work of a rank when queries travel; 1 is even.
         measured_ms: ``forward`` and ``backward`` of the choice as it ran, when a run has measured it.
+        window: see ``AttentionLayer``.
     """
 
     layer: str
@@ -62,6 +70,12 @@ class LayerPlan:
     head_groups: tuple[int, int] | None = None
     balance: float | None = None
     measured_ms: dict[str, float] = field(default_factory=dict)
+    window: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """See ``AttentionLayer``."""
+        return kind_of(self.role, self.window)
 
     @property
     def expected_ms(self) -> float | None:
@@ -72,6 +86,11 @@ class LayerPlan:
     def took_ms(self) -> float | None:
         """Measured time of the choice, forward and backward."""
         return sum(self.measured_ms.values()) if self.measured_ms else None
+
+
+def kind_of(role: str, window: int | None) -> str:
+    """Name of the layers of ``role`` that have the same mask."""
+    return role if window is None else f"{role}, window {window}"
 
 
 def plan_layers(
@@ -86,7 +105,7 @@ def plan_layers(
 
     Args:
         layers: the model's attention layers.
-        shapes: for each exchanged role, the sizes of a typical batch (heads are taken from the layer).
+        shapes: for each exchanged kind of layers, the sizes of a typical batch (heads are taken from the layer).
         config: the sequence-parallel settings.
         profile: the machine that it runs on.
         before: strategy and schedule that layers ran with so far, by layer name.
@@ -96,7 +115,7 @@ def plan_layers(
         ConfigError: a pattern of ``config.layers`` matches no exchanged layer, or the strategy that a setting
             forces cannot run a layer.
     """
-    exchanged = [layer.name for layer in layers if layer.role in shapes]
+    exchanged = [layer.name for layer in layers if layer.kind in shapes]
     for pattern in config.layers:
         if not any(fnmatchcase(name, pattern) for name in exchanged):
             raise ConfigError(
@@ -108,9 +127,9 @@ def plan_layers(
         forced = _forced(layer, config)
         past = (before or {}).get(layer.name)
         # Most layers of a model are alike, and so are their plans.
-        key = (layer.role, layer.heads, layer.kv_heads, layer.head_dim, forced, past)
+        key = (layer.kind, layer.heads, layer.kv_heads, layer.head_dim, forced, past)
         if key not in known:
-            known[key] = _plan_layer(layer, shapes.get(layer.role), config, profile, forced, past, room)
+            known[key] = _plan_layer(layer, shapes.get(layer.kind), config, profile, forced, past, room)
         plans.append(replace(known[key], layer=layer.name))
     return plans
 
@@ -132,7 +151,7 @@ def _plan_layer(
 ) -> LayerPlan:
     if sizes is None or config.size == 1:
         why = "each rank attends within its own frames" if layer.role == "local" else "one rank, nothing to exchange"
-        return LayerPlan(layer.name, layer.role, "local", "auto", {}, {}, why)
+        return LayerPlan(layer.name, layer.role, "local", "auto", {}, {}, why, window=layer.window)
     shape = replace(
         sizes, heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim,
         recompute=_recomputed(layer.role, config),
@@ -173,6 +192,7 @@ def _plan_layer(
         why,
         head_groups=costed.head_groups(profile) if chosen.mode == ("lv_xattn", "gather") else None,
         balance=round(shape.balance, 4),
+        window=layer.window,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 SHIPPED = Path(__file__).with_name("profiles")
-FORMAT = 1
+FORMAT = 2
 
 GB, US, MS, TERA = 1e9, 1e-6, 1e-3, 1e12
 
@@ -107,8 +107,30 @@ class Kernel:
 
 @dataclass(frozen=True)
 class HostTime:
-    """Seconds that the host needs to issue one layer, forward and backward; it binds where the device is faster."""
+    """Seconds that the host needs to issue one layer; it binds where the device is faster.
 
+    Attributes:
+        forward, backward: of the layer, projections of K and V among it.
+        again: what recomputing K and V adds.
+    """
+
+    forward: float
+    backward: float
+    again: float
+
+
+@dataclass(frozen=True)
+class Projection:
+    """How much longer than by the formula of ``cost`` projecting K and V takes, norm and transposition included.
+
+    Attributes:
+        width: of K and of V, heads times head size.
+        head_dim: head size.
+        forward, backward: measured over computed seconds.
+    """
+
+    width: int
+    head_dim: int
     forward: float
     backward: float
 
@@ -131,6 +153,7 @@ class Profile:
         kernels: attention kernels.
         curves: measured collectives; they go before the links where op and ranks agree.
         host: host time by ``strategy/schedule``, and by ``strategy/schedule masked``, on ``host_ranks`` ranks.
+        projections: of K and V.
     """
 
     name: str
@@ -149,10 +172,19 @@ class Profile:
     curves: tuple[Curve, ...] = ()
     host: Mapping[str, HostTime] = field(default_factory=dict)
     host_ranks: int = 1
+    projections: tuple[Projection, ...] = ()
 
     def kernel(self, head_dim: int, masked: bool) -> Kernel:
         """The kernel for a head size: of the nearest size measured, with a mask if asked for and if known."""
         return min(self.kernels, key=lambda k: (k.masked != masked, abs(k.head_dim - head_dim)))
+
+    def projection(self, width: int, head_dim: int) -> Projection:
+        """The projection measured with the nearest head size, and of these with the nearest width."""
+        return min(
+            self.projections,
+            key=lambda p: (abs(p.head_dim - head_dim), abs(p.width - width)),
+            default=Projection(width, head_dim, 1.0, 1.0),
+        )
 
     def curve(self, op: str, ranks: int) -> Curve | None:
         return next((c for c in self.curves if c.op == op and c.ranks == ranks), None)
@@ -218,8 +250,9 @@ def profile_from_json(data: Any, name: str = "profile") -> Profile:
                 Curve(c["op"], c["ranks"], tuple((int(b), ms * MS) for b, ms in c["bytes_ms"]))
                 for c in data.get("collectives", ())
             ),
-            host={name: HostTime(f * MS, b * MS) for name, (f, b) in data.get("host_ms", {}).items()},
+            host={name: HostTime(*(ms * MS for ms in times)) for name, times in data.get("host_ms", {}).items()},
             host_ranks=int(data.get("host_ranks", 1)),
+            projections=tuple(Projection(*numbers) for numbers in data.get("projections", ())),
         )
     except KeyError as error:
         raise ProfileError(f"{name}: the key {error} is missing") from error
@@ -239,6 +272,7 @@ def _link(data: Mapping[str, Any]) -> Link:
     )
 
 
+PROJECTION_KEYS = ("width", "head_dim", "forward_over_computed", "backward_over_computed")
 POINT_KEYS = ("rows", "keys", "heads", "kv_heads", "seen", "drift", "forward_ms", "backward_ms")
 
 
@@ -307,7 +341,11 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
         "intra": link(profile.intra),
         "inter": link(profile.inter),
         "host_ranks": profile.host_ranks,
-        "host_ms": {name: [_short(t.forward / MS), _short(t.backward / MS)] for name, t in profile.host.items()},
+        "host_ms": {
+            name: [_short(x / MS) for x in (t.forward, t.backward, t.again)] for name, t in profile.host.items()
+        },
+        "projection_keys": list(PROJECTION_KEYS),
+        "projections": [[p.width, p.head_dim, _short(p.forward), _short(p.backward)] for p in profile.projections],
         "collectives": [
             {"op": c.op, "ranks": c.ranks, "bytes_ms": [[b, _short(s / MS)] for b, s in c.points]}
             for c in profile.curves

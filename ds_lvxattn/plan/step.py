@@ -49,8 +49,9 @@ class Job:
 
     @property
     def rows(self) -> int:
-        """Text tokens of a rank; short text is padded to one a rank."""
-        return max(-(-self.text // self.gpus), 1)
+        """Rows of text of a rank, visual tokens among them where they stand there; at least one a rank."""
+        total = self.text + (self.visual if self.model.keys_in_text else 0)
+        return max(-(-total // self.gpus), 1)
 
     @property
     def keys(self) -> int:
@@ -64,12 +65,17 @@ class Job:
         mask = of_mask(m.mask, self.rows * self.gpus, self.keys * self.gpus, self.gpus, m.frame_tokens)
         return Layer(shape, mask, m.features)
 
+    def compared(self) -> Layer:
+        """The layer whose strategies are compared: the one that attends to visual tokens."""
+        return self.self_attention() if self.model.keys_in_text else self.cross()
+
     def self_attention(self) -> Layer:
-        """A self-attention layer: causal, text over text."""
+        """A self-attention layer: causal, text over text; balanced (``striped``) if visual tokens are part of it."""
         m = self.model
         policy = "layer" if self.recompute == "layer" else "none"
         shape = self._shape(m.heads, m.kv_heads, m.head_dim, self.rows, policy)
-        return Layer(shape, of_mask("growing", self.rows * self.gpus, self.rows * self.gpus, self.gpus, 1))
+        mask = of_mask("growing", self.rows * self.gpus, self.rows * self.gpus, self.gpus, 1)
+        return Layer(shape, replace(mask, busiest_keys=1.0, busiest_step=1.0) if m.keys_in_text else mask)
 
     def _shape(self, heads: int, kv_heads: int, head_dim: int, keys: int, recompute: str) -> LayerShape:
         lengths = (self.rows,) * self.gpus, (keys,) * self.gpus
@@ -114,10 +120,10 @@ def layer_candidates(layer: Layer, profile: Profile) -> list[Candidate]:
     return candidates(layer, profile)
 
 
-def step_of(job: Job, cross: Candidate, profile: Profile) -> Step:
-    """The step when every cross-attention layer runs as ``cross``."""
-    m = job.model
-    own = choose(layer_candidates(job.self_attention(), profile))
+def step_of(job: Job, compared: Candidate, profile: Profile) -> Step:
+    """The step when every layer that attends to visual tokens runs as ``compared``."""
+    m, cross = job.model, compared
+    own = compared if m.keys_in_text else choose(layer_candidates(job.self_attention(), profile))
     assert own is not None and own.cost is not None and cross.cost is not None
     cross_seconds = m.cross_layers * cross.cost.total
     self_seconds = m.self_layers * own.cost.total
@@ -132,7 +138,8 @@ def step_of(job: Job, cross: Candidate, profile: Profile) -> Step:
 
 def steps(job: Job, profile: Profile) -> dict[str, tuple[Candidate, Step | None]]:
     """For every strategy its best schedule and the step with it (None where it cannot run)."""
-    found = best_of_each(layer_candidates(job.cross(), profile)) or {"local": layer_candidates(job.cross(), profile)[0]}
+    every = layer_candidates(job.compared(), profile)
+    found = best_of_each(every) or {"local": every[0]}
     return {
         name: (candidate, step_of(job, candidate, profile) if candidate.cost is not None else None)
         for name, candidate in found.items()
@@ -151,7 +158,7 @@ def _text_seconds(job: Job, profile: Profile) -> float:
     across = _product(profile, job.rows, m.cross_parameters - keys)
     words = _product(profile, job.rows, m.vocabulary * m.width)
     # Backward: gradients of rows everywhere, of weights where they train.
-    passes_self = 2 + (job.recompute == "layer")
+    passes_self = 2 + m.keys_in_text + (job.recompute == "layer")
     passes_cross = 3 + (job.recompute == "layer")
     return m.self_layers * passes_self * own + m.cross_layers * passes_cross * across + 2 * words
 
@@ -174,8 +181,9 @@ def _zero_seconds(job: Job, profile: Profile) -> float:
 
 
 def memory_bytes(job: Job, cross: Mode, own: Mode, profile: Profile) -> float:
-    """Peak bytes of a rank."""
+    """Peak bytes of a rank; ``cross`` is the mode of all layers where visual tokens stand in the text."""
     m = job.model
+    own = cross if m.keys_in_text else own
     sizes = LayerSizes(
         "cross", *cross, 1, job.gpus, job.rows, job.rows, job.rows * job.gpus, job.keys, job.keys * job.gpus,
         m.cross_heads, m.cross_kv_heads, m.cross_head_dim, m.width, max(m.cross_intermediate, 1), ELEMENT,
@@ -191,7 +199,7 @@ def memory_bytes(job: Job, cross: Mode, own: Mode, profile: Profile) -> float:
     # A layer's parameters are gathered while it runs, and those of the next one ahead of it.
     gathered = 2 * max(m.self_parameters, m.cross_parameters, m.vocabulary * m.width) * ELEMENT
     logits = 6 * job.rows * m.vocabulary  # in bf16 and float32
-    return kept + gathered + logits + workspace_bytes(job.cross(), cross, profile)
+    return kept + gathered + logits + workspace_bytes(job.compared(), cross, profile)
 
 
 def frames_that_fit(job: Job, cross: Mode, own: Mode, profile: Profile) -> int:

@@ -11,6 +11,7 @@ from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.data.needle import NeedleTask
 from ds_lvxattn.data.needle_source import NeedleSource
 from ds_lvxattn.data.sample import SampleSource
+from ds_lvxattn.models import family_of
 from ds_lvxattn.training.config import FinetuningConfig
 from ds_lvxattn.training.model import LoadedModel
 
@@ -38,11 +39,14 @@ def load_sources(
         if not finetuning.eval_examples:
             return needles, None
         return needles, NeedleSource("eval", finetuning.eval_examples, seed, loaded.tokenizer, task)
+    family, config = family_of(loaded.model), loaded.model.config
     conversations = functools.partial(
         ConversationSource,
         data,
         loaded.tokenizer,
         image_token=loaded.image_token,
+        frame_text=family.frame_text if loaded.image_token == family.image_token else "",
+        frame_tokens=family.frame_tokens(config) if family.keys_in_text else 1,
         max_frames=finetuning.frames,
         max_text_tokens=finetuning.max_text_tokens or text_limit(loaded.model),
         eval_data=finetuning.eval_data,

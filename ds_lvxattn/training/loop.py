@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from ds_lvxattn.calibrate import HeadLayout, calibrated
+from ds_lvxattn.calibrate import calibrated
+from ds_lvxattn.calibration.extent import HeadLayout
 from ds_lvxattn.config import ConfigError, sequence_parallel_config
 from ds_lvxattn.data.collate import Collator
 from ds_lvxattn.data.layout import BatchLayout

@@ -1,0 +1,71 @@
+"""Seconds of what runs on a device, and the slowest rank's."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+
+class Clock:
+    """Seconds of what runs on a device."""
+
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+        if device.type == "cuda":
+            # What keeps the device busy while the host queues short calls behind it.
+            self._ballast = torch.empty(1 << 28, dtype=torch.uint8, device=device)
+            self._ballast_seconds = self._ballast.nbytes / 8e12  # at least: the fastest memory of today
+
+    def seconds(self, call: Callable[[], object], many: bool = False) -> float:
+        """Median seconds of ``call``, after two to warm up; ``many`` for calls shorter than their issue by the host."""
+        for _ in range(2):  # the first opens connections and compiles
+            call()
+        if self.device.type != "cuda":
+            times = []
+            for _ in range(self.repeats):
+                began = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - began)
+            return statistics.median(times)
+        calls = 20 if many else 1
+        times = []
+        torch.cuda.synchronize(self.device)
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        ballast = math.ceil((time.perf_counter() - began) / self._ballast_seconds) if many else 0
+        torch.cuda.synchronize(self.device)
+        for _ in range(self.repeats):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(min(ballast, 500)):
+                self._ballast.zero_()
+            begin.record()
+            for _ in range(calls):
+                call()
+            end.record()
+            torch.cuda.synchronize(self.device)
+            times.append(begin.elapsed_time(end) / 1e3 / calls)
+        return statistics.median(times)
+
+
+def slowest(value: float, device: torch.device, largest: bool = True) -> float:
+    """The largest (or smallest) ``value`` of all ranks."""
+    tensor = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX if largest else dist.ReduceOp.MIN)
+    return tensor.item()
+
+
+def slowest_of(values: Sequence[float], device: torch.device) -> list[float]:
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

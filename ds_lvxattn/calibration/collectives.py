@@ -1,0 +1,90 @@
+"""Times of the collectives that the strategies use, on the real group, and what a kernel hides of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_lvxattn.calibration.clock import Clock, slowest, slowest_of
+from ds_lvxattn.calibration.extent import Extent, HeadLayout
+from ds_lvxattn.calibration.kernels import kernel_calls
+from ds_lvxattn.comm import Communicator, Message, Part, Transfer
+from ds_lvxattn.plan.profile import Curve, Link, Profile
+
+
+def collective_curves(comm: Communicator, clock: Clock, extent: Extent, device: torch.device) -> tuple[Curve, ...]:
+    """Times of the collectives that the strategies use, by the bytes that a rank receives."""
+    n = comm.ranks
+    if n == 1:
+        return ()
+    following, before = (comm.rank + 1) % n, (comm.rank - 1) % n
+
+    def all_gather(size: int) -> tuple[int, Callable[[], object]]:
+        buffer = torch.zeros((n, max(size // (n - 1), 1)), dtype=torch.uint8, device=device)
+        return (n - 1) * buffer.shape[1], lambda: _gather(comm, buffer).wait()
+
+    def all_to_all(size: int) -> tuple[int, Callable[[], object]]:
+        there = torch.zeros((n, max(size // (n - 1), 1)), dtype=torch.uint8, device=device)
+        back = torch.empty_like(there)
+        part = Part("calibration", there, back)
+        return (n - 1) * there.shape[1], lambda: comm.start_all_to_all([part]).wait()
+
+    def send(size: int) -> tuple[int, Callable[[], object]]:
+        out, arriving = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+        message = Message("calibration", out, following, arriving, before)
+        return size, lambda: comm.exchange([message]).wait()
+
+    curves = []
+    for op, make in (("all_gather", all_gather), ("all_to_all", all_to_all), ("send", send)):
+        sizes, times = [], []
+        for size in extent.messages:
+            received, call = make(size)
+            dist.barrier()
+            sizes.append(received)
+            times.append(clock.seconds(call, many=size <= 1 << 20))
+        curves.append(Curve(op, n, tuple(zip(sizes, slowest_of(times, device), strict=True))))
+    return tuple(curves)
+
+
+def with_links(profile: Profile, known: Profile, curves: Sequence[Curve], ranks: int) -> Profile:
+    """The link that the group uses, from its curves, for groups of other sizes; the other link as known."""
+    if not curves:
+        return profile
+    gather, _, hop = curves
+    latency = min(gather.points[0][1], hop.points[0][1])
+    message = max(gather.points[0][1] - latency, 0.0) / max(ranks - 2, 1) if ranks > 2 else known.intra.message
+    (small, quick), (large, slow) = gather.points[-2:]
+    link = Link(latency, message, (large - small) / max(slow - quick, 1e-9))
+    if ranks <= profile.gpus_per_node:
+        return replace(profile, intra=link, source=f"{profile.source}; between nodes as in '{known.name}'")
+    return replace(profile, inter=link, source=f"{profile.source}; inside a node as in '{known.name}'")
+
+
+def _gather(comm: Communicator, buffer: Tensor) -> Transfer:
+    return comm.start_all_gather([("calibration", buffer)])
+
+
+def hidden_share(
+    comm: Communicator, clock: Clock, device: torch.device, dtype: torch.dtype, layout: HeadLayout
+) -> float:
+    """Share of the shorter one that a kernel and a collective of about equal length hide of each other."""
+    rows, keys = (2048, 32768) if device.type == "cuda" else (128, 512)
+    calls = kernel_calls(layout, rows, keys, None, device, dtype)
+    alone = slowest(clock.seconds(calls.forward), device)
+    # As many bytes as take that long, between what is worth measuring and what fits.
+    probe = torch.zeros((comm.ranks, 1 << (24 if device.type == "cuda" else 16)), dtype=torch.uint8, device=device)
+    rate = probe.shape[1] / slowest(clock.seconds(lambda: _gather(comm, probe).wait()), device)
+    size = int(min(max(alone * rate, 1 << 16), 1 << 28))
+    buffer = torch.zeros((comm.ranks, size), dtype=torch.uint8, device=device)
+
+    def both() -> None:
+        transfer = _gather(comm, buffer)
+        calls.forward()
+        transfer.wait()
+
+    sent, together = (slowest(clock.seconds(call), device) for call in (lambda: _gather(comm, buffer).wait(), both))
+    return min(max((alone + sent - together) / min(alone, sent), 0.0), 1.0)

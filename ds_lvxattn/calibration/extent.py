@@ -1,0 +1,40 @@
+"""How much calibration measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class HeadLayout(NamedTuple):
+    """Heads of an attention layer."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured.
+
+    Attributes:
+        rows, keys: of the kernel calls, every pair of them.
+        operations: forward operations above which a kernel call is left out.
+        messages: bytes of the collectives.
+        repeats: measurements of which the median counts.
+    """
+
+    rows: tuple[int, ...]
+    keys: tuple[int, ...]
+    operations: float
+    messages: tuple[int, ...]
+    repeats: int
+
+
+GPU = Extent(
+    (128, 512, 2048, 8192), (4096, 32768, 131072), 1.2e13, (1 << 12, 1 << 17, 1 << 20, 1 << 23, 1 << 26, 1 << 28), 5
+)
+CPU = Extent((16, 128), (128, 1024), 4e8, (1 << 10, 1 << 16, 1 << 20, 1 << 22), 3)
+
+DEFAULT_LAYOUTS = (HeadLayout(32, 8, 128), HeadLayout(8, 8, 64))

@@ -1,0 +1,154 @@
+"""Times of a cross-attention layer as a module: projecting K and V, and what the host takes to issue everything."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_lvxattn.attention import sp_attention
+from ds_lvxattn.calibration.clock import Clock, slowest_of, synchronize
+from ds_lvxattn.calibration.extent import HeadLayout
+from ds_lvxattn.comm import communicator
+from ds_lvxattn.interval import KVInterval
+from ds_lvxattn.plan.cost import obstacle, projection_seconds
+from ds_lvxattn.plan.profile import HostTime, Profile, Projection
+from ds_lvxattn.plan.traffic import TRAFFIC
+from ds_lvxattn.recompute import recompute
+from ds_lvxattn.routes import Routes
+from ds_lvxattn.shards import SequenceShards, ShardLayout
+
+
+class CrossAttention(nn.Module):
+    """Projection of K and V, norm of K, attention: a cross-attention layer as far as strategies differ.
+
+    Args:
+        layout: its heads.
+        features: width of the features that K and V are projected from.
+        attend: called with q, k and v of this rank, ``[B, H, s, D]``; returns the output first.
+    """
+
+    def __init__(self, layout: HeadLayout, features: int, attend: Callable[..., tuple[Tensor, Any]], **make: Any):
+        super().__init__()
+        self.layout, self.attend = layout, attend
+        width = layout.kv_heads * layout.head_dim
+        self.k, self.v = (nn.Linear(features, width, bias=False, **make) for _ in range(2))
+        self.norm = nn.RMSNorm(layout.head_dim, **make)
+
+    def forward(self, hidden_states: Tensor, features: Tensor) -> Tensor:
+        """``[B, s_q, H_q * D]`` rows and ``[B, s_kv, features]`` to the attention's output."""
+        k, v = self.keys_and_values(features)
+        q = hidden_states.unflatten(2, (self.layout.heads, self.layout.head_dim)).transpose(1, 2)
+        return self.attend(q, k, v)[0]
+
+    def keys_and_values(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = (p(features).unflatten(2, (self.layout.kv_heads, self.layout.head_dim)) for p in (self.k, self.v))
+        return self.norm(k).transpose(1, 2), v.transpose(1, 2)
+
+
+def layer_step(layer: CrossAttention, rows: Tensor, features: Tensor, recomputes: bool) -> Callable[[], None]:
+    """A training step of the layer: forward and backward pass, gradients dropped."""
+    leaves = (rows, features, *layer.parameters())
+
+    def step() -> None:
+        if recomputes:
+            out = recompute(layer, functools.partial(layer, features=features), rows)
+        else:
+            out = layer(rows, features)
+        torch.autograd.backward(out, torch.ones_like(out))
+        for leaf in leaves:
+            leaf.grad = None
+
+    return step
+
+
+def projections(
+    profile: Profile, layouts: Sequence[HeadLayout], clock: Clock, device: torch.device, dtype: torch.dtype
+) -> tuple[Projection, ...]:
+    """For each width of K and V, how much longer than by the formula projecting them takes."""
+    tokens, features = (32768, 4096) if device.type == "cuda" else (512, 256)
+    make: dict[str, Any] = {"device": device, "dtype": dtype}
+    found = []
+    for layout in sorted(set(layouts)):
+        layer = CrossAttention(layout, features, lambda q, k, v: (q, None), **make)
+        x = torch.randn(1, tokens, features, requires_grad=True, **make)
+        grads = [torch.ones_like(y) for y in layer.keys_and_values(x)]
+
+        @torch.no_grad()
+        def forward(layer: CrossAttention = layer, x: Tensor = x) -> None:
+            layer.keys_and_values(x)
+
+        def both(layer: CrossAttention = layer, x: Tensor = x, grads: list[Tensor] = grads) -> None:
+            torch.autograd.backward(layer.keys_and_values(x), grads)
+            for leaf in (x, *layer.parameters()):
+                leaf.grad = None
+
+        times = slowest_of([clock.seconds(forward), clock.seconds(both)], device)
+        width = layout.kv_heads * layout.head_dim
+        computed = projection_seconds(profile, tokens, features, width, dtype.itemsize)
+        ratios = times[0] / computed[0], max(times[1] - times[0], 0.0) / computed[1]
+        found.append(Projection(width, layout.head_dim, *ratios))
+    return tuple(found)
+
+
+def host_times(
+    group: dist.ProcessGroup | None, ranks: int, layout: HeadLayout, device: torch.device, dtype: torch.dtype
+) -> Mapping[str, HostTime]:
+    """Host seconds of a layer by strategy and schedule, on sizes for which the device does next to nothing."""
+    heads = layout.heads if layout.heads % ranks == 0 else layout.heads * ranks
+    kv_heads = layout.kv_heads if obstacle("ulysses", heads, layout.kv_heads, ranks) is None else heads
+    sizes = HeadLayout(heads, kv_heads, layout.head_dim)
+    rows, keys, features = 16, 64, 64
+    make: dict[str, Any] = {"device": device, "dtype": dtype}
+    shards = ShardLayout(SequenceShards((rows,) * ranks), SequenceShards((keys,) * ranks))
+    stop = torch.full((ranks, 1, rows), keys * ranks, dtype=torch.int32, device=device)
+    interval = KVInterval(torch.zeros_like(stop), stop)
+    routes = Routes.build(interval.start.cpu(), stop.cpu(), shards, communicator(group).rank, device)
+    x = torch.randn(1, rows, heads * layout.head_dim, requires_grad=True, **make)
+    y = torch.randn(1, keys, features, requires_grad=True, **make)
+    group = group if ranks > 1 else None
+    counts = communicator(group).received.copy()
+    modes = tuple(TRAFFIC) if ranks > 1 else (("local", "auto"),)
+    found: dict[str, HostTime] = {}
+    for (strategy, schedule), masked in itertools.product(modes, (False, True)):
+        if schedule == "routed" and not masked:
+            continue
+        attend = functools.partial(
+            sp_attention, group=group, strategy="lv_xattn" if ranks == 1 else strategy, schedule=schedule,
+            interval=interval if masked else None, shards=shards, routes=routes if masked else None,
+        )  # fmt: skip
+        layer = CrossAttention(sizes, features, attend, **make)
+
+        @torch.no_grad()
+        def forward(layer: CrossAttention = layer) -> None:
+            layer(x, y)
+
+        calls = (forward, layer_step(layer, x, y, False), layer_step(layer, x, y, True))
+        one, both, again = slowest_of([_host_seconds(call, device) for call in calls], device)
+        name = f"{strategy}/{schedule}" + " masked" * masked
+        found[name] = HostTime(one, max(both - one, 0.0), max(again - both, 0.0))
+    communicator(group).received = counts
+    return found
+
+
+def _host_seconds(call: Callable[[], None], device: torch.device) -> float:
+    """Seconds from call to call while the device waits for the host; median of short runs, which others disturb."""
+    runs, calls = (5, 6) if device.type == "cuda" else (1, 3)
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(runs):
+        synchronize(device)
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        synchronize(device)
+        times.append((time.perf_counter() - began) / calls)
+    return statistics.median(times)

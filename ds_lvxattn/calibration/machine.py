@@ -1,0 +1,56 @@
+"""What one device is and does: memory, matrix products, the smallest kernel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from ds_lvxattn.calibration.clock import Clock
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def memory(device: torch.device) -> int | None:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def gpus_per_node(device: torch.device) -> int:
+    there = torch.cuda.device_count() if device.type == "cuda" else dist.get_world_size()
+    return int(os.environ.get("LOCAL_WORLD_SIZE", there))
+
+
+def triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def small_kernel(device: torch.device) -> Callable[[], object]:
+    x = torch.zeros(256, device=device)
+    return lambda: x.add_(1.0)
+
+
+def fastest_copy(clock: Clock, device: torch.device) -> float:
+    """Bytes a second, read and written both counted."""
+    source = torch.empty(1 << (28 if device.type == "cuda" else 22), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / clock.seconds(lambda: target.copy_(source))
+
+
+def matmul(clock: Clock, device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a projection of visual tokens."""
+    tokens, width = (65536, 4096) if device.type == "cuda" else (512, 256)
+    x = torch.randn(tokens, width, device=device, dtype=dtype)
+    w = torch.randn(width, width // 4, device=device, dtype=dtype)
+    return 2.0 * tokens * width * (width // 4) / clock.seconds(lambda: x @ w)

@@ -1,0 +1,146 @@
+"""How the backward pass divides its work: tiles by head size, chunks of keys, runs of query rows.
+
+``dS`` of a chunk of keys against a run of rows has to fit a bounded workspace, and a chunk has to have key blocks
+enough to fill the chip. The longer the run, the fewer key blocks fit: many rows are therefore taken in several runs,
+whose gradients of K and V are added up in float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WORKSPACE_BYTES = 2 << 30
+# Full rounds of programs that a chunk should have: with fewer, the last round leaves too much of the chip idle.
+ROUNDS = 2
+LEAST_TILES = 2  # of rows at once, however small the workspace
+
+
+class BackwardConfig(NamedTuple):
+    """Tiles of the kernels.
+
+    Args:
+        tile: rows that the mask is resolved to, a multiple of ``block_m``; also the rows of a ``dQ`` program.
+        block_m, block_n: rows and keys of one step.
+        num_warps, num_stages, max_registers: of the kernel that owns keys.
+        resident: its programs that a multiprocessor holds at once.
+        query_warps, query_stages: of the kernel that owns rows.
+        keep_ds: with a mask, whether ``dQ`` comes from the workspace or from scores computed again.
+    """
+
+    tile: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    resident: int
+    query_warps: int
+    query_stages: int
+    max_registers: int | None = None
+    keep_ds: bool = True
+
+
+def backward_config(head_dim: int, itemsize: int, masked: bool, hopper: bool) -> BackwardConfig:
+    """Tile sizes by head size, chosen by measurement on an H200; nothing is tuned at run time."""
+    if itemsize == 4:
+        return BackwardConfig(32, 32, 32, 4, 1, 1, 4, 1, keep_ds=head_dim > 64)
+    if not hopper:
+        if head_dim <= 64:
+            return BackwardConfig(64, 32, 64, 8, 2, 1, 8, 2, keep_ds=False)
+        if head_dim <= 128:
+            return BackwardConfig(64, 32, 64, 8, 2, 1, 8, 2)
+        return BackwardConfig(32, 32, 32, 8, 1, 1, 8, 1)
+    if head_dim <= 64:
+        if masked:
+            # 168 registers let three programs share a multiprocessor, which hides the start of short visits.
+            return BackwardConfig(64, 64, 64, 4, 2, 3, 4, 3, max_registers=168, keep_ds=False)
+        return BackwardConfig(128, 64, 64, 4, 2, 3, 8, 4, max_registers=168)
+    if head_dim <= 128:
+        return BackwardConfig(128, 64, 64, 4, 2, 2, 8, 4)
+    return BackwardConfig(64, 32, 64, 8, 1, 1, 8, 2)
+
+
+class ChunkPlan(NamedTuple):
+    """How the keys are taken in chunks whose ``dS`` fits the workspace.
+
+    Args:
+        chunks: launches that suffice whatever the mask; chunks past the last key block are empty.
+        blocks: key blocks a chunk when every key is visible; else the fewest that fill one.
+        slots: blocks of ``dS`` that the workspace holds for one key/value head.
+        edges: int32 ``[chunks + 1]``, first key block of each chunk; None when every key is visible.
+        base: int32 ``[chunks, B, tiles]``; key block ``n`` and tile ``t`` have slot ``base[t] + n``.
+    """
+
+    chunks: int
+    blocks: int
+    slots: int
+    edges: Tensor | None
+    base: Tensor | None
+
+    def launched_blocks(self, chunk: int, blocks: int) -> int:
+        """Key blocks, of ``blocks`` in all, that the launch of ``chunk`` has to allow for.
+
+        With a mask only the device knows the edges, and the host does not wait for them: it allows for all blocks
+        that the chunks before cannot have taken. The programs past the edge, or of a chunk past the last block,
+        end at once (16 microseconds a launch over 16,384 programs on an H200).
+        """
+        left = blocks - chunk * self.blocks
+        return min(self.blocks, left) if self.edges is None else left
+
+
+def plan_dense(blocks: int, batch: int, heads_kv: int, tiles: int, room: int, programs: int) -> ChunkPlan:
+    """Equal chunks: the key blocks that ``room`` slots hold, rounded down to full rounds of programs."""
+    fit = max(1, min(blocks, room // (batch * tiles)))
+    rounds = fit * batch * heads_kv // programs
+    if fit < blocks and rounds > 0:
+        fit = max(1, rounds * programs // (batch * heads_kv))
+    return ChunkPlan(-(-blocks // fit), fit, fit * batch * tiles, None, None)
+
+
+def plan_masked(bounds: Tensor, count: Tensor, block_n: int, room: int) -> ChunkPlan:
+    """Chunks of about equal visible work, found on the device: only visible (block, tile) pairs take a slot.
+
+    Args:
+        bounds: int32 ``[B, 4, tiles]`` of ``pack_rows_kernel``.
+        count: int32 ``[B, key blocks, 2]`` of ``seen_tiles_kernel``.
+        block_n: keys a block.
+        room: slots of the workspace a key/value head.
+    """
+    batch, blocks, _ = count.shape
+    tiles = bounds.shape[2]
+    # A chunk ends after the block that fills it, so one block's worth of slots is kept back.
+    fill = max(1, room - batch * tiles)
+    chunks = -(-blocks * batch * tiles // fill)
+    per_block = count.sum((0, 2), dtype=torch.int32)
+    before = per_block.cumsum(0, dtype=torch.int32) - per_block
+    marks = torch.arange(chunks + 1, dtype=torch.int32, device=count.device) * fill
+    edges = torch.searchsorted(before, marks, out_int32=True)
+    edges[-1] = blocks
+    last = (bounds[:, 1] + block_n - 1) // block_n
+    first = torch.minimum(bounds[:, 0] // block_n, last)
+    low = torch.maximum(first, edges[:-1, None, None])
+    length = (torch.minimum(last, edges[1:, None, None]) - low).clamp_(min=0).flatten(1)
+    base = (length.cumsum(1, dtype=torch.int32) - length).view_as(low) - low
+    return ChunkPlan(chunks, fill // (batch * tiles), fill + batch * tiles, edges, base)
+
+
+def rows_at_once(
+    rows: int, group: int, batch: int, heads_kv: int, config: BackwardConfig, room: int, units: int
+) -> int:
+    """Query rows of a run, at most, so that a chunk of keys has programs for ``ROUNDS`` rounds over the chip.
+
+    Args:
+        rows: query rows in all.
+        group: query heads of a key head.
+        batch, heads_kv: sequences and key heads.
+        config: the tiles.
+        room: slots of the workspace a key/value head.
+        units: multiprocessors.
+    """
+    blocks = 1 - (-ROUNDS * units * config.resident // (batch * heads_kv))  # one more is kept back, see ``plan_masked``
+    tiles = max(room // (batch * blocks), LEAST_TILES)
+    most = max(tiles * config.tile // group, 1)
+    runs = -(-rows // most)
+    return -(-rows // runs)
