@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 from unittest import mock
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,9 +27,11 @@ from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResa
 from ds_lvxattn import AdapterKeys, SequenceShards, shard_adapter
 from ds_lvxattn.comm import communicator
 from ds_lvxattn.config import ConfigError
+from ds_lvxattn.training.model import parameter_groups, partition_over_all_ranks
 from tests import qwen_vl_resampler
 from tests.distributed import run
 from tests.parity import Gradients
+from tests.tiny_model import ADAMW, CLIPPING, ds_config, groups_of
 
 BATCH, TOKENS, WIDTH, HEADS, QUERIES = 2, 4, 16, 2, 4
 FRAMES = {2: ((3, 1), (0, 4)), 4: ((2, 0, 1, 1), (0, 1, 0, 3))}  # of each rank
@@ -191,6 +194,62 @@ def expected_traffic(name: str, ranks: int) -> dict[str, int]:
         "outputs": (ranks - 1) * rows * (width + 8),
         "output gradients": 2 * (ranks - 1) * rows * (width + with_lse) // ranks,
     }
+
+
+# Under ZeRO-3, where each module's parameters are gathered when it is called
+
+STEPS = 3
+
+
+class AllAdapters(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({name: build(name) for name in ADAPTERS})
+
+    def forward(self, features: Tensor, **kwargs: Any) -> list[Tensor]:
+        return [part(features, None, **kwargs) for part in self.parts.values()]
+
+
+def train(frames: tuple[int, ...]) -> list[float]:
+    """Losses of a few steps: with ZeRO-3 on several ranks, with torch's AdamW on one."""
+    ranks, model = len(frames), AllAdapters().float()
+    if ranks == 1:
+        optimizer = torch.optim.AdamW(parameter_groups(model), **ADAMW)
+        losses = []
+        for _ in range(STEPS):
+            outs = model(features_of_all().float())
+            loss = torch.stack([part_of_loss(out, rank) for out in outs for rank in range(2)]).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+    for part in model.parts.values():
+        shard_adapter(part.get_submodule("adapter"))
+    config, groups = ds_config(3, 1, 1, ranks), groups_of(ranks)
+    partition_over_all_ranks(model, config, groups)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model), config=config, mpu=groups)
+    shards, rank = SequenceShards(tuple(TOKENS * n for n in frames)), dist.get_rank()
+    own = slice(shards.offset(rank), shards.offset(rank) + shards.lengths[rank])
+    keys = AdapterKeys(groups.get_sequence_parallel_group(), shards)
+    losses = []
+    for _ in range(STEPS):
+        outs = engine(features_of_all()[:, own].float(), sequence_parallel=keys)
+        loss = torch.stack([part_of_loss(out, rank) for out in outs]).mean() / ranks
+        engine.backward(loss)
+        engine.step()
+        whole = loss.detach().clone()
+        dist.all_reduce(whole)
+        losses.append(whole.item())
+    engine.destroy()
+    return losses
+
+
+def test_losses_under_zero3() -> None:
+    want, got = train((IN_ALL,)), run(2, train, (IN_ALL, 0))[0]
+    assert want[-1] < want[0]
+    assert got == pytest.approx(want, rel=1e-4)
 
 
 # Errors
