@@ -25,6 +25,7 @@ Step = Callable[[], None]
 
 FRAME = 64  # tokens of a frame of the masks, as in OpenFlamingo
 TURN = 4  # steps of one candidate before the next one's turn, after one that is not counted
+LONG_SECONDS = 0.1  # of a step; longer ones take turns of one counted step, twice
 WARM_UP_SECONDS = 0.05
 
 
@@ -142,11 +143,12 @@ def measure(layer: Layer, steps: dict[str, Step], seconds: float) -> list[Figure
     floor = next(iter(steps))
     once = slowest(statistics.median(timed(steps[floor], 3, group)), group) * 1e-3
     warm_up = max(1, int(WARM_UP_SECONDS / once)) if on_gpu else 1
-    for _ in range(max(3 if on_gpu else 1, int(seconds / (TURN * once + WARM_UP_SECONDS)))):
+    turn, least = (TURN, 3) if once < LONG_SECONDS else (1, 2)
+    for _ in range(max(least if on_gpu else 1, int(seconds / (turn * once + WARM_UP_SECONDS)))):
         for name, step in steps.items():
             # A chip that has just idled runs faster for a moment: every turn follows the same work.
             timed(steps[floor], warm_up, group)
-            times[name] += timed(step, TURN + 1, group)[1:]
+            times[name] += timed(step, turn + 1, group)[1:]
     medians = {name: slowest(statistics.median(values), group) for name, values in times.items()}
     return [
         Figure(

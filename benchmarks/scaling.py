@@ -2,11 +2,13 @@
 
     torchrun --nproc_per_node 8 benchmarks/scaling.py --output scaling.json --plot scaling.png
     NCCL_P2P_DISABLE=1 torchrun --nproc_per_node 8 benchmarks/scaling.py --output scaling_slow_link.json
+    python benchmarks/scaling.py --compare scaling.json --profile profile.json
 
 Weak: 64K visual tokens a GPU. Strong: 1M visual tokens in all. The first 1, 2, 4, ... ranks work while the others wait.
 The floor is the local compute of query exchange: all queries against the rank's own keys. In weak scaling that is what
 one GPU does, so efficiency against one GPU is floor over time. Without GPUs it runs on gloo with small sizes, which
-checks that everything runs, not how fast.
+checks that everything runs, not how fast. ``--compare`` prints how far the planner's times are from saved ones, from a
+profile that may have been measured on fewer GPUs.
 """
 
 from __future__ import annotations
@@ -14,22 +16,33 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from attention_layer import Figure, Layer, Shape, Step, link_speed, measure
 
+from ds_lvxattn.plan.cost import Layer as CostedLayer
+from ds_lvxattn.plan.cost import layer_cost
 from ds_lvxattn.plan.pipeline import head_groups
+from ds_lvxattn.plan.profile import Profile, load_profile
+from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.strategies import strategy_named
 
 # Query heads, key heads, head size; the last has more ranks than key heads from 8 GPUs on.
 HEADS = ((32, 8, 128), (28, 4, 128), (16, 4, 128))
 TEXT = (384, 2_048, 8_192)
 WEAK, STRONG = 65_536, 1_048_576
+PLANNED = {
+    "lv_xattn gather": ("lv_xattn", "gather"),
+    "lv_xattn ring": ("lv_xattn", "ring"),
+    "ulysses": ("ulysses", "auto"),
+    "ring": ("ring", "ring"),
+}
 CPU_SCALE = 1_024  # visual tokens are divided by this without a GPU
 
 
@@ -40,6 +53,7 @@ class Point:
     scaling: str
     ranks: int
     efficiency: float
+    shape: Shape
     figure: Figure
 
 
@@ -67,30 +81,45 @@ def candidates(layer: Layer, link: float) -> dict[str, Step]:
     return steps
 
 
-def run(seconds: float, device: torch.device) -> list[Point]:
-    """All points; known to rank 0, which takes part in each."""
+def run(seconds: float, device: torch.device, counts: Sequence[int], save: Callable[[list[Point]], None]) -> None:
+    """All points, by rank 0, which takes part in each, handed to ``save`` after each shape."""
     points: list[Point] = []
-    world, rank = dist.get_world_size(), dist.get_rank()
-    ranks = 1
-    while ranks <= world:
+    rank = dist.get_rank()
+    for ranks in counts:
         group = dist.new_group(list(range(ranks)))
         if rank < ranks:
             link = link_speed(group) if ranks > 1 else float("inf")
             for scaling, shape in shapes(ranks, device.type == "cuda"):
                 layer = Layer(shape, torch.bfloat16 if device.type == "cuda" else torch.float32, device, group)
                 figures = measure(layer, candidates(layer, link), seconds)
-                points += [Point(scaling, ranks, round(1 / figure.over_floor, 4), figure) for figure in figures]
+                points += [Point(scaling, ranks, round(1 / figure.over_floor, 4), shape, figure) for figure in figures]
                 if rank == 0:
                     report(points[-len(figures) :])
+                    save(points)
         dist.barrier()
-        ranks *= 2
-    return points
 
 
 def report(points: list[Point]) -> None:
     print(f"\n{points[0].scaling}, {points[0].ranks} ranks, {points[0].figure.shape}")
     for point in points:
         print(f"{point.figure.candidate:20s}{point.figure.ms:10.3f} ms, efficiency {point.efficiency:.3f}", flush=True)
+
+
+def compare(points: list[Point], profile: Profile) -> None:
+    """Predicted over measured time of every point, and how far off they are by number of ranks."""
+    errors: dict[int, list[float]] = {}
+    for point in points:
+        if point.figure.candidate == "floor":
+            continue
+        shape, n = point.shape, point.ranks
+        shards = (tuple([shape.queries // n] * n), tuple([shape.keys // n] * n))
+        layer = CostedLayer(LayerShape(1, shape.heads, shape.kv_heads, shape.head_dim, *shards, 2))
+        predicted = layer_cost(layer, PLANNED[point.figure.candidate], profile).attention * 1e3
+        error = predicted / point.figure.ms - 1
+        errors.setdefault(n, []).append(abs(error))
+        print(f"{n} ranks  {point.figure.shape:40s}{point.figure.candidate:16s}{point.figure.ms:10.2f} ms {error:+.1%}")
+    for n, found in errors.items():
+        print(f"{n} ranks: {len(found)} points, median {median(found):.1%}, largest {max(found):.1%}")
 
 
 def draw(points: list[Point], path: Path) -> None:
@@ -124,28 +153,46 @@ def _layer_of(point: Point) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=0.4, help="for each candidate of a shape (%(default)s)")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--ranks", help="numbers of ranks, such as 1,4 (default: 1, 2, 4, ... to all)")
+    parser.add_argument("--output", type=Path, default=Path("scaling.json"), help="(default: %(default)s)")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--compare", type=Path, help="predict for the points of this file instead of measuring")
+    parser.add_argument("--profile", default="h200", help="for --compare: name or file (default: %(default)s)")
     args = parser.parse_args()
+    if args.compare:
+        compare(read(args.compare), load_profile(args.profile))
+        return
     on_gpu = torch.cuda.is_available()
     device = torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = torch.device("cuda", torch.cuda.current_device())
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    points = run(args.seconds, device)
-    if dist.get_rank() == 0:
+    world = dist.get_world_size()
+    counts = [int(n) for n in args.ranks.split(",")] if args.ranks else [1 << i for i in range(world.bit_length())]
+
+    def save(points: list[Point]) -> None:
         about: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-            "ranks": dist.get_world_size(),
+            "ranks": world,
             "torch": torch.__version__,
             "NCCL_P2P_DISABLE": os.environ.get("NCCL_P2P_DISABLE", "0"),
             "points": [asdict(point) for point in points],
         }
         args.output.write_text(json.dumps(about, indent=1) + "\n")
-        if args.plot:
-            draw(points, args.plot)
+
+    run(args.seconds, device, counts, save)
+    if dist.get_rank() == 0 and args.plot:
+        draw(read(args.output), args.plot)
     dist.destroy_process_group()
+
+
+def read(path: Path) -> list[Point]:
+    """The points of a file that a run wrote."""
+    return [
+        Point(p["scaling"], p["ranks"], p["efficiency"], Shape(**p["shape"]), Figure(**p["figure"]))
+        for p in json.loads(path.read_text())["points"]
+    ]
 
 
 if __name__ == "__main__":

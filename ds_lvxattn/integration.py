@@ -17,6 +17,7 @@ from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.dispatch import select_kernel
 from ds_lvxattn.models import family_of
+from ds_lvxattn.models.text import check_positions
 from ds_lvxattn.plan.choice import ShapeClass, class_of
 from ds_lvxattn.plan.memory import POLICIES, LayerSizes, kept_bytes
 from ds_lvxattn.plan.plan import AttentionLayer, LayerPlan, plan_layers
@@ -42,8 +43,8 @@ class SequenceParallel:
         groups: the process groups.
 
     Raises:
-        ConfigError: an attention implementation that would be overruled, attention dropout above 0, or a model
-            class that no family knows.
+        ConfigError: an attention implementation that would be overruled, attention dropout above 0, rotary frequencies
+            that depend on the length, or a model class that no family knows.
     """
 
     def __init__(self, model: PreTrainedModel, config: SequenceParallelConfig, groups: SequenceParallelGroups) -> None:
@@ -67,6 +68,7 @@ class SequenceParallel:
                 f"the model's attention dropout is {dropout}; sequence-parallel attention has none, set it to 0 "
                 "in the model's config"
             )
+        check_positions(text)
         register_with_transformers()
         model.set_attn_implementation({self.family.attention_config: IMPLEMENTATION})
         self.family.reach_attention(model)

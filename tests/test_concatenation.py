@@ -16,15 +16,17 @@ from ds_lvxattn.comm import communicator
 from ds_lvxattn.config import ConfigError
 from ds_lvxattn.data.layout import BatchLayout, lay_out
 from ds_lvxattn.data.sample import IGNORE
+from ds_lvxattn.models import llava
 from ds_lvxattn.models.llava import Llava
 from ds_lvxattn.models.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.routes import visible_work
+from ds_lvxattn.training.model import select_trainable
 from ds_lvxattn.visual_rows import VisualRows
 from tests.distributed import device, run
-from tests.parity import samples_of
+from tests.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
 from tests.test_traffic import measured
 from tests.tiny_families import tiny
-from tests.tiny_model import IMAGE_TOKEN
+from tests.tiny_model import IMAGE_TOKEN, attach, loss_of
 
 BATCH = ("tItIItttaaItaIIIta", "ttIa", "ttatta")
 PER_FRAME = 4
@@ -114,6 +116,38 @@ def place(placement: str) -> None:
 @pytest.mark.parametrize(("ranks", "placement"), [(2, "contiguous"), (4, "striped")])
 def test_visual_tokens_come_to_their_rows(ranks: int, placement: str) -> None:
     run(ranks, place, placement)
+
+
+# Portions of frames, and parts that do not train
+
+TRAINABLE = (("*",), ("*multi_modal_projector.*",), ("*language_model.*", "*lm_head.*"))
+
+
+def loss_and_gradients(parallel: bool) -> list[tuple[float, Gradients]]:
+    """For each choice of what trains; a frame a portion, so a rank with fewer frames encodes one of them again."""
+    results = []
+    samples, usual = samples_of(BATCH), llava.TOKENS_AT_ONCE
+    for trainable in TRAINABLE:
+        model = tiny("llava", torch.float64).train()
+        select_trainable(model, "llava", trainable)
+        try:
+            llava.TOKENS_AT_ONCE = 1 if parallel else usual
+            ranks = dist.get_world_size() if parallel else 1
+            mode = ("lv_xattn", "gather", "striped")
+            loss = loss_of(model, samples, attach(model, ranks, mode, samples) if parallel else None)
+            loss.backward()
+        finally:
+            llava.TOKENS_AT_ONCE = usual
+        gradients = gradients_of(model)
+        results.append(sum_over_ranks(loss, gradients) if parallel else (loss.item(), gradients))
+    return results
+
+
+def test_portions_and_frozen_parts() -> None:
+    got, want = run(2, loss_and_gradients, True)[0], loss_and_gradients(False)
+    for trainable, ours, theirs in zip(TRAINABLE, got, want, strict=True):
+        loss, gradient = largest_differences(ours, theirs)
+        assert loss < 1e-12 and gradient < 1e-11, (trainable, loss, gradient)
 
 
 # Balance

@@ -31,7 +31,7 @@ from ds_lvxattn.models.blip2 import Blip2
 from ds_lvxattn.models.idefics import Idefics
 from ds_lvxattn.models.open_flamingo import OpenFlamingo, OpenFlamingoConfig, OpenFlamingoModel
 from ds_lvxattn.models.small import SMALL_MODELS
-from ds_lvxattn.models.text import self_attention_role
+from ds_lvxattn.models.text import check_positions, self_attention_role
 from ds_lvxattn.registration import exchanged_attention
 from ds_lvxattn.training.model import load_model
 from tests.tiny_families import tiny
@@ -110,6 +110,15 @@ def test_an_encoder_decoder_in_blip2_is_refused() -> None:
 def test_dropout_beside_the_attention_is_not_that_of_attention() -> None:
     for config, want in ((OPTConfig(dropout=0.1), 0.0), (OPTConfig(dropout=0.0, attention_dropout=0.2), 0.2)):
         assert attention_dropout(OPTAttention(config, layer_idx=0)) == want
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_rotary_frequencies_that_follow_the_length_are_refused(layers: bool) -> None:
+    of_a_layer = {"rope_type": "dynamic", "factor": 2.0}
+    config = SimpleNamespace(rope_parameters={"full_attention": of_a_layer} if layers else of_a_layer)
+    with pytest.raises(ConfigError, match="'dynamic'.*longest text.*'sequence_parallel_size' to 1"):
+        check_positions(config)
+    check_positions(SimpleNamespace(rope_parameters={"rope_type": "llama3", "factor": 8.0}))
 
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux"])

@@ -14,8 +14,9 @@ from torch import Tensor
 
 WORKSPACE_BYTES = 2 << 30
 # Full rounds of programs that a chunk should have: with fewer, the last round leaves too much of the chip idle.
-ROUNDS = 2
+ROUNDS = 3
 LEAST_TILES = 2  # of rows at once, however small the workspace
+RUN_GRANULE = 64  # runs begin at addresses that the compiler takes for aligned, as it does the whole tensors'
 
 
 class BackwardConfig(NamedTuple):
@@ -117,7 +118,7 @@ def plan_masked(bounds: Tensor, count: Tensor, block_n: int, room: int) -> Chunk
     before = per_block.cumsum(0, dtype=torch.int32) - per_block
     marks = torch.arange(chunks + 1, dtype=torch.int32, device=count.device) * fill
     edges = torch.searchsorted(before, marks, out_int32=True)
-    edges[-1] = blocks
+    edges[-1:].fill_(blocks)  # an assignment would copy from the host, and wait for it
     last = (bounds[:, 1] + block_n - 1) // block_n
     first = torch.minimum(bounds[:, 0] // block_n, last)
     low = torch.maximum(first, edges[:-1, None, None])
@@ -143,4 +144,5 @@ def rows_at_once(
     tiles = max(room // (batch * blocks), LEAST_TILES)
     most = max(tiles * config.tile // group, 1)
     runs = -(-rows // most)
-    return -(-rows // runs)
+    run = -(-rows // (runs * RUN_GRANULE)) * RUN_GRANULE
+    return min(run, rows)

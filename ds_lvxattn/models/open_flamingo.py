@@ -36,7 +36,7 @@ from ds_lvxattn.batch import SequenceParallelBatch
 from ds_lvxattn.config import ConfigError
 from ds_lvxattn.models.family import TOKENS_AT_ONCE, Family
 from ds_lvxattn.models.frames import encode_in_portions
-from ds_lvxattn.models.text import self_attention_role, self_attention_sizes
+from ds_lvxattn.models.text import self_attention_role, self_attention_sizes, self_attention_window
 from ds_lvxattn.recompute import Recomputation
 from ds_lvxattn.registration import exchanged_attention
 
@@ -197,6 +197,9 @@ class OpenFlamingo(Family):
         if isinstance(module, CLIPAttention):
             return super().sizes_of(module)
         return module.heads, module.heads, module.to_q.out_features // module.heads
+
+    def window_of(self, module: Any) -> int | None:
+        return self_attention_window(module) if self.role_of(module) == "self" else None
 
     def reach_attention(self, model: nn.Module) -> None:
         for module in model.modules():

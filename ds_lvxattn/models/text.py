@@ -11,6 +11,29 @@ from ds_lvxattn.config import ConfigError
 # Their scores carry a bias by distance (ALiBi), and their attention does not go through transformers' registry.
 ALIBI = ("MptAttention", "BloomAttention", "FalconAttention", "MPTAttention", "MultiheadAttentionMPT")
 
+# Rotary embeddings whose frequencies the model chooses by the largest position that it is given.
+BY_LENGTH = ("dynamic", "longrope")
+
+
+def check_positions(config: Any) -> None:
+    """Refuse a language model whose rotary frequencies depend on the length of the text: a rank knows only its rows.
+
+    Args:
+        config: of the language model.
+
+    Raises:
+        ConfigError: naming the type.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for some in (parameters, *parameters.values()):  # of the model, or for each of its types of layers
+        kind = some.get("rope_type") if isinstance(some, dict) else None
+        if kind in BY_LENGTH:
+            raise ConfigError(
+                f"the model's rotary embedding is of type {kind!r}, whose frequencies follow from the longest text "
+                "at hand, which differs between the ranks that share it; choose a model with another 'rope_type', or "
+                "set 'sequence_parallel_size' to 1"
+            )
+
 
 def self_attention_role(module: Any) -> str | None:
     """``self`` for a decoder's attention that goes through transformers' attention registry.
