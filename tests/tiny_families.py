@@ -11,11 +11,14 @@ from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
     CLIPVisionConfig,
+    Idefics2Config,
+    Idefics2ForConditionalGeneration,
     IdeficsConfig,
     IdeficsForVisionText2Text,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MistralConfig,
     OPTConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -118,6 +121,26 @@ def qwen2_5_vl() -> nn.Module:
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
+def idefics2() -> nn.Module:
+    """Three latents a frame, in the text of a Mistral model without a window."""
+    text = MistralConfig(
+        vocab_size=IMAGE_TOKEN + 1, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2, sliding_window=None, pad_token_id=0,
+    )  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": SIZE, "patch_size": 14, "initializer_range": 0.2,
+    }  # fmt: skip
+    perceiver = {
+        "hidden_size": 32, "resampler_n_latents": 3, "resampler_depth": 2, "resampler_n_heads": 2,
+        "resampler_head_dim": 8, "num_key_value_heads": 1, "initializer_range": 0.2,
+    }  # fmt: skip
+    config = Idefics2Config(
+        vision_config=vision, perceiver_config=perceiver, text_config=text, image_token_id=IMAGE_TOKEN
+    )
+    return Idefics2ForConditionalGeneration(config)
+
+
 def text_only() -> nn.Module:
     """The second and third layer see the last five tokens."""
     config = Qwen2Config(
@@ -135,6 +158,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "open_flamingo, all previous": lambda: open_flamingo(immediate=False),
     "llava": llava,
     "blip2": blip2,
+    "idefics2": idefics2,
     "qwen2.5-vl": qwen2_5_vl,
     "text only": text_only,
 }

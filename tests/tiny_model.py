@@ -23,6 +23,7 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -35,6 +36,7 @@ from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.models import family_of, mllama
 from ds_lvxattn.models.blip2 import Blip2
 from ds_lvxattn.models.idefics import Idefics
+from ds_lvxattn.models.idefics2 import Idefics2
 from ds_lvxattn.models.llava import Llava
 from ds_lvxattn.models.mllama import Mllama
 from ds_lvxattn.models.open_flamingo import OpenFlamingo
@@ -155,6 +157,7 @@ PROCESSORS: dict[type, Callable[[], Any]] = {
     TextOnly: lambda: None,
     Qwen25VL: lambda: Qwen2VLImageProcessorPil(patch_size=SIZE // 4),
     Llava: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
+    Idefics2: lambda: Idefics2ImageProcessorPil(size={"shortest_edge": 14, "longest_edge": SIZE}),
     Blip2: lambda: BlipImageProcessorPil(size=SQUARE),
     OpenFlamingo: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
 }

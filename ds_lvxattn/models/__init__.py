@@ -9,6 +9,7 @@ from ds_lvxattn.config import ConfigError
 from ds_lvxattn.models.blip2 import Blip2
 from ds_lvxattn.models.family import Family
 from ds_lvxattn.models.idefics import Idefics
+from ds_lvxattn.models.idefics2 import Idefics2
 from ds_lvxattn.models.llava import Llava
 from ds_lvxattn.models.mllama import Mllama
 from ds_lvxattn.models.open_flamingo import OpenFlamingo
@@ -21,6 +22,7 @@ FAMILIES: tuple[Family, ...] = (
     OpenFlamingo(),
     Llava(),
     Blip2(),
+    Idefics2(),
     Qwen25VL(),
     TextOnly(LlamaForCausalLM),
     TextOnly(MistralForCausalLM),

@@ -10,11 +10,14 @@ from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
     CLIPVisionConfig,
+    Idefics2Config,
+    Idefics2ForConditionalGeneration,
     IdeficsConfig,
     IdeficsForVisionText2Text,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MistralConfig,
     OPTConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
@@ -23,6 +26,7 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -157,12 +161,39 @@ def blip2(seed: int) -> tuple[PreTrainedModel, Any]:
     return model, BlipImageProcessorPil(size={"height": SIZE, "width": SIZE}, **PIXELS)
 
 
+def idefics2(seed: int) -> tuple[PreTrainedModel, Any]:
+    """Idefics2 around a Mistral model: a perceiver makes four latents of a frame, which stand in the text."""
+    vision = {
+        "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "image_size": SIZE, "patch_size": SIZE // 2, "initializer_range": 0.1,
+    }  # fmt: skip
+    perceiver = {
+        "hidden_size": WIDTH, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4,
+        "resampler_head_dim": WIDTH // 4, "num_key_value_heads": 2, "initializer_range": 0.1,
+    }  # fmt: skip
+    text = MistralConfig(
+        vocab_size=len(VOCABULARY), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.1,
+        sliding_window=None, **TOKENS,
+    )  # fmt: skip
+    config = Idefics2Config(
+        vision_config=vision, perceiver_config=perceiver, text_config=text, image_token_id=VOCABULARY.index(IMAGE)
+    )
+    model = _random(Idefics2ForConditionalGeneration, config, seed)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model.model.connector.perceiver_resampler.latents.normal_()  # they start at 1, and equal latents stay equal
+    size = {"shortest_edge": SIZE, "longest_edge": SIZE}
+    return model, Idefics2ImageProcessorPil(size=size, do_image_splitting=False, **PIXELS)
+
+
 SMALL_MODELS: dict[str, Callable[[int], tuple[PreTrainedModel, Any]]] = {
     "quickstart": quickstart,
     "small-idefics": idefics,
     "small-openflamingo": open_flamingo,
     "small-llava": llava,
     "small-blip2": blip2,
+    "small-idefics2": idefics2,
     "small-qwen2.5-vl": qwen2_5_vl,
 }
 
