@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AriaConfig,
+    AriaForConditionalGeneration,
     Blip2Config,
     Blip2ForConditionalGeneration,
     CLIPVisionConfig,
@@ -141,6 +143,24 @@ def idefics2() -> nn.Module:
     return Idefics2ForConditionalGeneration(config)
 
 
+def aria() -> nn.Module:
+    """Three visual tokens of the four patches of a frame; the processor knows no images smaller than 490 pixels."""
+    config = AriaConfig(
+        vision_config={
+            "model_type": "idefics3_vision", "hidden_size": 4, "intermediate_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 490, "patch_size": 245,
+        },
+        text_config={
+            "model_type": "aria_text", "vocab_size": IMAGE_TOKEN + 1, "hidden_size": 32, "intermediate_size": 16,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+            "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1, "initializer_range": 0.2,
+        },
+        projector_patch_to_query_dict={4: 3}, image_token_index=IMAGE_TOKEN,
+    )  # fmt: skip
+    # torch's grouped products of the experts have no float64.
+    return AriaForConditionalGeneration._from_config(config, experts_implementation="eager")
+
+
 def text_only() -> nn.Module:
     """The second and third layer see the last five tokens."""
     config = Qwen2Config(
@@ -159,6 +179,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "llava": llava,
     "blip2": blip2,
     "idefics2": idefics2,
+    "aria": aria,
     "qwen2.5-vl": qwen2_5_vl,
     "text only": text_only,
 }

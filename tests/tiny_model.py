@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
@@ -34,6 +35,7 @@ from ds_lvxattn.data.sample import IGNORE, Sample
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.models import family_of, mllama
+from ds_lvxattn.models.aria import Aria
 from ds_lvxattn.models.blip2 import Blip2
 from ds_lvxattn.models.idefics import Idefics
 from ds_lvxattn.models.idefics2 import Idefics2
@@ -158,6 +160,7 @@ PROCESSORS: dict[type, Callable[[], Any]] = {
     Qwen25VL: lambda: Qwen2VLImageProcessorPil(patch_size=SIZE // 4),
     Llava: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
     Idefics2: lambda: Idefics2ImageProcessorPil(size={"shortest_edge": 14, "longest_edge": SIZE}),
+    Aria: lambda: AriaImageProcessorPil(min_image_size=245),
     Blip2: lambda: BlipImageProcessorPil(size=SQUARE),
     OpenFlamingo: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
 }

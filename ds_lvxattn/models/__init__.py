@@ -6,6 +6,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
 
 from ds_lvxattn.config import ConfigError
+from ds_lvxattn.models.aria import Aria
 from ds_lvxattn.models.blip2 import Blip2
 from ds_lvxattn.models.family import Family
 from ds_lvxattn.models.idefics import Idefics
@@ -23,6 +24,7 @@ FAMILIES: tuple[Family, ...] = (
     Llava(),
     Blip2(),
     Idefics2(),
+    Aria(),
     Qwen25VL(),
     TextOnly(LlamaForCausalLM),
     TextOnly(MistralForCausalLM),

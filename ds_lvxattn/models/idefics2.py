@@ -18,7 +18,7 @@ from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverAtte
 
 from ds_lvxattn.models.concatenation import Concatenation
 from ds_lvxattn.models.family import TOKENS_AT_ONCE
-from ds_lvxattn.models.frames import encode_in_portions
+from ds_lvxattn.models.frames import encode_in_portions, filled
 from ds_lvxattn.recompute import Recomputation
 
 
@@ -40,7 +40,7 @@ class Idefics2(Concatenation):
         patches = mask.unfold(1, patch, patch).unfold(2, patch, patch).all(dim=-1).all(dim=-1)
         vision = functools.partial(_states, model.vision_model)
         states = encode_in_portions(model.vision_model, vision, [values, patches], portions, recomputation)
-        inputs = [states, _as_many(patches, states.shape[0]).flatten(1)]
+        inputs = [states, filled(patches, states.shape[0]).flatten(1)]
         return encode_in_portions(model.connector, model.connector, inputs, portions, recomputation)
 
     def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
@@ -79,11 +79,6 @@ class Idefics2(Concatenation):
 
 def _states(vision: nn.Module, values: Tensor, patches: Tensor) -> Tensor:
     return vision(pixel_values=values, patch_attention_mask=patches).last_hidden_state
-
-
-def _as_many(x: Tensor, count: int) -> Tensor:
-    """``x [f, ...]`` for ``count`` frames: more than ``f`` repeat the first, as in ``encode_in_portions``."""
-    return torch.cat((x, x[:1].expand(count - x.shape[0], *x.shape[1:]))) if count > x.shape[0] else x
 
 
 def _patches(vision: Any) -> int:
