@@ -29,7 +29,7 @@ NONE_HIDDEN = (*BATCHES[:3], ("IIta",), ("IItaItIIItta", "Ita", "ItIIa"))
 TEXT = (("ttatttattaataatta",), ("tttttttaa",), ("tta",), ("ta",), ("tttatta", "ta", "ttttta"))
 
 
-ZERO3 = ("idefics, perceiver, norms", "open_flamingo, immediate", "llava", "qwen2.5-vl", "blip2")
+ZERO3 = ("idefics, perceiver, norms", "open_flamingo, immediate", "llava", "qwen2.5-vl", "blip2", "idefics2", "aria")
 
 
 def batches_of(family: str) -> tuple[tuple[str, ...], ...]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    AriaConfig,
+    AriaForConditionalGeneration,
     Blip2Config,
     Blip2ForConditionalGeneration,
     CLIPVisionConfig,
@@ -23,6 +25,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
@@ -187,6 +190,28 @@ def idefics2(seed: int) -> tuple[PreTrainedModel, Any]:
     return model, Idefics2ImageProcessorPil(size=size, do_image_splitting=False, **PIXELS)
 
 
+def aria(seed: int) -> tuple[PreTrainedModel, Any]:
+    """Aria with four experts: its projector makes four visual tokens of a frame, which stand in the text.
+
+    Its image processor makes images of 490 pixels at least, so patches are large and the vision encoder is narrow.
+    """
+    side = 490
+    vision = {
+        "model_type": "idefics3_vision", "hidden_size": WIDTH // 3, "intermediate_size": WIDTH, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "image_size": side, "patch_size": side // 2, "initializer_range": 0.1,
+    }  # fmt: skip
+    text = {
+        "model_type": "aria_text", "vocab_size": len(VOCABULARY), "hidden_size": WIDTH, "intermediate_size": WIDTH,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+        "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1, "initializer_range": 0.1, **TOKENS,
+    }  # fmt: skip
+    config = AriaConfig(
+        vision_config=vision, text_config=text, projector_patch_to_query_dict={4: 4},
+        image_token_index=VOCABULARY.index(IMAGE), initializer_range=0.1,
+    )  # fmt: skip
+    return _random(AriaForConditionalGeneration, config, seed), AriaImageProcessorPil(max_image_size=side, **PIXELS)
+
+
 SMALL_MODELS: dict[str, Callable[[int], tuple[PreTrainedModel, Any]]] = {
     "quickstart": quickstart,
     "small-idefics": idefics,
@@ -194,6 +219,7 @@ SMALL_MODELS: dict[str, Callable[[int], tuple[PreTrainedModel, Any]]] = {
     "small-llava": llava,
     "small-blip2": blip2,
     "small-idefics2": idefics2,
+    "small-aria": aria,
     "small-qwen2.5-vl": qwen2_5_vl,
 }
 
