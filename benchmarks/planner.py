@@ -15,11 +15,12 @@ import functools
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_lvxattn.plan.choice import candidates, choose
 from ds_lvxattn.plan.cost import Layer, layer_cost, obstacle
 from ds_lvxattn.plan.profile import Profile, load_profile, profile_from_json, profile_to_json, write_profile
 from ds_lvxattn.plan.traffic import TRAFFIC, LayerShape
@@ -233,8 +234,7 @@ def summary(rows: Sequence[dict[str, Any]], profile: Profile) -> dict[str, Any]:
         for name, ms in measured.items():
             errors.setdefault(name, []).append(abs(predicted[name] - ms) / ms)
         if measured:
-            chosen = min(measured, key=lambda name: predicted[name])
-            losses.append(measured[chosen] / min(measured.values()) - 1)
+            losses.append(measured[_choice(row, measured, profile)] / min(measured.values()) - 1)
     everything = sorted(error for found in errors.values() for error in found)
     return {
         "shapes": len(rows),
@@ -247,6 +247,16 @@ def summary(rows: Sequence[dict[str, Any]], profile: Profile) -> dict[str, Any]:
         "choice_within_5_percent": sum(loss <= 0.05 for loss in losses) / max(len(losses), 1),
         "choice_worst_loss": max(losses, default=0.0),
     }
+
+
+def _choice(row: dict[str, Any], measured: Mapping[str, float], profile: Profile) -> str:
+    """What ``auto`` takes of the modes that were measured."""
+    if row["ranks"] == 1:
+        return next(iter(measured))
+    found = candidates(Case(**row["case"]).layer(row["ranks"], row["element"]), profile)
+    chosen = choose([candidate for candidate in found if "/".join(candidate.mode) in measured])
+    assert chosen is not None
+    return "/".join(chosen.mode)
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from ds_lvxattn.calibration.clock import Clock, slowest
-from ds_lvxattn.calibration.collectives import collective_curves, hidden_share, with_links
+from ds_lvxattn.calibration.collectives import collective_curves, with_links
 from ds_lvxattn.calibration.extent import CPU, DEFAULT_LAYOUTS, GPU, Extent, HeadLayout
 from ds_lvxattn.calibration.kernels import measured_kernels
 from ds_lvxattn.calibration.layers import host_times, projections
@@ -142,9 +142,6 @@ def calibrate(
     profile = with_links(profile, known, curves, comm.ranks)
     profile = replace(profile, projections=projections(profile, layouts, clock, device, dtype))
     profile = replace(profile, kernels=tuple(measured_kernels(profile, layouts, clock, extent, device, dtype)))
-    if comm.ranks > 1:
-        hidden = hidden_share(comm, clock, device, dtype, layouts[0])
-        profile = replace(profile, overlap=slowest(hidden, device, largest=False))
     profile = replace(profile, host=host_times(group, comm.ranks, layouts[0], device, dtype))
     seconds = time.perf_counter() - began
     profile = replace(profile, source=f"{profile.source}; {seconds:.1f} s")

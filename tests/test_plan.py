@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ds_lvxattn.config import ConfigError, SequenceParallelConfig
-from ds_lvxattn.plan.choice import HYSTERESIS, TIE, shape_class
+from ds_lvxattn.plan.choice import HOST_TIE, HYSTERESIS, TIE, shape_class
 from ds_lvxattn.plan.pipeline import head_groups, keeps_queries
 from ds_lvxattn.plan.plan import AttentionLayer, LayerPlan, plan_layers, write_plan
 from ds_lvxattn.plan.profile import load_profile
@@ -97,12 +97,13 @@ def plans(
 
 
 def test_auto_takes_what_is_predicted_fastest() -> None:
-    slow = plans(4000, 40000, profile="h200-slow-link")[1]
+    slow = plans(4000, 400_000, profile="h200-slow-link")[1]
     assert slow.strategy == "lv_xattn"
-    for plan in (*plans(64, 100_000)[:3], slow):
+    # Where the host sets the time, predictions are less certain, and more count as equally fast.
+    for plan, tie in (*((plan, HOST_TIE) for plan in plans(64, 100_000)[:3]), (slow, TIE)):
         assert set(plan.predicted_ms) == {"lv_xattn", "ulysses", "ring"} == set(plan.predicted_bytes)
         times = [ms for ms in plan.predicted_ms.values() if ms is not None]
-        assert plan.predicted_ms[plan.strategy] <= min(times) * (1 + TIE)
+        assert plan.predicted_ms[plan.strategy] <= min(times) * (1 + tie)
         assert f"{plan.strategy}/{plan.schedule} " in plan.reason and " ms" in plan.reason
 
 

@@ -1,4 +1,4 @@
-"""Times of the collectives that the strategies use, on the real group, and what a kernel hides of one."""
+"""Times of the collectives that the strategies use, on the real group."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_lvxattn.calibration.clock import Clock, slowest, slowest_of
-from ds_lvxattn.calibration.extent import Extent, HeadLayout
-from ds_lvxattn.calibration.kernels import kernel_calls
+from ds_lvxattn.calibration.clock import Clock, slowest_of
+from ds_lvxattn.calibration.extent import Extent
 from ds_lvxattn.comm import Communicator, Message, Part, Transfer
 from ds_lvxattn.plan.profile import Curve, Link, Profile
 
@@ -66,25 +65,3 @@ def with_links(profile: Profile, known: Profile, curves: Sequence[Curve], ranks:
 
 def _gather(comm: Communicator, buffer: Tensor) -> Transfer:
     return comm.start_all_gather([("calibration", buffer)])
-
-
-def hidden_share(
-    comm: Communicator, clock: Clock, device: torch.device, dtype: torch.dtype, layout: HeadLayout
-) -> float:
-    """Share of the shorter one that a kernel and a collective of about equal length hide of each other."""
-    rows, keys = (2048, 32768) if device.type == "cuda" else (128, 512)
-    calls = kernel_calls(layout, rows, keys, None, device, dtype)
-    alone = slowest(clock.seconds(calls.forward), device)
-    # As many bytes as take that long, between what is worth measuring and what fits.
-    probe = torch.zeros((comm.ranks, 1 << (24 if device.type == "cuda" else 16)), dtype=torch.uint8, device=device)
-    rate = probe.shape[1] / slowest(clock.seconds(lambda: _gather(comm, probe).wait()), device)
-    size = int(min(max(alone * rate, 1 << 16), 1 << 28))
-    buffer = torch.zeros((comm.ranks, size), dtype=torch.uint8, device=device)
-
-    def both() -> None:
-        transfer = _gather(comm, buffer)
-        calls.forward()
-        transfer.wait()
-
-    sent, together = (slowest(clock.seconds(call), device) for call in (lambda: _gather(comm, buffer).wait(), both))
-    return min(max((alone + sent - together) / min(alone, sent), 0.0), 1.0)

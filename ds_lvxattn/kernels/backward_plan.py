@@ -14,7 +14,9 @@ from torch import Tensor
 
 WORKSPACE_BYTES = 2 << 30
 # Full rounds of programs that a chunk should have: with fewer, the last round leaves too much of the chip idle.
-ROUNDS = 3
+ROUNDS = 2
+# Of a run if all is visible, at least: what a mask hides the host does not know, and each run takes it a millisecond.
+RUN_OPERATIONS = 1e12
 LEAST_TILES = 2  # of rows at once, however small the workspace
 RUN_GRANULE = 64  # runs begin at addresses that the compiler takes for aligned, as it does the whole tensors'
 
@@ -128,21 +130,24 @@ def plan_masked(bounds: Tensor, count: Tensor, block_n: int, room: int) -> Chunk
 
 
 def rows_at_once(
-    rows: int, group: int, batch: int, heads_kv: int, config: BackwardConfig, room: int, units: int
-) -> int:
+    rows: int, keys: int, group: int, batch: int, heads_kv: int, head_dim: int, config: BackwardConfig, room: int,
+    units: int,
+) -> int:  # fmt: skip
     """Query rows of a run, at most, so that a chunk of keys has programs for ``ROUNDS`` rounds over the chip.
 
     Args:
-        rows: query rows in all.
+        rows, keys: query rows and keys in all.
         group: query heads of a key head.
-        batch, heads_kv: sequences and key heads.
+        batch, heads_kv, head_dim: sequences, key heads, head size.
         config: the tiles.
         room: slots of the workspace a key/value head.
         units: multiprocessors.
     """
-    blocks = 1 - (-ROUNDS * units * config.resident // (batch * heads_kv))  # one more is kept back, see ``plan_masked``
+    wanted = -(-ROUNDS * units * config.resident // (batch * heads_kv))
+    blocks = 1 + min(wanted, -(-keys // config.block_n))  # one more is kept back, see ``plan_masked``
     tiles = max(room // (batch * blocks), LEAST_TILES)
-    most = max(tiles * config.tile // group, 1)
-    runs = -(-rows // most)
+    runs = -(-rows // max(tiles * config.tile // group, 1))
+    operations = 10.0 * batch * heads_kv * group * head_dim * rows * keys
+    runs = max(min(runs, int(operations / RUN_OPERATIONS)), 1)
     run = -(-rows // (runs * RUN_GRANULE)) * RUN_GRANULE
     return min(run, rows)

@@ -345,7 +345,8 @@ def interval_backward(
     run = seq_q
     if config.keep_ds or start is None:
         units = multiprocessors(q.device)
-        run = rows_at_once(seq_q, heads_q // heads_kv, batch, heads_kv, config, room, units)
+        group = heads_q // heads_kv
+        run = rows_at_once(seq_q, k.shape[2], group, batch, heads_kv, head_dim, config, room, units)
     if run == seq_q:
         _backward_of_rows(dout, q, k, v, lse, delta, start, stop, scale, config, room, dq, dk, dv, add=False)
         return dq, dk, dv

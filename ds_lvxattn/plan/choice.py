@@ -11,6 +11,8 @@ from ds_lvxattn.plan.traffic import TRAFFIC, LayerShape
 
 # Predictions closer than this are a tie, which fewer bytes decide: they are exact, and what is shared with others.
 TIE = 0.01
+# The same where the host issues the layer more slowly than the device runs it: its time is far less certain.
+HOST_TIE = 0.15
 # A layer changes its strategy only for a gain above this, so that batches near a boundary do not make it swing.
 HYSTERESIS = 0.05
 
@@ -96,8 +98,14 @@ def choose(found: Sequence[Candidate], before: Mode | None = None) -> Candidate 
     for candidate in possible:
         if candidate.mode == before and candidate.seconds <= least * (1 + HYSTERESIS):
             return candidate
-    tied = [candidate for candidate in possible if candidate.seconds <= least * (1 + TIE)]
+    tied = [candidate for candidate in possible if candidate.seconds <= least * (1 + tie(possible))]
     return min(tied, key=lambda candidate: candidate.received or 0)
+
+
+def tie(possible: Sequence[Candidate]) -> float:
+    """Up to which share more than the fastest takes candidates count as equally fast."""
+    fastest = min(possible, key=lambda candidate: candidate.seconds)
+    return HOST_TIE if fastest.cost is not None and fastest.cost.host_bound else TIE
 
 
 def best_of_each(found: Sequence[Candidate]) -> dict[str, Candidate]:
@@ -126,7 +134,7 @@ def reason(chosen: Candidate, found: Sequence[Candidate], layer: Layer, profile:
     if kept:
         why = f"kept: no other is predicted more than {HYSTERESIS:.0%} faster"
     elif times[0].mode != chosen.mode:
-        why = f"fewest bytes of those predicted within {TIE:.0%} of the fastest"
+        why = f"fewest bytes of those predicted within {tie(times):.0%} of the fastest"
     else:
         why = "predicted fastest"
     text = (
@@ -134,7 +142,7 @@ def reason(chosen: Candidate, found: Sequence[Candidate], layer: Layer, profile:
         f"{shape.ranks} ranks ({profile.name}): {compared}; of its time kernels {kernels * 1e3:.3g} ms, "
         f"exchange not hidden {exchange * 1e3:.3g} ms"
     )
-    if cost.host > cost.device:
+    if cost.host_bound:
         text += f", less than the host takes to issue it ({cost.host * 1e3:.3g} ms)"
     barred = [f"{'/'.join(c.mode)} not possible: {c.obstacle}" for c in found if c.obstacle is not None]
     return "; ".join([text, *barred])

@@ -102,6 +102,11 @@ class Cost:
         """The layer: attention, exchange and the projection of K and V."""
         return max(self.device + self.projection + self.projection_again, self.host)
 
+    @property
+    def host_bound(self) -> bool:
+        """Whether the host takes longer to issue the layer than the device to run it."""
+        return self.host >= self.total
+
 
 def layer_cost(layer: Layer, mode: Mode, profile: Profile) -> Cost:
     """Time of ``layer`` with the strategy and schedule ``mode``; ``("local", "auto")`` is one rank's own attention.

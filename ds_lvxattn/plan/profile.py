@@ -147,7 +147,8 @@ class Profile:
         matmul: operations a second of a large matrix product in the training dtype.
         launch: seconds of the smallest kernel on the device.
         overlap: of a transfer and a kernel that run side by side, the share of the shorter one that is really hidden;
-            what is missing to 1 is the time by which they slow each other.
+            what is missing to 1 is the time by which they slow each other. Not measured by calibration, whose short
+            runs give anything from 0.04 to 0.93 on the same machine.
         gpus_per_node: GPUs behind one ``intra`` link.
         intra, inter: links inside a node and between nodes.
         kernels: attention kernels.
