@@ -1,11 +1,12 @@
 """The planner's predictions against measured times of one attention layer, on shapes that no calibration used.
 
     deepspeed --num_gpus 2 benchmarks/planner.py --output planner.json --seconds 300
-    python benchmarks/planner.py --compare planner.json
+    python benchmarks/planner.py --compare planner.json --map map.png
 
 Projects K and V, exchanges and attends, forward and backward, under every strategy and schedule that can run; prints
 predicted and measured milliseconds and the quantiles of the error. ``--compare`` predicts again for saved measurements,
-from the profile saved with them or from ``--profile``, without a GPU.
+from the profile saved with them or from ``--profile``, without a GPU; ``--map`` draws what was measured fastest over
+the map of what is predicted fastest, one panel a file.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ from typing import Any
 
 from ds_lvxattn.plan.choice import candidates, choose
 from ds_lvxattn.plan.cost import Layer, layer_cost, obstacle
+from ds_lvxattn.plan.models import model_sizes
+from ds_lvxattn.plan.plots import Panel, choice_map
 from ds_lvxattn.plan.profile import Profile, load_profile, profile_from_json, profile_to_json, write_profile
+from ds_lvxattn.plan.step import Job
 from ds_lvxattn.plan.traffic import TRAFFIC, LayerShape
 from ds_lvxattn.plan.visibility import FULL, Visibility, of_mask
 
 MODES = tuple(TRAFFIC)
 FEATURES = 4096
+LAYOUTS = ((32, 8, 128), (28, 4, 128), (8, 8, 64))
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,11 @@ def grid(largest: float, most_features: float, policies: Sequence[str]) -> list[
     """
     texts = (128, 384, 1024, 3072, 12288, 65536)
     visuals = (8192, 49152, 196608, 1048576)
-    layouts = ((32, 8, 128), (28, 4, 128), (8, 8, 64))
     masks = (None, "growing", None, "full", "frame")
     cases = []
     for i, text in enumerate(texts):
         for j, visual in enumerate(visuals):
-            for k, layout in enumerate(layouts):
+            for k, layout in enumerate(LAYOUTS):
                 number = i * 12 + j * 3 + k
                 case = Case(text, visual, *layout, masks[number % 5], policies[(i + j + k) % len(policies)])
                 if case.operations() <= largest and visual <= most_features:
@@ -249,6 +253,27 @@ def summary(rows: Sequence[dict[str, Any]], profile: Profile) -> dict[str, Any]:
     }
 
 
+def compare(files: Sequence[Path], name: str | None, picture: Path | None) -> None:
+    """Print predictions beside the measurements of ``files``; draw the map of the first layout of the grid."""
+    panels = []
+    for file in files:
+        saved = json.loads(file.read_text())
+        profile = load_profile(name) if name else profile_from_json(saved["profile"])
+        for row in saved["rows"]:
+            print(line(row, profile))
+        print(json.dumps(summary(saved["rows"], profile), indent=1))
+        fastest = {}
+        for row in saved["rows"]:
+            measured = {mode: ms for mode, ms in row["ms"].items() if ms is not None}
+            if measured and (row["case"]["heads"], row["case"]["kv_heads"]) == LAYOUTS[0][:2]:
+                best = min(measured, key=lambda mode: measured[mode])
+                fastest[row["case"]["text"], row["case"]["visual"]] = best.split("/")[0]
+        panels.append(Panel(profile, f"{profile.intra.bandwidth / 1e9:.0f} GB/s", fastest))
+    if picture:
+        ranks = saved["rows"][0]["ranks"]
+        choice_map(Job(model_sizes("Llama-3.2-11B-Vision"), 2048, 64, ranks, "kv"), panels, picture)
+
+
 def _choice(row: dict[str, Any], measured: Mapping[str, float], profile: Profile) -> str:
     """What ``auto`` takes of the modes that were measured."""
     if row["ranks"] == 1:
@@ -272,15 +297,12 @@ def main() -> None:
     )
     parser.add_argument("--policies", default="none,kv,layer", help="recompute policies, by comma (%(default)s)")
     parser.add_argument("--profile", help="a profile, by name or file; else measured, or the one of the measurements")
-    parser.add_argument("--compare", type=Path, help="predict again for these measurements")
+    parser.add_argument("--compare", type=Path, nargs="+", help="predict again for these measurements")
+    parser.add_argument("--map", type=Path, help="for --compare: where to draw")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
     args = parser.parse_args()
     if args.compare:
-        saved = json.loads(args.compare.read_text())
-        profile = load_profile(args.profile) if args.profile else profile_from_json(saved["profile"])
-        for row in saved["rows"]:
-            print(line(row, profile))
-        print(json.dumps(summary(saved["rows"], profile), indent=1))
+        compare(args.compare, args.profile, args.map)
         return
     run_on_ranks(args)
 

@@ -123,23 +123,30 @@ def compare(points: list[Point], profile: Profile) -> None:
 
 
 def draw(points: list[Point], path: Path) -> None:
-    """Efficiency over ranks, one panel for each weak-scaling shape."""
+    """Efficiency over ranks, one panel for each weak-scaling layer."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     weak = [point for point in points if point.scaling == "weak" and point.figure.candidate != "floor"]
-    panels = sorted({_layer_of(point) for point in weak})
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.2), sharey=True, squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
+    panels = sorted({_layer_of(point) for point in weak}, key=lambda name: name.split(", ")[1])
+    counts = sorted({1, *(point.ranks for point in weak)})
+    columns = min(len(panels), 4)
+    rows = -(-len(panels) // columns)
+    size = (3.2 * columns, 3 * rows)
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
+    for axis in grid.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, panel in zip(grid.flat, panels, strict=False):
         for candidate in sorted({point.figure.candidate for point in weak}):
             line = [(p.ranks, p.efficiency) for p in weak if _layer_of(p) == panel and p.figure.candidate == candidate]
             axis.plot(*zip((1, 1.0), *line, strict=True), marker="o", label=candidate)
-        axis.set(title=panel, xlabel="GPUs", xscale="log", ylim=(0, 1.05))
+        axis.set(title=panel, xlabel="GPUs", ylim=(0, 1.05))
         axis.set_xscale("log", base=2)
-    axes[0][0].set_ylabel("floor / time")
-    axes[0][0].legend(fontsize=7)
+        axis.set_xticks(counts, [str(count) for count in counts])
+    grid[0][0].set_ylabel("floor / time")
+    grid[0][0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 

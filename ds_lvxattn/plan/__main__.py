@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.plot:
             plots.scaling(job, profile, args.plot)
         if args.map:
-            plots.choice_map(job, profile, args.map)
+            plots.choice_map(job, plots.slower_links(job, profile), args.map)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from ds_lvxattn.plan.choice import best_of_each, candidates
 from ds_lvxattn.plan.cost import Layer
@@ -56,12 +57,28 @@ def _curves(axes, places: Sequence[int], jobs: Sequence[Job], profile: Profile) 
         axes.plot([x for x, _ in fits], [t for _, t in fits], "o-", ms=3, color=COLOURS[name], label=name)
 
 
-def choice_map(job: Job, profile: Profile, path: Path, measured: Mapping[tuple[int, int], str] | None = None) -> None:
-    """The fastest strategy of a cross-attention layer by text and visual tokens, and by the speed of the link.
+class Panel(NamedTuple):
+    """One map: a machine, and where it was measured the fastest strategy by ``(text, visual)``."""
+
+    profile: Profile
+    title: str
+    measured: Mapping[tuple[int, int], str]
+
+
+def slower_links(job: Job, profile: Profile) -> list[Panel]:
+    """Panels of the machine, and of ones with a quarter and a sixteenth of its bandwidth."""
+    link = profile.intra if job.gpus <= profile.gpus_per_node else profile.inter
+    panels = [Panel(profile, f"{link.bandwidth / 1e9:.0f} GB/s, as in the profile", {})]
+    for divide in (4, 16):
+        panels.append(Panel(_slower(profile, divide), f"{link.bandwidth / divide / 1e9:.1f} GB/s", {}))
+    return panels
+
+
+def choice_map(job: Job, panels: Sequence[Panel], path: Path) -> None:
+    """The fastest strategy of a cross-attention layer by text and visual tokens, a panel for each machine.
 
     Args:
         job: model and GPUs; its text and frames are not used.
-        measured: fastest strategy by ``(text, visual)``, drawn into the first panel.
     """
     import matplotlib
 
@@ -70,27 +87,23 @@ def choice_map(job: Job, profile: Profile, path: Path, measured: Mapping[tuple[i
 
     texts = [2 ** (k / 2) for k in range(14, 33)]
     visuals = [2 ** (k / 2) for k in range(26, 41)]
-    link = profile.intra if job.gpus <= profile.gpus_per_node else profile.inter
-    panels = [(profile, f"{link.bandwidth / 1e9:.0f} GB/s, as in the profile")]
-    for divide in (4, 16):
-        panels.append((_slower(profile, divide), f"{link.bandwidth / divide / 1e9:.1f} GB/s"))
     figure, all_axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.2), sharey=True)
-    for axes, (machine, title) in zip(all_axes, panels, strict=True):
+    for axes, (machine, title, measured) in zip(all_axes, panels, strict=True):
         for text in texts:
             for visual in visuals:
                 name, gain = _fastest(job, machine, round(text), round(visual))
                 axes.plot(text, visual, "s", ms=7, color=COLOURS[name], alpha=0.35 + 0.65 * min(gain / 0.3, 1.0))
+        for (text, visual), name in measured.items():
+            axes.plot(text, visual, "o", ms=9, mfc=COLOURS[name], mec="black")
         axes.set(xscale="log", yscale="log", xlabel="text tokens", title=title)
-    for (text, visual), name in (measured or {}).items():
-        all_axes[0].plot(text, visual, "o", ms=5, mfc=COLOURS[name], mec="black")
     all_axes[0].set_ylabel("visual tokens")
     for name in ("lv_xattn", "ulysses", "ring"):
         all_axes[-1].plot([], [], "s", color=COLOURS[name], label=name)
-    if measured:
+    if any(panel.measured for panel in panels):
         all_axes[-1].plot([], [], "o", mfc="white", mec="black", label="measured fastest")
     all_axes[-1].legend(loc="upper right")
     figure.suptitle(
-        f"fastest strategy of a cross-attention layer of {job.model.name} on {job.gpus} GPUs ({profile.name}); "
+        f"fastest strategy of a cross-attention layer of {job.model.name} on {job.gpus} GPUs\n"
         "pale: the next is nearly as fast"
     )
     figure.tight_layout()
