@@ -60,9 +60,8 @@ class SequenceParallel:
                 "'sequence_parallel_size' to 1"
             )
         self._layers = self.family.attention_layers(model)
-        dropout = max(
-            (attention_dropout(module) for module, layer in self._layers.items() if layer.role != "local"), default=0.0
-        )
+        exchanged = [module for module, layer in self._layers.items() if layer.role != "local"]
+        dropout = max(getattr(text, "attention_dropout", 0.0) or 0.0, *map(attention_dropout, exchanged))
         if dropout:
             raise ConfigError(
                 f"the model's attention dropout is {dropout}; sequence-parallel attention has none, set it to 0 "

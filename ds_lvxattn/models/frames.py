@@ -10,12 +10,6 @@ from torch import Tensor, nn
 from ds_lvxattn.recompute import Recomputation, recompute
 
 
-def filled(x: Tensor, count: int) -> Tensor:
-    """``x [f, ...]`` with its first frame again and again behind it, up to ``count`` frames."""
-    missing = count - x.shape[0]
-    return torch.cat((x, x[:1].expand(missing, *x.shape[1:]))) if missing > 0 else x
-
-
 def encode_in_portions(
     module: nn.Module,
     encode: Callable[..., Tensor],
@@ -57,3 +51,9 @@ def encode_in_portions(
         for place, part in zip(places[1:], parts[1:], strict=True):
             place.copy_(encode(*part))
         return encoded
+
+
+def filled(x: Tensor, count: int) -> Tensor:
+    """``x [f, ...]`` with its first frame again and again behind it, up to ``count`` frames."""
+    missing = count - x.shape[0]
+    return torch.cat((x, x[:1].expand(missing, *x.shape[1:]))) if missing > 0 else x
