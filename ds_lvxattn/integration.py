@@ -61,7 +61,7 @@ class SequenceParallel:
             )
         self._layers = self.family.attention_layers(model)
         exchanged = [module for module, layer in self._layers.items() if layer.role != "local"]
-        dropout = max(getattr(text, "attention_dropout", 0.0) or 0.0, *map(attention_dropout, exchanged))
+        dropout = max([getattr(text, "attention_dropout", 0.0) or 0.0, *map(attention_dropout, exchanged)])
         if dropout:
             raise ConfigError(
                 f"the model's attention dropout is {dropout}; sequence-parallel attention has none, set it to 0 "
