@@ -20,8 +20,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -33,7 +36,10 @@ from ds_lvxattn.data.sample import IGNORE, Sample
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.models import family_of, mllama
+from ds_lvxattn.models.aria import Aria
+from ds_lvxattn.models.blip2 import Blip2
 from ds_lvxattn.models.idefics import Idefics
+from ds_lvxattn.models.idefics2 import Idefics2
 from ds_lvxattn.models.llava import Llava
 from ds_lvxattn.models.mllama import Mllama
 from ds_lvxattn.models.mplug_owl3 import MPlugOwl3
@@ -156,6 +162,9 @@ PROCESSORS: dict[type, Callable[[], Any]] = {
     MPlugOwl3: lambda: SiglipImageProcessorPil(size=SQUARE),
     Qwen25VL: lambda: Qwen2VLImageProcessorPil(patch_size=SIZE // 4),
     Llava: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
+    Idefics2: lambda: Idefics2ImageProcessorPil(size={"shortest_edge": 14, "longest_edge": SIZE}),
+    Aria: lambda: AriaImageProcessorPil(min_image_size=245),
+    Blip2: lambda: BlipImageProcessorPil(size=SQUARE),
     OpenFlamingo: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
 }
 
