@@ -11,17 +11,28 @@ if TYPE_CHECKING:
     from ds_lvxattn.attention import sp_attention
     from ds_lvxattn.interval import KVInterval
     from ds_lvxattn.merge import merge_attention
+    from ds_lvxattn.models.adapters import AdapterKeys, shard_adapter
     from ds_lvxattn.shards import SequenceShards, ShardLayout
 
 _HOMES = {
+    "AdapterKeys": "models.adapters",
     "KVInterval": "interval",
     "SequenceShards": "shards",
     "ShardLayout": "shards",
     "merge_attention": "merge",
+    "shard_adapter": "models.adapters",
     "sp_attention": "attention",
 }
 
-__all__ = ["KVInterval", "SequenceShards", "ShardLayout", "merge_attention", "sp_attention"]
+__all__ = [
+    "AdapterKeys",
+    "KVInterval",
+    "SequenceShards",
+    "ShardLayout",
+    "merge_attention",
+    "shard_adapter",
+    "sp_attention",
+]
 
 
 def __getattr__(name: str) -> Any:

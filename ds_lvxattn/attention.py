@@ -29,6 +29,7 @@ def sp_attention(
     interval: KVInterval | None = None,
     scale: float | None = None,
     queries: str = "sharded",
+    gradients: str = "whole",
     schedule: str = "auto",
     kernel: str = "auto",
     shards: ShardLayout | None = None,
@@ -51,7 +52,10 @@ def sp_attention(
         interval: visible range of each row in global key positions; None: every key is visible.
         scale: factor of the scores, ``1 / sqrt(D)`` by default.
         queries: ``sharded``, or ``replicated`` when every rank passes all the (same) rows; then ``out`` is the
-            same on every rank and so must be its gradient, and ``dq`` is summed over the ranks.
+            same on every rank.
+        gradients: of ``out`` and ``q`` when the queries are replicated. ``whole``: every rank passes the same gradient
+            of ``out``, as it computes the whole loss, and gets the same ``dq``. ``parts``: the ranks' losses are parts
+            of one sum; what a rank passes, and the ``dq`` that it gets, add up over the ranks.
         schedule: ``auto``, or one that the strategy has: ``gather``, ``ring`` or ``routed`` for ``lv_xattn``.
         kernel: local kernel: ``auto``, or a name to force one.
         shards: lengths and placement of every rank's shard. None asks the other ranks (one small collective
@@ -73,6 +77,10 @@ def sp_attention(
     _check_tensors(q, k, v)
     if queries not in ("sharded", "replicated"):
         raise ValueError(f"queries is '{queries}'; choose 'sharded' or 'replicated'")
+    if gradients not in ("whole", "parts") or (gradients == "parts" and queries != "replicated"):
+        raise ValueError(
+            f"gradients is '{gradients}'; choose 'whole', or 'parts' with queries='replicated' (now '{queries}')"
+        )
     comm = communicator(group)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     chosen = strategy_named(strategy)
@@ -85,7 +93,7 @@ def sp_attention(
     select_kernel(kernel, Call.forward(q, k, interval is not None))
 
     if shards is None:
-        options = (strategy, queries, schedule, kernel, scale, head_groups, keep_queries)
+        options = (strategy, queries, gradients, schedule, kernel, scale, head_groups, keep_queries)
         shards = _ask_for_shards(q, k, interval, comm, options)
     _check_shards(q, k, shards, comm, replicated)
     interval = _rows_of_all_ranks(interval, q, shards, comm, replicated)
@@ -98,7 +106,10 @@ def sp_attention(
         raise ValueError(f"head_groups is {head_groups}; give two divisors of the {k.shape[1]} key heads")
     if schedule == "routed" and not replicated and routes is None and interval is not None:
         routes = Routes.build(interval.start.cpu(), interval.stop.cpu(), shards, comm.rank, q.device)
-    exchange = Exchange(comm, shards, interval, scale, kernel, schedule, replicated, head_groups, keep_queries, routes)
+    exchange = Exchange(
+        comm, shards, interval, scale, kernel, schedule, replicated, head_groups, keep_queries, routes,
+        gradients == "parts",
+    )  # fmt: skip
     return chosen.attention(q, k, v, exchange)
 
 
@@ -133,7 +144,7 @@ def _ask_for_shards(
             raise ValueError(
                 "the ranks of the group call sp_attention with different settings; give all of them the same "
                 "[batch, query heads, key heads, head size, interval given, interval of own rows, hash of "
-                "dtype, strategy, queries, schedule, kernel, scale, head_groups and keep_queries]: "
+                "dtype, strategy, queries, gradients, schedule, kernel, scale, head_groups and keep_queries]: "
                 f"rank 0 {everyone[0][2:]}, rank {rank} {theirs[2:]}"
             )
     rows, keys = zip(*(theirs[:2] for theirs in everyone), strict=True)

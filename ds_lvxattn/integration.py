@@ -59,7 +59,9 @@ class SequenceParallel:
                 f"needs '{IMPLEMENTATION}': load the model without attn_implementation, or set "
                 "'sequence_parallel_size' to 1"
             )
-        dropout = max(getattr(text, key, 0.0) or 0.0 for key in ("dropout", "attention_dropout"))
+        self._layers = self.family.attention_layers(model)
+        exchanged = [module for module, layer in self._layers.items() if layer.role != "local"]
+        dropout = max([getattr(text, "attention_dropout", 0.0) or 0.0, *map(attention_dropout, exchanged)])
         if dropout:
             raise ConfigError(
                 f"the model's attention dropout is {dropout}; sequence-parallel attention has none, set it to 0 "
@@ -69,7 +71,6 @@ class SequenceParallel:
         register_with_transformers()
         if self.family.attention_config is not None:
             model.set_attn_implementation({self.family.attention_config: IMPLEMENTATION})
-        self._layers = self.family.attention_layers(model)
         self.family.reach_attention(model)
         self.recomputation = Recomputation(
             model,
@@ -208,6 +209,12 @@ class SequenceParallel:
             rows, rows, sum(shape.q_lengths), keys, max(sum(shape.kv_lengths), keys),
             layer.heads, layer.kv_heads, layer.head_dim, text.hidden_size, inner, shape.element, layer.beside,
         )  # fmt: skip
+
+
+def attention_dropout(attention: nn.Module) -> float:
+    """Probability with which a module drops attention weights; in a config ``dropout`` may be that of other layers."""
+    values = (getattr(attention, key, 0.0) for key in ("dropout", "attention_dropout"))
+    return max((value for value in values if isinstance(value, (int, float))), default=0.0)
 
 
 def _room() -> float | None:

@@ -53,6 +53,11 @@ ONE_RANK: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: sp_attention(*qkv(), queries="split"),
         r"queries is 'split'; choose 'sharded' or 'replicated'",
     ),
+    "gradients": (lambda: sp_attention(*qkv(), gradients="sums"), r"gradients is 'sums'; choose 'whole', or 'parts'"),
+    "parts of sharded queries": (
+        lambda: sp_attention(*qkv(), gradients="parts"),
+        r"'parts' with queries='replicated' \(now 'sharded'\)",
+    ),
     "strategy": (
         lambda: sp_attention(*qkv(), strategy="megatron"),
         r"strategy is 'megatron'; choose one of \['lv_xattn', 'ring', 'ulysses'\]",

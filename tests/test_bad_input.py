@@ -22,7 +22,7 @@ from ds_lvxattn.data.loader import ControlGroups, Loader
 from ds_lvxattn.data.needle import IMAGE, build_tokenizer
 from ds_lvxattn.data.sample import Sample, SampleError
 from tests.distributed import run
-from tests.test_training import Case, finetune, losses_in, train, write_config, write_model
+from tests.test_training import Case, finetune, metrics_in, train, write_config, write_model
 from tests.tiny_model import (
     MODES,
     PATTERNS,
@@ -233,8 +233,8 @@ def test_training_goes_on_where_all_samples_of_a_step_are_bad(tmp_path: Path) ->
     run(2, train, case, tmp_path, HoleySource(samples, bad=(4, 5)))
     empty = tiny_sample("t")
     expected = losses_on_one_rank([*samples[:4], empty, empty, *samples[6:]], 5, 2, 2)
-    assert expected[2] == 0 and all(map(math.isfinite, losses_in(tmp_path)))
-    assert losses_in(tmp_path) == pytest.approx(expected, rel=1e-5)
+    assert expected[2] == 0 and all(map(math.isfinite, metrics_in(tmp_path)))
+    assert metrics_in(tmp_path) == pytest.approx(expected, rel=1e-5)
 
 
 # Checkpoints: whatever is refused, the one that is there stays
@@ -303,4 +303,4 @@ def test_a_checkpoint_resumes_with_any_sequence_parallel_size(size: int, trained
     case = replace(CASE, size=size, micro_batch=4 * size // 2, steps=4)
     assert run(2, attempt, case, folder, same_samples(), True, 0) == ["", ""]
     expected = losses_on_one_rank(same_samples().samples, 4, 4, 4)
-    assert losses_in(folder) == pytest.approx(expected, rel=1e-5)
+    assert metrics_in(folder) == pytest.approx(expected, rel=1e-5)

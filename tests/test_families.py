@@ -16,17 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import Blip2Config, OPTConfig, T5Config
 from transformers.models.idefics.processing_idefics import (
     image_attention_mask_for_packed_input_ids_pt,
     incremental_to_binary_attention_mask,
 )
+from transformers.models.opt.modeling_opt import OPTAttention
 
 from ds_lvxattn import merge_attention, sp_attention
 from ds_lvxattn.config import ConfigError
 from ds_lvxattn.data.needle import IMAGE, build_tokenizer
 from ds_lvxattn.data.sample import Sample, SampleError
+from ds_lvxattn.integration import attention_dropout
 from ds_lvxattn.interval import KVInterval
 from ds_lvxattn.models import FAMILIES, family_of, family_of_config, idefics, mllama
+from ds_lvxattn.models.blip2 import Blip2
 from ds_lvxattn.models.idefics import Idefics
 from ds_lvxattn.models.open_flamingo import OpenFlamingo, OpenFlamingoConfig, OpenFlamingoModel
 from ds_lvxattn.models.small import SMALL_MODELS
@@ -126,6 +130,16 @@ def test_alibi_is_refused() -> None:
     module = type("MptAttention", (nn.Module,), {})()
     with pytest.raises(ConfigError, match="ALiBi"):
         self_attention_role(module)
+
+
+def test_an_encoder_decoder_in_blip2_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'t5', an encoder-decoder.*decoder-only"):
+        Blip2().text_config(Blip2Config(text_config=T5Config()))
+
+
+def test_dropout_beside_the_attention_is_not_that_of_attention() -> None:
+    for config, want in ((OPTConfig(dropout=0.1), 0.0), (OPTConfig(dropout=0.0, attention_dropout=0.2), 0.2)):
+        assert attention_dropout(OPTAttention(config, layer_idx=0)) == want
 
 
 @pytest.mark.parametrize("layers", [False, True])

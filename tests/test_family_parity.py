@@ -34,6 +34,9 @@ ZERO3 = (
     "open_flamingo, immediate",
     "llava",
     "qwen2.5-vl",
+    "blip2",
+    "idefics2",
+    "aria",
     "mplug_owl3, gate",
     "mplug_owl3, fused",
 )

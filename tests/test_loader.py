@@ -18,7 +18,7 @@ from ds_lvxattn.data.sample import IGNORE, Sample
 from ds_lvxattn.training.evaluation import evaluate
 from ds_lvxattn.training.order import Order
 from tests.distributed import run
-from tests.test_training import Case, losses_in, train
+from tests.test_training import Case, metrics_in, train
 from tests.tiny_model import (
     MODES,
     PATTERNS,
@@ -174,4 +174,4 @@ def train_with_evaluation(folder: Path) -> dict[str, float | int]:
 def test_evaluation_does_not_meet_the_batch_that_loads_ahead(tmp_path: Path) -> None:
     results = run(2, train_with_evaluation, tmp_path)
     assert results[0] == results[1] and results[0]["examples"] == 8
-    assert len(losses_in(tmp_path)) == 3
+    assert len(metrics_in(tmp_path)) == 3

@@ -21,7 +21,7 @@ from ds_lvxattn.data.sample import Sample
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.training.model import parameter_groups, partition_over_all_ranks
 from tests.distributed import run
-from tests.test_training import Case, losses_in, mixed_samples, train
+from tests.test_training import Case, metrics_in, mixed_samples, train
 from tests.tiny_model import (
     attach,
     ds_config,
@@ -170,7 +170,7 @@ def test_groups_with_unequal_frames_call_the_encoder_equally_often(tmp_path: Pat
     """ZeRO-3 gathers the encoder's parameters over two groups of two ranks, in each portion."""
     case = Case(4, 2, 3, GATHER, steps=8, micro_batch=1, recompute="kv")
     run(4, train_in_portions, case, tmp_path, timeout=300)
-    assert losses_in(tmp_path) == pytest.approx(losses_on_one_rank(mixed_samples(16).samples, 8, 2, 1), rel=1e-5)
+    assert metrics_in(tmp_path) == pytest.approx(losses_on_one_rank(mixed_samples(16).samples, 8, 2, 1), rel=1e-5)
 
 
 # The switches

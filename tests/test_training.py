@@ -29,8 +29,8 @@ from tests.tiny_model import (
     ListSource,
     ds_config,
     loss_of,
-    losses_on_one_rank,
     start_deepspeed,
+    steps_on_one_rank,
     tiny_config,
     tiny_loaded,
     tiny_sample,
@@ -83,19 +83,21 @@ def train(
 
 
 @functools.cache
-def one_rank(steps: int, batch: int, micro_batch: int) -> list[float]:
-    return losses_on_one_rank(mixed_samples(steps * batch).samples, steps, batch, micro_batch)
+def one_rank(steps: int, batch: int, micro_batch: int) -> list[tuple[float, float]]:
+    return steps_on_one_rank(mixed_samples(steps * batch).samples, steps, batch, micro_batch)
 
 
-def losses_in(folder: Path) -> list[float]:
+def metrics_in(folder: Path, what: str = "loss") -> list[float]:
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
-    return [step["loss"] for step in steps]
+    return [step[what] for step in steps]
 
 
 def check(case: Case, folder: Path) -> None:
     run(case.ranks, train, case, folder, timeout=300)
-    assert losses_in(folder) == pytest.approx(one_rank(case.steps, case.batch, case.micro_batch), rel=1e-5)
+    losses, norms = zip(*one_rank(case.steps, case.batch, case.micro_batch), strict=True)
+    assert metrics_in(folder) == pytest.approx(losses, rel=1e-5)
+    assert metrics_in(folder, "grad_norm") == pytest.approx(norms, rel=1e-3)
 
 
 # Stages 1 and 2 differ in when gradients are reduced, not in what attention does: two modes say as much as all.
@@ -183,7 +185,7 @@ def test_the_command_and_its_resumption(tmp_path: Path) -> None:
     (stopped / "metrics.jsonl").write_text("".join(lines[: STEPS // 2 + 1]))
     second = launch(*options, "--output_dir", stopped, "--resume")
     assert second.returncode == 0, second.stdout + second.stderr
-    assert losses_in(stopped) == pytest.approx(losses_in(whole), rel=1e-6)
+    assert metrics_in(stopped) == pytest.approx(metrics_in(whole), rel=1e-6)
     assert (stopped / "eval.json").read_text() == (whole / "eval.json").read_text()
 
     trained, resumed = (AutoModelForImageTextToText.from_pretrained(f / "model") for f in (whole, stopped))
@@ -195,7 +197,7 @@ def test_the_command_and_its_resumption(tmp_path: Path) -> None:
 
 def check_files(folder: Path) -> None:
     """The files that a run writes, as docs/config.md has them."""
-    assert len(losses_in(folder)) == STEPS
+    assert len(metrics_in(folder)) == STEPS
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         assert set(json.loads(line)) >= {
             "step", "loss", "grad_norm", "lr", "step_time_s", "text_tokens_per_s", "frames_per_s", "comm_bytes",

@@ -8,12 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AriaConfig,
+    AriaForConditionalGeneration,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
     CLIPVisionConfig,
+    Idefics2Config,
+    Idefics2ForConditionalGeneration,
     IdeficsConfig,
     IdeficsForVisionText2Text,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MistralConfig,
+    OPTConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
@@ -76,6 +84,27 @@ def llava() -> nn.Module:
     return LlavaForConditionalGeneration(config)
 
 
+def blip2() -> nn.Module:
+    """Three visual tokens a frame, in the text of an OPT model with learned positions."""
+    vision = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": SIZE, "patch_size": 14, "initializer_range": 0.2,
+    }  # fmt: skip
+    q_former = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2,
+    }  # fmt: skip
+    text = OPTConfig(
+        vocab_size=IMAGE_TOKEN + 1, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=128, dropout=0.0, init_std=0.2, pad_token_id=0,
+    )  # fmt: skip
+    config = Blip2Config(
+        vision_config=vision, qformer_config=q_former, text_config=text, num_query_tokens=3,
+        image_token_index=IMAGE_TOKEN, initializer_range=0.2,
+    )  # fmt: skip
+    return Blip2ForConditionalGeneration(config)
+
+
 def qwen2_5_vl() -> nn.Module:
     """Four visual tokens a frame; one vision layer attends within windows of two by two patches, one to all."""
     config = Qwen2_5_VLConfig(
@@ -93,6 +122,44 @@ def qwen2_5_vl() -> nn.Module:
         },
     )  # fmt: skip
     return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def idefics2() -> nn.Module:
+    """Three latents a frame, in the text of a Mistral model without a window."""
+    text = MistralConfig(
+        vocab_size=IMAGE_TOKEN + 1, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2, sliding_window=None, pad_token_id=0,
+    )  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": SIZE, "patch_size": 14, "initializer_range": 0.2,
+    }  # fmt: skip
+    perceiver = {
+        "hidden_size": 32, "resampler_n_latents": 3, "resampler_depth": 2, "resampler_n_heads": 2,
+        "resampler_head_dim": 8, "num_key_value_heads": 1, "initializer_range": 0.2,
+    }  # fmt: skip
+    config = Idefics2Config(
+        vision_config=vision, perceiver_config=perceiver, text_config=text, image_token_id=IMAGE_TOKEN
+    )
+    return Idefics2ForConditionalGeneration(config)
+
+
+def aria() -> nn.Module:
+    """Three visual tokens of the four patches of a frame; the processor knows no images smaller than 490 pixels."""
+    config = AriaConfig(
+        vision_config={
+            "model_type": "idefics3_vision", "hidden_size": 4, "intermediate_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 490, "patch_size": 245,
+        },
+        text_config={
+            "model_type": "aria_text", "vocab_size": IMAGE_TOKEN + 1, "hidden_size": 32, "intermediate_size": 16,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+            "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1, "initializer_range": 0.2,
+        },
+        projector_patch_to_query_dict={4: 3}, image_token_index=IMAGE_TOKEN,
+    )  # fmt: skip
+    # torch's grouped products of the experts have no float64.
+    return AriaForConditionalGeneration._from_config(config, experts_implementation="eager")
 
 
 def text_only() -> nn.Module:
@@ -125,6 +192,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "open_flamingo, immediate": lambda: open_flamingo(immediate=True),
     "open_flamingo, all previous": lambda: open_flamingo(immediate=False),
     "llava": llava,
+    "blip2": blip2,
+    "idefics2": idefics2,
+    "aria": aria,
     "qwen2.5-vl": qwen2_5_vl,
     "text only": text_only,
     "mplug_owl3, fused": lambda: mplug_owl3("fused"),

@@ -20,8 +20,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -33,7 +36,10 @@ from ds_lvxattn.data.sample import IGNORE, Sample
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.models import family_of, mllama
+from ds_lvxattn.models.aria import Aria
+from ds_lvxattn.models.blip2 import Blip2
 from ds_lvxattn.models.idefics import Idefics
+from ds_lvxattn.models.idefics2 import Idefics2
 from ds_lvxattn.models.llava import Llava
 from ds_lvxattn.models.mllama import Mllama
 from ds_lvxattn.models.mplug_owl3 import MPlugOwl3
@@ -156,6 +162,9 @@ PROCESSORS: dict[type, Callable[[], Any]] = {
     MPlugOwl3: lambda: SiglipImageProcessorPil(size=SQUARE),
     Qwen25VL: lambda: Qwen2VLImageProcessorPil(patch_size=SIZE // 4),
     Llava: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
+    Idefics2: lambda: Idefics2ImageProcessorPil(size={"shortest_edge": 14, "longest_edge": SIZE}),
+    Aria: lambda: AriaImageProcessorPil(min_image_size=245),
+    Blip2: lambda: BlipImageProcessorPil(size=SQUARE),
     OpenFlamingo: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
 }
 
@@ -237,9 +246,14 @@ def ds_config(stage: int, batch: int, micro_batch: int, size: int = 2, **block: 
 
 
 def losses_on_one_rank(samples: Sequence[Sample], steps: int, batch: int, micro_batch: int) -> list[float]:
-    """Losses of training the unmodified model with plain torch AdamW, ``batch`` samples a step.
+    """Losses of ``steps_on_one_rank``."""
+    return [loss for loss, _ in steps_on_one_rank(samples, steps, batch, micro_batch)]
 
-    As in the loop, vectors and scalars do not decay.
+
+def steps_on_one_rank(samples: Sequence[Sample], steps: int, batch: int, micro_batch: int) -> list[tuple[float, float]]:
+    """Training the unmodified model with plain torch AdamW, ``batch`` samples a step: losses, and norms of gradients.
+
+    Norms are those before clipping. As in the loop, vectors and scalars do not decay.
     A step averages the losses of its micro-batches, as ZeRO does. Parameters that a batch does not reach have
     gradient zero, as in ZeRO's flat partitions.
     """
@@ -247,7 +261,7 @@ def losses_on_one_rank(samples: Sequence[Sample], steps: int, batch: int, micro_
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], **ADAMW)
-    losses = []
+    found = []
     for step in range(steps):
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -257,7 +271,7 @@ def losses_on_one_rank(samples: Sequence[Sample], steps: int, batch: int, micro_
             loss = loss_of_each_alone(model, rows) * (micro_batch / batch)
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
         optimizer.step()
-        losses.append(total)
-    return losses
+        found.append((total, norm.item()))
+    return found

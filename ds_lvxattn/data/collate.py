@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,32 +141,27 @@ class Collator:
         return x.to(self.device, dtype=self.dtype if x.is_floating_point() else None)
 
     def _visual(self, layout: BatchLayout, images: Images) -> dict[str, Tensor]:
+        flat = [image for sample in images for image in sample]
         if self.parallel:
-            flat = [image for sample in images for image in sample]
             # A rank without frames encodes a blank one, so that every rank runs the same modules and collectives.
-            if not flat:
-                return dict(self.family.blank_pixels(self.model_config))
-            return dict(self.family.pixels(flat, self.processor, self.model_config))
+            return dict(self._pixels(flat))
         frames = max(layout.frames)
         if not frames and not self.family.needs_frames:
             return {}  # the unmodified model skips its vision encoder
         if self.family.keys_in_text:
-            whole = self.family.pixels(
-                [image for sample in images for image in sample], self.processor, self.model_config
-            )
-            return dict(self.family.pad_tiles(whole, self.model_config))
+            return dict(self.family.pad_tiles(self._pixels(flat), self.model_config))
         frames = max(frames, 1)
-        pixels = [
-            self.family.pixels(sample, self.processor, self.model_config)
-            if sample
-            else self.family.blank_pixels(self.model_config)
-            for sample in images
-        ]
-        pixels = [self.family.pad_tiles(p, self.model_config) for p in pixels]
+        pixels = [self.family.pad_tiles(self._pixels(sample), self.model_config) for sample in images]
         # Rows of the padding behind a sample see nothing.
         ranges = [[*rows, *[(0, 0)] * (layout.input_ids.shape[1] - len(rows))] for rows in layout.ranges]
         dense = self.family.dense_mask(ranges, frames, self.model_config)
         return {**{key: torch.cat([_pad_frames(p[key], frames) for p in pixels]) for key in pixels[0]}, **dense}
+
+    def _pixels(self, frames: list[np.ndarray]) -> Mapping[str, Tensor]:
+        """Pixel arguments of these frames, or of a blank one."""
+        if not frames:
+            return self.family.blank_pixels(self.model_config)
+        return self.family.pixels(frames, self.processor, self.model_config)
 
     def _exchange(self, layout: BatchLayout, own: slice | np.ndarray, most_frames: int) -> SequenceParallelBatch:
         assert self.parallel is not None

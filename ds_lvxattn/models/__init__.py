@@ -6,8 +6,11 @@ from torch import nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
 
 from ds_lvxattn.config import ConfigError
+from ds_lvxattn.models.aria import Aria
+from ds_lvxattn.models.blip2 import Blip2
 from ds_lvxattn.models.family import Family
 from ds_lvxattn.models.idefics import Idefics
+from ds_lvxattn.models.idefics2 import Idefics2
 from ds_lvxattn.models.llava import Llava
 from ds_lvxattn.models.mllama import Mllama
 from ds_lvxattn.models.mplug_owl3 import MPlugOwl3
@@ -21,6 +24,9 @@ FAMILIES: tuple[Family, ...] = (
     OpenFlamingo(),
     MPlugOwl3(),  # ahead of Qwen2, whose config its own extends
     Llava(),
+    Blip2(),
+    Idefics2(),
+    Aria(),
     Qwen25VL(),
     TextOnly(LlamaForCausalLM),
     TextOnly(MistralForCausalLM),

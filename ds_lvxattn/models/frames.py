@@ -42,9 +42,7 @@ def encode_in_portions(
     Returns:
         ``[max(frames, portions), tokens, d]``.
     """
-    missing = portions - inputs[0].shape[0]
-    if missing > 0:
-        inputs = [torch.cat((x, x[:1].expand(missing, *x.shape[1:]))) for x in inputs]
+    inputs = [filled(x, portions) for x in inputs]
     parts = list(zip(*(x.tensor_split(portions) for x in inputs), strict=True))
     with_graph = any(p.requires_grad for p in module.parameters()) or any(x.requires_grad for x in inputs)
     if torch.is_grad_enabled() and with_graph:
@@ -64,3 +62,9 @@ def encode_in_portions(
         for place, part in zip(places[1:], parts[1:], strict=True):
             place.copy_(encode(*part))
         return encoded
+
+
+def filled(x: Tensor, count: int) -> Tensor:
+    """``x [f, ...]`` with its first frame again and again behind it, up to ``count`` frames."""
+    missing = count - x.shape[0]
+    return torch.cat((x, x[:1].expand(missing, *x.shape[1:]))) if missing > 0 else x

@@ -7,18 +7,29 @@ from typing import Any
 
 import torch
 from transformers import (
+    AriaConfig,
+    AriaForConditionalGeneration,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
     CLIPVisionConfig,
+    Idefics2Config,
+    Idefics2ForConditionalGeneration,
     IdeficsConfig,
     IdeficsForVisionText2Text,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MistralConfig,
+    OPTConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -145,12 +156,88 @@ def qwen2_5_vl(seed: int) -> tuple[PreTrainedModel, Any]:
     return _random(Qwen2_5_VLForConditionalGeneration, config, seed), processor
 
 
+def blip2(seed: int) -> tuple[PreTrainedModel, Any]:
+    """BLIP-2 around an OPT model: a Q-Former makes four visual tokens of a frame, which stand in the text."""
+    vision = {
+        "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "image_size": SIZE, "patch_size": SIZE // 2, "initializer_range": 0.1,
+    }  # fmt: skip
+    q_former = {
+        "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.1,
+    }  # fmt: skip
+    text = OPTConfig(
+        vocab_size=len(VOCABULARY), hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=2 * WIDTH,
+        num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=4096, dropout=0.0, init_std=0.1, **TOKENS,
+    )  # fmt: skip
+    config = Blip2Config(
+        vision_config=vision, qformer_config=q_former, text_config=text, num_query_tokens=4,
+        image_token_index=VOCABULARY.index(IMAGE), initializer_range=0.1,
+    )  # fmt: skip
+    model = _random(Blip2ForConditionalGeneration, config, seed)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model.query_tokens.normal_()  # they start at 0, and equal queries stay equal
+    return model, BlipImageProcessorPil(size={"height": SIZE, "width": SIZE}, **PIXELS)
+
+
+def idefics2(seed: int) -> tuple[PreTrainedModel, Any]:
+    """Idefics2 around a Mistral model: a perceiver makes four latents of a frame, which stand in the text."""
+    vision = {
+        "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "image_size": SIZE, "patch_size": SIZE // 2, "initializer_range": 0.1,
+    }  # fmt: skip
+    perceiver = {
+        "hidden_size": WIDTH, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4,
+        "resampler_head_dim": WIDTH // 4, "num_key_value_heads": 2, "initializer_range": 0.1,
+    }  # fmt: skip
+    text = MistralConfig(
+        vocab_size=len(VOCABULARY), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.1,
+        sliding_window=None, **TOKENS,
+    )  # fmt: skip
+    config = Idefics2Config(
+        vision_config=vision, perceiver_config=perceiver, text_config=text, image_token_id=VOCABULARY.index(IMAGE)
+    )
+    model = _random(Idefics2ForConditionalGeneration, config, seed)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model.model.connector.perceiver_resampler.latents.normal_()  # they start at 1, and equal latents stay equal
+    size = {"shortest_edge": SIZE, "longest_edge": SIZE}
+    return model, Idefics2ImageProcessorPil(size=size, do_image_splitting=False, **PIXELS)
+
+
+def aria(seed: int) -> tuple[PreTrainedModel, Any]:
+    """Aria with four experts: its projector makes four visual tokens of a frame, which stand in the text.
+
+    Its image processor makes images of 490 pixels at least, so patches are large and the vision encoder is narrow.
+    """
+    side = 490
+    vision = {
+        "model_type": "idefics3_vision", "hidden_size": WIDTH // 3, "intermediate_size": WIDTH, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "image_size": side, "patch_size": side // 2, "initializer_range": 0.1,
+    }  # fmt: skip
+    text = {
+        "model_type": "aria_text", "vocab_size": len(VOCABULARY), "hidden_size": WIDTH, "intermediate_size": WIDTH,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+        "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1, "initializer_range": 0.1, **TOKENS,
+    }  # fmt: skip
+    config = AriaConfig(
+        vision_config=vision, text_config=text, projector_patch_to_query_dict={4: 4},
+        image_token_index=VOCABULARY.index(IMAGE), initializer_range=0.1,
+    )  # fmt: skip
+    return _random(AriaForConditionalGeneration, config, seed), AriaImageProcessorPil(max_image_size=side, **PIXELS)
+
+
 SMALL_MODELS: dict[str, Callable[[int], tuple[PreTrainedModel, Any]]] = {
     "quickstart": quickstart,
     "small-idefics": idefics,
     "small-openflamingo": open_flamingo,
     "small-mplug-owl3": mplug_owl3,
     "small-llava": llava,
+    "small-blip2": blip2,
+    "small-idefics2": idefics2,
+    "small-aria": aria,
     "small-qwen2.5-vl": qwen2_5_vl,
 }
 

@@ -31,6 +31,7 @@ class Exchange:
         keep_queries: whether ``gather`` and ``routed`` keep the queries of other ranks for the backward pass rather
             than have them sent again; None chooses from sizes.
         routes: which rows travel where, for ``routed``.
+        gradient_parts: for replicated queries, gradients of output and queries are parts that add up over the ranks.
     """
 
     comm: Communicator
@@ -43,6 +44,7 @@ class Exchange:
     head_groups: tuple[int, int] | None = None
     keep_queries: bool | None = None
     routes: Routes | None = None
+    gradient_parts: bool = False
 
     @property
     def local_ranges(self) -> tuple[Tensor | None, Tensor | None]:

@@ -32,7 +32,7 @@ from ds_lvxattn.training import checkpoint
 from ds_lvxattn.training.config import FinetuningConfig
 from ds_lvxattn.training.evaluation import evaluate
 from ds_lvxattn.training.memory import memory_plan
-from ds_lvxattn.training.model import LoadedModel, model_dtype, parameter_groups, partition_over_all_ranks
+from ds_lvxattn.training.model import LoadedModel, loss_factor, model_dtype, parameter_groups, partition_over_all_ranks
 from ds_lvxattn.training.order import Order
 from ds_lvxattn.training.run_log import RunLog
 
@@ -86,6 +86,7 @@ class Trainer:
             family_of(model), model.config, job.loaded.processor, job.loaded.pad_token, job.loaded.image_id,
             self.device, model_dtype(job.ds_config), self.parallel,
         )  # fmt: skip
+        self.loss_factor = loss_factor(job.ds_config, config.size)
         partition_over_all_ranks(model, job.ds_config, self.groups)
         self.engine, *_ = deepspeed.initialize(
             model=model, model_parameters=parameter_groups(model), config=job.ds_config, mpu=self.groups
@@ -199,7 +200,7 @@ class Trainer:
             self._follow(loaded.layout)
             batch = self.collator.collate(loaded.layout, loaded.images, loaded.most_frames)
             loss = self.engine(**batch.inputs).loss
-            self.engine.backward(loss)
+            self.engine.backward(loss * self.loss_factor)
             self.engine.step()
             total += loss.detach()
             text_tokens += batch.text_tokens

@@ -128,6 +128,27 @@ def partition_over_all_ranks(model: nn.Module, ds_config: dict[str, Any], groups
         zero.Init(model, groups.get_sequence_data_parallel_group(), config_dict_or_path=ds_config, mpu=groups)
 
 
+def loss_factor(ds_config: dict[str, Any], sequence_parallel_size: int) -> int:
+    """What the loss is multiplied by before the backward pass, so that gradients are summed over a sequence's ranks.
+
+    ZeRO divides the sum over all ranks by ``ranks / sequence_parallel_size``, but for stage 3's reduce-scatter, which
+    in DeepSpeed 0.19.8 divides by ``ranks``. Adam would hide a constant factor; clipping and reported norms would not.
+
+    Raises:
+        ConfigError: stage 3 without reduce-scatter, which divides large parameters in one way and small in the other.
+    """
+    zero = ds_config.get("zero_optimization", {})
+    if zero.get("stage") != 3 or sequence_parallel_size == 1:
+        return 1
+    if not zero.get("reduce_scatter", True):
+        raise ConfigError(
+            "'zero_optimization.reduce_scatter' is false, with which DeepSpeed's stage 3 scales the gradients of "
+            f"sequence parallelism (size {sequence_parallel_size}) differently for small and large parameters; leave "
+            "it out, or choose stage 2"
+        )
+    return sequence_parallel_size
+
+
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Trainable parameters for the optimizer: matrices decay, vectors and scalars (norms, biases, gates) do not."""
     trainable = [p for p in model.parameters() if p.requires_grad]
