@@ -61,6 +61,9 @@ class Blip2(Concatenation):
         setattr(blip, "get_image_features", tokens)  # noqa: B010
         blip.register_forward_pre_hook(_hand_down_batch, with_kwargs=True)
 
+    def decoder(self, model: nn.Module) -> Any:
+        return model.get_submodule("language_model")  # the model's own takes pixels alone
+
     def encode(self, model: Any, pixels: Sequence[Tensor], portions: int, recomputation: Recomputation) -> Tensor:
         vision = functools.partial(_states, model.vision_model)
         states = encode_in_portions(model.vision_model, vision, pixels, portions, recomputation)
