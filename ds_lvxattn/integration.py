@@ -20,9 +20,10 @@ from ds_lvxattn.models import family_of
 from ds_lvxattn.models.text import check_positions
 from ds_lvxattn.plan.choice import ShapeClass, class_of
 from ds_lvxattn.plan.memory import POLICIES, LayerSizes, kept_bytes
-from ds_lvxattn.plan.plan import AttentionLayer, LayerPlan, plan_layers
+from ds_lvxattn.plan.plan import AttentionLayer, LayerPlan, plan_layers, recomputed
 from ds_lvxattn.plan.profile import Profile, profile_for_device
 from ds_lvxattn.plan.traffic import LayerShape
+from ds_lvxattn.plan.whole import whole_is_faster
 from ds_lvxattn.recompute import Recomputation
 from ds_lvxattn.registration import IMPLEMENTATION, register_with_transformers
 from ds_lvxattn.timing import LayerTimes
@@ -85,6 +86,8 @@ class SequenceParallel:
         self.profile: Profile | None = None
         self.times: LayerTimes | None = None
         self._plan_of_class: dict[ShapeClass, dict[nn.Module, LayerPlan]] = {}
+        self._whole: dict[ShapeClass, bool] = {}
+        self._operations = self._dense_operations(model)
 
     def _decoder_layers(self, model: nn.Module) -> list[GradientCheckpointingLayer]:
         """The layers around exchanged attention, which transformers can checkpoint."""
@@ -110,6 +113,58 @@ class SequenceParallel:
         """Sliding windows of self-attention layers, each once."""
         return sorted({layer.window for layer in self._layers.values() if layer.window is not None})
 
+    def _dense_operations(self, model: PreTrainedModel) -> tuple[float, float]:
+        """Operations, forward and backward, of a text row and of a token of the vision encoder, attention left out."""
+
+        def parameters(module: nn.Module) -> dict[nn.Parameter, int]:
+            return {p: getattr(p, "ds_numel", p.numel()) for p in module.parameters()}
+
+        decoder = {p: n for layer in self._decoder_layers(model) for p, n in parameters(layer).items()}
+        tables = [table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None]
+        others = parameters(model)
+        for known in (decoder, *map(parameters, tables)):
+            for parameter in known:
+                others.pop(parameter, None)
+        if not decoder:  # a language model of layers that transformers does not checkpoint: anything may be part of it
+            decoder = others
+        passes = 6.0 if any(p.requires_grad for p in others) else 2.0
+        return 6.0 * sum(decoder.values()), passes * sum(others.values())
+
+    def computes_whole(
+        self,
+        shape_class: ShapeClass,
+        shapes: Callable[[], Mapping[str, LayerShape]],
+        rows: int,
+        encoded: float,
+        device: torch.device,
+    ) -> bool:
+        """Whether every rank is to compute a batch of this class whole, instead of its part of it.
+
+        Decided at the first batch of a class, from the shipped profile: batches are laid out ahead of their steps,
+        perhaps before anything is measured, and alike on all ranks.
+
+        Args:
+            shape_class: see ``follow``.
+            shapes: makes the sizes of the divided batch; called for a new class only.
+            rows: text rows, over all samples.
+            encoded: tokens of the vision encoder, over all samples.
+        """
+        if self.config.strategy != "auto" or self.config.schedule != "auto" or self.config.layers:
+            return False
+        if shape_class not in self._whole:
+            sizes, policy = shapes(), self.recomputation.policy
+            layers = [
+                replace(
+                    sizes[layer.kind], heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim,
+                    recompute=recomputed(layer.role, policy),
+                )
+                for layer in self._layers.values()
+                if layer.kind in sizes
+            ]  # fmt: skip
+            dense = rows * self._operations[0] + encoded * self._operations[1]
+            self._whole[shape_class] = whole_is_faster(layers, dense, shipped_profile(device))
+        return self._whole[shape_class]
+
     def make_plan(
         self,
         shapes: Mapping[str, LayerShape],
@@ -134,9 +189,7 @@ class SequenceParallel:
                     select_kernel(self.config.kernel, call)
                 except ValueError as error:
                     raise ConfigError(f"layer {layer.name}: {error}") from error
-        self.profile = profile or profile_for_device(
-            torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        )
+        self.profile = profile or shipped_profile(device)
         self._decide(shapes, None)
         self._plan_of_class = {class_of(shapes): self.plans}
 
@@ -209,6 +262,11 @@ class SequenceParallel:
             rows, rows, sum(shape.q_lengths), keys, max(sum(shape.kv_lengths), keys),
             layer.heads, layer.kv_heads, layer.head_dim, text.hidden_size, inner, shape.element, layer.beside,
         )  # fmt: skip
+
+
+def shipped_profile(device: torch.device) -> Profile:
+    """The shipped profile that is nearest to ``device``."""
+    return profile_for_device(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
 
 
 def attention_dropout(attention: nn.Module) -> float:

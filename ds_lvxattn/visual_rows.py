@@ -104,6 +104,8 @@ class _Travel(torch.autograd.Function):
 
 
 def _exchange(x: Tensor, comm: Communicator, sent: tuple[int, ...], received: tuple[int, ...], what: str) -> Tensor:
+    if comm.ranks == 1:
+        return x  # every row takes a token of this rank
     arriving = x.new_empty((sum(received), *x.shape[1:]))
     comm.start_all_to_all([Part(what, x.contiguous(), arriving, (sent, received))]).wait()
     return arriving

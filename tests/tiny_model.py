@@ -199,13 +199,16 @@ def attach(
     return parallel
 
 
-def loss_of(model: nn.Module, samples: Sequence[Sample], parallel: SequenceParallel | None = None) -> torch.Tensor:
+def loss_of(
+    model: nn.Module, samples: Sequence[Sample], parallel: SequenceParallel | None = None, layout: Any = None
+) -> torch.Tensor:
     """The rank's part of the loss of a micro-batch; without ``parallel``, the unmodified model's whole loss.
 
-    In the model's dtype: the loss that transformers computes is float32 whatever the model.
+    In the model's dtype: the loss that transformers computes is float32 whatever the model. ``layout`` is by default
+    that of the collator.
     """
     collator = tiny_collator(model, parallel)
-    layout = collator.layout(samples)
+    layout = layout or collator.layout(samples)
     inputs = collator.collate(layout, collator.load(samples, layout)).inputs
     labels, items = inputs.pop("shift_labels"), inputs.pop("num_items_in_batch")
     del inputs["labels"]

@@ -25,6 +25,8 @@ from ds_lvxattn.recompute import recompute
 from ds_lvxattn.routes import Routes
 from ds_lvxattn.shards import SequenceShards, ShardLayout
 
+LOCAL = ("local", "auto")
+
 
 class CrossAttention(nn.Module):
     """Projection of K and V, norm of K, attention: a cross-attention layer as far as strategies differ.
@@ -101,7 +103,10 @@ def projections(
 def host_times(
     group: dist.ProcessGroup | None, ranks: int, layout: HeadLayout, device: torch.device, dtype: torch.dtype
 ) -> Mapping[str, HostTime]:
-    """Host seconds of a layer by strategy and schedule, on sizes for which the device does next to nothing."""
+    """Host seconds of a layer by strategy and schedule, on sizes for which the device does next to nothing.
+
+    Also of one that exchanges nothing (``local/auto``).
+    """
     heads = layout.heads if layout.heads % ranks == 0 else layout.heads * ranks
     kv_heads = layout.kv_heads if obstacle("ulysses", heads, layout.kv_heads, ranks) is None else heads
     sizes = HeadLayout(heads, kv_heads, layout.head_dim)
@@ -113,17 +118,20 @@ def host_times(
     routes = Routes.build(interval.start.cpu(), stop.cpu(), shards, communicator(group).rank, device)
     x = torch.randn(1, rows, heads * layout.head_dim, requires_grad=True, **make)
     y = torch.randn(1, keys, features, requires_grad=True, **make)
-    group = group if ranks > 1 else None
+    alone = ShardLayout(SequenceShards((rows,)), SequenceShards((keys,)))
     counts = communicator(group).received.copy()
-    modes = tuple(TRAFFIC) if ranks > 1 else (("local", "auto"),)
+    modes = (LOCAL, *(TRAFFIC if ranks > 1 else ()))
     found: dict[str, HostTime] = {}
     for (strategy, schedule), masked in itertools.product(modes, (False, True)):
         if schedule == "routed" and not masked:
             continue
-        attend = functools.partial(
-            sp_attention, group=group, strategy="lv_xattn" if ranks == 1 else strategy, schedule=schedule,
-            interval=interval if masked else None, shards=shards, routes=routes if masked else None,
-        )  # fmt: skip
+        if (strategy, schedule) == LOCAL:
+            seen = KVInterval(interval.start[:1], interval.stop[:1].clamp(max=keys))
+            how: dict[str, Any] = {"interval": seen if masked else None, "shards": alone}
+        else:
+            how = {"group": group, "strategy": strategy, "schedule": schedule, "shards": shards}
+            how |= {"interval": interval if masked else None, "routes": routes if masked else None}
+        attend = functools.partial(sp_attention, **how)
         layer = CrossAttention(sizes, features, attend, **make)
 
         @torch.no_grad()

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from ds_lvxattn.batch import AttentionInputs, SequenceParallelBatch
+from ds_lvxattn.comm import Communicator, communicator
 from ds_lvxattn.data.layout import BatchLayout, lay_out
 from ds_lvxattn.data.sample import IGNORE, Sample, SampleError
 from ds_lvxattn.integration import SequenceParallel
 from ds_lvxattn.interval import KVInterval
-from ds_lvxattn.models.family import Family
+from ds_lvxattn.models.family import TOKENS_AT_ONCE, Family
+from ds_lvxattn.plan.choice import shape_class
 from ds_lvxattn.plan.plan import kind_of
 from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.routes import Routes, routed_rows, visible_work
@@ -69,16 +71,30 @@ class Collator:
     dtype: torch.dtype
     parallel: SequenceParallel | None
 
-    @property
-    def rank(self) -> int:
-        return self.parallel.comm.rank if self.parallel else 0
-
     def layout(self, samples: Sequence[Sample]) -> BatchLayout:
-        """Layout of ``samples``, the same on every rank of the group."""
+        """Layout of ``samples`` over the ranks of the group, the same on each of them."""
         ranks, placement = (1, "contiguous")
         if self.parallel:
             ranks, placement = self.parallel.comm.ranks, self.parallel.config.placement
+        return self._layout(samples, ranks, placement)
+
+    def step_layout(self, samples: Sequence[Sample]) -> BatchLayout:
+        """``layout``, or for a small batch one of a single rank, where every rank is to compute all of it."""
+        divided = self.layout(samples)
+        if self.parallel is None:
+            return divided
+        size = shape_class(len(divided.frames), divided.text.total, divided.keys.total)
+        encoded = sum(divided.frames) * TOKENS_AT_ONCE / self.family.frames_at_once(self.model_config)
+        rows = len(divided.frames) * divided.text.total
+        whole = self.parallel.computes_whole(size, lambda: self.shapes(divided), rows, encoded, self.device)
+        return self._layout(samples, 1, "contiguous") if whole else divided
+
+    def _layout(self, samples: Sequence[Sample], ranks: int, placement: str) -> BatchLayout:
         return lay_out(samples, self.family, self.model_config, ranks, placement, self.pad_token, self.image_id)
+
+    def rank_in(self, layout: BatchLayout) -> int:
+        """Which rank of ``layout`` this one is; one of a single rank is that of every rank."""
+        return self.parallel.comm.rank if self.parallel and layout.text.ranks > 1 else 0
 
     def check(self, sample: Sample) -> Sample:
         """``sample``, if its text has one image token for each frame. Raises ``SampleError`` otherwise."""
@@ -92,7 +108,7 @@ class Collator:
 
     def load(self, samples: Sequence[Sample], layout: BatchLayout) -> Images:
         """Decode the frames that lie on this rank. Raises what ``Sample.load_frames`` raises."""
-        return [sample.load_frames(layout.own_frames(i, self.rank)) for i, sample in enumerate(samples)]
+        return [sample.load_frames(layout.own_frames(i, self.rank_in(layout))) for i, sample in enumerate(samples)]
 
     def shapes(self, layout: BatchLayout) -> dict[str, LayerShape]:
         """Sizes of the exchanged kinds of layers for the plan; heads are those of each layer."""
@@ -111,7 +127,9 @@ class Collator:
         Args:
             most_frames: ``layout.most_frames`` over all groups of the run; None: there is one group.
         """
-        own = layout.text.index(self.rank)
+        own = layout.text.index(self.rank_in(layout))
+        # Of a batch that every rank computes whole, each counts its part of the loss and of the gradients.
+        shares = self.parallel.comm.ranks // layout.text.ranks if self.parallel else 1
         labels = torch.from_numpy(layout.shift_labels[:, own]).contiguous()
         positions = [self.family.positions(visual, self.model_config) for visual in layout.visual]
         answers, num_answers = number_answers(layout.shift_labels)
@@ -122,7 +140,7 @@ class Collator:
             # The model's own loss: summed over its rows and divided by the count of the whole group.
             "labels": labels,
             "shift_labels": labels,
-            "num_items_in_batch": max(layout.supervised_tokens, 1),
+            "num_items_in_batch": max(layout.supervised_tokens, 1) * shares,
         }
         inputs |= self._visual(layout, images)
         inputs = {key: self._to_device(value) if isinstance(value, Tensor) else value for key, value in inputs.items()}
@@ -165,9 +183,11 @@ class Collator:
 
     def _exchange(self, layout: BatchLayout, own: slice | np.ndarray, most_frames: int) -> SequenceParallelBatch:
         assert self.parallel is not None
-        comm = self.parallel.comm
+        comm = self.parallel.comm if layout.text.ranks > 1 else communicator(None)
         routed = {plan.kind for plan in self.parallel.plans.values() if plan.schedule == "routed"}
-        roles = {kind: self._inputs(shards, *ranges, kind in routed) for kind, shards, ranges in self._kinds(layout)}
+        roles = {
+            kind: self._inputs(comm, shards, *ranges, kind in routed) for kind, shards, ranges in self._kinds(layout)
+        }
         # An unused slot repeats the first frame, which no row sees.
         loaded, slots = 0, []
         for frames in layout.frames:
@@ -200,8 +220,10 @@ class Collator:
             for window in (None, *(self.parallel.windows if role == "self" else ())):
                 yield kind_of(role, window), shards, layout.ranges_of(role, window)
 
-    def _inputs(self, shards: ShardLayout, start: Tensor, stop: Tensor, routed: bool) -> AttentionInputs:
-        routes = Routes.build(start, stop, shards, self.rank, self.device) if routed else None
+    def _inputs(
+        self, comm: Communicator, shards: ShardLayout, start: Tensor, stop: Tensor, routed: bool
+    ) -> AttentionInputs:
+        routes = Routes.build(start, stop, shards, comm.rank, self.device) if routed and comm.ranks > 1 else None
         return AttentionInputs(shards, KVInterval(start.to(self.device), stop.to(self.device)), routes)
 
 

@@ -88,8 +88,8 @@ class Loader:
         samples = [nothing if bad or isinstance(f, SampleError) else f for f, bad in zip(found, failures, strict=True)]
         skipped = sum(failures)
         while True:
-            layout = self.collator.layout(samples)
-            own = [layout.own_frames(i, self.collator.rank) for i in range(len(samples))]
+            layout = self.collator.step_layout(samples)
+            own = [layout.own_frames(i, self.collator.rank_in(layout)) for i in range(len(samples))]
             images = [_attempt(s.load_frames, frames) for s, frames in zip(samples, own, strict=True)]
             broken = self._compare([i if isinstance(i, SampleError) else "" for i in images])
             if not any(broken):

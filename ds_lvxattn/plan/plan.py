@@ -154,12 +154,15 @@ def _plan_layer(
     if sizes is None or config.size == 1:
         why = "each rank attends within its own frames" if layer.role == "local" else "one rank, nothing to exchange"
         return LayerPlan(layer.name, layer.role, "local", "auto", {}, {}, why, window=layer.window)
+    if sizes.ranks == 1:
+        why = "a small batch, which every rank computes whole: predicted faster than dividing it"
+        return LayerPlan(layer.name, layer.role, "local", "auto", {}, {}, why, window=layer.window)
     if not sum(sizes.kv_lengths):
         why = "no rank has a key, nothing to exchange"
         return LayerPlan(layer.name, layer.role, "local", "auto", {}, {}, why, window=layer.window)
     shape = replace(
         sizes, heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim,
-        recompute=_recomputed(layer.role, config),
+        recompute=recomputed(layer.role, config.recompute),
     )  # fmt: skip
     costed = Layer(shape, of_shape(shape))
     schedules = {}
@@ -201,8 +204,9 @@ def _plan_layer(
     )  # fmt: skip
 
 
-def _recomputed(role: str, config: SequenceParallelConfig) -> str:
-    return "none" if config.recompute == "kv" and role != "cross" else config.recompute
+def recomputed(role: str, policy: str) -> str:
+    """What ``policy`` means for a layer of ``role``: K and V are recomputed in cross-attention alone."""
+    return "none" if policy == "kv" and role != "cross" else policy
 
 
 def write_plan(plan: Sequence[LayerPlan], path: Path) -> None:

@@ -1,0 +1,50 @@
+"""Whether a small batch is better computed whole on every rank than divided over the ranks. No torch.
+
+Dividing saves computation and costs exchanges, which for an image and a short text take longer to issue than the whole
+batch takes to compute. Every rank then computes the same, and gradients are divided by the number of ranks instead.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+from ds_lvxattn.plan.choice import candidates
+from ds_lvxattn.plan.cost import Layer, layer_cost
+from ds_lvxattn.plan.profile import Profile
+from ds_lvxattn.plan.traffic import LayerShape
+from ds_lvxattn.plan.visibility import of_shape
+
+# Of a large matrix product's rate, what the products of a small batch reach.
+DENSE_SHARE = 0.3
+# What is predicted must be faster by this share: most of it is the host's time, which is not the same in every run.
+MARGIN = 0.2
+
+
+def whole_is_faster(layers: Iterable[LayerShape], dense_operations: float, profile: Profile) -> bool:
+    """Whether a step is predicted faster if every rank computes all of it.
+
+    Args:
+        layers: of each attention layer that would exchange, its sizes, divided.
+        dense_operations: forward and backward operations of everything else, over all ranks.
+        profile: the machine. Where the host's times are not known, nothing is gained for certain.
+    """
+    if "local/auto masked" not in profile.host:
+        return False
+    divided = whole = 0.0
+    ranks = 1
+    for shape, count in Counter(layers).items():
+        ranks = shape.ranks
+        if not sum(shape.kv_lengths):
+            continue
+        mask = of_shape(shape)
+        divided += count * min(candidate.seconds for candidate in candidates(Layer(shape, mask), profile))
+        alone = replace(
+            shape, q_lengths=(sum(shape.q_lengths),), kv_lengths=(sum(shape.kv_lengths),), routed_rows=None,
+            visible_work=None,
+        )  # fmt: skip
+        seen = replace(mask, busiest_keys=1.0, busiest_step=1.0, rows_seen=1.0)
+        whole += count * layer_cost(Layer(alone, seen), ("local", "auto"), profile).total
+    more = (1 - 1 / ranks) * dense_operations / (DENSE_SHARE * profile.matmul)
+    return whole + more < (1 - MARGIN) * divided
