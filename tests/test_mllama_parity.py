@@ -74,6 +74,8 @@ def in_all_modes(
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_loss_and_gradients_in_float64(ranks: int) -> None:
     batches = tuple(BATCHES.values())
+    if ranks == 4:
+        batches = tuple(BATCHES[name] for name in ("several images", "short clip", "unequal samples"))
     for patterns, results in zip(batches, run(ranks, in_all_modes, batches, torch.float64)[0], strict=True):
         want = on_one_rank(patterns, torch.float64, 1, loss_of)
         for mode, got in zip(MODES, results, strict=True):
