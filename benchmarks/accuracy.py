@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from attention_cases import CASES, Case
 from torch import Tensor
 
-from ds_lvxattn.kernels.delta import attention_delta
-from ds_lvxattn.kernels.interval_backward import interval_backward
-from ds_lvxattn.kernels.interval_forward import interval_forward
+from ds_lvxattn.kernels.triton.backward import interval_backward
+from ds_lvxattn.kernels.triton.delta import attention_delta
+from ds_lvxattn.kernels.triton.forward import interval_forward
 
 TARGET = 1.5
 

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
-from ds_lvxattn.comm import communicator
+from ds_lvxattn.exchange.comm import communicator
+from ds_lvxattn.exchange.routes import Routes, routed_rows, visible_work
 from ds_lvxattn.kernels.operator import local_attention
 from ds_lvxattn.plan.cost import Layer as CostedLayer
 from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.plan.visibility import of_shape
-from ds_lvxattn.routes import Routes, routed_rows, visible_work
 
 Step = Callable[[], None]
 

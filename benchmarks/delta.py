@@ -8,7 +8,7 @@ from __future__ import annotations
 import harness
 import torch
 
-from ds_lvxattn.kernels.delta import attention_delta
+from ds_lvxattn.kernels.triton.delta import attention_delta
 
 
 def measure() -> list[harness.Row]:

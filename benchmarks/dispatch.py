@@ -11,9 +11,9 @@ import harness
 from attention_cases import CASES, Case, baseline_row
 
 from ds_lvxattn.kernels.base import Call
-from ds_lvxattn.kernels.delta import attention_delta
 from ds_lvxattn.kernels.dispatch import select_kernel
 from ds_lvxattn.kernels.operator import backward_local, forward_local
+from ds_lvxattn.kernels.triton.delta import attention_delta
 
 
 def rows(case: Case) -> list[harness.Row]:

@@ -25,11 +25,11 @@ from attention_layer import Figure, Layer, Shape, Step, measure
 from ds_lvxattn import SequenceShards, ShardLayout, sp_attention
 from ds_lvxattn.calibrate import calibrated
 from ds_lvxattn.calibration.extent import HeadLayout
+from ds_lvxattn.exchange.strategies import strategy_named
 from ds_lvxattn.kernels.operator import local_attention
 from ds_lvxattn.plan.choice import candidates as plan_candidates
 from ds_lvxattn.plan.choice import choose
 from ds_lvxattn.plan.profile import Profile
-from ds_lvxattn.strategies import strategy_named
 
 GRAPH = "lv_xattn gather, one CUDA graph"
 SHAPES = (

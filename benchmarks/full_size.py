@@ -24,14 +24,14 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
+from ds_lvxattn.batches.collate import Collator
+from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.config import load_ds_config, sequence_parallel_config
-from ds_lvxattn.data.collate import Collator
 from ds_lvxattn.data.sample import IGNORE, Sample
+from ds_lvxattn.families import family_of
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
-from ds_lvxattn.integration import SequenceParallel
-from ds_lvxattn.models import family_of
 from ds_lvxattn.training.ds_config import resolve_ds_config
-from ds_lvxattn.training.model import model_dtype, select_trainable
+from ds_lvxattn.training.loading import model_dtype, select_trainable
 
 IMAGE_SIZE = 560
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import harness
 from attention_cases import CASES, Case, baseline_row
 
-from ds_lvxattn.kernels.delta import attention_delta
-from ds_lvxattn.kernels.interval_backward import interval_backward
-from ds_lvxattn.kernels.interval_forward import interval_forward
+from ds_lvxattn.kernels.triton.backward import interval_backward
+from ds_lvxattn.kernels.triton.delta import attention_delta
+from ds_lvxattn.kernels.triton.forward import interval_forward
 
 
 def row(case: Case) -> harness.Row:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import harness
 from attention_cases import CASES, Case, baseline_row
 
-from ds_lvxattn.kernels.interval_forward import interval_forward
+from ds_lvxattn.kernels.triton.forward import interval_forward
 
 
 def row(case: Case) -> harness.Row:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import harness
 import torch
 
-from ds_lvxattn.kernels.merge import merge_partials
+from ds_lvxattn.kernels.triton.merge import merge_partials
 
 HEADS, ROWS, HEAD_DIM = 32, 16384, 128
 

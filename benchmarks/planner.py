@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from ds_lvxattn.plan.choice import candidates, choose
+from ds_lvxattn.plan.cluster.model_sizes import model_sizes
+from ds_lvxattn.plan.cluster.plots import Panel, choice_map
+from ds_lvxattn.plan.cluster.step import Job
 from ds_lvxattn.plan.cost import Layer, layer_cost, obstacle
-from ds_lvxattn.plan.models import model_sizes
-from ds_lvxattn.plan.plots import Panel, choice_map
 from ds_lvxattn.plan.profile import Profile, load_profile, profile_from_json, profile_to_json, write_profile
-from ds_lvxattn.plan.step import Job
 from ds_lvxattn.plan.traffic import TRAFFIC, LayerShape
 from ds_lvxattn.plan.visibility import FULL, Visibility, of_mask
 
@@ -179,7 +179,7 @@ def training_step(case: Case, mode: tuple[str, str], device: Any, dtype: Any) ->
     from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
     from ds_lvxattn.calibration.extent import HeadLayout
     from ds_lvxattn.calibration.layers import CrossAttention, layer_step
-    from ds_lvxattn.routes import Routes
+    from ds_lvxattn.exchange.routes import Routes
 
     ranks, rank = dist.get_world_size(), dist.get_rank()
     shards = ShardLayout(SequenceShards((case.text // ranks,) * ranks), SequenceShards((case.visual // ranks,) * ranks))

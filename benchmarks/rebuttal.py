@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ds_lvxattn.plan import network
+from ds_lvxattn.plan.cluster.model_sizes import SHIPPED
+from ds_lvxattn.plan.cluster.step import ELEMENT, Job, vision_seconds
 from ds_lvxattn.plan.cost import Cost, Layer, Mode, layer_cost
-from ds_lvxattn.plan.models import SHIPPED
 from ds_lvxattn.plan.profile import Profile, load_profile
-from ds_lvxattn.plan.step import ELEMENT, Job, vision_seconds
 from ds_lvxattn.plan.traffic import LayerShape
 
 GPUS = 6

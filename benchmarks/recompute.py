@@ -33,12 +33,12 @@ from full_size import IMAGE_SIZE, model_config, video_sample
 from torch import Tensor
 from transformers import MllamaForConditionalGeneration
 
+from ds_lvxattn.batches.collate import Collator
+from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.config import SequenceParallelConfig
-from ds_lvxattn.data.collate import Collator
+from ds_lvxattn.families import family_of
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
-from ds_lvxattn.integration import SequenceParallel
-from ds_lvxattn.models import family_of
-from ds_lvxattn.training.model import select_trainable
+from ds_lvxattn.training.loading import select_trainable
 
 POLICIES = ("none", "kv")
 STEP = 8  # frames are tried in multiples of this; the largest number is found to within 2%

@@ -26,12 +26,12 @@ import torch
 import torch.distributed as dist
 from attention_layer import Figure, Layer, Shape, Step, link_speed, measure
 
+from ds_lvxattn.exchange.strategies import strategy_named
 from ds_lvxattn.plan.cost import Layer as CostedLayer
 from ds_lvxattn.plan.cost import layer_cost
 from ds_lvxattn.plan.pipeline import head_groups
 from ds_lvxattn.plan.profile import Profile, load_profile
 from ds_lvxattn.plan.traffic import LayerShape
-from ds_lvxattn.strategies import strategy_named
 
 # Query heads, key heads, head size; the last has more ranks than key heads from 8 GPUs on.
 HEADS = ((32, 8, 128), (28, 4, 128), (16, 4, 128))

@@ -8,20 +8,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ds_lvxattn.attention import sp_attention
-    from ds_lvxattn.interval import KVInterval
-    from ds_lvxattn.merge import merge_attention
-    from ds_lvxattn.models.adapters import AdapterKeys, shard_adapter
-    from ds_lvxattn.shards import SequenceShards, ShardLayout
+    from ds_lvxattn.exchange.attention import sp_attention
+    from ds_lvxattn.exchange.interval import KVInterval
+    from ds_lvxattn.exchange.merge_attention import merge_attention
+    from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
+    from ds_lvxattn.runtime.adapters import AdapterKeys, shard_adapter
 
 _HOMES = {
-    "AdapterKeys": "models.adapters",
-    "KVInterval": "interval",
-    "SequenceShards": "shards",
-    "ShardLayout": "shards",
-    "merge_attention": "merge",
-    "shard_adapter": "models.adapters",
-    "sp_attention": "attention",
+    "AdapterKeys": "runtime.adapters",
+    "KVInterval": "exchange.interval",
+    "SequenceShards": "exchange.shards",
+    "ShardLayout": "exchange.shards",
+    "merge_attention": "exchange.merge_attention",
+    "shard_adapter": "runtime.adapters",
+    "sp_attention": "exchange.attention",
 }
 
 __all__ = [

@@ -37,7 +37,7 @@ from ds_lvxattn.calibration.machine import (
     small_kernel,
     triton_version,
 )
-from ds_lvxattn.comm import Communicator
+from ds_lvxattn.exchange.comm import Communicator
 from ds_lvxattn.plan.profile import (
     FORMAT,
     Profile,

@@ -25,13 +25,13 @@ from transformers.models.idefics2.configuration_idefics2 import Idefics2Perceive
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
 
 from ds_lvxattn import AdapterKeys, SequenceShards, shard_adapter
-from ds_lvxattn.comm import communicator
 from ds_lvxattn.config import ConfigError
-from ds_lvxattn.training.model import parameter_groups, partition_over_all_ranks
-from tests import qwen_vl_resampler
-from tests.distributed import run
-from tests.parity import Gradients
-from tests.tiny_model import ADAMW, CLIPPING, ds_config, groups_of
+from ds_lvxattn.exchange.comm import communicator
+from ds_lvxattn.training.loading import parameter_groups, partition_over_all_ranks
+from tests.support import qwen_vl_resampler
+from tests.support.distributed import run
+from tests.support.parity import Gradients
+from tests.support.tiny_model import ADAMW, CLIPPING, ds_config, groups_of
 
 BATCH, TOKENS, WIDTH, HEADS, QUERIES = 2, 4, 16, 2, 4
 FRAMES = {2: ((3, 1), (0, 4)), 4: ((2, 0, 1, 1), (0, 1, 0, 3))}  # of each rank

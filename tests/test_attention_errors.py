@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, merge_attention, sp_attention
-from tests.distributed import device, run
+from tests.support.distributed import device, run
 
 
 def qkv(

@@ -16,14 +16,13 @@ import av
 import numpy as np
 import pytest
 
+from ds_lvxattn.batches.loader import ControlGroups, Loader
 from ds_lvxattn.config import ConfigError
 from ds_lvxattn.data.conversations import ConversationSource
-from ds_lvxattn.data.loader import ControlGroups, Loader
-from ds_lvxattn.data.needle import IMAGE, build_tokenizer
 from ds_lvxattn.data.sample import Sample, SampleError
-from tests.distributed import run
-from tests.test_training import Case, finetune, metrics_in, train, write_config, write_model
-from tests.tiny_model import (
+from ds_lvxattn.needle.task import IMAGE, build_tokenizer
+from tests.support.distributed import run
+from tests.support.tiny_model import (
     MODES,
     PATTERNS,
     ListSource,
@@ -35,6 +34,7 @@ from tests.tiny_model import (
     tiny_model,
     tiny_sample,
 )
+from tests.test_training import Case, finetune, metrics_in, train, write_config, write_model
 
 # The command: configs, models and data that cannot work
 
@@ -163,7 +163,7 @@ def load_rows(folder: Path, size: int, skip: bool) -> tuple[str, Any, list[str]]
     warnings: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("ds_lvxattn.data.loader")
+    logger = logging.getLogger("ds_lvxattn.batches.loader")
     logger.addHandler(handler)
     try:
         source = ConversationSource(

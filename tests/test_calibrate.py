@@ -11,13 +11,13 @@ import torch.distributed as dist
 
 from ds_lvxattn.calibrate import cache_path, calibrated
 from ds_lvxattn.calibration.extent import Extent, HeadLayout
-from ds_lvxattn.comm import communicator
+from ds_lvxattn.exchange.comm import communicator
 from ds_lvxattn.plan.cost import Layer, layer_cost
 from ds_lvxattn.plan.profile import profile_to_json
 from ds_lvxattn.plan.traffic import TRAFFIC, LayerShape
-from ds_lvxattn.timing import LayerTimes
-from tests.distributed import device, run
-from tests.tiny_model import attach, loss_of, tiny_model, tiny_sample
+from ds_lvxattn.runtime.layer_times import LayerTimes
+from tests.support.distributed import device, run
+from tests.support.tiny_model import attach, loss_of, tiny_model, tiny_sample
 
 LAYOUTS = (HeadLayout(4, 2, 16),)
 SMALL = Extent((8, 16), (16, 64), 1e9, (1 << 8, 1 << 12), 1)

@@ -12,21 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_lvxattn import SequenceShards
-from ds_lvxattn.comm import communicator
+from ds_lvxattn.batches.layout import BatchLayout, lay_out
 from ds_lvxattn.config import ConfigError
-from ds_lvxattn.data.layout import BatchLayout, lay_out
 from ds_lvxattn.data.sample import IGNORE
-from ds_lvxattn.models import llava
-from ds_lvxattn.models.llava import Llava
-from ds_lvxattn.models.qwen2_5_vl import Qwen25VL
-from ds_lvxattn.routes import visible_work
-from ds_lvxattn.training.model import select_trainable
-from ds_lvxattn.visual_rows import VisualRows
-from tests.distributed import device, run
-from tests.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
+from ds_lvxattn.exchange.comm import communicator
+from ds_lvxattn.exchange.routes import visible_work
+from ds_lvxattn.families import llava
+from ds_lvxattn.families.llava import Llava
+from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
+from ds_lvxattn.runtime.visual_rows import VisualRows
+from ds_lvxattn.training.loading import select_trainable
+from tests.support.distributed import device, run
+from tests.support.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
+from tests.support.tiny_families import tiny
+from tests.support.tiny_model import IMAGE_TOKEN, attach, loss_of
 from tests.test_traffic import measured
-from tests.tiny_families import tiny
-from tests.tiny_model import IMAGE_TOKEN, attach, loss_of
 
 BATCH = ("tItIItttaaItaIIIta", "ttIa", "ttatta")
 PER_FRAME = 4

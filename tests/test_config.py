@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ds_lvxattn.config import ConfigError, SequenceParallelConfig, load_ds_config, sequence_parallel_config
-from ds_lvxattn.training.config import FinetuningConfig, finetuning_config
+from ds_lvxattn.training.settings import FinetuningConfig, finetuning_config
 
 CONFIGS = Path(__file__).parent.parent / "ds_configs"
 STRATEGIES = ("lv_xattn", "ulysses", "ring")

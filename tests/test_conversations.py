@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ds_lvxattn.data.conversations import ConversationSource
-from ds_lvxattn.data.needle import clip_path
 from ds_lvxattn.data.sample import IGNORE, SampleError
 from ds_lvxattn.data.video import VideoError, decode_frames, sample_indices
+from ds_lvxattn.needle.task import clip_path
 
 IMAGE, END = "<|image|>", "<|eot_id|>"
 SPECIAL = ["<|begin_of_text|>", END, IMAGE, "<|start_header_id|>", "<|end_header_id|>"]

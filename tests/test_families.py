@@ -24,21 +24,21 @@ from transformers.models.idefics.processing_idefics import (
 from transformers.models.opt.modeling_opt import OPTAttention
 
 from ds_lvxattn import merge_attention, sp_attention
+from ds_lvxattn.batches.sequence_parallel import attention_dropout
 from ds_lvxattn.config import ConfigError
-from ds_lvxattn.data.needle import IMAGE, build_tokenizer
 from ds_lvxattn.data.sample import Sample, SampleError
-from ds_lvxattn.integration import attention_dropout
-from ds_lvxattn.interval import KVInterval
-from ds_lvxattn.models import FAMILIES, family_of, family_of_config, idefics, mllama
-from ds_lvxattn.models.blip2 import Blip2
-from ds_lvxattn.models.idefics import Idefics
-from ds_lvxattn.models.open_flamingo import OpenFlamingo, OpenFlamingoConfig, OpenFlamingoModel
-from ds_lvxattn.models.small import SMALL_MODELS
-from ds_lvxattn.models.text import check_positions, self_attention_role
-from ds_lvxattn.registration import exchanged_attention
-from ds_lvxattn.training.model import load_model
-from tests.tiny_families import tiny
-from tests.tiny_model import IMAGE_TOKEN, tiny_collator, tiny_model, tiny_sample
+from ds_lvxattn.exchange.interval import KVInterval
+from ds_lvxattn.families import FAMILIES, family_of, family_of_config, idefics, mllama
+from ds_lvxattn.families.blip2 import Blip2
+from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingo, OpenFlamingoConfig, OpenFlamingoModel
+from ds_lvxattn.families.idefics import Idefics
+from ds_lvxattn.families.rotary import check_positions, self_attention_role
+from ds_lvxattn.needle.small_models import SMALL_MODELS
+from ds_lvxattn.needle.task import IMAGE, build_tokenizer
+from ds_lvxattn.runtime.registration import exchanged_attention
+from ds_lvxattn.training.loading import load_model
+from tests.support.tiny_families import tiny
+from tests.support.tiny_model import IMAGE_TOKEN, tiny_collator, tiny_model, tiny_sample
 
 # Masks
 

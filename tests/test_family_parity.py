@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ds_lvxattn.models import family_of
-from ds_lvxattn.training.model import parameter_groups, partition_over_all_ranks
-from tests.distributed import run
-from tests.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
-from tests.tiny_families import FAMILIES, tiny
-from tests.tiny_model import ADAMW, CLIPPING, MODES, attach, ds_config, groups_of, loss_of, tiny_collator
+from ds_lvxattn.families import family_of
+from ds_lvxattn.training.loading import parameter_groups, partition_over_all_ranks
+from tests.support.distributed import run
+from tests.support.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
+from tests.support.tiny_families import FAMILIES, tiny
+from tests.support.tiny_model import ADAMW, CLIPPING, MODES, attach, ds_config, groups_of, loss_of, tiny_collator
 
 BATCHES = (
     ("tItIItttaaItaIIIta",),

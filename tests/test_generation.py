@@ -18,18 +18,17 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from ds_lvxattn.batches.generation import generate
 from ds_lvxattn.data.conversations import encode
 from ds_lvxattn.data.question import question_sample
 from ds_lvxattn.data.sample import Sample, SampleError
 from ds_lvxattn.data.video import VideoError
-from ds_lvxattn.decoding import DecodingStep
-from ds_lvxattn.generation import generate
-from ds_lvxattn.training.model import partition_over_all_ranks
-from tests.distributed import run
-from tests.parity import samples_of
-from tests.test_conversations import IMAGE, TOKENIZER, write_video
-from tests.tiny_families import FAMILIES, tiny
-from tests.tiny_model import (
+from ds_lvxattn.runtime.decoding import DecodingStep
+from ds_lvxattn.training.loading import partition_over_all_ranks
+from tests.support.distributed import run
+from tests.support.parity import samples_of
+from tests.support.tiny_families import FAMILIES, tiny
+from tests.support.tiny_model import (
     IMAGE_TOKEN,
     MODES,
     PATTERNS,
@@ -41,6 +40,7 @@ from tests.tiny_model import (
     tiny_model,
     tiny_sample,
 )
+from tests.test_conversations import IMAGE, TOKENIZER, write_video
 
 NEW = 5
 NEVER = 10_000  # a token that no model has, so that no answer ends

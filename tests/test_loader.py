@@ -13,13 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ds_lvxattn.data.loader import ControlGroups, Loader
+from ds_lvxattn.batches.loader import ControlGroups, Loader
 from ds_lvxattn.data.sample import IGNORE, Sample
 from ds_lvxattn.training.evaluation import evaluate
 from ds_lvxattn.training.order import Order
-from tests.distributed import run
-from tests.test_training import Case, metrics_in, train
-from tests.tiny_model import (
+from tests.support.distributed import run
+from tests.support.tiny_model import (
     MODES,
     PATTERNS,
     ListSource,
@@ -29,6 +28,7 @@ from tests.tiny_model import (
     tiny_model,
     tiny_sample,
 )
+from tests.test_training import Case, metrics_in, train
 
 
 @dataclass

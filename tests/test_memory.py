@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ds_lvxattn.plan.memory import POLICIES, LayerSizes, ModelStates, frames_that_fit, kept_bytes, step_bytes
-from tests.distributed import run
-from tests.tiny_model import attach, loss_of, tiny_model, tiny_sample
+from tests.support.distributed import run
+from tests.support.tiny_model import attach, loss_of, tiny_model, tiny_sample
 
 SAMPLES = ("IItaIIItItaa", "IttaIIttaIItaI")  # even shards: with uneven ones, Ulysses keeps an index too
 MODES = (("lv_xattn", "gather"), ("lv_xattn", "ring"), ("ulysses", "auto"), ("ring", "ring"))

@@ -17,10 +17,10 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
-from ds_lvxattn.models.mllama import Mllama
-from tests.distributed import run
-from tests.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
-from tests.tiny_model import (
+from ds_lvxattn.families.mllama import Mllama
+from tests.support.distributed import run
+from tests.support.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
+from tests.support.tiny_model import (
     IMAGE_TOKEN,
     MODES,
     PATTERNS,

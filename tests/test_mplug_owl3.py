@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_lvxattn.models import family_of, hyper_qwen2, mplug_owl3
-from ds_lvxattn.models.mplug_owl3 import MPlugOwl3
-from ds_lvxattn.models.owl_checkpoint import kinds, load_processor
-from tests.distributed import run
-from tests.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
-from tests.tiny_families import tiny
-from tests.tiny_model import IMAGE_TOKEN, SIZE, attach, loss_of, tiny_collator
+from ds_lvxattn.families import family_of
+from ds_lvxattn.families.owl import hyper_qwen2, mplug_owl3
+from ds_lvxattn.families.owl.checkpoint_names import kinds, load_processor
+from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
+from tests.support.distributed import run
+from tests.support.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
+from tests.support.tiny_families import tiny
+from tests.support.tiny_model import IMAGE_TOKEN, SIZE, attach, loss_of, tiny_collator
 
 GATHER = ("lv_xattn", "gather", "contiguous")
 PATTERNS = ("tItIItttaaItaIIIta", "tta")

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, merge_attention, sp_attention
-from ds_lvxattn.comm import communicator
-from ds_lvxattn.routes import Routes
-from tests.distributed import device, run
+from ds_lvxattn.exchange.comm import communicator
+from ds_lvxattn.exchange.routes import Routes
+from tests.support.distributed import device, run
 
 ops = torch.ops.ds_lvxattn
 

@@ -11,15 +11,15 @@ import torch
 import torch.distributed as dist
 
 from ds_lvxattn.config import ConfigError, SequenceParallelConfig
+from ds_lvxattn.exchange.routes import routed_rows
 from ds_lvxattn.plan.choice import HOST_TIE, HYSTERESIS, TIE, shape_class
+from ds_lvxattn.plan.layer_plan import AttentionLayer, LayerPlan, plan_layers, write_plan
 from ds_lvxattn.plan.pipeline import head_groups, keeps_queries
-from ds_lvxattn.plan.plan import AttentionLayer, LayerPlan, plan_layers, write_plan
 from ds_lvxattn.plan.profile import load_profile
 from ds_lvxattn.plan.traffic import TRAFFIC, LayerShape
-from ds_lvxattn.routes import routed_rows
-from tests.distributed import run
+from tests.support.distributed import run
+from tests.support.tiny_model import MODES, attach, loss_of, tiny_model, tiny_sample
 from tests.test_traffic import Layer, traffic_of
-from tests.tiny_model import MODES, attach, loss_of, tiny_model, tiny_sample
 
 CALLS = {
     "even": Layer((6, 6), (40, 40), lse_in_loss=False),

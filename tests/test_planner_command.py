@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from ds_lvxattn.plan.__main__ import main, report
-from ds_lvxattn.plan.models import SHIPPED, ModelError, model_sizes
+from ds_lvxattn.plan.cluster.model_sizes import SHIPPED, ModelError, model_sizes
+from ds_lvxattn.plan.cluster.step import Job, layer_candidates, steps
 from ds_lvxattn.plan.profile import (
     ProfileError,
     load_profile,
@@ -20,7 +21,6 @@ from ds_lvxattn.plan.profile import (
     shipped_profiles,
     write_profile,
 )
-from ds_lvxattn.plan.step import Job, layer_candidates, steps
 
 ARGUMENTS = ["--text", "2048", "--frames", "6246", "--gpus", "1024"]
 

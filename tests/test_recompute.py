@@ -17,12 +17,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.data.sample import Sample
-from ds_lvxattn.integration import SequenceParallel
-from ds_lvxattn.training.model import parameter_groups, partition_over_all_ranks
-from tests.distributed import run
-from tests.test_training import Case, metrics_in, mixed_samples, train
-from tests.tiny_model import (
+from ds_lvxattn.training.loading import parameter_groups, partition_over_all_ranks
+from tests.support.distributed import run
+from tests.support.tiny_model import (
     attach,
     ds_config,
     frames_in_portions,
@@ -34,6 +33,7 @@ from tests.tiny_model import (
     tiny_model,
     tiny_sample,
 )
+from tests.test_training import Case, metrics_in, mixed_samples, train
 
 PATTERNS = ("IItaIIIItIaa", "tIta")
 GATHER = ("lv_xattn", "gather", "contiguous")

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from ds_lvxattn.config import ConfigError
-from ds_lvxattn.training.report import (
+from ds_lvxattn.training.compare.report import (
     compare,
     loss_differences,
     markdown,

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ds_lvxattn import SequenceShards, ShardLayout
-from ds_lvxattn.interval import clip_to_rank
+from ds_lvxattn.exchange.interval import clip_to_rank
+from ds_lvxattn.exchange.routes import Routes, routed_rows, visible_work
 from ds_lvxattn.plan.traffic import LayerShape, query_gather, query_routed
-from ds_lvxattn.routes import Routes, routed_rows, visible_work
 
 
 @st.composite

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_lvxattn import SequenceShards
-from ds_lvxattn.interval import clip_to_rank
-from ds_lvxattn.shards import runs, split_evenly
+from ds_lvxattn.exchange.interval import clip_to_rank
+from ds_lvxattn.exchange.shards import runs, split_evenly
 
 
 @st.composite

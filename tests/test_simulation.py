@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from ds_lvxattn.plan import network, simulate
+from ds_lvxattn.plan import network
+from ds_lvxattn.plan.cluster import simulate
+from ds_lvxattn.plan.cluster.simulate import Cluster, Simulation, Task
 from ds_lvxattn.plan.cost import Layer, layer_cost
 from ds_lvxattn.plan.profile import Profile, load_profile
-from ds_lvxattn.plan.simulate import Cluster, Simulation, Task
 from ds_lvxattn.plan.traffic import LayerShape
 
 PROFILES = ("a100-2x3", "h200", "h200-slow-link")

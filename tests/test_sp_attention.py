@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, merge_attention, sp_attention
+from ds_lvxattn.exchange.strategies import strategy_named
 from ds_lvxattn.kernels.operator import local_attention
-from ds_lvxattn.strategies import strategy_named
-from tests.distributed import device, run
-from tests.reference import Result, exact, loss_of, magnitudes, one_device, visible
+from tests.support.distributed import device, run
+from tests.support.reference import Result, exact, loss_of, magnitudes, one_device, visible
 
 # For a longer search than the default one, which tries the same examples every time.
 EXAMPLES = int(os.environ.get("DS_LVXATTN_TEST_EXAMPLES", "0"))

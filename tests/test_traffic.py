@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
-from ds_lvxattn.comm import communicator
-from tests.distributed import device, run
+from ds_lvxattn.exchange.comm import communicator
+from tests.support.distributed import device, run
 
 GATHER = ("lv_xattn", "gather", "sharded")
 QUERY_RING = ("lv_xattn", "ring", "sharded")

@@ -20,10 +20,10 @@ from transformers import AutoModelForImageTextToText
 
 from ds_lvxattn.config import ConfigError
 from ds_lvxattn.data.sample import SampleError, SampleSource
-from ds_lvxattn.training.config import FinetuningConfig
 from ds_lvxattn.training.loop import Job, Trainer
-from tests.distributed import run
-from tests.tiny_model import (
+from ds_lvxattn.training.settings import FinetuningConfig
+from tests.support.distributed import run
+from tests.support.tiny_model import (
     MODES,
     PATTERNS,
     ListSource,

@@ -37,7 +37,7 @@ from ds_lvxattn.config import (
     load_ds_config,
     sequence_parallel_config,
 )
-from ds_lvxattn.training.report import COLUMNS, SINGLE, Run, compare, read_run, table_cells, write_report
+from ds_lvxattn.training.compare.report import COLUMNS, SINGLE, Run, compare, read_run, table_cells, write_report
 from ds_lvxattn.training.run_log import start_wandb
 
 FINETUNE = Path(__file__).with_name("finetune.py")

@@ -18,11 +18,11 @@ from transformers import set_seed
 from ds_lvxattn.config import ConfigError, load_ds_config, sequence_parallel_config
 from ds_lvxattn.data.sample import SampleError
 from ds_lvxattn.groups import start_distributed
-from ds_lvxattn.training.config import finetuning_config
-from ds_lvxattn.training.data import load_sources
+from ds_lvxattn.training.dataset import load_sources
 from ds_lvxattn.training.ds_config import resolve_ds_config
+from ds_lvxattn.training.loading import QUICKSTART, load_model, select_trainable
 from ds_lvxattn.training.loop import Job, Trainer
-from ds_lvxattn.training.model import QUICKSTART, load_model, select_trainable
+from ds_lvxattn.training.settings import finetuning_config
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

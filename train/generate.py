@@ -19,18 +19,18 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from ds_lvxattn.batches.agreement import agree
+from ds_lvxattn.batches.collate import Collator
+from ds_lvxattn.batches.generation import generate
+from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.config import SIZE_KEY, ConfigError, load_ds_config, sequence_parallel_config
-from ds_lvxattn.data.agreement import agree
-from ds_lvxattn.data.collate import Collator
 from ds_lvxattn.data.question import question_sample
 from ds_lvxattn.data.sample import SampleError
-from ds_lvxattn.generation import generate
+from ds_lvxattn.families import family_of
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
-from ds_lvxattn.integration import SequenceParallel
-from ds_lvxattn.models import family_of
-from ds_lvxattn.training.config import finetuning_config
-from ds_lvxattn.training.data import frames_in_text, text_limit
-from ds_lvxattn.training.model import LoadedModel, load_model, model_dtype, partition_over_all_ranks
+from ds_lvxattn.training.dataset import frames_in_text, text_limit
+from ds_lvxattn.training.loading import LoadedModel, load_model, model_dtype, partition_over_all_ranks
+from ds_lvxattn.training.settings import finetuning_config
 
 # What of the DeepSpeed config says how the weights are held.
 WEIGHTS = ("zero_optimization", "bf16", "fp16")

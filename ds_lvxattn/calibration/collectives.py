@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_lvxattn.calibration.clock import Clock, slowest_of
 from ds_lvxattn.calibration.extent import Extent
-from ds_lvxattn.comm import Communicator, Message, Part, Transfer
+from ds_lvxattn.exchange.comm import Communicator, Message, Part, Transfer
 from ds_lvxattn.plan.profile import Curve, Link, Profile
 
 

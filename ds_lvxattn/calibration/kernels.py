@@ -15,8 +15,8 @@ from ds_lvxattn.calibration.clock import Clock, slowest_of
 from ds_lvxattn.calibration.extent import Extent, HeadLayout
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.base import Kernel as LocalKernel
-from ds_lvxattn.kernels.delta import attention_delta
 from ds_lvxattn.kernels.dispatch import FEW_TILES, select_kernel
+from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.plan import kernel_time
 from ds_lvxattn.plan.profile import Kernel, KernelPoint, Profile
 
@@ -74,7 +74,7 @@ def kernel_calls(
 def _tile(kernel: LocalKernel, head_dim: int, dtype: torch.dtype, masked: bool, device: torch.device) -> dict[str, Any]:
     """The tiles of a kernel, as far as known; what is not known the measured points correct."""
     if kernel.name == "triton":
-        from ds_lvxattn.kernels.interval_forward import forward_config, is_hopper
+        from ds_lvxattn.kernels.triton.forward import forward_config, is_hopper
 
         config = forward_config(head_dim, dtype.itemsize, masked, is_hopper(device))
         return {"tile_rows": config.block_m, "tile_keys": config.block_n, "packed": True, "splits_below": 1 << 30}

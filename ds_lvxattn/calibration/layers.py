@@ -13,17 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_lvxattn.attention import sp_attention
 from ds_lvxattn.calibration.clock import Clock, slowest_of, synchronize
 from ds_lvxattn.calibration.extent import HeadLayout
-from ds_lvxattn.comm import communicator
-from ds_lvxattn.interval import KVInterval
+from ds_lvxattn.exchange.attention import sp_attention
+from ds_lvxattn.exchange.comm import communicator
+from ds_lvxattn.exchange.interval import KVInterval
+from ds_lvxattn.exchange.routes import Routes
+from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
 from ds_lvxattn.plan.cost import obstacle, projection_seconds
 from ds_lvxattn.plan.profile import HostTime, Profile, Projection
 from ds_lvxattn.plan.traffic import TRAFFIC
-from ds_lvxattn.recompute import recompute
-from ds_lvxattn.routes import Routes
-from ds_lvxattn.shards import SequenceShards, ShardLayout
+from ds_lvxattn.runtime.recompute import recompute
 
 LOCAL = ("local", "auto")
 

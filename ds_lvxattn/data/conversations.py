@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ds_lvxattn.data.sample import IGNORE, Sample, SampleError
 from ds_lvxattn.data.video import decode_frames, probe_video, sample_indices
-from ds_lvxattn.shards import split_evenly
+from ds_lvxattn.exchange.shards import split_evenly
 
 MediaKind = Literal["image", "video"]
 Message = dict[str, str]  # role and content

@@ -5,8 +5,8 @@ from __future__ import annotations
 from ds_lvxattn.kernels.base import Call, Kernel
 from ds_lvxattn.kernels.cudnn import CudnnKernel
 from ds_lvxattn.kernels.flash import FlashKernel
-from ds_lvxattn.kernels.interval import TritonKernel
 from ds_lvxattn.kernels.math import MathKernel
+from ds_lvxattn.kernels.triton.kernel import TritonKernel
 
 # Fastest first; ``math`` does every call, so the search always ends.
 KERNELS: tuple[Kernel, ...] = (CudnnKernel(), TritonKernel(), FlashKernel(), MathKernel())

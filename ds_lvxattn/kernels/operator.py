@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ds_lvxattn.kernels.base import Call, Kernel
-from ds_lvxattn.kernels.delta import attention_delta
 from ds_lvxattn.kernels.dispatch import KERNELS, select_kernel
-from ds_lvxattn.kernels.standin import output_with_delta
+from ds_lvxattn.kernels.triton.delta import attention_delta
+from ds_lvxattn.kernels.triton.surrogate import output_with_delta
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

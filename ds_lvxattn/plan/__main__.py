@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ds_lvxattn.plan.choice import Candidate, choose
-from ds_lvxattn.plan.models import SHIPPED, ModelError, model_sizes
+from ds_lvxattn.plan.cluster.model_sizes import SHIPPED, ModelError, model_sizes
+from ds_lvxattn.plan.cluster.step import USABLE, Job, Step, frames_that_fit, layer_candidates, steps
 from ds_lvxattn.plan.profile import Profile, ProfileError, load_profile, shipped_profiles
-from ds_lvxattn.plan.step import USABLE, Job, Step, frames_that_fit, layer_candidates, steps
 
 
 def report(job: Job, profile: Profile) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         show(found)
     if args.plot or args.map:
-        from ds_lvxattn.plan import plots
+        from ds_lvxattn.plan.cluster import plots
 
         if args.plot:
             plots.scaling(job, profile, args.plot)

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_lvxattn.data.collate import MicroBatch
-from ds_lvxattn.data.loader import Loader
+from ds_lvxattn.batches.collate import MicroBatch
+from ds_lvxattn.batches.loader import Loader
 from ds_lvxattn.groups import SequenceParallelGroups
 
 

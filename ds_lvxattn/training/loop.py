@@ -14,27 +14,33 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from ds_lvxattn.batches.collate import Collator
+from ds_lvxattn.batches.layout import BatchLayout
+from ds_lvxattn.batches.loader import ControlGroups, Loaded, Loader
+from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.calibrate import calibrated
 from ds_lvxattn.calibration.extent import HeadLayout
 from ds_lvxattn.config import ConfigError, sequence_parallel_config
-from ds_lvxattn.data.collate import Collator
-from ds_lvxattn.data.layout import BatchLayout
-from ds_lvxattn.data.loader import ControlGroups, Loaded, Loader
 from ds_lvxattn.data.sample import SampleSource
+from ds_lvxattn.families import family_of
 from ds_lvxattn.groups import SequenceParallelGroups
-from ds_lvxattn.integration import SequenceParallel
-from ds_lvxattn.models import family_of
 from ds_lvxattn.plan.choice import shape_class as class_of_sizes
-from ds_lvxattn.plan.plan import plan_layers
+from ds_lvxattn.plan.layer_plan import plan_layers
 from ds_lvxattn.plan.profile import profile_for_device
-from ds_lvxattn.timing import LayerTimes
+from ds_lvxattn.runtime.layer_times import LayerTimes
 from ds_lvxattn.training import checkpoint
-from ds_lvxattn.training.config import FinetuningConfig
 from ds_lvxattn.training.evaluation import evaluate
-from ds_lvxattn.training.memory import memory_plan
-from ds_lvxattn.training.model import LoadedModel, loss_factor, model_dtype, parameter_groups, partition_over_all_ranks
+from ds_lvxattn.training.loading import (
+    LoadedModel,
+    loss_factor,
+    model_dtype,
+    parameter_groups,
+    partition_over_all_ranks,
+)
+from ds_lvxattn.training.memory_plan import memory_plan
 from ds_lvxattn.training.order import Order
 from ds_lvxattn.training.run_log import RunLog
+from ds_lvxattn.training.settings import FinetuningConfig
 
 # Steps after a plan in which its layers are measured; the first ones compile kernels and open connections.
 MEASURED_STEPS = range(2, 5)

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ds_lvxattn.plan.plan import LayerPlan, write_plan
-from ds_lvxattn.training.memory import MemoryPlan
+from ds_lvxattn.plan.layer_plan import LayerPlan, write_plan
+from ds_lvxattn.training.memory_plan import MemoryPlan
 
 PROJECT = "ds_lvxattn"
 MIB = 1 << 20

@@ -11,11 +11,11 @@ pytest.importorskip("triton")
 
 import triton
 
-from ds_lvxattn.kernels.delta import attention_delta
-from ds_lvxattn.kernels.interval_backward import interval_backward
-from ds_lvxattn.kernels.interval_forward import interval_forward
-from ds_lvxattn.kernels.merge import merge_partials
-from ds_lvxattn.kernels.standin import output_with_delta
+from ds_lvxattn.kernels.triton.backward import interval_backward
+from ds_lvxattn.kernels.triton.delta import attention_delta
+from ds_lvxattn.kernels.triton.forward import interval_forward
+from ds_lvxattn.kernels.triton.merge import merge_partials
+from ds_lvxattn.kernels.triton.surrogate import output_with_delta
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles for the GPU")
 

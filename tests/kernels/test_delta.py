@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from ds_lvxattn.kernels.delta import attention_delta, attention_delta_triton
+from ds_lvxattn.kernels.triton.delta import attention_delta, attention_delta_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

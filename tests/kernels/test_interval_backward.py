@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from ds_lvxattn.kernels.delta import attention_delta
-from ds_lvxattn.kernels.interval_backward import interval_backward
-from ds_lvxattn.kernels.interval_forward import interval_forward
+from ds_lvxattn.kernels.triton.backward import interval_backward
+from ds_lvxattn.kernels.triton.delta import attention_delta
+from ds_lvxattn.kernels.triton.forward import interval_forward
 
 MASKS = ("visible", "growing", "sliding", "frame", "random")
 GRADS = ("dq", "dk", "dv")

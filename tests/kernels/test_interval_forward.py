@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from ds_lvxattn.kernels.interval_forward import (
+from ds_lvxattn.kernels.triton.forward import (
     interval_forward,
     interval_forward_supported,
     key_splits,

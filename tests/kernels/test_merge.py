@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from ds_lvxattn.kernels.merge import merge_partials, merge_partials_triton
+from ds_lvxattn.kernels.triton.merge import merge_partials, merge_partials_triton
 
 
 def merge_triton(outs, lses):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from ds_lvxattn.kernels.standin import output_with_delta, output_with_delta_triton
+from ds_lvxattn.kernels.triton.surrogate import output_with_delta, output_with_delta_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VERSIONS = (output_with_delta_triton, output_with_delta)

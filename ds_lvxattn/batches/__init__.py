@@ -1,0 +1,1 @@
+"""Samples to micro-batches: layout over the ranks, collation, loading ahead, and the attached model."""

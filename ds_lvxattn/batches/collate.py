@@ -1,0 +1,247 @@
+"""Micro-batches: this rank's part of the samples as the arguments of the model's forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ds_lvxattn.batches.layout import BatchLayout, lay_out
+from ds_lvxattn.batches.sequence_parallel import SequenceParallel
+from ds_lvxattn.data.sample import IGNORE, Sample, SampleError
+from ds_lvxattn.exchange.comm import Communicator, communicator
+from ds_lvxattn.exchange.interval import KVInterval
+from ds_lvxattn.exchange.routes import Routes, routed_rows, visible_work
+from ds_lvxattn.exchange.shards import ShardLayout
+from ds_lvxattn.families.family import TOKENS_AT_ONCE, Family
+from ds_lvxattn.plan.choice import shape_class
+from ds_lvxattn.plan.layer_plan import kind_of
+from ds_lvxattn.plan.traffic import LayerShape
+from ds_lvxattn.runtime.batch import AttentionInputs, SequenceParallelBatch
+from ds_lvxattn.runtime.visual_rows import VisualRows
+
+Images = list[list[np.ndarray]]  # per sample, the frames that this rank loaded
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch, ready for the model.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward, on the device.
+        labels: int64 ``[B, s]``, the label that each of the rank's rows predicts.
+        answers: int64 ``[B, s]``, the number of the answer that each row belongs to, -1 for none.
+        num_answers: answers in the micro-batch, over all ranks of the group.
+        text_tokens, frames: its size, over all ranks of the group.
+    """
+
+    inputs: dict[str, Any]
+    labels: Tensor
+    answers: Tensor
+    num_answers: int
+    text_tokens: int
+    frames: int
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Samples to micro-batches.
+
+    Attributes:
+        family: the model's family.
+        model_config: the model's transformers config.
+        processor: image processor of the model.
+        pad_token: token id behind the end of a sample.
+        image_id: token id of a frame.
+        device: where the tensors go.
+        dtype: dtype of pixel values.
+        parallel: the model's sequence parallelism; None runs the unmodified model with its own dense mask.
+    """
+
+    family: Family
+    model_config: Any
+    processor: Any
+    pad_token: int
+    image_id: int
+    device: torch.device
+    dtype: torch.dtype
+    parallel: SequenceParallel | None
+
+    def layout(self, samples: Sequence[Sample]) -> BatchLayout:
+        """Layout of ``samples`` over the ranks of the group, the same on each of them."""
+        ranks, placement = (1, "contiguous")
+        if self.parallel:
+            ranks, placement = self.parallel.comm.ranks, self.parallel.config.placement
+        return self._layout(samples, ranks, placement)
+
+    def step_layout(self, samples: Sequence[Sample]) -> BatchLayout:
+        """``layout``, or for a small batch one of a single rank, where every rank is to compute all of it."""
+        divided = self.layout(samples)
+        if self.parallel is None:
+            return divided
+        size = shape_class(len(divided.frames), divided.text.total, divided.keys.total)
+        encoded = sum(divided.frames) * TOKENS_AT_ONCE / self.family.frames_at_once(self.model_config)
+        rows = len(divided.frames) * divided.text.total
+        whole = self.parallel.computes_whole(size, lambda: self.shapes(divided), rows, encoded, self.device)
+        return self._layout(samples, 1, "contiguous") if whole else divided
+
+    def _layout(self, samples: Sequence[Sample], ranks: int, placement: str) -> BatchLayout:
+        return lay_out(samples, self.family, self.model_config, ranks, placement, self.pad_token, self.image_id)
+
+    def rank_in(self, layout: BatchLayout) -> int:
+        """Which rank of ``layout`` this one is; one of a single rank is that of every rank."""
+        return self.parallel.comm.rank if self.parallel and layout.text.ranks > 1 else 0
+
+    def check(self, sample: Sample) -> Sample:
+        """``sample``, if its text has one image token for each frame. Raises ``SampleError`` otherwise."""
+        tokens = sum(token == self.image_id for token in sample.input_ids)
+        if tokens != sample.num_frames:
+            raise SampleError(
+                f"{sample.name}: {tokens} image tokens (id {self.image_id}) in the text for {sample.num_frames} "
+                f"frames; write one {self.family.image_token} for each frame"
+            )
+        return sample
+
+    def load(self, samples: Sequence[Sample], layout: BatchLayout) -> Images:
+        """Decode the frames that lie on this rank. Raises what ``Sample.load_frames`` raises."""
+        return [sample.load_frames(layout.own_frames(i, self.rank_in(layout))) for i, sample in enumerate(samples)]
+
+    def shapes(self, layout: BatchLayout) -> dict[str, LayerShape]:
+        """Sizes of the exchanged kinds of layers for the plan; heads are those of each layer."""
+        batch, element = len(layout.frames), self.dtype.itemsize
+        shapes = {}
+        for kind, shards, ranges in self._kinds(layout):
+            shapes[kind] = LayerShape(
+                batch, 1, 1, 1, shards.q.lengths, shards.kv.lengths, element,
+                routed_rows(*ranges, shards), visible_work(*ranges, shards.kv),
+            )  # fmt: skip
+        return shapes
+
+    def collate(self, layout: BatchLayout, images: Images, most_frames: int | None = None) -> MicroBatch:
+        """This rank's micro-batch.
+
+        Args:
+            most_frames: ``layout.most_frames`` over all groups of the run; None: there is one group.
+        """
+        own = layout.text.index(self.rank_in(layout))
+        # Of a batch that every rank computes whole, each counts its part of the loss and of the gradients.
+        shares = self.parallel.comm.ranks // layout.text.ranks if self.parallel else 1
+        labels = torch.from_numpy(layout.shift_labels[:, own]).contiguous()
+        positions = [self.family.positions(visual, self.model_config) for visual in layout.visual]
+        answers, num_answers = number_answers(layout.shift_labels)
+        inputs: dict[str, Any] = {
+            "input_ids": torch.from_numpy(layout.input_ids[:, own]),
+            "position_ids": torch.from_numpy(np.stack([p[..., own] for p in positions], axis=-2)),
+            "use_cache": False,
+            # The model's own loss: summed over its rows and divided by the count of the whole group.
+            "labels": labels,
+            "shift_labels": labels,
+            "num_items_in_batch": max(layout.supervised_tokens, 1) * shares,
+        }
+        inputs |= self._visual(layout, images)
+        inputs = {key: self._to_device(value) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        if self.parallel:
+            inputs["sequence_parallel"] = self._exchange(layout, own, most_frames or layout.most_frames)
+        return MicroBatch(
+            inputs,
+            inputs["labels"],
+            torch.from_numpy(answers[:, own]).to(self.device),
+            num_answers,
+            sum(map(len, layout.ranges)),
+            sum(layout.frames),
+        )
+
+    def _to_device(self, x: Tensor) -> Tensor:
+        return x.to(self.device, dtype=self.dtype if x.is_floating_point() else None)
+
+    def _visual(self, layout: BatchLayout, images: Images) -> dict[str, Tensor]:
+        flat = [image for sample in images for image in sample]
+        if self.parallel:
+            # A rank without frames encodes a blank one, so that every rank runs the same modules and collectives.
+            return dict(self._pixels(flat))
+        frames = max(layout.frames)
+        if not frames and not self.family.needs_frames:
+            return {}  # the unmodified model skips its vision encoder
+        if self.family.keys_in_text:
+            return dict(self.family.pad_tiles(self._pixels(flat), self.model_config))
+        frames = max(frames, 1)
+        pixels = [self.family.pad_tiles(self._pixels(sample), self.model_config) for sample in images]
+        # Rows of the padding behind a sample see nothing.
+        ranges = [[*rows, *[(0, 0)] * (layout.input_ids.shape[1] - len(rows))] for rows in layout.ranges]
+        dense = self.family.dense_mask(ranges, frames, self.model_config)
+        return {**{key: torch.cat([_pad_frames(p[key], frames) for p in pixels]) for key in pixels[0]}, **dense}
+
+    def _pixels(self, frames: list[np.ndarray]) -> Mapping[str, Tensor]:
+        """Pixel arguments of these frames, or of a blank one."""
+        if not frames:
+            return self.family.blank_pixels(self.model_config)
+        return self.family.pixels(frames, self.processor, self.model_config)
+
+    def _exchange(self, layout: BatchLayout, own: slice | np.ndarray, most_frames: int) -> SequenceParallelBatch:
+        assert self.parallel is not None
+        comm = self.parallel.comm if layout.text.ranks > 1 else communicator(None)
+        routed = {plan.kind for plan in self.parallel.plans.values() if plan.schedule == "routed"}
+        roles = {
+            kind: self._inputs(comm, shards, *ranges, kind in routed) for kind, shards, ranges in self._kinds(layout)
+        }
+        # An unused slot repeats the first frame, which no row sees.
+        loaded, slots = 0, []
+        for frames in layout.frames:
+            for slot in layout.slots[comm.rank]:
+                slots.append(loaded if slot < frames else 0)
+                loaded += slot < frames
+        portions = -(-most_frames // self.family.frames_at_once(self.model_config))
+        in_order = slots == list(range(max(loaded, portions, 1)))
+        sees_frame = torch.from_numpy(layout.sees_frame[:, own]).to(self.dtype)
+        visual_rows = None
+        if layout.keys_in_text and self.family.image_token is not None:
+            visual_rows = VisualRows.build(*layout.visual_sources(), layout.text, comm.rank, self.device)
+        return SequenceParallelBatch(
+            comm,
+            roles,
+            self.parallel.plans,
+            self.parallel.config.kernel,
+            self.parallel.times,
+            None if in_order else torch.tensor(slots, device=self.device),
+            torch.from_numpy(layout.places(comm.rank)).to(self.device),
+            portions,
+            sees_frame[:, None, :, None].to(self.device),
+            visual_rows,
+        )
+
+    def _kinds(self, layout: BatchLayout) -> Iterator[tuple[str, ShardLayout, tuple[Tensor, Tensor]]]:
+        """Name, shards and ranges of the kinds of layers that exchange."""
+        assert self.parallel is not None
+        for role, shards in layout.roles.items():
+            for window in (None, *(self.parallel.windows if role == "self" else ())):
+                yield kind_of(role, window), shards, layout.ranges_of(role, window)
+
+    def _inputs(
+        self, comm: Communicator, shards: ShardLayout, start: Tensor, stop: Tensor, routed: bool
+    ) -> AttentionInputs:
+        routes = Routes.build(start, stop, shards, comm.rank, self.device) if routed and comm.ranks > 1 else None
+        return AttentionInputs(shards, KVInterval(start.to(self.device), stop.to(self.device)), routes)
+
+
+def _pad_frames(x: Tensor, frames: int) -> Tensor:
+    """``[1, f, ...]`` to ``[1, frames, ...]``."""
+    padded = x.new_zeros((1, frames, *x.shape[2:]))
+    padded[:, : x.shape[1]] = x
+    return padded
+
+
+def number_answers(shift_labels: np.ndarray) -> tuple[np.ndarray, int]:
+    """Number the answers: runs of adjacent labels.
+
+    Returns:
+        int64 ``[B, S]``, the number of the answer a row belongs to or -1, and how many there are.
+    """
+    supervised = shift_labels != IGNORE
+    begins = supervised.copy()
+    begins[:, 1:] &= ~supervised[:, :-1]
+    numbers = np.cumsum(begins.reshape(-1)).reshape(begins.shape) - 1
+    return np.where(supervised, numbers, -1).astype(np.int64), int(begins.sum())

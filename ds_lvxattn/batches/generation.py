@@ -1,0 +1,261 @@
+"""``generate``: transformers' own generation, over visual keys and values that stay divided over the ranks.
+
+The prefill is one forward of the prompts as in training: text and frames divided over the ranks, every attention layer
+by its strategy. The keys and values of the video stay on the rank that has them: those of cross-attention on the rank
+of the frame, and where the text holds the visual tokens, those of self-attention on the rank of the row. Elsewhere the
+text is short, and its keys and values are gathered to every rank. From the last token of the prompt on, ``generate``
+of transformers runs alike on all ranks, one token at a time (``DecodingStep``).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList
+
+from ds_lvxattn.batches.agreement import agree
+from ds_lvxattn.batches.collate import Collator, Images
+from ds_lvxattn.batches.layout import BatchLayout
+from ds_lvxattn.batches.sequence_parallel import SequenceParallel
+from ds_lvxattn.data.sample import Sample
+from ds_lvxattn.exchange.comm import Communicator
+from ds_lvxattn.exchange.interval import KVInterval
+from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
+from ds_lvxattn.runtime.decoding import DecodingStep, KeyCache, NewTokens
+
+# Arguments of training in what the collator makes.
+TRAINING = ("labels", "shift_labels", "num_items_in_batch", "use_cache", "position_ids")
+# Settings of transformers' generation that the decoding steps do not do, and the only value that is taken.
+LIMITS = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "use_cache": True,
+    "return_dict_in_generate": False,
+    "prompt_lookup_num_tokens": None,
+    "assistant_model": None,
+}
+
+
+@torch.no_grad()
+def generate(model: Any, collator: Collator, samples: Sequence[Sample], *, seed: int = 0, **settings: Any) -> Tensor:
+    """Continue the prompts of ``samples``; every rank of the group calls it with the same arguments.
+
+    Args:
+        model: the model that ``collator`` makes batches for; under ZeRO-3 that of the engine (``engine.module``).
+        collator: with sequence parallelism, or without it for the unmodified model on this rank alone.
+        samples: the prompts; their labels do not matter.
+        seed: of the draws, where ``do_sample`` is set. The random state of the caller stays as it is.
+        settings: of transformers' ``generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, ...
+
+    Returns:
+        int64 ``[B, new]``, the same on every rank: the new tokens, padded behind the end of an answer.
+
+    Raises:
+        SampleError: on every rank of the group, when the frames of a sample cannot be decoded on one of them.
+        ValueError: no samples, an empty prompt, a model that cannot generate, or a setting that cannot work
+            (``LIMITS``).
+    """
+    lengths = [len(sample.input_ids) for sample in samples]
+    if not min(lengths, default=0):
+        raise ValueError(f"the prompts have {lengths} tokens; give at least one prompt, each with at least one token")
+    samples = [collator.check(sample) for sample in samples]
+    if not collator.family.generates:
+        raise ValueError(f"{collator.family.name} cannot generate: {type(model).__name__} has no cache for it")
+    settings.setdefault("pad_token_id", collator.pad_token)
+    devices = [collator.device] if collator.device.type == "cuda" else []
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            return (_on_one_rank if collator.parallel is None else _on_all_ranks)(model, collator, samples, settings)
+    finally:
+        model.train(was_training)
+
+
+def _on_one_rank(model: Any, collator: Collator, samples: Sequence[Sample], settings: dict[str, Any]) -> Tensor:
+    """The unmodified model. transformers wants padding ahead of the text."""
+    lengths = collator.layout(samples).lengths
+    longest = max(lengths)
+    padding = [longest - length for length in lengths]
+    padded = [
+        replace(s, input_ids=[*[collator.pad_token] * n, *s.input_ids], labels=[*[0] * n, *s.labels])
+        for s, n in zip(samples, padding, strict=True)
+    ]
+    layout = collator.layout(padded)
+    inputs = collator.collate(layout, collator.load(padded, layout)).inputs
+    inputs = {key: value for key, value in inputs.items() if key not in TRAINING}
+    inputs |= {key: x.to(collator.device) for key, x in collator.family.prompt_arguments(layout.visual).items()}
+    inputs["attention_mask"] = _attention_mask(padding, longest, collator.device)
+    return model.generate(**inputs, **settings)[:, longest:]
+
+
+def _on_all_ranks(model: Any, collator: Collator, samples: Sequence[Sample], settings: dict[str, Any]) -> Tensor:
+    parallel = collator.parallel
+    assert parallel is not None
+    decoder = parallel.family.decoder(model)
+    for name, only in LIMITS.items():
+        value = settings.get(name, getattr(decoder.generation_config, name, None))
+        if value not in (None, only):
+            raise ValueError(
+                f"{name} is {value!r}; generation over divided keys takes {only!r} alone: leave it out, or generate "
+                "on one rank"
+            )
+    layout = collator.layout(samples)
+    if not parallel.plan:
+        parallel.make_plan(collator.shapes(layout), collator.device, collator.dtype)
+    # Where ZeRO-3 partitions the model over several groups, they wait for one another in every forward.
+    together = any(hasattr(p, "ds_id") for p in model.parameters()) and dist.get_world_size() > parallel.comm.ranks
+    images = agree(
+        lambda: collator.load(samples, layout),
+        lambda _: ", ".join(f"{s.name}: {len(s.input_ids)} tokens, {s.num_frames} frames" for s in samples),
+        parallel.comm.group,
+    )
+    cache, divided = _prefill(model, collator, layout, images, together)
+    padding = [layout.text.total - length for length in layout.lengths]
+    if layout.keys_in_text:
+        _keep_divided(cache, divided, parallel, layout.text.total)
+    else:
+        _gather_text(cache, parallel, layout.text, padding)
+    step = _step(collator, layout, divided)
+
+    # Padding moves from behind the text to ahead of it, where transformers wants it.
+    input_ids = np.full_like(layout.input_ids, collator.pad_token)
+    for row, length in enumerate(layout.lengths):
+        input_ids[row, padding[row] :] = layout.input_ids[row, :length]
+    processors = settings.pop("logits_processor", None) or ()
+    # transformers takes no keyword that it does not know: the step joins the arguments of each forward.
+    hook = decoder.register_forward_pre_hook(
+        functools.partial(_with_step, step, layout.text.total), prepend=True, with_kwargs=True
+    )
+    try:
+        tokens = decoder.generate(
+            input_ids=torch.from_numpy(input_ids).to(collator.device),
+            attention_mask=_attention_mask(padding, layout.text.total, collator.device),
+            past_key_values=cache,
+            logits_processor=LogitsProcessorList([*processors, SameScores(parallel.comm)]),
+            synced_gpus=together,
+            **settings,
+        )
+    finally:
+        hook.remove()
+    return tokens[:, layout.text.total :]
+
+
+def _prefill(
+    model: Any, collator: Collator, layout: BatchLayout, images: Images, together: bool
+) -> tuple[Cache, KeyCache]:
+    """One forward over the prompts. Returns the model's cache of this rank's rows, and its visual keys and values."""
+    most_frames = layout.most_frames
+    if together:
+        most = torch.tensor(most_frames, device=collator.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        most_frames = int(most)
+    inputs = collator.collate(layout, images, most_frames).inputs
+    visual: KeyCache = {}
+    batch = replace(inputs["sequence_parallel"], visual=visual)
+    taken = {key: value for key, value in inputs.items() if key not in TRAINING}
+    taken |= {"position_ids": inputs["position_ids"], "sequence_parallel": batch}
+    # A cache that knows nothing of sliding windows: what lies out of sight of a rank's rows is seen by others'.
+    cache = DynamicCache()
+    model(**taken, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache, visual
+
+
+def _keep_divided(cache: Cache, divided: KeyCache, parallel: SequenceParallel, rows: int) -> None:
+    """The keys and values of the text stay where they are; the model's cache goes on with the new tokens.
+
+    The last token of a prompt is the first step's, so what the prefill left of it is never seen.
+    """
+    for module, plan in parallel.plans.items():
+        if plan.role == "self":
+            index = int(module.layer_idx)  # type: ignore[arg-type]
+            layer: Any = cache.layers[index]
+            divided[module] = layer.keys, layer.values
+            cache.layers[index] = NewTokens(rows - 1)
+
+
+def _gather_text(cache: Cache, parallel: SequenceParallel, text: SequenceShards, padding: Sequence[int]) -> None:
+    """The text's keys and values of all ranks on every rank, but for the last token, which is the first step's.
+
+    The padding of each sample moves from behind its text to ahead of it, where transformers wants it; rotary positions
+    are in the keys already.
+    """
+    comm = parallel.comm
+    position = np.maximum(np.arange(text.total - 1) - np.array(padding)[:, None], 0)
+    order = text.order_from_padded()
+    place = position if order is None else np.array(order)[position]
+    index: Tensor | None = None
+    for module, plan in parallel.plans.items():
+        if plan.role != "self":
+            continue
+        layer: Any = cache.layers[int(module.layer_idx)]  # type: ignore[arg-type]
+        own = torch.stack((layer.keys, layer.values))  # [2, B, H_kv, s, D]
+        own = nn.functional.pad(own, (0, 0, 0, text.longest - own.shape[3]))
+        whole = comm.all_gather(own, "text cache").movedim(0, 3).flatten(3, 4)
+        if index is None:
+            index = torch.from_numpy(place).to(whole.device)
+        rows = index[None, :, None, :, None].expand(2, -1, whole.shape[2], -1, whole.shape[4])
+        layer.keys, layer.values = whole.gather(3, rows).unbind()
+
+
+def _step(collator: Collator, layout: BatchLayout, divided: KeyCache) -> DecodingStep:
+    """What all new tokens have in common: in cross-attention they see what the last token of their prompt sees."""
+    parallel, device = collator.parallel, collator.device
+    assert parallel is not None
+    lengths = np.array(layout.lengths)
+    last = np.arange(len(lengths)), lengths - 1
+    if layout.keys_in_text:
+        keys, start, stop = layout.text, np.zeros_like(lengths), lengths - 1
+    else:
+        keys, start, stop = layout.keys, layout.start[last], layout.stop[last]
+    interval = None
+    if start.any() or (stop != keys.total).any():
+        bounds = torch.from_numpy(np.stack((start, stop)).astype(np.int32)[:, None, :, None]).to(device)
+        interval = KVInterval(*bounds.unbind())
+    text_start = None
+    if not layout.keys_in_text and lengths.min() < layout.text.total:
+        text_start = torch.from_numpy((layout.text.total - lengths).astype(np.int32)[:, None]).to(device)
+    positions = (parallel.family.positions(visual, collator.model_config) for visual in layout.visual)
+    position = np.stack([p[..., n - 1 : n] for p, n in zip(positions, lengths, strict=True)], axis=-2)
+    sees_frame = torch.from_numpy(layout.sees_frame[last]).to(device, collator.dtype)
+    one_row = SequenceShards((1,) * parallel.comm.ranks)
+    return DecodingStep(
+        parallel.comm, parallel.plans, parallel.config.kernel, divided, ShardLayout(one_row, keys), interval,
+        text_start, sees_frame[:, None, None, None], torch.from_numpy(position).to(device),
+    )  # fmt: skip
+
+
+def _with_step(step: DecodingStep, rows: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before a forward of ``generate``: the step, and positions that go on from those of the prompts' ``rows``.
+
+    Those of transformers would count the padding, or not know of the frames.
+    """
+    new = kwargs["past_key_values"].get_seq_length() - (rows - 1)
+    return args, {**kwargs, "sequence_parallel": step, "position_ids": step.position + new}
+
+
+def _attention_mask(padding: Sequence[int], length: int, device: torch.device) -> Tensor:
+    """int64 ``[B, length]``, 0 for the padding ahead of each sample."""
+    return (torch.arange(length) >= torch.tensor(padding)[:, None]).long().to(device)
+
+
+class SameScores(LogitsProcessor):
+    """The first rank's scores on every rank, so that all draw the same token, and stop together.
+
+    They are equal but for rounding, which can differ between devices, and which an argmax or a draw could follow.
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        self.comm = comm
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """``scores [B, V]`` float32."""
+        return self.comm.broadcast(scores.contiguous(), "scores")

@@ -1,0 +1,185 @@
+"""``sp_attention``: exact attention whose queries and keys are divided over a sequence-parallel group."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_lvxattn.exchange.comm import Communicator, communicator
+from ds_lvxattn.exchange.interval import KVInterval
+from ds_lvxattn.exchange.routes import Routes
+from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
+from ds_lvxattn.exchange.strategies import Exchange, strategy_named
+from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.dispatch import select_kernel
+from ds_lvxattn.kernels.operator import local_attention
+
+
+def sp_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    strategy: str = "lv_xattn",
+    interval: KVInterval | None = None,
+    scale: float | None = None,
+    queries: str = "sharded",
+    gradients: str = "whole",
+    schedule: str = "auto",
+    kernel: str = "auto",
+    shards: ShardLayout | None = None,
+    routes: Routes | None = None,
+    head_groups: tuple[int, int] | None = None,
+    keep_queries: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the rank's own query rows over the keys and values of all ranks of ``group``.
+
+    Exact (no approximation), differentiable in ``q``, ``k``, ``v`` and through ``lse``. Every rank of the group
+    must call it with the same settings, and must use ``lse`` in its loss when any rank does.
+
+    Args:
+        q: ``[B, H_q, s_q, D]``, the rank's own rows; float64, float32, bfloat16 or float16, CPU or CUDA.
+        k, v: ``[B, H_kv, s_kv, D]``, the rank's own keys and values; ``H_q`` is a multiple of ``H_kv``.
+            Shards may be uneven or empty.
+        group: sequence-parallel process group; None is one rank.
+        strategy: ``lv_xattn`` (queries travel), ``ulysses`` (heads are redistributed) or ``ring`` (keys and
+            values travel).
+        interval: visible range of each row in global key positions; None: every key is visible.
+        scale: factor of the scores, ``1 / sqrt(D)`` by default.
+        queries: ``sharded``, or ``replicated`` when every rank passes all the (same) rows; then ``out`` is the
+            same on every rank.
+        gradients: of ``out`` and ``q`` when the queries are replicated. ``whole``: every rank passes the same gradient
+            of ``out``, as it computes the whole loss, and gets the same ``dq``. ``parts``: the ranks' losses are parts
+            of one sum; what a rank passes, and the ``dq`` that it gets, add up over the ranks.
+        schedule: ``auto``, or one that the strategy has: ``gather``, ``ring`` or ``routed`` for ``lv_xattn``.
+        kernel: local kernel: ``auto``, or a name to force one.
+        shards: lengths and placement of every rank's shard. None asks the other ranks (one small collective
+            and a host synchronisation) and assumes contiguous shards in rank order.
+        routes: for ``routed``, where this rank's rows travel; None makes them from the interval, which takes a host
+            synchronisation.
+        head_groups: for ``gather``, groups of key heads of the forward and of the backward pass that are pipelined;
+            divisors of ``H_kv``, the same on every rank. None chooses from sizes.
+        keep_queries: for ``gather`` and ``routed``, whether other ranks' queries are kept for the backward pass
+            rather than sent again; the same on every rank. None keeps them while they are no larger than K and V.
+
+    Returns:
+        ``out`` like ``q`` (0 for rows that see nothing), and ``lse [B, H_q, s_q]``, the natural
+        log-sum-exp in float32, float64 for float64 inputs (``-inf`` for such rows).
+
+    Raises:
+        ValueError: shapes, dtypes or settings do not fit; the message says what to change.
+    """
+    _check_tensors(q, k, v)
+    if queries not in ("sharded", "replicated"):
+        raise ValueError(f"queries is '{queries}'; choose 'sharded' or 'replicated'")
+    if gradients not in ("whole", "parts") or (gradients == "parts" and queries != "replicated"):
+        raise ValueError(
+            f"gradients is '{gradients}'; choose 'whole', or 'parts' with queries='replicated' (now '{queries}')"
+        )
+    comm = communicator(group)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    chosen = strategy_named(strategy)
+    if schedule != "auto" and schedule not in chosen.schedules:
+        raise ValueError(f"schedule is '{schedule}'; strategy '{strategy}' has {('auto', *chosen.schedules)}")
+    replicated = queries == "replicated"
+    reason = chosen.unsupported(q.shape[1], k.shape[1], comm.ranks, replicated)
+    if reason is not None and comm.ranks > 1:
+        raise ValueError(f"strategy '{strategy}' cannot run this attention: {reason}")
+    select_kernel(kernel, Call.forward(q, k, interval is not None))
+
+    if shards is None:
+        options = (strategy, queries, gradients, schedule, kernel, scale, head_groups, keep_queries)
+        shards = _ask_for_shards(q, k, interval, comm, options)
+    _check_shards(q, k, shards, comm, replicated)
+    interval = _rows_of_all_ranks(interval, q, shards, comm, replicated)
+    if comm.ranks == 1:
+        bounds = (None, None) if interval is None else (interval.start[0], interval.stop[0])
+        return local_attention(q, k, v, *bounds, scale, kernel)
+    if not shards.kv.total:  # a batch of text alone: nothing to see on any rank, so nothing travels
+        return local_attention(q, k, v, None, None, scale, kernel)
+    if head_groups is not None and any(k.shape[1] % max(count, 1) or count < 1 for count in head_groups):
+        raise ValueError(f"head_groups is {head_groups}; give two divisors of the {k.shape[1]} key heads")
+    if schedule == "routed" and not replicated and routes is None and interval is not None:
+        routes = Routes.build(interval.start.cpu(), interval.stop.cpu(), shards, comm.rank, q.device)
+    exchange = Exchange(
+        comm, shards, interval, scale, kernel, schedule, replicated, head_groups, keep_queries, routes,
+        gradients == "parts",
+    )  # fmt: skip
+    return chosen.attention(q, k, v, exchange)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(
+            f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
+            "give [B, H_q, s_q, D] and twice [B, H_kv, s_kv, D]"
+        )
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q {tuple(q.shape)} does not fit k {tuple(k.shape)}: batch and head size must be equal "
+            "and H_q a multiple of H_kv"
+        )
+    if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
+        raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; give one floating dtype")
+
+
+def _ask_for_shards(
+    q: Tensor, k: Tensor, interval: KVInterval | None, comm: Communicator, options: tuple[object, ...]
+) -> ShardLayout:
+    """The shard lengths of every rank, and a check that all ranks make the same call."""
+    if comm.ranks == 1:
+        return ShardLayout(SequenceShards((q.shape[2],)), SequenceShards((k.shape[2],)))
+    own_rows = interval is not None and not interval.of_all_ranks
+    sizes = (*q.shape[:2], k.shape[1], q.shape[3], int(interval is not None), int(own_rows))
+    names = zlib.crc32(repr((q.dtype, *options)).encode())
+    mine = torch.tensor([q.shape[2], k.shape[2], *sizes, names], device=q.device)
+    everyone = comm.all_gather(mine, "shard lengths").tolist()
+    for rank, theirs in enumerate(everyone):
+        if theirs[2:] != everyone[0][2:]:
+            raise ValueError(
+                "the ranks of the group call sp_attention with different settings; give all of them the same "
+                "[batch, query heads, key heads, head size, interval given, interval of own rows, hash of "
+                "dtype, strategy, queries, gradients, schedule, kernel, scale, head_groups and keep_queries]: "
+                f"rank 0 {everyone[0][2:]}, rank {rank} {theirs[2:]}"
+            )
+    rows, keys = zip(*(theirs[:2] for theirs in everyone), strict=True)
+    return ShardLayout(SequenceShards(rows), SequenceShards(keys))
+
+
+def _check_shards(q: Tensor, k: Tensor, shards: ShardLayout, comm: Communicator, replicated: bool) -> None:
+    if shards.kv.ranks != comm.ranks:
+        raise ValueError(f"shards describes {shards.kv.ranks} ranks, the group has {comm.ranks}")
+    want = (shards.q.lengths[comm.rank], shards.kv.lengths[comm.rank])
+    if want != (q.shape[2], k.shape[2]):
+        raise ValueError(
+            f"rank {comm.rank} passes {q.shape[2]} query rows and {k.shape[2]} keys, "
+            f"but shards says {want[0]} and {want[1]}"
+        )
+    if replicated and not shards.q.even:
+        raise ValueError(f"replicated queries must have one length on every rank, not {shards.q.lengths}")
+
+
+def _rows_of_all_ranks(
+    interval: KVInterval | None, q: Tensor, shards: ShardLayout, comm: Communicator, replicated: bool
+) -> KVInterval | None:
+    """The ranges of the rows of every rank, ``[n, B, s_max]`` (``[1, B, s_q]`` for replicated queries)."""
+    if interval is None:
+        return None
+    batch, rows = q.shape[0], q.shape[2]
+    if interval.of_all_ranks:
+        want: Sequence[int] = (1 if replicated else comm.ranks, batch, shards.q.longest)
+    else:
+        want = (batch, rows)
+    if tuple(interval.start.shape) != tuple(want):
+        raise ValueError(f"interval has shape {tuple(interval.start.shape)}; this call needs {tuple(want)}")
+    if interval.of_all_ranks:
+        return interval
+    if replicated or comm.ranks == 1:
+        return KVInterval(interval.start.unsqueeze(0), interval.stop.unsqueeze(0))
+    padded = torch.nn.functional.pad(torch.stack((interval.start, interval.stop)), (0, shards.q.longest - rows))
+    return KVInterval(*comm.all_gather(padded, "intervals").unbind(1))

@@ -1,0 +1,131 @@
+"""The mask of every supported model: each query row sees one contiguous range of the key sequence.
+
+Two int32 numbers a row replace a dense ``S_q x S_kv`` mask, so masks cost ``O(S_q)`` memory at any key length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ds_lvxattn.exchange.shards import SequenceShards
+
+
+@dataclass(frozen=True)
+class KVInterval:
+    """Row ``i`` sees the global key positions ``[start_i, stop_i)``; an empty range sees nothing.
+
+    Args:
+        start: int32 ``[B, s_q]``, first visible key of each of the rank's own rows.
+        stop: int32 ``[B, s_q]``, one past the last visible key.
+
+    Where every rank already knows the rows of all ranks (the text of a batch is small), both may be
+    ``[n, B, s_max]``, rank-major and padded to the longest shard; then no collective is needed to share them.
+
+    Raises:
+        ValueError: shapes differ or the dtype is not int32.
+    """
+
+    start: Tensor
+    stop: Tensor
+    _local: dict[tuple[SequenceShards, int], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if self.start.shape != self.stop.shape:
+            raise ValueError(
+                f"KVInterval: start has shape {tuple(self.start.shape)} and stop {tuple(self.stop.shape)}; "
+                "give one start and one stop for each query row"
+            )
+        if self.start.dim() not in (2, 3):
+            raise ValueError(
+                f"KVInterval: start has shape {tuple(self.start.shape)}; give [B, s_q] (own rows) "
+                "or [n, B, s_max] (the rows of every rank)"
+            )
+        for name, bound in (("start", self.start), ("stop", self.stop)):
+            if bound.dtype != torch.int32:
+                raise ValueError(f"KVInterval: {name} has dtype {bound.dtype}; convert it to torch.int32")
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> KVInterval:
+        """The intervals of a dense mask, for a model that comes with one; takes a host synchronisation.
+
+        Args:
+            mask: bool ``[B, s_q, S_kv]``, true where a row sees a key.
+
+        Raises:
+            ValueError: the keys that a row sees are not contiguous.
+        """
+        keys = torch.arange(mask.shape[-1], device=mask.device)
+        count = mask.sum(dim=-1)
+        start = torch.where(mask, keys, mask.shape[-1]).amin(dim=-1)
+        start = torch.where(count > 0, start, 0)
+        last = torch.where(mask, keys, -1).amax(dim=-1)
+        broken = (last + 1 - start != count) & (count > 0)
+        if broken.any():
+            sample, row = broken.nonzero()[0].tolist()
+            raise ValueError(
+                f"row {row} of sample {sample} sees {int(count[sample, row])} of the keys {int(start[sample, row])} to "
+                f"{int(last[sample, row])}; an interval has no holes: reorder the keys, leave those that no row sees "
+                "off the shard, or attend to the mask in pieces, see KVInterval.pieces_of_mask"
+            )
+        return cls(start.int(), (start + count).int())
+
+    @classmethod
+    def pieces_of_mask(cls, mask: Tensor) -> list[KVInterval]:
+        """Any dense mask as intervals of disjoint keys; takes a host synchronisation.
+
+        Attention to each of them, merged by ``merge_attention``, is exactly attention under the mask. Each piece costs
+        one exchange, and on several ranks all of them must take equally many: fill up with empty ones.
+
+        Args:
+            mask: bool ``[B, s_q, S_kv]``, true where a row sees a key.
+
+        Returns:
+            As many as the row with most runs of adjacent keys has, at least one.
+        """
+        edges = torch.nn.functional.pad(mask.to(torch.int8), (1, 1)).diff(dim=-1)
+        first, behind = edges == 1, edges == -1
+        runs = max(int(first.sum(dim=-1).max()), 1) if mask.numel() else 1
+
+        def bound(marks: Tensor, run: int) -> Tensor:
+            """Where the run begins or ends in each row; 0 in a row that has fewer."""
+            return (marks & (marks.cumsum(dim=-1) == run)).to(torch.int8).argmax(dim=-1).int()
+
+        return [cls(bound(first, run), bound(behind, run)) for run in range(1, runs + 1)]
+
+    @property
+    def of_all_ranks(self) -> bool:
+        """Whether the rows of every rank are given, ``[n, B, s_max]``."""
+        return self.start.dim() == 3
+
+    def local_to(self, kv: SequenceShards, rank: int) -> tuple[Tensor, Tensor]:
+        """``start, stop`` of the rows of every rank, ``[B, n * s_max]``, as local positions of the keys of ``rank``.
+
+        Computed once: the layers of a batch share its intervals.
+        """
+        if (kv, rank) not in self._local:
+            start, stop = clip_to_rank(self.start, self.stop, kv, rank)
+            self._local[kv, rank] = start.transpose(0, 1).flatten(1), stop.transpose(0, 1).flatten(1)
+        return self._local[kv, rank]
+
+
+def clip_to_rank(start: Tensor, stop: Tensor, kv: SequenceShards, rank: int) -> tuple[Tensor, Tensor]:
+    """Global key ranges to the local positions of the keys that ``rank`` holds.
+
+    Any placement that keeps a rank's tokens in ascending order keeps an interval an interval: count the
+    rank's tokens before each bound.
+
+    Args:
+        start, stop: int32 of any shape, global key positions (values outside the sequence are clamped).
+        kv: shards of the key sequence.
+        rank: rank in the sequence-parallel group.
+
+    Returns:
+        int32 local ``start, stop`` with ``0 <= start <= stop <= kv.lengths[rank]``.
+    """
+    local_start = kv.tokens_before(start, rank)
+    return local_start, torch.maximum(local_start, kv.tokens_before(stop, rank))

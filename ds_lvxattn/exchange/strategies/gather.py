@@ -1,0 +1,237 @@
+"""Query exchange by collectives: all-gather the queries, attend, send the partial results to their owners.
+
+Pipelined over groups of key heads: while one group is computed, the queries of the next arrive and the results of
+the one before leave on the process group's communication stream. Only the first arrival and the last return are not
+hidden, and the workspace is that of two groups.
+
+Forward: ``Q`` in, ``(o, l)`` out, one merge. Backward: ``dO``, ``L`` and ``delta`` in, ``dQ`` parts out, summed in
+float32. ``O`` does not travel, for no kernel. The gathered ``Q`` is kept from the forward pass, or, where it would be
+large, gathered again.
+"""
+
+from collections.abc import Callable
+from typing import Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from ds_lvxattn.exchange.base import Exchange
+from ds_lvxattn.exchange.comm import Transfer, communicator_by_name
+from ds_lvxattn.exchange.rows import attention_layout, gather_buffer, start_gather, start_return
+from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like, lse_dtype
+from ds_lvxattn.kernels.triton.delta import attention_delta
+from ds_lvxattn.kernels.triton.merge import merge_partials
+from ds_lvxattn.plan.pipeline import head_groups, keeps_queries
+
+
+def gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """Attention of the rank's rows over the keys of all ranks; see ``Strategy.attention``."""
+    layout = exchange.layout
+    batch, heads, _, head_dim = q.shape
+    kv_heads, lengths = k.shape[1], (layout.q.lengths, layout.kv.lengths)
+    groups = exchange.head_groups or head_groups(batch, heads, kv_heads, head_dim, q.element_size(), *lengths)
+    keep = exchange.keep_queries
+    if keep is None:
+        keep = keeps_queries(heads, kv_heads, *lengths)
+    first, last = exchange.local_ranges
+    out, lse, _ = torch.ops.ds_lvxattn.query_gather(
+        q, k, v, first, last, exchange.scale, exchange.kernel, exchange.comm.name, layout.q.lengths, groups, keep
+    )
+    return out, lse
+
+
+InFlight = tuple[list[Tensor], Transfer]
+
+
+def _pipeline(
+    groups: int,
+    gather: Callable[[int], InFlight],
+    attend: Callable[[int, list[Tensor]], InFlight],
+    finish: Callable[[int, list[Tensor]], None],
+) -> None:
+    """While group ``i`` is computed, group ``i + 1`` arrives and the results of group ``i - 1`` come home.
+
+    ``gather(i)`` starts the exchange of a group's rows, ``attend`` computes them and starts the return of the results,
+    ``finish`` takes what came back. Every rank issues the same collectives in the same order.
+    """
+    gathered = gather(0)
+    returning: InFlight | None = None
+    for i in range(groups):
+        rows, arrival = gathered
+        if i + 1 < groups:
+            gathered = gather(i + 1)
+        arrival.wait()
+        leaving = attend(i, rows)
+        if returning is not None:
+            returning[1].wait()
+            finish(i - 1, returning[0])
+        returning = leaving
+    assert returning is not None
+    returning[1].wait()
+    finish(groups - 1, returning[0])
+
+
+def _slices(heads: int, groups: int) -> list[slice]:
+    size = heads // groups
+    return [slice(i * size, (i + 1) * size) for i in range(groups)]
+
+
+@torch.library.custom_op("ds_lvxattn::query_gather", mutates_args=())
+def query_gather(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Optional[Tensor],
+    last: Optional[Tensor],
+    scale: float,
+    kernel: str,
+    group: str,
+    q_lengths: Sequence[int],
+    head_groups: Sequence[int],
+    keep_queries: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward pass.
+
+    Args:
+        first, last: int32 ``[B, n * s_max]``, the keys of this rank that the rows of every rank see.
+        head_groups: groups of key heads of the forward and of the backward pass; divisors of ``H_kv``.
+        keep_queries: keep the gathered queries for the backward pass.
+
+    Returns:
+        ``out [B, H, s_q, D]``, ``lse [B, H, s_q]``, and the gathered queries ``[groups, n * s_max, B, H / groups, D]``
+        (no group of them where they are not kept).
+    """
+    comm = communicator_by_name(group)
+    rows, own = max(q_lengths), q_lengths[comm.rank]
+    groups = head_groups[0]
+    queries, keys = _slices(q.shape[1], groups), _slices(k.shape[1], groups)
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    kept = _kept_queries(q, q_lengths, groups, keep_queries)
+
+    def gather(i: int) -> InFlight:
+        q_all = kept[i] if keep_queries else gather_buffer(q[:, queries[i]], comm, rows)
+        return [q_all], start_gather([("queries", q[:, queries[i]], q_all)], comm)
+
+    def attend(i: int, arrived: list[Tensor]) -> InFlight:
+        partial_out, partial_lse = forward_local(
+            attention_layout(arrived[0]), k[:, keys[i]], v[:, keys[i]], first, last, scale, kernel
+        )
+        return start_return([("outputs", partial_out), ("lse", partial_lse)], comm, own)
+
+    def merge(i: int, arrived: list[Tensor]) -> None:
+        outs, lses = arrived
+        merge_partials(outs, lses, out=out[:, queries[i]], lse=lse[:, queries[i]])
+
+    _pipeline(groups, gather, attend, merge)
+    return out, lse, kept
+
+
+def _kept_queries(q: Tensor, q_lengths: Sequence[int], groups: int, keep: bool) -> Tensor:
+    batch, heads, _, head_dim = q.shape
+    rows = len(q_lengths) * max(q_lengths)
+    return q.new_empty((groups if keep else 0, rows, batch, heads // groups, head_dim))
+
+
+@query_gather.register_fake
+def _(q, k, v, first, last, scale, kernel, group, q_lengths, head_groups, keep_queries):
+    kept = _kept_queries(q, q_lengths, head_groups[0], keep_queries)
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype)), kept
+
+
+def _queries_of(kept: Tensor, groups: int, index: int) -> Tensor:
+    """Gathered queries of group ``index`` of ``groups``, ``[n * s_max, B, H / groups, D]``, from the kept ones."""
+    kept_groups, _, _, heads, _ = kept.shape
+    if groups % kept_groups:
+        # Coarser groups than the forward pass had: the queries are small beside the keys, so they are laid out anew.
+        kept = kept.movedim(0, 2).flatten(2, 3).unsqueeze(0)
+        kept_groups, heads = 1, kept.shape[3]
+    finer = groups // kept_groups
+    return kept[index // finer][:, :, _slices(heads, finer)[index % finer]]
+
+
+@torch.library.custom_op("ds_lvxattn::query_gather_backward", mutates_args=())
+def query_gather_backward(
+    dout: Tensor,
+    dlse: Optional[Tensor],
+    q: Tensor,
+    kept: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    first: Optional[Tensor],
+    last: Optional[Tensor],
+    scale: float,
+    kernel: str,
+    group: str,
+    q_lengths: Sequence[int],
+    head_groups: Sequence[int],
+    keep_queries: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward pass: ``dk`` and ``dv`` are complete on their rank; the parts of ``dq`` go to their owners."""
+    comm = communicator_by_name(group)
+    rows, own = max(q_lengths), q_lengths[comm.rank]
+    chosen = backward_kernel(kernel, Call.backward(q, k, first is not None), dlse is not None)
+    groups = head_groups[1]
+    queries, keys = _slices(q.shape[1], groups), _slices(k.shape[1], groups)
+    delta = attention_delta(dout, out, dlse).to(lse.dtype)
+    dq = torch.empty_like(q)
+    # The gradients of K and V: of one group they are what the kernel returns, of several they are put together.
+    complete: tuple[Tensor, ...] = () if groups == 1 else (torch.empty_like(k), torch.empty_like(v))
+
+    def gather(i: int) -> InFlight:
+        sent = [("output gradients", dout), ("lse", lse), ("lse", delta)]
+        if not keep_queries:
+            sent.append(("queries", q))
+        sent = [(what, x[:, queries[i]]) for what, x in sent]
+        buffers = [gather_buffer(x, comm, rows) for _, x in sent]
+        return buffers, start_gather([(*x, buffer) for x, buffer in zip(sent, buffers, strict=True)], comm)
+
+    def attend(i: int, arrived: list[Tensor]) -> InFlight:
+        nonlocal complete
+        if keep_queries:
+            arrived = [*arrived, _queries_of(kept, groups, i)]
+        dout_all, lse_all, delta_all, q_all = (attention_layout(x) for x in arrived)
+        partial_dq, group_dk, group_dv = backward_local(
+            chosen, dout_all, q_all, k[:, keys[i]], v[:, keys[i]], None, lse_all, delta_all, first, last, scale
+        )
+        if groups == 1:
+            complete = like(group_dk, k), like(group_dv, v)
+        else:
+            for whole, part in zip(complete, (group_dk, group_dv), strict=True):
+                whole[:, keys[i]] = part
+        return start_return([("query gradients", partial_dq.to(q.dtype))], comm, own)
+
+    def add_up(i: int, arrived: list[Tensor]) -> None:
+        dq[:, queries[i]] = arrived[0].sum(dim=0, dtype=lse.dtype)
+
+    _pipeline(groups, gather, attend, add_up)
+    dk, dv = complete
+    return dq, dk, dv
+
+
+@query_gather_backward.register_fake
+def _(dout, dlse, q, kept, k, v, *_):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, first, last, *ctx.call = inputs
+    out, lse, kept = output
+    keep_queries = ctx.call[-1]
+    # A kept gathered tensor holds the own queries too; their shape and strides are those of the output.
+    ctx.save_for_backward(None if keep_queries else q, kept, k, v, out, lse, first, last)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse, _):
+    q, kept, k, v, out, lse, first, last = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    q = out if q is None else q
+    grads = torch.ops.ds_lvxattn.query_gather_backward(dout, dlse, q, kept, k, v, out, lse, first, last, *ctx.call)
+    return *grads, *[None] * 8
+
+
+query_gather.register_autograd(_backward, setup_context=_save)

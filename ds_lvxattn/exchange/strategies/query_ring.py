@@ -1,0 +1,190 @@
+"""Query exchange by a ring: queries visit the ranks one after another (LV-XAttn, section 3.1).
+
+Each rank holds the queries of one other rank at a time, so the workspace does not grow with the group; the
+next queries arrive while the present ones are computed. Partial results go straight to their owner instead of
+round the ring: the same bytes, but every partial is merged once in float32 rather than rounded at each hop.
+"""
+
+from typing import Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from ds_lvxattn.exchange.base import Exchange
+from ds_lvxattn.exchange.comm import Communicator, Message, Transfer, communicator_by_name
+from ds_lvxattn.exchange.interval import clip_to_rank
+from ds_lvxattn.exchange.shards import SequenceShards
+from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like, lse_dtype
+from ds_lvxattn.kernels.triton.delta import attention_delta
+from ds_lvxattn.kernels.triton.merge import merge_partials
+
+
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """Attention of the rank's rows over the keys of all ranks; see ``Strategy.attention``."""
+    layout = exchange.layout
+    return torch.ops.ds_lvxattn.query_ring(
+        q, k, v, *exchange.bounds, exchange.scale, exchange.kernel,
+        exchange.comm.name, layout.q.lengths, layout.kv.lengths, layout.kv.stripe,
+    )  # fmt: skip
+
+
+class _Ring:
+    """The tensors of one rank at a time, handed on to the next rank; what arrived is that of the rank before."""
+
+    def __init__(self, comm: Communicator, lengths: Sequence[int], what: Sequence[str], own: Sequence[Tensor]):
+        self.comm, self.lengths, self.what = comm, lengths, what
+        self.held = [x.contiguous() for x in own]
+        self.owner = comm.rank
+
+    def __iter__(self):
+        """Yield ``(owner, tensors)`` of every rank, own rank first; the next ones travel meanwhile."""
+        ranks = self.comm.ranks
+        for step in range(ranks):
+            following = (self.owner - 1) % ranks
+            if step < ranks - 1:
+                arriving = [_rows_like(x, self.lengths[following]) for x in self.held]
+                to, of = (self.comm.rank + 1) % ranks, (self.comm.rank - 1) % ranks
+                transfer = self.comm.exchange(
+                    [Message(what, x, to, y, of) for what, x, y in zip(self.what, self.held, arriving, strict=True)]
+                )
+            yield self.owner, self.held
+            if step < ranks - 1:
+                transfer.wait()
+                self.held, self.owner = arriving, following
+
+
+def _rows_like(x: Tensor, rows: int) -> Tensor:
+    return x.new_empty((*x.shape[:2], rows, *x.shape[3:]))
+
+
+class _Returns:
+    """Partial results on their way to the owners of the rows, one rank a step."""
+
+    def __init__(self, comm: Communicator, own_rows: int) -> None:
+        self.comm, self.own_rows = comm, own_rows
+        self.parts: list[list[Tensor]] = []
+        self.transfers: list[Transfer] = []
+
+    def send(self, owner: int, results: Sequence[Tensor], what: Sequence[str]) -> None:
+        """Send ``results`` for the rows of ``owner``; at the same step another rank sends ours."""
+        if owner == self.comm.rank:
+            self.parts.append(list(results))
+            return
+        computed_by = (2 * self.comm.rank - owner) % self.comm.ranks
+        arriving = [_rows_like(x, self.own_rows) for x in results]
+        self.transfers.append(
+            self.comm.exchange(
+                [
+                    Message(kind, x.contiguous(), owner, y, computed_by)
+                    for kind, x, y in zip(what, results, arriving, strict=True)
+                ]
+            )
+        )
+        self.parts.append(arriving)
+
+    def collect(self) -> list[Tensor]:
+        """For each kind of result the parts of all ranks, ``[n, B, H, s_q, ...]``."""
+        for transfer in self.transfers:
+            transfer.wait()
+        return [torch.stack(kind) for kind in zip(*self.parts, strict=True)]
+
+
+def _ranges_of(
+    start: Optional[Tensor], stop: Optional[Tensor], kv: SequenceShards, rank: int, owner: int, rows: int
+) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    if start is None or stop is None:
+        return None, None
+    return clip_to_rank(start[owner, :, :rows], stop[owner, :, :rows], kv, rank)
+
+
+@torch.library.custom_op("ds_lvxattn::query_ring", mutates_args=())
+def query_ring(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Optional[Tensor],
+    stop: Optional[Tensor],
+    scale: float,
+    kernel: str,
+    group: str,
+    q_lengths: Sequence[int],
+    kv_lengths: Sequence[int],
+    kv_stripe: int,
+) -> tuple[Tensor, Tensor]:
+    """Forward pass: ``out [B, H, s_q, D]`` and ``lse [B, H, s_q]``."""
+    comm = communicator_by_name(group)
+    kv = SequenceShards(tuple(kv_lengths), kv_stripe)
+    returns = _Returns(comm, q.shape[2])
+    for owner, (queries,) in _Ring(comm, q_lengths, ("queries",), (q,)):
+        first, last = _ranges_of(start, stop, kv, comm.rank, owner, queries.shape[2])
+        returns.send(owner, forward_local(queries, k, v, first, last, scale, kernel), ("outputs", "lse"))
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    outs, lses = returns.collect()
+    merge_partials(outs, lses, out=out, lse=lse)
+    return out, lse
+
+
+@query_ring.register_fake
+def _(q, k, v, start, stop, scale, kernel, group, q_lengths, kv_lengths, kv_stripe):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+
+
+@torch.library.custom_op("ds_lvxattn::query_ring_backward", mutates_args=())
+def query_ring_backward(
+    dout: Tensor,
+    dlse: Optional[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    start: Optional[Tensor],
+    stop: Optional[Tensor],
+    scale: float,
+    kernel: str,
+    group: str,
+    q_lengths: Sequence[int],
+    kv_lengths: Sequence[int],
+    kv_stripe: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward pass: ``Q``, ``dO``, ``L`` and ``delta`` go round, ``dQ`` parts go to their owners."""
+    comm = communicator_by_name(group)
+    kv = SequenceShards(tuple(kv_lengths), kv_stripe)
+    chosen = backward_kernel(kernel, Call.backward(q, k, start is not None), dlse is not None)
+    delta = attention_delta(dout, out, dlse).to(lse.dtype)
+    ring = _Ring(comm, q_lengths, ("queries", "output gradients", "lse", "lse"), (q, dout, lse, delta))
+    wide = lse.dtype
+    dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    returns = _Returns(comm, q.shape[2])
+    for owner, (queries, douts, lses, deltas) in ring:
+        first, last = _ranges_of(start, stop, kv, comm.rank, owner, queries.shape[2])
+        partial_dq, partial_dk, partial_dv = backward_local(
+            chosen, douts, queries, k, v, None, lses, deltas, first, last, scale
+        )
+        returns.send(owner, (partial_dq.to(q.dtype),), ("query gradients",))
+        dk += partial_dk
+        dv += partial_dv
+    (parts,) = returns.collect()
+    return like(parts.sum(dim=0, dtype=wide), q), like(dk, k), like(dv, v)
+
+
+@query_ring_backward.register_fake
+def _(dout, dlse, q, k, v, *_):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, start, stop, *ctx.call = inputs
+    ctx.save_for_backward(q, k, v, *output, start, stop)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    q, k, v, out, lse, start, stop = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    grads = torch.ops.ds_lvxattn.query_ring_backward(dout, dlse, q, k, v, out, lse, start, stop, *ctx.call)
+    return *grads, *[None] * 8
+
+
+query_ring.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,132 @@
+"""Query exchange when every rank already holds all the queries: only partial results travel.
+
+Decoding, and the learned queries of a Q-Former or resampler. The output is the same on every rank. Its gradient is one
+of two things, and ``dq`` is the same thing:
+
+- *whole*: the same on every rank, where each rank computes the whole loss. ``dq`` is summed over the ranks.
+- *parts*: the ranks' losses are parts of one sum, so the gradient of the output is the sum of what the ranks have. That
+  sum is taken here, since the keys of every rank matter to it; the ``dq`` from a rank's own keys is already its part.
+
+``dk`` and ``dv`` are complete on the rank of the keys in both. Either way one sum over the ranks travels.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ds_lvxattn.exchange.base import Exchange
+from ds_lvxattn.exchange.comm import Communicator, communicator_by_name
+from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like, lse_dtype
+from ds_lvxattn.kernels.triton.delta import attention_delta
+from ds_lvxattn.kernels.triton.merge import merge_partials
+
+ALIGNMENT = 8  # bytes: each rank's message holds values of up to so many
+
+
+def replicated_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """Attention of the shared rows over the keys of all ranks, on every rank; see ``Strategy.attention``."""
+    first, last = exchange.local_ranges
+    return torch.ops.ds_lvxattn.query_replicated(
+        q, k, v, first, last, exchange.scale, exchange.kernel, exchange.comm.name, exchange.gradient_parts
+    )
+
+
+@torch.library.custom_op("ds_lvxattn::query_replicated", mutates_args=())
+def query_replicated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Optional[Tensor],
+    last: Optional[Tensor],
+    scale: float,
+    kernel: str,
+    group: str,
+    parts: bool,
+) -> tuple[Tensor, Tensor]:
+    """Forward pass: ``out [B, H, s_q, D]`` and ``lse [B, H, s_q]``, equal on every rank."""
+    comm = communicator_by_name(group)
+    partial_out, partial_lse = forward_local(q, k, v, first, last, scale, kernel)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    merge_partials(*_gather_results(partial_out, partial_lse, comm), out=out, lse=lse)
+    return out, lse
+
+
+def _gather_results(out: Tensor, lse: Tensor, comm: Communicator) -> tuple[Tensor, Tensor]:
+    """Partial results of all ranks, ``[n, B, H, s_q, D]`` and ``[n, B, H, s_q]``.
+
+    A token's result is small: both travel in one message, side by side in bytes.
+    """
+    if not out.numel():
+        return out.new_empty((comm.ranks, *out.shape)), lse.new_empty((comm.ranks, *lse.shape))
+    parts = [x.contiguous().view(-1).view(torch.uint8) for x in (lse, out)]
+    size = sum(part.numel() for part in parts)
+    parts.append(parts[0].new_empty(-size % ALIGNMENT))
+    results = comm.all_gather(torch.cat(parts), "outputs")
+    lses, outs, _ = results.split([part.numel() for part in parts], dim=1)
+    return outs.view(out.dtype).unflatten(1, out.shape), lses.view(lse.dtype).unflatten(1, lse.shape)
+
+
+@query_replicated.register_fake
+def _(q, k, v, first, last, scale, kernel, group, parts):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+
+
+@torch.library.custom_op("ds_lvxattn::query_replicated_backward", mutates_args=())
+def query_replicated_backward(
+    dout: Tensor,
+    dlse: Optional[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    first: Optional[Tensor],
+    last: Optional[Tensor],
+    scale: float,
+    kernel: str,
+    group: str,
+    parts: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward pass: everything is at hand but one sum over the ranks, of ``dq`` or (``parts``) of ``dout``."""
+    comm = communicator_by_name(group)
+    if parts:
+        dout, dlse = _sum_parts(dout, dlse, comm)
+    chosen = backward_kernel(kernel, Call.backward(q, k, first is not None), dlse is not None)
+    delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
+    dq, dk, dv = backward_local(chosen, dout, q, k, v, out, lse, delta, first, last, scale)
+    if not parts:
+        dq = comm.all_reduce(dq.to(lse.dtype).contiguous(), "query gradients")
+    return like(dq, q), like(dk, k), like(dv, v)
+
+
+def _sum_parts(dout: Tensor, dlse: Optional[Tensor], comm: Communicator) -> tuple[Tensor, Optional[Tensor]]:
+    """The sums over the ranks, taken in the dtype of the log-sum-exp, in one message."""
+    parts = [dout] if dlse is None else [dout, dlse]
+    # A new tensor, which the sum may overwrite.
+    flat = torch.cat([part.to(lse_dtype(dout.dtype)).flatten() for part in parts])
+    sums = comm.all_reduce(flat, "output gradients").split([part.numel() for part in parts])
+    whole, *rest = (x.view(part.shape).to(part.dtype) for x, part in zip(sums, parts, strict=True))
+    return whole, rest[0] if rest else None
+
+
+@query_replicated_backward.register_fake
+def _(dout, dlse, q, k, v, *_):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, first, last, *ctx.call = inputs
+    ctx.save_for_backward(q, k, v, *output, first, last)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    q, k, v, out, lse, first, last = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    grads = torch.ops.ds_lvxattn.query_replicated_backward(dout, dlse, q, k, v, out, lse, first, last, *ctx.call)
+    return *grads, *[None] * 6
+
+
+query_replicated.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,184 @@
+"""Query exchange where masks are intervals: a row travels only to the ranks that hold a key it sees.
+
+All-to-all with split sizes from the batch's ``Routes``. Each rank computes the rows that arrive, and only their results
+come back. A row that sees the frames of one rank (OpenFlamingo's immediate-media rule) travels to that rank alone, and
+not at all where the frames are its own rank's.
+"""
+
+from typing import Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from ds_lvxattn.exchange.base import Exchange
+from ds_lvxattn.exchange.comm import Communicator, Part, communicator_by_name
+from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like, lse_dtype
+from ds_lvxattn.kernels.triton.delta import attention_delta
+from ds_lvxattn.kernels.triton.merge import merge_partials
+from ds_lvxattn.plan.pipeline import keeps_queries
+
+
+def routed_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """Attention of the rank's rows over the keys of all ranks; see ``Strategy.attention``."""
+    routes, layout = exchange.routes, exchange.layout
+    assert routes is not None
+    keep = exchange.keep_queries
+    if keep is None:
+        keep = keeps_queries(q.shape[1], k.shape[1], layout.q.lengths, layout.kv.lengths)
+    out, lse, _ = torch.ops.ds_lvxattn.query_routed(
+        q, k, v, routes.start, routes.stop, routes.send_rows, routes.slots, routes.returns, exchange.scale,
+        exchange.kernel, exchange.comm.name, routes.sent, routes.received, keep,
+    )  # fmt: skip
+    return out, lse
+
+
+class _Post:
+    """Rows out to the ranks that compute them, and results back to their owners."""
+
+    def __init__(
+        self, comm: Communicator, batch: int, send_rows: Tensor, slots: Optional[Tensor], places: int,
+        sent: Sequence[int], received: Sequence[int],
+    ) -> None:  # fmt: skip
+        self.comm, self.batch, self.send_rows, self.slots, self.places = comm, batch, send_rows, slots, places
+        self.sent, self.received = sent, received
+
+    def send(self, named: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
+        """``[B, H, s, ...]`` of the own rows; returns ``[B, H, r, ...]``, the rows to compute, zeros between them."""
+        parts = []
+        for what, x in named:
+            wire = x.transpose(1, 2).flatten(0, 1).index_select(0, self.send_rows)
+            receive = wire.new_empty((sum(self.received), *wire.shape[1:]))
+            parts.append(Part(what, wire, receive, (self.sent, self.received)))
+        self.comm.start_all_to_all(parts).wait()
+        return [self._place(part.receive).unflatten(0, (self.batch, -1)).transpose(1, 2) for part in parts]
+
+    def give_back(self, named: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
+        """``[B, H, r, ...]`` computed here; returns ``[sum(sent), H, ...]``, what others computed for this rank."""
+        parts = []
+        for what, x in named:
+            wire = x.transpose(1, 2).flatten(0, 1)
+            wire = wire.contiguous() if self.slots is None else wire.index_select(0, self.slots)
+            receive = wire.new_empty((sum(self.sent), *wire.shape[1:]))
+            parts.append(Part(what, wire, receive, (self.received, self.sent)))
+        self.comm.start_all_to_all(parts).wait()
+        return [part.receive for part in parts]
+
+    def _place(self, x: Tensor) -> Tensor:
+        if self.slots is None:
+            return x
+        return x.new_zeros((self.batch * self.places, *x.shape[1:])).index_copy_(0, self.slots, x)
+
+
+def _by_row(x: Tensor, returns: Tensor, fill: float) -> Tensor:
+    """``[sum(sent), H, ...]`` to ``[p, B * s, H, ...]``: the partial results of each own row, ``fill`` for none."""
+    padded = torch.cat((x, x.new_full((1, *x.shape[1:]), fill)))
+    return padded.index_select(0, returns.flatten()).unflatten(0, returns.shape)
+
+
+@torch.library.custom_op("ds_lvxattn::query_routed", mutates_args=())
+def query_routed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    send_rows: Tensor,
+    slots: Optional[Tensor],
+    returns: Tensor,
+    scale: float,
+    kernel: str,
+    group: str,
+    sent: Sequence[int],
+    received: Sequence[int],
+    keep_queries: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward pass. The tensors after ``v`` and the counts are those of ``Routes``.
+
+    Returns:
+        ``out [B, H, s_q, D]``, ``lse [B, H, s_q]``, and the queries of the rows computed here ``[B, r, H, D]`` (none of
+        them where they are not kept).
+    """
+    batch, heads, own, head_dim = q.shape
+    post = _Post(communicator_by_name(group), batch, send_rows, slots, start.shape[1], sent, received)
+    (queries,) = post.send([("queries", q)])
+    partial_out, partial_lse = forward_local(queries, k, v, start, stop, scale, kernel)
+    outs, lses = post.give_back([("outputs", partial_out), ("lse", partial_lse)])
+    outs = _by_row(outs, returns, 0.0).unflatten(1, (batch, own)).transpose(2, 3)
+    lses = _by_row(lses, returns, float("-inf")).unflatten(1, (batch, own)).transpose(2, 3)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    merge_partials(outs, lses, out=out, lse=lse)
+    kept = queries.transpose(1, 2).contiguous() if keep_queries else q.new_empty((0, start.shape[1], heads, head_dim))
+    return out, lse, kept
+
+
+@query_routed.register_fake
+def _(q, k, v, start, stop, send_rows, slots, returns, scale, kernel, group, sent, received, keep_queries):
+    batch, heads, _, head_dim = q.shape
+    kept = q.new_empty((batch if keep_queries else 0, start.shape[1], heads, head_dim))
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype)), kept
+
+
+@torch.library.custom_op("ds_lvxattn::query_routed_backward", mutates_args=())
+def query_routed_backward(
+    dout: Tensor,
+    dlse: Optional[Tensor],
+    q: Tensor,
+    kept: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    send_rows: Tensor,
+    slots: Optional[Tensor],
+    returns: Tensor,
+    scale: float,
+    kernel: str,
+    group: str,
+    sent: Sequence[int],
+    received: Sequence[int],
+    keep_queries: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward pass: ``dk`` and ``dv`` are complete on their rank; the parts of ``dq`` go to their owners."""
+    batch, _, own, _ = out.shape
+    post = _Post(communicator_by_name(group), batch, send_rows, slots, start.shape[1], sent, received)
+    chosen = backward_kernel(kernel, Call.backward(q, k, True), dlse is not None)
+    delta = attention_delta(dout, out, dlse).to(lse.dtype)
+    # A padding row of a sequence has log-sum-exp 0 and gradients 0 here, and an empty range: it adds nothing.
+    named = [("output gradients", dout), ("lse", lse), ("lse", delta)]
+    if not keep_queries:
+        named.append(("queries", q))
+    douts, lses, deltas, *queries = post.send(named)
+    if keep_queries:
+        queries = [kept.transpose(1, 2)]
+    partial_dq, dk, dv = backward_local(chosen, douts, queries[0], k, v, None, lses, deltas, start, stop, scale)
+    (parts,) = post.give_back([("query gradients", partial_dq.to(q.dtype))])
+    dq = torch.empty_like(q)
+    dq.copy_(_by_row(parts, returns, 0.0).sum(dim=0, dtype=lse.dtype).unflatten(0, (batch, own)).transpose(1, 2))
+    return dq, like(dk, k), like(dv, v)
+
+
+@query_routed_backward.register_fake
+def _(dout, dlse, q, kept, k, v, *_):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, *tensors = inputs[:8]
+    ctx.call = inputs[8:]
+    out, lse, kept = output
+    ctx.save_for_backward(None if ctx.call[-1] else q, kept, k, v, out, lse, *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse, _):
+    q, kept, k, v, out, lse, *tensors = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    q = out if q is None else q
+    grads = torch.ops.ds_lvxattn.query_routed_backward(dout, dlse, q, kept, k, v, out, lse, *tensors, *ctx.call)
+    return *grads, *[None] * 11
+
+
+query_routed.register_autograd(_backward, setup_context=_save)

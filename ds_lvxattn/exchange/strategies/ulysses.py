@@ -1,0 +1,120 @@
+"""DeepSpeed-Ulysses (arXiv 2309.14509): sequence shards become head shards, through DeepSpeed's own module.
+
+``deepspeed.sequence.layer.DistributedAttention`` does the exchange and its backward pass; between its
+all-to-alls stands the registered local attention operator, so intervals and every kernel work here too.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ds_lvxattn.exchange.base import Exchange
+from ds_lvxattn.exchange.comm import Communicator
+from ds_lvxattn.exchange.shards import SequenceShards
+from ds_lvxattn.kernels.operator import local_attention
+from ds_lvxattn.plan.cost import obstacle
+
+
+class Ulysses:
+    """Head all-to-all. Needs query heads that the ranks divide, and key heads that they divide or multiply."""
+
+    name = "ulysses"
+    schedules = ()
+
+    def unsupported(self, heads: int, kv_heads: int, ranks: int, replicated: bool) -> str | None:
+        if replicated:
+            return "it shards the queries; use lv_xattn for replicated queries"
+        return obstacle(self.name, heads, kv_heads, ranks)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+        comm, layout = exchange.comm, exchange.layout
+        if k.shape[1] < comm.ranks:
+            # Each rank needs a key head of its own: the group's heads are sent to every rank that shares one.
+            k, v = (x.repeat_interleave(comm.ranks // k.shape[1], dim=1) for x in (k, v))
+        own = q.shape[2]
+        local = _HeadShard(exchange)
+        context = _distributed_attention(comm, local)(
+            _padded(q, layout.q), _padded(k, layout.kv), _padded(v, layout.kv), 0
+        )
+        out = comm.account(context, "outputs")
+        lse = comm.account(_sequence_shard(local.lse, comm), "lse")
+        return out[:, :own].transpose(1, 2), lse[:, :own, :, 0].transpose(1, 2).contiguous()
+
+
+class _HeadShard:
+    """Attention of this rank's heads over the whole sequence: what DistributedAttention calls in the middle."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.lse: Tensor
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``[B, n * s_max, heads of this rank, D]``, rank-major and padded; the result likewise."""
+        comm, layout = self.exchange.comm, self.exchange.layout
+        q = comm.account(q, "queries")
+        k, v = comm.account(k, "keys and values"), comm.account(v, "keys and values")
+        q_order, kv_order = _order(layout.q, q.device), _order(layout.kv, q.device)
+        start, stop = self.exchange.bounds
+        if start is not None and stop is not None:
+            start, stop = (_select(x.transpose(0, 1).flatten(1), q_order) for x in (start, stop))
+        q, k, v = (_select(x, order) for x, order in ((q, q_order), (k, kv_order), (v, kv_order)))
+        out, lse = local_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)), start, stop, self.exchange.scale, self.exchange.kernel
+        )
+        # The log-sum-exp stays float32 beside bf16 outputs, so it makes the way back on its own.
+        self.lse = _place(lse.transpose(1, 2).unsqueeze(-1), q_order, layout.q)
+        return _place(out.transpose(1, 2), q_order, layout.q)
+
+
+def _distributed_attention(comm: Communicator, local: _HeadShard) -> torch.nn.Module:
+    from deepspeed.sequence.layer import DistributedAttention
+
+    _start_deepspeed_comm()
+    return DistributedAttention(local, comm.group, scatter_idx=2, gather_idx=1)
+
+
+def _sequence_shard(x: Tensor, comm: Communicator) -> Tensor:
+    """``[B, S, heads of this rank, 1]`` to ``[B, s, all heads, 1]`` by DeepSpeed's own exchange."""
+    from deepspeed.sequence.layer import _SeqAllToAll
+
+    return _SeqAllToAll.apply(comm.group, x, 1, 2, 0)
+
+
+@functools.cache
+def _start_deepspeed_comm() -> None:
+    """DeepSpeed sends through its own front end, which a caller who only started torch.distributed lacks."""
+    import deepspeed.comm
+
+    from ds_lvxattn.groups import start_distributed
+
+    if not deepspeed.comm.is_initialized():
+        start_distributed(torch.distributed.get_backend())
+
+
+def _padded(x: Tensor, shards: SequenceShards) -> Tensor:
+    """``[B, H, s, D]`` to ``[B, s_max, H, D]``: DeepSpeed's exchange wants even shards."""
+    missing = shards.longest - x.shape[2]
+    x = x.transpose(1, 2)
+    return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
+
+
+@functools.lru_cache(maxsize=64)
+def _order(shards: SequenceShards, device: torch.device) -> Tensor | None:
+    order = shards.order_from_padded()
+    return None if order is None else torch.tensor(order, dtype=torch.int64, device=device)
+
+
+def _select(x: Tensor, order: Tensor | None) -> Tensor:
+    """Rank-major padded tokens (dim 1) to the global order without padding."""
+    return x if order is None else x.index_select(1, order)
+
+
+def _place(x: Tensor, order: Tensor | None, shards: SequenceShards) -> Tensor:
+    """The inverse of ``_select``; padding becomes zeros."""
+    if order is None:
+        return x
+    padded = x.new_zeros((x.shape[0], shards.ranks * shards.longest, *x.shape[2:]))
+    return padded.index_copy(1, order, x)

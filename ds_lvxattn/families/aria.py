@@ -1,0 +1,91 @@
+"""Aria: ``AriaForConditionalGeneration`` of transformers, unmodified.
+
+Its projector reads each image by itself with learned queries, so each rank runs it over its own frames; the tokens of a
+frame stand in the text, as in LLaVA. A projector over all frames of a video is ``models.adapters``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AriaForConditionalGeneration, AutoImageProcessor
+from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionAttention
+
+from ds_lvxattn.config import ConfigError
+from ds_lvxattn.families.concatenation import Concatenation
+from ds_lvxattn.families.family import TOKENS_AT_ONCE
+from ds_lvxattn.families.frames import encode_in_portions, filled
+from ds_lvxattn.runtime.recompute import Recomputation
+
+
+class Aria(Concatenation):
+    """The Aria family; see ``Family``. Frames become squares of ``image_size`` pixels of the vision config, padded."""
+
+    name = "Aria"
+    model_class = AriaForConditionalGeneration
+    image_token = "<|img|>"
+    pixel_arguments = ("pixel_values", "pixel_mask")
+
+    def is_local(self, module: nn.Module) -> bool:
+        return isinstance(module, (Idefics3VisionAttention, nn.MultiheadAttention))
+
+    def encode(self, model: Any, pixels: Sequence[Tensor], portions: int, recomputation: Recomputation) -> Tensor:
+        values, mask = pixels
+        tower, patch = model.vision_tower, model.config.vision_config.patch_size
+        # A patch counts if a pixel of it is no padding, as in the model.
+        patches = mask.unfold(1, patch, patch).unfold(2, patch, patch).any(dim=-1).any(dim=-1)
+        vision = functools.partial(_states, tower, model.config.vision_feature_layer)
+        states = encode_in_portions(tower, vision, [values, patches], portions, recomputation)
+        hidden = filled(~patches, states.shape[0]).flatten(1)
+        projector = model.multi_modal_projector
+        return encode_in_portions(projector, projector, [states, hidden], portions, recomputation)
+
+    def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
+        return (*super().trainable_by_default(model_config), "*multi_modal_projector.*")
+
+    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
+        # The projector's input is a frame's patches, shared here by the few tokens that it makes of them.
+        vision = model_config.vision_config
+        per_token = -(-_patches(vision) * vision.hidden_size // self.frame_tokens(model_config))
+        return (model_config.text_config.hidden_size, per_token)
+
+    def frame_tokens(self, model_config: Any) -> int:
+        patches, queries = _patches(model_config.vision_config), model_config.projector_patch_to_query_dict
+        if patches not in queries:
+            raise ConfigError(
+                f"Aria's projector_patch_to_query_dict {queries} has no entry for the {patches} patches of a frame of "
+                f"{model_config.vision_config.image_size} pixels; add it, or choose another image_size"
+            )
+        return queries[patches]
+
+    def frames_at_once(self, model_config: Any) -> int:
+        return max(TOKENS_AT_ONCE // _patches(model_config.vision_config), 1)
+
+    def load_processor(self, name: str) -> Any:
+        return AutoImageProcessor.from_pretrained(name, backend="pil")
+
+    def pixels(self, frames: Sequence[np.ndarray], processor: Any, model_config: Any) -> Mapping[str, Tensor]:
+        side = model_config.vision_config.image_size
+        processed = processor(list(frames), return_tensors="pt", max_image_size=side, split_image=False)
+        return {key: processed[key][None] for key in self.pixel_arguments}
+
+    def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
+        vision = model_config.vision_config
+        sides = (vision.image_size, vision.image_size)
+        return {
+            "pixel_values": torch.zeros(1, 1, vision.num_channels, *sides),
+            "pixel_mask": torch.ones(1, 1, *sides, dtype=torch.bool),
+        }
+
+
+def _states(tower: nn.Module, layer: int, values: Tensor, patches: Tensor) -> Tensor:
+    return tower(values, patch_attention_mask=patches, output_hidden_states=True).hidden_states[layer]
+
+
+def _patches(vision: Any) -> int:
+    return (vision.image_size // vision.patch_size) ** 2

@@ -1,0 +1,134 @@
+"""BLIP-2: ``Blip2ForConditionalGeneration`` of transformers, unmodified, around a decoder-only language model.
+
+Its Q-Former reads each frame by itself, so each rank runs it over its own frames. The 32 tokens that it makes of a
+frame stand in the text, as in LLaVA. A Q-Former over all frames of a video is ``models.adapters``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, Blip2ForConditionalGeneration
+from transformers.models.blip_2.modeling_blip_2 import (
+    BaseModelOutputWithVisionQformerOutputs,
+    Blip2Attention,
+    Blip2QFormerMultiHeadAttention,
+)
+
+from ds_lvxattn.config import ConfigError
+from ds_lvxattn.families.concatenation import Concatenation
+from ds_lvxattn.families.family import TOKENS_AT_ONCE
+from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.runtime.batch import SequenceParallelBatch
+from ds_lvxattn.runtime.recompute import Recomputation
+
+
+class Blip2(Concatenation):
+    """The BLIP-2 family; see ``Family``."""
+
+    name = "BLIP-2"
+    model_class = Blip2ForConditionalGeneration
+    image_token = "<image>"
+    needs_frames = True
+
+    def text_config(self, model_config: Any) -> Any:
+        text = super().text_config(model_config)
+        if not model_config.use_decoder_only_language_model:
+            raise ConfigError(
+                f"the language model of BLIP-2 is a {text.model_type!r}, an encoder-decoder, whose visual tokens no "
+                "causal text holds; choose a checkpoint with a decoder-only one (OPT), or set "
+                "'sequence_parallel_size' to 1"
+            )
+        return text
+
+    def is_local(self, module: nn.Module) -> bool:
+        return isinstance(module, (Blip2Attention, Blip2QFormerMultiHeadAttention))
+
+    def sizes_of(self, module: Any) -> tuple[int, int, int]:
+        if isinstance(module, Blip2QFormerMultiHeadAttention):
+            return module.num_attention_heads, module.num_attention_heads, module.attention_head_size
+        return super().sizes_of(module)
+
+    def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
+        """The model's forward asks ``get_image_features`` for the visual tokens, and puts them into the text itself."""
+        blip: Any = model
+        tokens = functools.partial(_visual_tokens, self, blip, blip.get_image_features, recomputation)
+        setattr(blip, "get_image_features", tokens)  # noqa: B010
+        blip.register_forward_pre_hook(_hand_down_batch, with_kwargs=True)
+
+    def decoder(self, model: nn.Module) -> Any:
+        return model.get_submodule("language_model")  # the model's own takes pixels alone
+
+    def encode(self, model: Any, pixels: Sequence[Tensor], portions: int, recomputation: Recomputation) -> Tensor:
+        vision = functools.partial(_states, model.vision_model)
+        states = encode_in_portions(model.vision_model, vision, pixels, portions, recomputation)
+        # An input, not a part of what is computed again: ZeRO-3 knows it as a parameter of the model around.
+        queries = model.query_tokens.expand(states.shape[0], -1, -1)
+        read = functools.partial(_read, model.qformer)
+        tokens = encode_in_portions(model.qformer, read, [queries, states], portions, recomputation)
+        return model.language_projection(tokens.to(states.dtype))
+
+    def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
+        return ("query_tokens", "qformer.*", "language_projection.*")
+
+    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
+        # The Q-Former's input is a frame's vision tokens, shared here by the few that it makes of them.
+        vision = model_config.vision_config
+        per_token = -(-_vision_tokens(vision) * vision.hidden_size // model_config.num_query_tokens)
+        return (model_config.text_config.hidden_size, model_config.qformer_config.hidden_size, per_token)
+
+    def frame_tokens(self, model_config: Any) -> int:
+        return model_config.num_query_tokens
+
+    def frames_at_once(self, model_config: Any) -> int:
+        return max(TOKENS_AT_ONCE // _vision_tokens(model_config.vision_config), 1)
+
+    def load_processor(self, name: str) -> Any:
+        return AutoImageProcessor.from_pretrained(name, backend="pil")
+
+    def pixels(self, frames: Sequence[np.ndarray], processor: Any, model_config: Any) -> Mapping[str, Tensor]:
+        return {"pixel_values": processor(list(frames), return_tensors="pt")["pixel_values"][None]}
+
+    def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
+        size = model_config.vision_config.image_size
+        return {"pixel_values": torch.zeros(1, 1, 3, size, size)}
+
+
+def _hand_down_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before the model: its pixels together with the batch, which its forward does not hand to the vision encoder."""
+    batch: SequenceParallelBatch | None = kwargs.get("sequence_parallel")
+    if batch is None:
+        return None
+    return args, {**kwargs, "pixel_values": (kwargs["pixel_values"][0], batch)}
+
+
+def _visual_tokens(
+    family: Blip2, model: Any, get_image_features: Any, recomputation: Recomputation, pixels: Any, **options: Any
+) -> Any:
+    """``get_image_features`` of the model; for pixels with a batch, the tokens that stand in the rank's own rows.
+
+    In the order of those rows, which is that in which the model's forward puts tokens into the text.
+    """
+    if not isinstance(pixels, tuple):
+        return get_image_features(pixels, **options)
+    own_pixels, batch = pixels
+    tokens = family.encode(model, [own_pixels], batch.portions, recomputation)
+    in_rows = batch.visual_rows.fetch(tokens, batch.comm)
+    return BaseModelOutputWithVisionQformerOutputs(pooler_output=in_rows)
+
+
+def _states(vision: nn.Module, pixels: Tensor) -> Tensor:
+    return vision(pixel_values=pixels).last_hidden_state
+
+
+def _read(q_former: nn.Module, queries: Tensor, states: Tensor) -> Tensor:
+    return q_former(query_embeds=queries, encoder_hidden_states=states).last_hidden_state
+
+
+def _vision_tokens(vision: Any) -> int:
+    return (vision.image_size // vision.patch_size) ** 2 + 1

@@ -1,0 +1,94 @@
+"""What models have in common that put the visual tokens of a frame into the text, under plain causal self-attention."""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ds_lvxattn.families.family import Family
+from ds_lvxattn.families.rotary import self_attention_role, self_attention_sizes, self_attention_window
+from ds_lvxattn.runtime.batch import SequenceParallelBatch
+from ds_lvxattn.runtime.decoding import DecodingStep
+from ds_lvxattn.runtime.recompute import Recomputation
+
+
+class Concatenation(Family):
+    """A family whose text holds the visual tokens; see ``Family``.
+
+    Each rank encodes its own frames; their features then go to the ranks that hold their rows (``VisualRows``). The
+    model gets embeddings in the place of token ids and pixels.
+
+    Attributes:
+        pixel_arguments: names of the model's pixel arguments.
+    """
+
+    attention_config = "text_config"
+    keys_in_text = True
+    pixel_arguments: tuple[str, ...] = ("pixel_values",)
+
+    @abstractmethod
+    def is_local(self, module: nn.Module) -> bool:
+        """Whether a module is an attention of the vision encoder."""
+
+    @abstractmethod
+    def encode(self, model: Any, pixels: Sequence[Tensor], portions: int, recomputation: Recomputation) -> Tensor:
+        """Visual tokens ``[f, tokens, d]`` of ``f`` frames.
+
+        Args:
+            model: the module inside the model for conditional generation.
+            pixels: ``[f, ...]``, its ``pixel_arguments``.
+            portions, recomputation: see ``encode_in_portions``.
+        """
+
+    def role_of(self, module: nn.Module) -> str | None:
+        return "local" if self.is_local(module) else self_attention_role(module)
+
+    def sizes_of(self, module: Any) -> tuple[int, int, int]:
+        return super().sizes_of(module) if self.is_local(module) else self_attention_sizes(module)
+
+    def window_of(self, module: Any) -> int | None:
+        return None if self.is_local(module) else self_attention_window(module)
+
+    def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
+        hook = functools.partial(_embed, self, recomputation)
+        model.get_submodule("model").register_forward_pre_hook(hook, with_kwargs=True)
+
+    def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
+        # A head that shares the weights of the embedding is no parameter of its own.
+        head = () if model_config.tie_word_embeddings else ("*lm_head.*",)
+        return ("*language_model.*", *head)
+
+    def frame_ranges(self, input_ids: Sequence[int], image_id: int, model_config: Any) -> list[tuple[int, int]]:
+        return [(0, 0)] * len(input_ids)
+
+    def pad_tiles(self, pixels: Mapping[str, Tensor], model_config: Any) -> Mapping[str, Tensor]:
+        return {key: x[0] for key, x in pixels.items()}
+
+    def dense_mask(
+        self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int, model_config: Any
+    ) -> Mapping[str, Tensor]:
+        return {}  # causal
+
+
+def _embed(
+    family: Concatenation,
+    recomputation: Recomputation,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Before the model: embeddings of the rank's rows, with the visual tokens of all ranks in their places."""
+    batch: SequenceParallelBatch | DecodingStep | None = kwargs.get("sequence_parallel")
+    if batch is None or isinstance(batch, DecodingStep):  # a new token is text
+        return None
+    model: Any = module
+    rest = dict(kwargs)
+    pixels = [rest.pop(name)[0] for name in family.pixel_arguments]
+    visual = family.encode(model, pixels, batch.portions, recomputation)
+    text = model.get_input_embeddings()(rest.pop("input_ids"))
+    assert batch.visual_rows is not None
+    return args, {**rest, "inputs_embeds": batch.visual_rows.place(text, visual, batch.comm)}

@@ -1,0 +1,222 @@
+"""What the integration must know of a model family.
+
+A family is one file: which modules play which role, how key ranges follow from the text, how images become the
+model's pixel arguments, and which hooks fit sharded inputs to the unmodified model code.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from ds_lvxattn.config import ConfigError
+from ds_lvxattn.plan.layer_plan import AttentionLayer
+from ds_lvxattn.runtime.recompute import Recomputation
+
+# Tokens that a vision encoder takes at once: some hold the hidden states of all their layers until they return, so
+# that all frames at once would be the peak of the whole step.
+TOKENS_AT_ONCE = 1 << 15
+
+
+class Family(ABC):
+    """Facts of one model family. ``model_config`` is the model's transformers config.
+
+    Attributes:
+        name: how errors call it.
+        model_class: the class of its models; its ``config_class`` is that of their configs.
+        image_token: the token that stands for a frame in the text; None for a model that takes no frames.
+        frame_text: how a conversation writes a frame, its image token included; empty: by that token alone.
+        attention_config: the sub-config (a key of ``model_config.sub_configs``) of the language model, whose attention
+            is exchanged; empty for the model's own config. None: that config too, but ``reach_attention`` reaches all
+            of it, and no implementation is set.
+        needs_frames: whether the unmodified model fails on a batch without any frame; it is then given a blank one
+            that no row sees.
+        keys_in_text: whether all that text attends to is the text itself: the visual tokens of a frame, if the model
+            takes frames, stand in the place of its image token, and attention of the role ``self`` is all there is.
+        generates: whether its models keep keys and values in a cache of transformers, which generation needs.
+    """
+
+    name: str
+    model_class: type[PreTrainedModel]
+    image_token: str | None
+    attention_config: str | None = ""
+    frame_text: str = ""
+    needs_frames: bool = False
+    keys_in_text: bool = False
+    generates: bool = True
+
+    def has_model(self, model: nn.Module) -> bool:
+        """Whether ``model`` is of this family."""
+        return isinstance(model, self.model_class)
+
+    def has_config(self, model_config: Any) -> bool:
+        """Whether the models of such a config are of this family."""
+        return self.model_class.config_class is not None and isinstance(model_config, self.model_class.config_class)
+
+    # Modules
+
+    @abstractmethod
+    def role_of(self, module: nn.Module) -> str | None:
+        """``cross``, ``self`` or ``local`` for an attention module of the family, None for any other module."""
+
+    def sizes_of(self, module: Any) -> tuple[int, int, int]:
+        """Query heads, key heads and head size of an attention module that has a role."""
+        return module.num_heads, getattr(module, "num_key_value_heads", module.num_heads), module.head_dim
+
+    def window_of(self, module: Any) -> int | None:
+        """Of a module with the role ``self``, the last keys that a row sees, its own included; None: all before it."""
+        return None
+
+    def attention_layers(self, model: nn.Module) -> dict[nn.Module, AttentionLayer]:
+        """Every attention module of ``model`` with its role and sizes.
+
+        A module that attends twice, in two roles, is there for one of them, and for the other a part of it that
+        serves that one alone.
+
+        Raises:
+            ConfigError: the model has a class of attention that the family does not know.
+        """
+        layers = {}
+        for name, module in model.named_modules():
+            role = self.role_of(module)
+            if role is not None:
+                layers[module] = AttentionLayer(name, role, *self.sizes_of(module), window=self.window_of(module))
+        inside = {part for module in layers for part in module.modules()}
+        for name, module in model.named_modules():
+            known = module in inside or not layers.keys().isdisjoint(module.modules())
+            if "Attention" in type(module).__name__ and not known:
+                raise ConfigError(
+                    f"module {name} is of class {type(module).__name__}, an attention that the family {self.name} "
+                    f"gives no role; add the class in {type(self).__module__} as 'cross' (visual keys, divided by "
+                    "frames), 'self' (text over text) or 'local' (nothing exchanged), see docs/adding-a-family.md"
+                )
+        return layers
+
+    def reach_attention(self, model: nn.Module) -> None:
+        """Let attention modules that do not look up transformers' registry call ``exchanged_attention``.
+
+        Called once, ahead of everything that wraps those modules.
+        """
+        return None
+
+    def recomputed(self, layers: Mapping[nn.Module, AttentionLayer]) -> list[nn.Module]:
+        """The modules that project visual keys and attend to them, which policy ``kv`` computes again."""
+        return [module for module, layer in layers.items() if layer.role == "cross"]
+
+    @abstractmethod
+    def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
+        """Register the hooks that fit sharded inputs to the model's own forward.
+
+        They encode the rank's frames in ``batch.portions`` portions; ``recomputation`` says whether a portion that
+        trains is computed again in the backward pass.
+        """
+
+    def decoder(self, model: nn.Module) -> Any:
+        """The module whose ``generate``, that of transformers, runs the decoding steps."""
+        return model
+
+    @abstractmethod
+    def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
+        """Parameter-name patterns (``fnmatch``) that a pretrained model trains unless the config says otherwise."""
+
+    @abstractmethod
+    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
+        """Sizes of a visual token's vectors that are kept once for all layers: feature, and input of the projector."""
+
+    def text_config(self, model_config: Any) -> Any:
+        """The config of the language model."""
+        return getattr(model_config, self.attention_config) if self.attention_config else model_config
+
+    # Visual tokens
+
+    @abstractmethod
+    def frame_tokens(self, model_config: Any) -> int:
+        """Visual tokens of a frame, as the language model sees it."""
+
+    @abstractmethod
+    def frames_at_once(self, model_config: Any) -> int:
+        """Frames of a portion, at most: what the vision encoder takes at once."""
+
+    def frame_ranges(self, input_ids: Sequence[int], image_id: int, model_config: Any) -> list[tuple[int, int]]:
+        """For each text token the half-open range of frames that it sees; empty when it sees none.
+
+        Here: the last group of adjacent image tokens at or before the token.
+        """
+        ranges, first, last, adjacent = [], 0, 0, False
+        for token in input_ids:
+            is_image = token == image_id
+            if is_image:
+                first = first if adjacent else last
+                last += 1
+            adjacent = is_image
+            ranges.append((first, last))
+        return ranges
+
+    def positions(self, visual: np.ndarray, model_config: Any) -> np.ndarray:
+        """Position ids of a sample's rows, int64 ``[..., S]``: here their places in the sequence.
+
+        Args:
+            visual: int64 ``[S]``, for each row the visual token that it takes, counted over the sample's frames, -1 for
+                a row of text; all -1 unless ``keys_in_text``.
+        """
+        return np.arange(len(visual))
+
+    def hidden_rows_see_all(self, model_config: Any) -> bool:
+        """Whether a token that sees no frame attends to every key of its sample."""
+        return False
+
+    # Data
+
+    def load_model(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
+        """The model of a local path or hub name. Raises ``OSError`` or ``ValueError`` when nothing loads."""
+        return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+
+    @abstractmethod
+    def load_processor(self, name: str) -> Any:
+        """The image processor of a local path or hub name; raises like ``load_model``."""
+
+    @abstractmethod
+    def pixels(self, frames: Sequence[np.ndarray], processor: Any, model_config: Any) -> Mapping[str, Tensor]:
+        """The model's pixel arguments, ``[1, frames, ...]``, for uint8 ``[H, W, 3]`` frames: one tile a frame."""
+
+    @abstractmethod
+    def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
+        """Pixel arguments of one blank frame, for a rank that has none."""
+
+    # The unmodified model, without exchange
+
+    def prompt_arguments(self, visual: np.ndarray) -> Mapping[str, Tensor]:
+        """What its ``generate`` wants of prompts beside tokens and pixels.
+
+        Args:
+            visual: int64 ``[B, S]``, see ``positions``.
+        """
+        return {}
+
+    def pad_tiles(self, pixels: Mapping[str, Tensor], model_config: Any) -> Mapping[str, Tensor]:
+        """``pixels`` with the blank tiles that the unmodified model wants beside a frame's own.
+
+        With ``keys_in_text``, pixels of the frames of all samples, as the model wants them: without a batch dimension.
+        """
+        return pixels
+
+    @abstractmethod
+    def dense_mask(
+        self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int, model_config: Any
+    ) -> Mapping[str, Tensor]:
+        """The model's own dense mask argument for ``frame_ranges`` of each sample."""
+
+
+def dense_frame_mask(ranges: Sequence[Sequence[tuple[int, int]]], frames: int) -> Tensor:
+    """``frame_ranges`` of each sample as int64 ``[B, S, frames]``, 1 where a token sees a frame."""
+    mask = torch.zeros(len(ranges), max(len(sample) for sample in ranges), frames, dtype=torch.long)
+    for sample, rows in enumerate(ranges):
+        for token, (first, last) in enumerate(rows):
+            mask[sample, token, first:last] = 1
+    return mask

@@ -1,0 +1,1 @@
+"""OpenFlamingo: its model as one of transformers, and its family."""

@@ -1,0 +1,367 @@
+"""OpenFlamingo: ``Flamingo`` of the package ``open-flamingo`` 2.0.1, unmodified, in a transformers model.
+
+The package's model is no ``PreTrainedModel`` and takes no keyword beside its own, so ``OpenFlamingoModel`` holds one
+and gives it a config, a loss, and arguments of transformers. Its masked cross-attention computes its scores itself;
+``reach_attention`` lets it call the exchanged attention with its own norms and projections.
+
+The package pins torch 2.0.1 and its ``__init__`` wants open-clip: install it with ``--no-deps``, beside ``einops`` and
+``einops-exts``. Only its ``src/flamingo.py`` and what that imports is loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.clip.modeling_clip import CLIPAttention
+
+from ds_lvxattn.config import ConfigError
+from ds_lvxattn.families.family import TOKENS_AT_ONCE, Family
+from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.families.rotary import self_attention_role, self_attention_sizes, self_attention_window
+from ds_lvxattn.runtime.batch import SequenceParallelBatch
+from ds_lvxattn.runtime.decoding import DecodingStep
+from ds_lvxattn.runtime.recompute import Recomputation
+from ds_lvxattn.runtime.registration import exchanged_attention
+
+SOURCE = "open_flamingo_src"  # the package's folder src, imported without its __init__
+DECODER_LAYERS = {"OPT": "model.decoder.layers", "GPTNeoX": "gpt_neox.layers", "GPTJ": "transformer.h"}
+
+
+class OpenFlamingoConfig(PreTrainedConfig):
+    """Config of ``OpenFlamingoModel``.
+
+    Args:
+        vision_config: of a ``CLIPVisionModel``.
+        text_config: of a causal language model of transformers.
+        cross_attn_every_n_layers: a gated cross-attention stands before every so many decoder layers.
+        media_token_id, eoc_token_id: tokens of an image and of the end of a chunk.
+        only_attend_immediate_media: whether a token sees the last image alone, or all images up to it.
+    """
+
+    model_type = "open_flamingo"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
+
+    def __init__(
+        self,
+        vision_config: Any = None,
+        text_config: Any = None,
+        cross_attn_every_n_layers: int = 1,
+        media_token_id: int = 0,
+        eoc_token_id: int = 0,
+        only_attend_immediate_media: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.vision_config = _config(vision_config, "clip_vision_model")
+        self.text_config = _config(text_config, "llama")
+        self.cross_attn_every_n_layers = cross_attn_every_n_layers
+        self.media_token_id, self.eoc_token_id = media_token_id, eoc_token_id
+        self.only_attend_immediate_media = only_attend_immediate_media
+        super().__init__(**kwargs)
+
+
+# So that a saved model's config loads like any other.
+AutoConfig.register(OpenFlamingoConfig.model_type, OpenFlamingoConfig, exist_ok=True)
+
+
+def _config(given: Any, model_type: str) -> PreTrainedConfig:
+    if isinstance(given, PreTrainedConfig):
+        return given
+    values = dict(given or {})
+    return AutoConfig.for_model(values.pop("model_type", model_type), **values)
+
+
+class OpenFlamingoModel(PreTrainedModel):
+    """The package's ``Flamingo`` around a ``CLIPVisionModel`` and a causal language model of transformers.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+
+    config_class = OpenFlamingoConfig
+    base_model_prefix = "flamingo"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    # The package names the same modules twice.
+    _keys_to_ignore_on_load_missing = [  # noqa: RUF012
+        r"old_decoder_blocks",
+        r"decoder_layer\.",
+        r"gated_cross_attn_layer\.",
+    ]
+
+    def __init__(self, config: OpenFlamingoConfig) -> None:
+        super().__init__(config)
+        package = _source("flamingo")
+        language: Any = AutoModelForCausalLM.from_config(config.text_config)
+        base = type(language)
+        _source("utils").extend_instance(language, _source("flamingo_lm").FlamingoLMMixin)
+        type(language).__module__ = base.__module__  # where transformers looks up how it attends
+        layers = (place for prefix, place in DECODER_LAYERS.items() if base.__name__.startswith(prefix))
+        language.set_decoder_layers_attr_name(next(layers, "model.layers"))
+        self.flamingo = package.Flamingo(
+            types.SimpleNamespace(visual=_ClipTokens(CLIPVisionModel._from_config(config.vision_config))),
+            language,
+            config.eoc_token_id,
+            config.media_token_id,
+            vis_dim=config.vision_config.hidden_size,
+            cross_attn_every_n_layers=config.cross_attn_every_n_layers,
+        )
+        self.flamingo.vision_encoder.requires_grad_(False)  # the package encodes images without gradients
+        language.generation_config.eos_token_id = config.eoc_token_id  # where the package ends an answer
+        language.register_forward_pre_hook(_name_mask, with_kwargs=True)
+        module: Any
+        for module in self.modules():
+            if _is_cross_attention(module):
+                module.only_attend_immediate_media = config.only_attend_immediate_media
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        vision_x: Tensor | None = None,
+        media: tuple[Tensor, SequenceParallelBatch] | None = None,
+        attention_mask: Tensor | None = None,
+        clear_conditioned_layers: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """As ``Flamingo.forward``, with further keyword arguments for the language model.
+
+        Args:
+            vision_x: images, ``[B, images, 1, C, H, W]``.
+            media: instead, the rank's features and its batch; made by ``encode_frames``.
+        """
+        flamingo = self.flamingo
+        if media is None:
+            flamingo._encode_vision_x(vision_x=vision_x)
+        else:
+            for layer in flamingo.lang_encoder._get_decoder_layers():
+                layer.condition_vis_x(media)
+        output = flamingo.lang_encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if clear_conditioned_layers:
+            flamingo.lang_encoder.clear_conditioned_layers()
+        return output
+
+    def generate(self, input_ids: Tensor, vision_x: Tensor, **settings: Any) -> Tensor:
+        """As ``Flamingo.generate``: the prompts ``[B, S]`` with the new tokens behind them."""
+        return self.flamingo.generate(vision_x, input_ids, **settings)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.flamingo.lang_encoder.get_input_embeddings()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: the package and the two models initialise their own."""
+
+
+class _ClipTokens(nn.Module):
+    """A ``CLIPVisionModel`` with the interface of an open-clip one: pooled output and the tokens of the patches."""
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.clip(pixel_values=pixels)
+        return output.pooler_output, output.last_hidden_state[:, 1:]
+
+
+class OpenFlamingo(Family):
+    """The OpenFlamingo family; see ``Family``."""
+
+    name = "OpenFlamingo"
+    model_class = OpenFlamingoModel
+    image_token = "<image>"
+    attention_config = "text_config"
+    needs_frames = True
+
+    def role_of(self, module: nn.Module) -> str | None:
+        if _is_cross_attention(module):
+            return "cross"
+        if isinstance(module, CLIPAttention) or type(module).__name__ == "PerceiverAttention":
+            return "local"
+        return self_attention_role(module)
+
+    def sizes_of(self, module: Any) -> tuple[int, int, int]:
+        if self.role_of(module) == "self":
+            return self_attention_sizes(module)
+        if isinstance(module, CLIPAttention):
+            return super().sizes_of(module)
+        return module.heads, module.heads, module.to_q.out_features // module.heads
+
+    def window_of(self, module: Any) -> int | None:
+        return self_attention_window(module) if self.role_of(module) == "self" else None
+
+    def reach_attention(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if _is_cross_attention(module):
+                forward = functools.partial(exchanged_cross_attention, module, module.forward)
+                setattr(module, "forward", forward)  # noqa: B010
+
+    def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
+        model.register_forward_pre_hook(functools.partial(encode_frames, recomputation), with_kwargs=True)
+        decoder = self.decoder(model)
+        decoder.register_forward_pre_hook(condition_on_step, with_kwargs=True)
+        decoder.register_forward_hook(end_step, with_kwargs=True)
+
+    def decoder(self, model: nn.Module) -> Any:
+        return model.get_submodule("flamingo.lang_encoder")
+
+    def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
+        return ("*perceiver.*", "*gated_cross_attn_layer.*")
+
+    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
+        return (model_config.vision_config.hidden_size,)
+
+    def frame_tokens(self, model_config: Any) -> int:
+        return 64  # the package leaves its perceiver's number of latents at that
+
+    def frames_at_once(self, model_config: Any) -> int:
+        vision = model_config.vision_config
+        return max(TOKENS_AT_ONCE // ((vision.image_size // vision.patch_size) ** 2 + 1), 1)
+
+    def frame_ranges(self, input_ids: Sequence[int], image_id: int, model_config: Any) -> list[tuple[int, int]]:
+        """The last image at or before the token, or all of them."""
+        ranges, seen = [], 0
+        for token in input_ids:
+            seen += token == image_id
+            first = max(seen - 1, 0) if model_config.only_attend_immediate_media else 0
+            ranges.append((first, seen))
+        return ranges
+
+    def hidden_rows_see_all(self, model_config: Any) -> bool:
+        # Where text sees all previous images, the package hides all keys alike from a token ahead of the first one,
+        # which then gets the mean of all values.
+        return not model_config.only_attend_immediate_media
+
+    def load_model(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
+        return OpenFlamingoModel.from_pretrained(name, dtype=dtype)
+
+    def load_processor(self, name: str) -> Any:
+        return CLIPImageProcessorPil.from_pretrained(name)
+
+    def pixels(self, frames: Sequence[np.ndarray], processor: Any, model_config: Any) -> Mapping[str, Tensor]:
+        images = processor(list(frames), return_tensors="pt")["pixel_values"]
+        return {"vision_x": images[None, :, None]}
+
+    def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
+        vision = model_config.vision_config
+        return {"vision_x": torch.zeros(1, 1, 1, vision.num_channels, vision.image_size, vision.image_size)}
+
+    def dense_mask(
+        self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int, model_config: Any
+    ) -> Mapping[str, Tensor]:
+        return {}  # the model finds the image tokens itself
+
+
+def _name_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The package wants the argument that ``generate`` leaves out where no token is padding."""
+    return args, {"attention_mask": None, **kwargs}
+
+
+def encode_frames(
+    recomputation: Recomputation, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Before the model: features ``[B, slots, 64, d]`` of the rank's frames, in the portions the batch asks for."""
+    batch: SequenceParallelBatch | None = kwargs.get("sequence_parallel")
+    if batch is None:
+        return None
+    rest = dict(kwargs)
+    flamingo: Any = module.flamingo
+    with torch.no_grad():  # as the package has it
+        vision = functools.partial(_patches, flamingo.vision_encoder)
+        patches = encode_in_portions(
+            flamingo.vision_encoder, vision, [rest.pop("vision_x")[0, :, 0]], batch.portions, recomputation
+        )
+    resample = functools.partial(_resample, flamingo.perceiver)
+    features = encode_in_portions(flamingo.perceiver, resample, [patches], batch.portions, recomputation)
+    if batch.slots is not None:
+        features = features.index_select(0, batch.slots)
+    samples = batch.sees_frame.shape[0]
+    return args, {**rest, "media": (features.unflatten(0, (samples, -1)), batch)}
+
+
+def condition_on_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before the language model in a decoding step: its layers get the step in the place of features."""
+    step = kwargs.get("sequence_parallel")
+    if isinstance(step, DecodingStep):
+        for layer in module._get_decoder_layers():
+            layer.condition_vis_x((None, step))
+
+
+def end_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """After it: the layers hold on to nothing."""
+    if isinstance(kwargs.get("sequence_parallel"), DecodingStep):
+        module.clear_conditioned_layers()
+
+
+def exchanged_cross_attention(
+    module: Any, forward: Any, x: Tensor, media: Any, media_locations: Any = None, use_cached_media: bool = False
+) -> Tensor:
+    """``MaskedCrossAttention.forward`` over keys that are divided over the ranks.
+
+    Args:
+        forward: the module's own, for features that are not divided.
+        media: from ``encode_frames``, features and batch; in a decoding step None and the step.
+    """
+    if not isinstance(media, tuple):
+        return forward(x, media, media_locations=media_locations, use_cached_media=use_cached_media)
+    features, batch = media
+    query = module.to_q(module.norm(x))
+    if not module.only_attend_immediate_media:
+        # Equal scores for tokens that see nothing: they get the mean of the values, and give no other gradient.
+        query = query * batch.sees_frame[:, 0]
+    # A decoding step brings the keys and values of the prefill.
+    step = isinstance(batch, DecodingStep)
+    key, value = (query, query) if step else module.to_kv(features.flatten(1, 2)).chunk(2, dim=-1)
+    q, k, v = (y.unflatten(-1, (module.heads, -1)).transpose(1, 2) for y in (query, key, value))
+    out, _ = exchanged_attention(module, q, k, v, None, scaling=module.scale, sequence_parallel=batch)
+    return module.to_out(out.flatten(2))
+
+
+def _is_cross_attention(module: nn.Module) -> bool:
+    return type(module).__name__ == "MaskedCrossAttention"
+
+
+def _patches(vision: nn.Module, pixels: Tensor) -> Tensor:
+    return vision(pixels)[1]
+
+
+def _resample(perceiver: nn.Module, patches: Tensor) -> Tensor:
+    """``[f, v, d]`` to ``[f, 64, d]``; the perceiver takes ``[B, images, frames, v, d]``."""
+    return perceiver(patches[:, None, None])[:, 0]
+
+
+def _source(name: str) -> types.ModuleType:
+    """Module ``src/NAME.py`` of the package, without the package's ``__init__``.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+    if SOURCE not in sys.modules:
+        package = importlib.util.find_spec("open_flamingo")
+        if package is None or not package.submodule_search_locations:
+            raise ConfigError(
+                "OpenFlamingo needs the package open-flamingo: pip install einops-exts, then "
+                "pip install --no-deps open-flamingo==2.0.1 (it pins another torch)"
+            )
+        parent = types.ModuleType(SOURCE)
+        parent.__path__ = [str(Path(place) / "src") for place in package.submodule_search_locations]
+        sys.modules[SOURCE] = parent
+    return importlib.import_module(f"{SOURCE}.{name}")

@@ -1,0 +1,89 @@
+"""LLaVA: ``LlavaForConditionalGeneration`` of transformers, unmodified, around a CLIP or a SigLIP vision tower."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, LlavaForConditionalGeneration
+from transformers.models.clip.modeling_clip import CLIPAttention
+from transformers.models.siglip.modeling_siglip import SiglipAttention
+
+from ds_lvxattn.config import ConfigError
+from ds_lvxattn.families.concatenation import Concatenation
+from ds_lvxattn.families.family import TOKENS_AT_ONCE
+from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.runtime.recompute import Recomputation
+
+# Tokens that a tower puts before those of the patches.
+CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+
+
+class Llava(Concatenation):
+    """The LLaVA family; see ``Family``."""
+
+    name = "LLaVA"
+    model_class = LlavaForConditionalGeneration
+    image_token = "<image>"
+
+    def is_local(self, module: nn.Module) -> bool:
+        return isinstance(module, (CLIPAttention, SiglipAttention))
+
+    def encode(self, model: Any, pixels: Sequence[Tensor], portions: int, recomputation: Recomputation) -> Tensor:
+        tower = model.vision_tower
+        select = functools.partial(_selected, model.config, tower)
+        return model.multi_modal_projector(encode_in_portions(tower, select, pixels, portions, recomputation))
+
+    def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
+        return (*super().trainable_by_default(model_config), "*multi_modal_projector.*")
+
+    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
+        return (
+            model_config.text_config.hidden_size,
+            len(_layers(model_config)) * model_config.vision_config.hidden_size,
+        )
+
+    def frame_tokens(self, model_config: Any) -> int:
+        return _vision_tokens(model_config.vision_config) - _dropped(model_config)
+
+    def frames_at_once(self, model_config: Any) -> int:
+        return max(TOKENS_AT_ONCE // _vision_tokens(model_config.vision_config), 1)
+
+    def load_processor(self, name: str) -> Any:
+        return AutoImageProcessor.from_pretrained(name, backend="pil")
+
+    def pixels(self, frames: Sequence[np.ndarray], processor: Any, model_config: Any) -> Mapping[str, Tensor]:
+        return {"pixel_values": processor(list(frames), return_tensors="pt")["pixel_values"][None]}
+
+    def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
+        vision = model_config.vision_config
+        return {"pixel_values": torch.zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size)}
+
+
+def _selected(config: Any, tower: nn.Module, pixels: Tensor) -> Tensor:
+    """What the projector takes of a portion of frames: some layers' states side by side, ``[f, tokens, d]``."""
+    states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+    return torch.cat([states[layer][:, _dropped(config) :] for layer in _layers(config)], dim=-1)
+
+
+def _layers(config: Any) -> list[int]:
+    layer = config.vision_feature_layer
+    return [layer] if isinstance(layer, int) else list(layer)
+
+
+def _dropped(config: Any) -> int:
+    """Tokens before the patches that the model drops, whatever the tower has there."""
+    return 1 if config.vision_feature_select_strategy == "default" else 0
+
+
+def _vision_tokens(vision: Any) -> int:
+    if vision.model_type not in CLASS_TOKENS:
+        raise ConfigError(
+            f"the vision tower of LLaVA is a {vision.model_type!r}, whose frames have no fixed number of tokens here; "
+            f"choose a model with one of {list(CLASS_TOKENS)}, or set 'sequence_parallel_size' to 1"
+        )
+    return (vision.image_size // vision.patch_size) ** 2 + CLASS_TOKENS[vision.model_type]

@@ -1,0 +1,1 @@
+"""Triton kernels: interval attention, and what surrounds it in an exchange (merge, delta, surrogate output)."""

@@ -1,0 +1,83 @@
+"""What the backward kernels must know of the query rows: packed row terms, and which tiles of rows see which keys."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ds_lvxattn.kernels.triton.forward import LOG2_E
+
+_FAR = tl.constexpr(2**31 - 1)
+_LOG2_E = tl.constexpr(LOG2_E)
+
+
+@triton.jit(do_not_specialize=["heads_kv", "seq_q", "tiles"])
+def pack_rows_kernel(
+    lse_ptr, delta_ptr, start_ptr, stop_ptr, terms_ptr, packed_start_ptr, packed_stop_ptr, bounds_ptr,
+    heads_kv, seq_q, tiles,
+    GROUP: tl.constexpr, TILE: tl.constexpr, HAS_INTERVAL: tl.constexpr,
+):  # fmt: skip
+    """Row terms in the packed order (query ``r // GROUP``, head ``r % GROUP``), padded to whole tiles.
+
+    ``terms [B * H_kv, 2, rows]`` holds the log-sum-exp in base 2, then delta. The log-sum-exp is ``+inf`` for
+    padding and for rows that see no key here or anywhere: their probabilities are then ``exp2(s - inf) = 0``
+    and no loop needs a row mask. ``bounds [B, 4, tiles]`` holds each tile's first key that some row sees,
+    last, first key that all rows see, last; rows that see nothing are left out.
+    """
+    tile = tl.program_id(0)
+    batch = tl.program_id(1) // heads_kv
+    head = tl.program_id(1) % heads_kv
+    row = tile * TILE + tl.arange(0, TILE)
+    query = row // GROUP
+    sees = row < seq_q * GROUP
+    source = ((batch * heads_kv + head) * GROUP + row % GROUP).to(tl.int64) * seq_q + query
+    lse = tl.load(lse_ptr + source, mask=sees, other=float("-inf"))
+    delta = tl.load(delta_ptr + source, mask=sees, other=0.0)
+    if HAS_INTERVAL:
+        bound = batch.to(tl.int64) * seq_q + query
+        start = tl.load(start_ptr + bound, mask=sees, other=0)
+        stop = tl.load(stop_ptr + bound, mask=sees, other=0)
+        sees = sees & (start < stop)
+        if head == 0:
+            packed = batch.to(tl.int64) * tiles * TILE + row
+            tl.store(packed_start_ptr + packed, start)
+            tl.store(packed_stop_ptr + packed, stop)
+            tile_bounds = bounds_ptr + batch.to(tl.int64) * 4 * tiles + tile
+            tl.store(tile_bounds, tl.min(tl.where(sees, start, _FAR), 0))
+            tl.store(tile_bounds + tiles, tl.max(tl.where(sees, stop, 0), 0))
+            tl.store(tile_bounds + 2 * tiles, tl.max(tl.where(sees, start, 0), 0))
+            tl.store(tile_bounds + 3 * tiles, tl.min(tl.where(sees, stop, _FAR), 0))
+    sees = sees & (lse > float("-inf"))
+    terms_ptr += tl.program_id(1).to(tl.int64) * 2 * tiles * TILE
+    tl.store(terms_ptr + row, tl.where(sees, lse * _LOG2_E, float("inf")))
+    tl.store(terms_ptr + tiles * TILE + row, tl.where(sees, delta, 0.0))
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def seen_tiles_kernel(bounds_ptr, seen_ptr, count_ptr, tiles, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
+    """For one block of keys, the tiles of rows that see it: those that see all of it from the front of
+    ``seen [B, key blocks, tiles]``, those that see part of it from the back; ``count [B, key blocks, 2]``."""
+    block = tl.program_id(0)
+    here = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + block
+    bounds_ptr += tl.program_id(1).to(tl.int64) * 4 * tiles
+    seen_ptr += here * tiles
+    key_first = block * BLOCK_N
+    key_last = key_first + BLOCK_N
+    whole_count = 0
+    part_count = 0
+    for base in range(0, tiles, BLOCK_T):
+        tile = base + tl.arange(0, BLOCK_T)
+        inside = tile < tiles
+        first = tl.load(bounds_ptr + tile, mask=inside, other=_FAR)
+        last = tl.load(bounds_ptr + tiles + tile, mask=inside, other=0)
+        all_first = tl.load(bounds_ptr + 2 * tiles + tile, mask=inside, other=_FAR)
+        all_last = tl.load(bounds_ptr + 3 * tiles + tile, mask=inside, other=0)
+        some = (first < key_last) & (last > key_first)
+        whole = (some & (all_first <= key_first) & (all_last >= key_last)).to(tl.int32)
+        part = some.to(tl.int32) - whole
+        tl.store(seen_ptr + whole_count + tl.cumsum(whole, 0) - 1, tile, mask=whole > 0)
+        tl.store(seen_ptr + tiles - part_count - tl.cumsum(part, 0), tile, mask=part > 0)
+        whole_count += tl.sum(whole, 0)
+        part_count += tl.sum(part, 0)
+    tl.store(count_ptr + here * 2, whole_count)
+    tl.store(count_ptr + here * 2 + 1, part_count)

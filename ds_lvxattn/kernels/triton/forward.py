@@ -1,0 +1,310 @@
+"""Attention of packed query heads over one contiguous key range a row, forward.
+
+Online softmax after FlashAttention-2 (arXiv 2307.08691, algorithm 1); the split over keys, merged afterwards,
+after Flash-Decoding. The mask is the interval of LV-XAttn's workloads: row ``i`` sees keys
+``[start_i, stop_i)``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ds_lvxattn.kernels.triton.merge import merge_partials_triton
+
+LOG2_E = 1.4426950408889634
+MAX_HEAD_DIM = 256
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Above every key position; a tile whose rows all see nothing gets the empty range [FAR, 0).
+_FAR = tl.constexpr(2**31 - 1)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _attend(
+    acc, row_max, row_sum, q, k_desc, v_desc, batch, head, first_key, row_start, row_stop, seq_kv, scale_log2,
+    MASKED: tl.constexpr, HAS_INTERVAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax over the keys ``[first_key, first_key + BLOCK_N)``, in base 2."""
+    k = k_desc.load([batch, head, first_key, 0]).reshape(BLOCK_N, BLOCK_D)
+    scores = tl.dot(q, k.T, input_precision=PRECISION)
+    if MASKED:
+        key = first_key + tl.arange(0, BLOCK_N)
+        if HAS_INTERVAL:
+            seen = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_stop[:, None])
+        else:
+            seen = key[None, :] < seq_kv
+        scores = tl.where(seen, scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+    p = tl.exp2(scores * scale_log2 - new_max[:, None])
+    shrink = tl.exp2(row_max - new_max)
+    row_sum = row_sum * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None]
+    v = v_desc.load([batch, head, first_key, 0]).reshape(BLOCK_N, BLOCK_D)
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, new_max, row_sum
+
+
+@triton.jit
+def lead(blocks, first_key, BLOCK_N: tl.constexpr):
+    """Block, of a run of key blocks, at which to enter it so that tiles with overlapping runs read keys together.
+
+    Where the mask slides, neighbouring tiles start at different keys: walking from its own first key, each would
+    fetch its keys from device memory by itself. They enter at the first key that is a multiple of a common period
+    instead, a power of two below the length of their runs, and wrap around.
+    """
+    period = tl.exp2(tl.floor(tl.log2(tl.maximum(blocks, 1).to(tl.float32)))).to(tl.int32) * BLOCK_N
+    ahead = (tl.cdiv(first_key, period) * period - first_key) // BLOCK_N
+    return tl.where(ahead < blocks, ahead, 0)
+
+
+# Lengths change from batch to batch: compiling again when one becomes a multiple of 16 would stall a step.
+@triton.jit(
+    do_not_specialize=[
+        "bound_stride_b", "lse_stride_split", "pairs", "tiles", "heads_kv", "seq_q", "seq_kv", "splits",
+    ]
+)  # fmt: skip
+def _interval_forward_kernel(
+    q_ptr, k_desc, v_desc, start_ptr, stop_ptr, out_ptr, lse_ptr,
+    q_stride_b, q_stride_h, q_stride_s, bound_stride_b,
+    out_stride_split, out_stride_b, out_stride_h, out_stride_s, lse_stride_split,
+    pairs, tiles, heads_kv, seq_q, seq_kv, splits, scale_log2,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_INTERVAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of BLOCK_M rows of one key/value head against one share of the keys that the tile sees.
+
+    Row ``r`` of a key/value head is query ``r // GROUP`` of its group's head ``r % GROUP``: neighbouring rows
+    have neighbouring intervals, so a tile's union of intervals stays narrow, and each key is read once for
+    all heads.
+    """
+    # With a mask, later rows may see more keys: starting with the last tiles of all heads leaves the short ones for
+    # the end. Without, all tiles of a head come together and share its keys.
+    if HAS_INTERVAL:
+        tile = tiles - 1 - tl.program_id(0) // pairs
+        pair = tl.program_id(0) % pairs
+    else:
+        tile = tl.program_id(0) % tiles
+        pair = tl.program_id(0) // tiles
+    split = tl.program_id(1)
+    batch = pair // heads_kv
+    head = pair % heads_kv
+
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = row < seq_q * GROUP
+    query = row // GROUP
+    q_head = head * GROUP + row % GROUP
+    dim = tl.arange(0, BLOCK_D)
+    tile_mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
+    q_row = batch.to(tl.int64) * q_stride_b + q_head.to(tl.int64) * q_stride_h + query.to(tl.int64) * q_stride_s
+    q = tl.load(q_ptr + q_row[:, None] + dim[None, :], mask=tile_mask, other=0.0)
+
+    # [first, last): keys that some row sees. [all_first, all_last): keys that every row sees, rows that see
+    # nothing aside: whatever the unmasked loop adds to those is replaced at the end.
+    if HAS_INTERVAL:
+        row_start = tl.load(start_ptr + batch * bound_stride_b + query, mask=inside, other=0)
+        row_stop = tl.load(stop_ptr + batch * bound_stride_b + query, mask=inside, other=0)
+        sees = row_start < row_stop
+        last = tl.max(tl.where(sees, row_stop, 0), 0)
+        first = tl.minimum(tl.min(tl.where(sees, row_start, _FAR), 0), last)
+        all_first = tl.max(tl.where(sees, row_start, 0), 0)
+        all_last = tl.min(tl.where(sees, row_stop, _FAR), 0)
+    else:
+        row_start = 0
+        row_stop = 0
+        sees = inside
+        last = seq_kv
+        first = 0
+        all_first = 0
+        all_last = seq_kv
+
+    share = tl.cdiv(tl.cdiv(last - first, BLOCK_N), splits) * BLOCK_N
+    first += split * share
+    last = tl.minimum(last, first + share)
+    clear_first = first + tl.cdiv(tl.maximum(all_first - first, 0), BLOCK_N) * BLOCK_N
+    clear_last = first + tl.maximum(tl.minimum(all_last, last) - first, 0) // BLOCK_N * BLOCK_N
+    if clear_last <= clear_first:
+        clear_first = first
+        clear_last = first
+    enter = clear_first
+    if HAS_INTERVAL:
+        enter += lead((clear_last - clear_first) // BLOCK_N, clear_first, BLOCK_N) * BLOCK_N
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # Finite, so that a block without one visible key leaves exp2(-inf - row_max) = 0 and not NaN.
+    row_max = tl.full([BLOCK_M], -1e30, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    for key in tl.range(enter, clear_last, BLOCK_N):
+        acc, row_max, row_sum = _attend(
+            acc, row_max, row_sum, q, k_desc, v_desc, batch, head, key, row_start, row_stop, seq_kv,
+            scale_log2, False, HAS_INTERVAL, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    for key in tl.range(clear_last, last, BLOCK_N):
+        acc, row_max, row_sum = _attend(
+            acc, row_max, row_sum, q, k_desc, v_desc, batch, head, key, row_start, row_stop, seq_kv,
+            scale_log2, True, HAS_INTERVAL, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    if HAS_INTERVAL:
+        for key in tl.range(first, clear_first, BLOCK_N):
+            acc, row_max, row_sum = _attend(
+                acc, row_max, row_sum, q, k_desc, v_desc, batch, head, key, row_start, row_stop, seq_kv,
+                scale_log2, True, HAS_INTERVAL, BLOCK_N, BLOCK_D, PRECISION,
+            )  # fmt: skip
+        for key in tl.range(clear_first, enter, BLOCK_N):
+            acc, row_max, row_sum = _attend(
+                acc, row_max, row_sum, q, k_desc, v_desc, batch, head, key, row_start, row_stop, seq_kv,
+                scale_log2, False, HAS_INTERVAL, BLOCK_N, BLOCK_D, PRECISION,
+            )  # fmt: skip
+
+    sees = sees & (row_sum > 0)
+    out = acc * tl.where(sees, 1.0 / row_sum, 0.0)[:, None]
+    lse = tl.where(sees, (row_max + tl.log2(row_sum)) * _LN_2, float("-inf"))
+    out_row = (
+        split.to(tl.int64) * out_stride_split
+        + batch.to(tl.int64) * out_stride_b
+        + q_head.to(tl.int64) * out_stride_h
+        + query.to(tl.int64) * out_stride_s
+    )
+    tl.store(out_ptr + out_row[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=tile_mask)
+    lse_row = split.to(tl.int64) * lse_stride_split + (batch * heads_kv * GROUP + q_head).to(tl.int64) * seq_q + query
+    tl.store(lse_ptr + lse_row, lse, mask=inside)
+
+
+class ForwardConfig(NamedTuple):
+    """Tile of one program and how many programs a multiprocessor holds at once."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    resident: int
+
+
+def forward_config(head_dim: int, itemsize: int, masked: bool, hopper: bool) -> ForwardConfig:
+    """Tile sizes by head size, chosen by measurement on an H200; nothing is tuned at run time."""
+    if itemsize == 4:
+        return ForwardConfig(32, 32, 4, 1, 1)
+    if not hopper:
+        if head_dim <= 64:
+            return ForwardConfig(128, 64, 8, 2, 1)
+        return ForwardConfig(128, 32, 8, 2, 1) if head_dim <= 128 else ForwardConfig(64, 32, 8, 1, 1)
+    if head_dim <= 64:
+        return ForwardConfig(64, 128, 4, 2, 2) if masked else ForwardConfig(128, 64, 4, 3, 2)
+    if head_dim <= 128:
+        return ForwardConfig(128, 64, 4, 2, 2)
+    return ForwardConfig(128, 32, 8, 2, 1)
+
+
+def interval_forward_supported(q_dtype: torch.dtype, head_dim: int, device_type: str) -> str | None:
+    """Why the Triton kernels cannot do a call, or None when they can. Looks at no tensor, so it is free."""
+    if device_type != "cuda":
+        return f"the Triton kernels run on CUDA devices, not on {device_type}"
+    if q_dtype not in DTYPES:
+        return f"the Triton kernels take bfloat16, float16 and float32, not {q_dtype}"
+    if head_dim % 8 or not 16 <= head_dim <= MAX_HEAD_DIM:
+        return f"the Triton kernels take head sizes in multiples of 8, 16 to {MAX_HEAD_DIM}, not {head_dim}"
+    return None
+
+
+def rows_for_copy_engine(x: Tensor) -> Tensor:
+    """``x`` as the tensor copy engine reads it: rows of unit stride that start at multiples of 16 bytes.
+
+    Every layout that a projection writes is so already and is returned as it is; only an odd view is copied.
+    """
+    granule = 16 // x.element_size()
+    aligned = x.data_ptr() % 16 == 0 and all(stride % granule == 0 for stride in x.stride()[:-1])
+    return x if aligned and x.stride(-1) == 1 else x.contiguous()
+
+
+def row_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """Descriptor of ``x [B, H, S, D]`` for tiles of ``rows`` rows; what lies past the end reads as 0."""
+    block = [1, 1, rows, triton.next_power_of_2(x.shape[-1])]
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether tiles may be sized for compute capability 9.0's matrix units and shared memory."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors to fill; 8 on the interpreter, so that small tests take the split path too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def key_splits(tiles: int, key_blocks: int, slots: int) -> int:
+    """Shares to cut the keys into so that ``tiles * shares`` programs fill ``slots`` places evenly.
+
+    The time of a launch is its number of full rounds over the slots, divided by the shares; each share also
+    writes a float32 partial that is read again, which is counted as a hundredth of a tile's work.
+    """
+    if tiles >= 4 * slots:
+        return 1
+    most = max(1, min(key_blocks // 8, triton.cdiv(4 * slots, tiles), 64))
+    return min(range(1, most + 1), key=lambda s: triton.cdiv(tiles * s, slots) / s + 0.01 * (s - 1) * tiles / slots)
+
+
+def interval_forward(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of ``q`` over each row's own range of the keys at hand.
+
+    Args:
+        q: ``[B, H_q, S_q, D]`` bfloat16, float16 or float32; any strides, unit stride in ``D``.
+        k, v: ``[B, H_kv, S_kv, D]`` of the same dtype; ``H_q`` is a multiple of ``H_kv``.
+        start, stop: int32 ``[B, S_q]``, row ``i`` sees the local key positions ``[start_i, stop_i)`` with
+            ``0 <= start_i <= stop_i <= S_kv``; None for both when every row sees every key.
+        scale: positive factor of the scores, usually ``D ** -0.5``.
+
+    Returns:
+        ``out [B, H_q, S_q, D]`` in the dtype and, where they are dense, the strides of ``q``; float32 natural
+        log-sum-exp ``[B, H_q, S_q]``. Rows that see no key give 0 and ``-inf``.
+
+    Raises:
+        ValueError: ``scale`` is not positive.
+    """
+    if scale <= 0:
+        raise ValueError(f"interval_forward: scale is {scale}; it must be positive (negate q for a negative one)")
+    if q.stride(-1) != 1:
+        q = q.contiguous()
+    batch, heads_q, seq_q, head_dim = q.shape
+    heads_kv, seq_kv = k.shape[1], k.shape[2]
+    out = torch.empty_like(q)
+    lse = torch.empty((batch, heads_q, seq_q), dtype=torch.float32, device=q.device)
+    if out.numel() == 0 or seq_kv == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+
+    has_interval = start is not None and stop is not None
+    config = forward_config(head_dim, q.element_size(), has_interval, is_hopper(q.device))
+    group = heads_q // heads_kv
+    tiles = triton.cdiv(seq_q * group, config.block_m)
+    slots = multiprocessors(q.device) * config.resident
+    splits = key_splits(tiles * heads_kv * batch, triton.cdiv(seq_kv, config.block_n), slots)
+    if splits == 1:
+        part_out, part_lse = out.unsqueeze(0), lse.unsqueeze(0)
+    else:
+        part_out = torch.empty((splits, batch, heads_q, seq_q, head_dim), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((splits, batch, heads_q, seq_q), dtype=torch.float32, device=q.device)
+    if start is not None and stop is not None:
+        start, stop = start.contiguous(), stop.contiguous()
+
+    _interval_forward_kernel[(tiles * batch * heads_kv, splits)](
+        q, row_descriptor(rows_for_copy_engine(k), config.block_n),
+        row_descriptor(rows_for_copy_engine(v), config.block_n), start, stop, part_out, part_lse,
+        *q.stride()[:3], seq_q, *part_out.stride()[:4], part_lse.stride(0),
+        batch * heads_kv, tiles, heads_kv, seq_q, seq_kv, splits, scale * LOG2_E,
+        GROUP=group, HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, HAS_INTERVAL=has_interval,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        merge_partials_triton(part_out, part_lse, out, lse)
+    return out, lse

@@ -1,0 +1,214 @@
+"""The choice of a strategy for each attention layer, and ``plan.json``, which says why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ds_lvxattn.config import ConfigError, SequenceParallelConfig
+from ds_lvxattn.exchange.strategies import STRATEGIES
+from ds_lvxattn.plan.choice import Candidate, best_of_each, candidates, choose, reason
+from ds_lvxattn.plan.cost import Layer, Mode
+from ds_lvxattn.plan.profile import Profile
+from ds_lvxattn.plan.traffic import LayerShape
+from ds_lvxattn.plan.visibility import of_shape
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention module of the model.
+
+    Attributes:
+        name: its full module name.
+        role: ``cross`` (visual keys, sharded by frames), ``self`` (text, causal, sharded by tokens) or ``local``
+            (each rank its own frames, nothing exchanged).
+        heads, kv_heads, head_dim: its sizes.
+        beside: whether it shares a decoder layer with another attention, with which the rest of the layer is counted.
+        window: of ``self``, the last keys that a row sees, its own included; None: all before it.
+    """
+
+    name: str
+    role: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    beside: bool = False
+    window: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """What layers with the same shards and mask have in common."""
+        return kind_of(self.role, self.window)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a layer runs with, and what was expected of every candidate: one object of ``plan.json``.
+
+    Attributes:
+        layer, role, strategy, schedule: the layer's name and role, and the choice.
+        predicted_ms, predicted_bytes: for every strategy, by its best schedule, forward and backward together; None
+            where it cannot run. Times are of attention and exchange, bytes those that a rank receives.
+        reason: why this choice.
+        kept_bytes: for each recompute policy, what the decoder layer keeps from forward to backward pass.
+        head_groups: groups of key heads that ``gather`` pipelines in the forward and the backward pass; None: it
+            chooses, or does not run.
+        balance: largest over mean visible work of a rank when queries travel; 1 is even.
+        measured_ms: ``forward`` and ``backward`` of the choice as it ran, when a run has measured it.
+        window: see ``AttentionLayer``.
+    """
+
+    layer: str
+    role: str
+    strategy: str
+    schedule: str
+    predicted_ms: dict[str, float | None]
+    predicted_bytes: dict[str, int | None]
+    reason: str
+    kept_bytes: dict[str, int] = field(default_factory=dict)
+    head_groups: tuple[int, int] | None = None
+    balance: float | None = None
+    measured_ms: dict[str, float] = field(default_factory=dict)
+    window: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """See ``AttentionLayer``."""
+        return kind_of(self.role, self.window)
+
+    @property
+    def expected_ms(self) -> float | None:
+        """Predicted time of the choice."""
+        return self.predicted_ms.get(self.strategy)
+
+    @property
+    def took_ms(self) -> float | None:
+        """Measured time of the choice, forward and backward."""
+        return sum(self.measured_ms.values()) if self.measured_ms else None
+
+
+def kind_of(role: str, window: int | None) -> str:
+    """Name of the layers of ``role`` that have the same mask."""
+    return role if window is None else f"{role}, window {window}"
+
+
+def plan_layers(
+    layers: Sequence[AttentionLayer],
+    shapes: Mapping[str, LayerShape],
+    config: SequenceParallelConfig,
+    profile: Profile,
+    before: Mapping[str, Mode] | None = None,
+    room: float | None = None,
+) -> list[LayerPlan]:
+    """A plan for every layer.
+
+    Args:
+        layers: the model's attention layers.
+        shapes: for each exchanged kind of layers, the sizes of a typical batch (heads are taken from the layer).
+        config: the sequence-parallel settings.
+        profile: the machine that it runs on.
+        before: strategy and schedule that layers ran with so far, by layer name.
+        room: bytes that a layer's exchange may need while it runs; None: no limit.
+
+    Raises:
+        ConfigError: a pattern of ``config.layers`` matches no exchanged layer, or the strategy that a setting
+            forces cannot run a layer.
+    """
+    exchanged = [layer.name for layer in layers if layer.kind in shapes]
+    for pattern in config.layers:
+        if not any(fnmatchcase(name, pattern) for name in exchanged):
+            raise ConfigError(
+                f"'sequence_parallel.layers' has the pattern {pattern!r}, which matches none of the layers {exchanged}"
+            )
+    known: dict[object, LayerPlan] = {}
+    plans = []
+    for layer in layers:
+        forced = _forced(layer, config)
+        past = (before or {}).get(layer.name)
+        # Most layers of a model are alike, and so are their plans.
+        key = (layer.kind, layer.heads, layer.kv_heads, layer.head_dim, forced, past)
+        if key not in known:
+            known[key] = _plan_layer(layer, shapes.get(layer.kind), config, profile, forced, past, room)
+        plans.append(replace(known[key], layer=layer.name))
+    return plans
+
+
+def _forced(layer: AttentionLayer, config: SequenceParallelConfig) -> str | None:
+    """The strategy that the settings prescribe for a layer: the first pattern that matches, or the global one."""
+    matching = (name for pattern, name in config.layers.items() if fnmatchcase(layer.name, pattern))
+    return next(matching, None if config.strategy == "auto" else config.strategy)
+
+
+def _plan_layer(
+    layer: AttentionLayer,
+    sizes: LayerShape | None,
+    config: SequenceParallelConfig,
+    profile: Profile,
+    forced: str | None,
+    before: Mode | None,
+    room: float | None,
+) -> LayerPlan:
+    if sizes is None or config.size == 1:
+        why = "each rank attends within its own frames" if layer.role == "local" else "one rank, nothing to exchange"
+        return LayerPlan(layer.name, layer.role, "local", "auto", {}, {}, why, window=layer.window)
+    if sizes.ranks == 1:
+        why = "a small batch, which every rank computes whole: predicted faster than dividing it"
+        return LayerPlan(layer.name, layer.role, "local", "auto", {}, {}, why, window=layer.window)
+    if not sum(sizes.kv_lengths):
+        why = "no rank has a key, nothing to exchange"
+        return LayerPlan(layer.name, layer.role, "local", "auto", {}, {}, why, window=layer.window)
+    shape = replace(
+        sizes, heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim,
+        recompute=recomputed(layer.role, config.recompute),
+    )  # fmt: skip
+    costed = Layer(shape, of_shape(shape))
+    schedules = {}
+    for name, strategy in STRATEGIES.items():
+        if config.schedule in strategy.schedules:
+            schedules[name] = (config.schedule,)
+    found = candidates(costed, profile, schedules, room)
+    best = best_of_each(found)
+    if forced is not None:
+        if best[forced].cost is None:
+            # The only one there is: it may run out of memory, but the user asked for it.
+            if (unlimited := best_of_each(candidates(costed, profile, schedules))[forced]).cost is None:
+                raise ConfigError(f"strategy '{forced}' cannot run layer {layer.name}: {unlimited.obstacle}")
+            best[forced] = unlimited
+        chosen: Candidate | None = best[forced]
+        if before is not None and before[0] == forced:
+            own = [candidate for candidate in found if candidate.mode[0] == forced]
+            chosen = choose(own, before) or chosen
+        assert chosen is not None
+        why = f"set in the config: '{forced}'"
+    else:
+        chosen = choose(found, before)
+        if chosen is None:
+            raise ConfigError(
+                f"no strategy can run layer {layer.name}: "
+                + "; ".join(f"{'/'.join(candidate.mode)} {candidate.obstacle}" for candidate in found)
+            )
+        why = reason(chosen, found, costed, profile, kept=chosen.mode == before)
+    # What is written for a strategy is what would run: for the chosen one, the chosen schedule.
+    best[chosen.mode[0]] = chosen
+    return LayerPlan(
+        layer.name, layer.role, *chosen.mode,
+        {name: None if c.cost is None else round(c.cost.attention * 1e3, 4) for name, c in best.items()},
+        {name: c.received for name, c in best.items()},
+        why,
+        head_groups=costed.head_groups(profile) if chosen.mode == ("lv_xattn", "gather") else None,
+        balance=round(shape.balance, 4),
+        window=layer.window,
+    )  # fmt: skip
+
+
+def recomputed(role: str, policy: str) -> str:
+    """What ``policy`` means for a layer of ``role``: K and V are recomputed in cross-attention alone."""
+    return "none" if policy == "kv" and role != "cross" else policy
+
+
+def write_plan(plan: Sequence[LayerPlan], path: Path) -> None:
+    """Write ``plan.json``: a list with one object a layer."""
+    path.write_text(json.dumps([asdict(layer) for layer in plan], indent=2) + "\n")

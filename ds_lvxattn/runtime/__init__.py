@@ -1,0 +1,1 @@
+"""What runs inside the model's forward and backward pass: attention of a batch, decoding, recomputation, times."""

@@ -1,0 +1,70 @@
+"""One micro-batch of a sequence-parallel group: which rank holds which tokens, and what each token sees.
+
+Made once a step on the host from the collator's metadata, which every rank has, and shared by all layers: no
+collective is needed to know another rank's shard or intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ds_lvxattn.exchange.comm import Communicator
+from ds_lvxattn.exchange.interval import KVInterval
+from ds_lvxattn.exchange.routes import Routes
+from ds_lvxattn.exchange.shards import ShardLayout
+from ds_lvxattn.plan.layer_plan import LayerPlan
+from ds_lvxattn.runtime.decoding import KeyCache
+from ds_lvxattn.runtime.layer_times import LayerTimes
+from ds_lvxattn.runtime.visual_rows import VisualRows
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What the layers of one kind (``LayerPlan.kind``) have in common.
+
+    Attributes:
+        layout: shards of queries and keys.
+        interval: key ranges of the rows of every rank, ``[n, B, s_max]``.
+        routes: where this rank's rows travel; None when no layer of the kind is routed.
+    """
+
+    layout: ShardLayout
+    interval: KVInterval
+    routes: Routes | None = None
+
+
+@dataclass(frozen=True)
+class SequenceParallelBatch:
+    """The argument ``sequence_parallel`` of the model's forward; see ``ds_lvxattn.runtime.registration``.
+
+    Attributes:
+        comm: communicator of the sequence-parallel group.
+        roles: inputs of each exchanged role; of layers with a sliding window, by the name of their kind.
+        plans: what each attention module runs with.
+        kernel: local attention kernel.
+        times: measures the attention layers; None in the steps in which nothing is measured.
+        slots: int64 ``[B * slots]``, the frame in each of this rank's slots, in the order of its keys, as an index
+            into the frames that it encodes; None when they are those frames in their order.
+        places: int64 ``[B, slots]``, the first text token that sees the frame in each of this rank's slots; a position
+            in the text of all ranks, 0 for a slot that no sample uses.
+        portions: how often the vision encoder is called; the same on all ranks of the run.
+        sees_frame: ``[B, 1, s_q, 1]`` in the model's dtype, 1 for the rank's text rows that see a frame.
+        visual_rows: how visual tokens come to their rows, where all keys are in the text; None elsewhere.
+        visual: collects the rank's visual keys and values of each cross-attention module, in the prefill of a
+            generation; None in training.
+    """
+
+    comm: Communicator
+    roles: Mapping[str, AttentionInputs]
+    plans: Mapping[nn.Module, LayerPlan]
+    kernel: str
+    times: LayerTimes | None
+    slots: Tensor | None
+    places: Tensor
+    portions: int
+    sees_frame: Tensor
+    visual_rows: VisualRows | None = None
+    visual: KeyCache | None = None

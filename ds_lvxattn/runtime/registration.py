@@ -1,0 +1,123 @@
+"""Registration with Hugging Face transformers: attention and mask functions called ``ds_lvxattn``.
+
+A model whose attention implementation is ``ds_lvxattn`` gets its exchanges from the forward argument
+``sequence_parallel`` (a ``SequenceParallelBatch``, or a ``DecodingStep`` while text is generated), which transformers
+hands down to every attention function. So no model file is patched and no state is global.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ds_lvxattn.exchange.attention import sp_attention
+from ds_lvxattn.runtime.batch import SequenceParallelBatch
+from ds_lvxattn.runtime.decoding import DecodingStep
+
+IMPLEMENTATION = "ds_lvxattn"
+
+# Arguments of transformers' attention functions that change the scores, which no kernel here computes.
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+
+
+def register_with_transformers() -> None:
+    """Make ``attn_implementation="ds_lvxattn"`` known to transformers."""
+    AttentionInterface.register(IMPLEMENTATION, exchanged_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, no_dense_mask)
+
+
+def exchanged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sequence_parallel: SequenceParallelBatch | DecodingStep | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of transformers: ``query [B, H_q, s_q, D]``, ``key, value [B, H_kv, s_kv, D]``.
+
+    Returns:
+        ``[B, s_q, H_q, D]`` and None (no attention weights).
+
+    Raises:
+        ValueError: called without ``sequence_parallel``, with dropout, with a dense mask or with one of
+            ``UNSUPPORTED``, or with another sliding window than planned.
+    """
+    if sequence_parallel is None:
+        raise ValueError(
+            f"attention implementation '{IMPLEMENTATION}' needs the forward argument sequence_parallel; pass the "
+            "batch that the collator made, or model.set_attn_implementation('sdpa') to run without it"
+        )
+    if dropout:
+        raise ValueError(f"attention dropout is {dropout}; sequence-parallel attention has none, set it to 0")
+    if attention_mask is not None:
+        raise ValueError("a dense attention mask was given; sequence-parallel attention takes intervals")
+    for name in UNSUPPORTED:
+        if others.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} attends with {name}, which sequence-parallel attention does not compute; set "
+                "it to None in the model's config, or 'sequence_parallel_size' to 1"
+            )
+    given, planned = others.get("sliding_window"), sequence_parallel.plans[module].window
+    if given != planned:
+        raise ValueError(
+            f"{type(module).__name__} attends with a sliding window of {given}, and its family says {planned}; let "
+            "Family.window_of give what the module passes on"
+        )
+    if isinstance(sequence_parallel, DecodingStep):
+        return sequence_parallel.attend(module, query, key, value, scaling).transpose(1, 2), None
+    out, _lse = exchange(module, query, key, value, sequence_parallel, scaling)
+    return out.transpose(1, 2), None
+
+
+def exchange(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequence_parallel: SequenceParallelBatch,
+    scaling: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``sp_attention`` as ``module`` is planned, for the rank's own ``query [B, H_q, s_q, D]``, ``key`` and ``value``.
+
+    Args:
+        key, value: ``[B, H_kv, s_kv, D]``; what a blank frame adds stands behind the rank's own.
+
+    Returns:
+        ``out [B, H_q, s_q, D]`` and its log-sum-exp ``[B, H_q, s_q]``.
+    """
+    plan = sequence_parallel.plans[module]
+    inputs = sequence_parallel.roles[plan.kind]
+    # A rank without frames still feeds one blank frame to the model; its keys belong to no sample.
+    keys = inputs.layout.kv.lengths[sequence_parallel.comm.rank]
+    key, value = key[:, :, :keys], value[:, :, :keys]
+    if sequence_parallel.visual is not None and plan.role == "cross":
+        sequence_parallel.visual[module] = key, value
+    attend = functools.partial(
+        sp_attention,
+        query,
+        key,
+        value,
+        group=sequence_parallel.comm.group,
+        strategy=plan.strategy if plan.strategy != "local" else "lv_xattn",
+        interval=inputs.interval,
+        scale=scaling,
+        schedule=plan.schedule,
+        kernel=sequence_parallel.kernel,
+        shards=inputs.layout,
+        routes=inputs.routes,
+        head_groups=plan.head_groups,
+    )
+    times = sequence_parallel.times
+    return attend() if times is None else times.measure(module, (query, key, value), attend)
+
+
+def no_dense_mask(*unused: Any, **unused_too: Any) -> None:
+    """Mask function of transformers: intervals come with the batch, so no mask is built."""
+    return None

@@ -1,0 +1,1 @@
+"""The comparison of strategies: its runs and its report."""

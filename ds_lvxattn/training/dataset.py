@@ -1,0 +1,76 @@
+"""The datasets of a run: the needle task or the user's own conversations."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ds_lvxattn.config import ConfigError
+from ds_lvxattn.data.conversations import ConversationSource
+from ds_lvxattn.data.sample import SampleSource
+from ds_lvxattn.families import family_of
+from ds_lvxattn.needle.source import NeedleSource
+from ds_lvxattn.needle.task import NeedleTask
+from ds_lvxattn.training.loading import LoadedModel
+from ds_lvxattn.training.settings import FinetuningConfig
+
+NEEDLE = "needle"
+
+
+def load_sources(
+    data: str,
+    loaded: LoadedModel,
+    finetuning: FinetuningConfig,
+    rows: int,
+    seed: int,
+) -> tuple[SampleSource, SampleSource | None]:
+    """Training and evaluation samples of ``--data``.
+
+    Args:
+        rows: training samples to generate, for data that is generated.
+
+    Raises:
+        ConfigError: the dataset cannot be read or is empty.
+    """
+    if data == NEEDLE:
+        task = NeedleTask()
+        needles = NeedleSource("train", rows, seed, loaded.tokenizer, task)
+        if not finetuning.eval_examples:
+            return needles, None
+        return needles, NeedleSource("eval", finetuning.eval_examples, seed, loaded.tokenizer, task)
+    conversations = functools.partial(
+        ConversationSource,
+        data,
+        loaded.tokenizer,
+        **frames_in_text(loaded),
+        max_frames=finetuning.frames,
+        max_text_tokens=finetuning.max_text_tokens or text_limit(loaded.model),
+        eval_data=finetuning.eval_data,
+        eval_share=finetuning.eval_share,
+        media_root=finetuning.media_root,
+        seed=seed,
+    )
+    try:
+        train = conversations(split="train")
+        if not finetuning.eval_examples:
+            return train, None
+        return train, conversations(split="eval", limit=finetuning.eval_examples)
+    except ValueError as error:
+        raise ConfigError(f"--data {data}: {error}") from error
+
+
+def frames_in_text(loaded: LoadedModel) -> dict[str, Any]:
+    """How the model's text has a frame, as arguments of ``ConversationSource`` and ``question_sample``."""
+    family = family_of(loaded.model)
+    return {
+        "image_token": loaded.image_token,
+        "frame_text": family.frame_text if loaded.image_token == family.image_token else "",
+        "frame_tokens": family.frame_tokens(loaded.model.config) if family.keys_in_text else 1,
+    }
+
+
+def text_limit(model: PreTrainedModel) -> int:
+    """Tokens that the model's positions reach."""
+    return model.config.get_text_config().max_position_embeddings

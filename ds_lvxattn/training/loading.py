@@ -1,0 +1,157 @@
+"""The model to fine-tune: loaded or built, with its tokenizer, image processor and trainable parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import zero
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.integrations import HfDeepSpeedConfig
+
+from ds_lvxattn.config import ConfigError
+from ds_lvxattn.families import family_of, family_of_config
+from ds_lvxattn.groups import SequenceParallelGroups
+from ds_lvxattn.needle.small_models import SMALL_MODELS
+from ds_lvxattn.needle.task import IMAGE, build_tokenizer
+
+QUICKSTART = "quickstart"
+
+
+@dataclass
+class LoadedModel:
+    """A model with what its data needs: tokenizer, image processor and the token that stands for a frame."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    processor: Any
+    image_token: str | None
+
+    @property
+    def image_id(self) -> int:
+        """Token id of a frame; -1, which no token has, for a model that takes none."""
+        if self.image_token is None:
+            return -1
+        image = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        assert isinstance(image, int)  # a list is for a list of tokens
+        return image
+
+    @property
+    def pad_token(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else self.tokenizer.eos_token_id
+
+    def save(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
+        """``save_pretrained`` of model, tokenizer and image processor."""
+        self.model.save_pretrained(folder, state_dict=state_dict)
+        self.tokenizer.save_pretrained(folder)
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)
+
+
+def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
+    """Load a model from a local path or hub name, or build a small one by its name in ``SMALL_MODELS``.
+
+    Under ZeRO-3 a pretrained model is partitioned while it loads, so that it need not fit one rank.
+
+    Raises:
+        ConfigError: nothing loads under ``name``, or no family knows it.
+    """
+    if name in SMALL_MODELS:
+        small, processor = SMALL_MODELS[name](seed)
+        nn.Module.to(small, model_dtype(ds_config))
+        return LoadedModel(small, build_tokenizer(), processor, IMAGE)
+    # Alive while the model loads: transformers partitions what it loads when a ZeRO-3 config is.
+    zero3 = HfDeepSpeedConfig(ds_config) if ds_config.get("zero_optimization", {}).get("stage") == 3 else None
+    try:
+        family = family_of_config(AutoConfig.from_pretrained(name))
+        model = family.load_model(name, model_dtype(ds_config))
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        processor = family.load_processor(name)
+    except ConfigError as error:
+        raise ConfigError(f"--model {name}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--model {name}: cannot be loaded ({error}); small random models are {', '.join(SMALL_MODELS)}"
+        ) from error
+    del zero3
+    if family.image_token is None:
+        return LoadedModel(model, tokenizer, processor, None)
+    # The small models are saved with the tokenizer of the needle task.
+    image_token = next((t for t in (family.image_token, IMAGE) if t in tokenizer.get_vocab()), None)
+    if image_token is None:
+        raise ConfigError(
+            f"--model {name}: its tokenizer has no token {family.image_token!r}, which stands for a frame; add it"
+        )
+    return LoadedModel(model, tokenizer, processor, image_token)
+
+
+def model_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """dtype of the parameters, as the DeepSpeed config has it."""
+    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if ds_config.get(key, {}).get("enabled"):
+            return dtype
+    return torch.float32
+
+
+def select_trainable(model: nn.Module, name: str, trainable: str | Sequence[str]) -> None:
+    """Freeze all parameters but those that ``trainable`` names; see ``FinetuningConfig.trainable``.
+
+    Raises:
+        ConfigError: a pattern matches no parameter.
+    """
+    if trainable == "all" or (trainable == "default" and name in SMALL_MODELS):
+        return
+    patterns = family_of(model).trainable_by_default(model.config) if trainable == "default" else trainable
+    names = [parameter for parameter, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(parameter, pattern) for parameter in names):
+            raise ConfigError(f"'finetuning.trainable' has {pattern!r}, which matches no parameter of the model")
+    for parameter, tensor in model.named_parameters():
+        tensor.requires_grad_(any(fnmatchcase(parameter, pattern) for pattern in patterns))
+
+
+def partition_over_all_ranks(model: nn.Module, ds_config: dict[str, Any], groups: SequenceParallelGroups) -> None:
+    """Under ZeRO-3, partition a model that is not yet: over all ranks, as ZeRO reduces its gradients.
+
+    Left to ``deepspeed.initialize``, DeepSpeed 0.19.8 partitions parameters over the data-parallel group of an
+    ``mpu``, and then sums their gradients over that group alone, not over the ranks of a sequence.
+    """
+    if ds_config.get("zero_optimization", {}).get("stage") != 3:
+        return
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        zero.Init(model, groups.get_sequence_data_parallel_group(), config_dict_or_path=ds_config, mpu=groups)
+
+
+def loss_factor(ds_config: dict[str, Any], sequence_parallel_size: int) -> int:
+    """What the loss is multiplied by before the backward pass, so that gradients are summed over a sequence's ranks.
+
+    ZeRO divides the sum over all ranks by ``ranks / sequence_parallel_size``, but for stage 3's reduce-scatter, which
+    in DeepSpeed 0.19.8 divides by ``ranks``. Adam would hide a constant factor; clipping and reported norms would not.
+
+    Raises:
+        ConfigError: stage 3 without reduce-scatter, which divides large parameters in one way and small in the other.
+    """
+    zero = ds_config.get("zero_optimization", {})
+    if zero.get("stage") != 3 or sequence_parallel_size == 1:
+        return 1
+    if not zero.get("reduce_scatter", True):
+        raise ConfigError(
+            "'zero_optimization.reduce_scatter' is false, with which DeepSpeed's stage 3 scales the gradients of "
+            f"sequence parallelism (size {sequence_parallel_size}) differently for small and large parameters; leave "
+            "it out, or choose stage 2"
+        )
+    return sequence_parallel_size
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters for the optimizer: matrices decay, vectors and scalars (norms, biases, gates) do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
+    others = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    return [g for g in ({"params": matrices}, {"params": others, "weight_decay": 0.0}) if g["params"]]

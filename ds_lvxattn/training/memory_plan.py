@@ -1,0 +1,113 @@
+"""The memory plan of a run: model states, what the layers keep for each recompute policy, and the frames that fit."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_lvxattn.batches.layout import BatchLayout
+from ds_lvxattn.batches.sequence_parallel import SequenceParallel
+from ds_lvxattn.plan.memory import (
+    POLICIES,
+    LayerSizes,
+    ModelStates,
+    frames_that_fit,
+    kept_bytes,
+    step_bytes,
+)
+from ds_lvxattn.plan.traffic import LayerShape
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Of the rank that holds most, for batches like the first one.
+
+    Attributes:
+        policy: the recompute policy of the run.
+        kept: for each policy and role, bytes that all its layers keep for the backward pass.
+        shared: bytes of the visual features, and of what their projector keeps, which all layers share.
+        states: bytes of parameters, gradients and optimizer on the device.
+        frames: for each policy, the frames of a sample that would fit the device; None without a GPU.
+    """
+
+    policy: str
+    kept: Mapping[str, Mapping[str, int]]
+    shared: int
+    states: int
+    frames: Mapping[str, int] | None
+
+
+def memory_plan(
+    parallel: SequenceParallel,
+    model: nn.Module,
+    ds_config: Mapping[str, Any],
+    shapes: Mapping[str, LayerShape],
+    layout: BatchLayout,
+    ranks: int,
+    device: torch.device,
+) -> MemoryPlan:
+    """The plan for the first micro-batch; ``parallel`` has its strategies.
+
+    Args:
+        shapes: sizes of the exchanged roles, as for ``SequenceParallel.make_plan``.
+        ranks: of the run, over which ZeRO partitions.
+    """
+    layers = parallel.decoder_layer_sizes(shapes)
+    states = model_states(model, ds_config, ranks)
+    visual = parallel.family.visual_widths(parallel.model_config)
+
+    def shared(some: Sequence[LayerSizes]) -> int:
+        cross = [layer for layer in some if layer.role == "cross"]
+        return max((layer.batch * layer.keys * sum(visual) * layer.element for layer in cross), default=0)
+
+    kept: dict[str, dict[str, int]] = {policy: {} for policy in POLICIES}
+    for policy in POLICIES:
+        for layer in layers:
+            kept[policy][layer.role] = kept[policy].get(layer.role, 0) + kept_bytes(layer, policy)
+    frames = None
+    if device.type == "cuda":
+        capacity = torch.cuda.get_device_properties(device).total_memory
+        per_frame = layout.frame_tokens
+        rows = per_frame if layout.keys_in_text else 1  # of a frame in the text
+        text = max(0, layout.text.total - max(layout.frames) * rows)
+
+        def step(policy: str, count: int) -> int:
+            some = [_at(layer, text + count * rows, count, per_frame) for layer in layers]
+            # Features that need no gradient would leave room for more.
+            return step_bytes(some, policy, states, shared(some), features_train=True)
+
+        frames = {policy: frames_that_fit(functools.partial(step, policy), capacity) for policy in POLICIES}
+    return MemoryPlan(parallel.recomputation.policy, kept, shared(layers), states.device_bytes, frames)
+
+
+def model_states(model: nn.Module, ds_config: Mapping[str, Any], ranks: int) -> ModelStates:
+    """What ZeRO keeps of ``model``, whose parameters may be partitioned already."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad, p.element_size()) for p in model.parameters()]
+    zero = ds_config.get("zero_optimization", {})
+
+    def offloads(key: str) -> bool:
+        return (zero.get(key) or {}).get("device", "none") != "none"
+
+    return ModelStates(
+        parameters=sum(size for size, _, _ in sizes),
+        trainable=sum(size for size, trains, _ in sizes if trains),
+        element=max(element for _, _, element in sizes),
+        stage=zero.get("stage", 0),
+        ranks=ranks,
+        offload_optimizer=offloads("offload_optimizer"),
+        offload_parameters=offloads("offload_param"),
+    )
+
+
+def _at(layer: LayerSizes, text: int, frames: int, per_frame: int) -> LayerSizes:
+    """``layer`` with other numbers of text tokens and frames, evenly divided."""
+    rows, keys = -(-text // layer.ranks), -(-frames // layer.ranks) * per_frame
+    total = frames * per_frame
+    if layer.role != "cross":
+        keys, total = rows, text
+    return replace(layer, rows=rows, longest_rows=rows, total_rows=text, keys=keys, total_keys=total)

@@ -1,0 +1,280 @@
+"""A tiny Llama 3.2 Vision model with open gates, samples for it, and its training on one rank without this package.
+
+A sample is written as a pattern: ``I`` a frame, ``t`` a text token, ``a`` an answer token, on which loss is taken::
+
+    tiny_sample("tIIttaItta")   # two groups of images, each with an answer behind it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from ds_lvxattn.batches.collate import Collator
+from ds_lvxattn.batches.sequence_parallel import SequenceParallel
+from ds_lvxattn.config import SequenceParallelConfig
+from ds_lvxattn.data.sample import IGNORE, Sample
+from ds_lvxattn.families import family_of, mllama
+from ds_lvxattn.families.aria import Aria
+from ds_lvxattn.families.blip2 import Blip2
+from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingo
+from ds_lvxattn.families.idefics import Idefics
+from ds_lvxattn.families.idefics2 import Idefics2
+from ds_lvxattn.families.llava import Llava
+from ds_lvxattn.families.mllama import Mllama
+from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
+from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
+from ds_lvxattn.families.text_only import TextOnly
+from ds_lvxattn.groups import SequenceParallelGroups
+from ds_lvxattn.needle.task import IMAGE, VOCABULARY, build_tokenizer
+from ds_lvxattn.training.loading import LoadedModel
+
+CPU = torch.device("cpu")
+SIZE = 28  # pixels; five vision tokens a frame
+SQUARE = {"height": SIZE, "width": SIZE}
+IMAGE_TOKEN = VOCABULARY.index(IMAGE)
+
+# Text and frames that neither two nor four ranks divide, several images at uneven places, fewer frames than ranks.
+PATTERNS = {
+    "several images": "tItIItttaaItaIIIta",
+    "video": "IIIIIIIttataa",
+    "short clip": "tItta",
+    "text only": "ttatta",
+}
+# How attention crosses the ranks: strategy, schedule, placement.
+MODES = (
+    ("lv_xattn", "gather", "contiguous"),
+    ("lv_xattn", "ring", "striped"),
+    ("ulysses", "auto", "striped"),
+    ("ring", "ring", "contiguous"),
+    ("lv_xattn", "routed", "striped"),
+    ("auto", "auto", "contiguous"),
+)
+
+ADAMW = {"lr": 3e-3, "betas": (0.9, 0.98), "weight_decay": 0.01}
+CLIPPING = 1.0
+
+
+def tiny_config(tiles: int = 1, heads: int = 4, **text: Any) -> MllamaConfig:
+    """A configuration of about 60,000 parameters for the vocabulary of the needle task."""
+    vision = {
+        "hidden_size": 16, "intermediate_size": 32, "attention_heads": 2, "num_hidden_layers": 1,
+        "num_global_layers": 1, "intermediate_layers_indices": [0], "vision_output_dim": 32,
+        "image_size": SIZE, "patch_size": 14, "max_num_tiles": tiles,
+        "supported_aspect_ratios": [[a, b] for a in (1, 2) for b in (1, 2) if a * b <= tiles],
+        "initializer_range": 0.2,
+    }  # fmt: skip
+    text = {
+        "vocab_size": IMAGE_TOKEN, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": heads,
+        "num_key_value_heads": max(heads // 2, 1), "num_hidden_layers": 4, "cross_attention_layers": [1, 3],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "max_position_embeddings": 64,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2, **text,
+    }  # fmt: skip
+    return MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN)
+
+
+def tiny_model(config: MllamaConfig | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The same random weights at every call, with gates that let frames through."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        model = MllamaForConditionalGeneration(config or tiny_config())
+        for name, parameter in model.named_parameters():
+            if "gate" in name and parameter.numel() == 1:
+                parameter.fill_(0.7)
+    return model.to(dtype)
+
+
+@contextlib.contextmanager
+def frames_in_portions(frames: int, config: MllamaConfig) -> Iterator[None]:
+    """The vision encoder takes at most ``frames`` frames at once, the norm of the keys seven keys."""
+    usual, usual_keys = mllama.TOKENS_AT_ONCE, mllama.KEYS_AT_ONCE
+    mllama.TOKENS_AT_ONCE = usual // mllama.Mllama().frames_at_once(config) * frames
+    mllama.KEYS_AT_ONCE = 7
+    try:
+        yield
+    finally:
+        mllama.TOKENS_AT_ONCE, mllama.KEYS_AT_ONCE = usual, usual_keys
+
+
+def tiny_processor() -> MllamaImageProcessorPil:
+    return MllamaImageProcessorPil(
+        size={"height": SIZE, "width": SIZE}, max_image_tiles=1, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+
+
+def tiny_loaded(config: MllamaConfig | None = None) -> LoadedModel:
+    return LoadedModel(tiny_model(config), build_tokenizer(), tiny_processor(), IMAGE)
+
+
+def tiny_sample(pattern: str, seed: int = 0, name: str = "") -> Sample:
+    """Random tokens and frames after ``pattern``."""
+    rng = np.random.default_rng([seed, len(pattern)])
+    ids = [IMAGE_TOKEN if c == "I" else int(rng.integers(3, IMAGE_TOKEN)) for c in pattern]
+    labels = [token if c == "a" else IGNORE for token, c in zip(ids, pattern, strict=True)]
+    frames = rng.integers(0, 256, (pattern.count("I"), SIZE, SIZE, 3), dtype=np.uint8)
+    load = functools.partial(_take, frames)
+    return Sample(ids, labels, len(frames), load, name or pattern)
+
+
+def _take(frames: np.ndarray, wanted: Sequence[int]) -> list[np.ndarray]:
+    return [frames[index] for index in wanted]
+
+
+@dataclass
+class ListSource:
+    """Samples in a list as a dataset that is read in order."""
+
+    samples: list[Sample] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def order(self, epoch: int) -> range:
+        return range(len(self))
+
+    def sample(self, index: int) -> Sample:
+        return self.samples[index]
+
+
+PROCESSORS: dict[type, Callable[[], Any]] = {
+    Mllama: tiny_processor,
+    Idefics: lambda: IdeficsImageProcessorPil(image_size=SIZE),
+    TextOnly: lambda: None,
+    MPlugOwl3: lambda: SiglipImageProcessorPil(size=SQUARE),
+    Qwen25VL: lambda: Qwen2VLImageProcessorPil(patch_size=SIZE // 4),
+    Llava: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
+    Idefics2: lambda: Idefics2ImageProcessorPil(size={"shortest_edge": 14, "longest_edge": SIZE}),
+    Aria: lambda: AriaImageProcessorPil(min_image_size=245),
+    Blip2: lambda: BlipImageProcessorPil(size=SQUARE),
+    OpenFlamingo: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
+}
+
+
+def tiny_collator(model: nn.Module, parallel: SequenceParallel | None) -> Collator:
+    dtype, family = next(model.parameters()).dtype, family_of(model)
+    processor = PROCESSORS[type(family)]()
+    return Collator(family, model.config, processor, 0, IMAGE_TOKEN, CPU, dtype, parallel)
+
+
+def start_deepspeed() -> None:
+    """DeepSpeed's front end over the process group of the harness."""
+    deepspeed.init_distributed(dist.get_backend(), verbose=False)
+
+
+@functools.cache
+def groups_of(size: int) -> SequenceParallelGroups:
+    """Made once in a process: new groups cost time."""
+    start_deepspeed()
+    return SequenceParallelGroups(size)
+
+
+def attach(
+    model: nn.Module, size: int, mode: tuple[str, str, str], samples: Sequence[Sample], **block: Any
+) -> SequenceParallel:
+    """Make ``model`` sequence-parallel, planned for ``samples``."""
+    strategy, schedule, placement = mode
+    config = SequenceParallelConfig(strategy=strategy, schedule=schedule, placement=placement, size=size, **block)
+    parallel = SequenceParallel(model, config, groups_of(size))
+    collator = tiny_collator(model, parallel)
+    parallel.make_plan(collator.shapes(collator.layout(samples)), collator.device, collator.dtype)
+    return parallel
+
+
+def loss_of(
+    model: nn.Module, samples: Sequence[Sample], parallel: SequenceParallel | None = None, layout: Any = None
+) -> torch.Tensor:
+    """The rank's part of the loss of a micro-batch; without ``parallel``, the unmodified model's whole loss.
+
+    In the model's dtype: the loss that transformers computes is float32 whatever the model. ``layout`` is by default
+    that of the collator.
+    """
+    collator = tiny_collator(model, parallel)
+    layout = layout or collator.layout(samples)
+    inputs = collator.collate(layout, collator.load(samples, layout)).inputs
+    labels, items = inputs.pop("shift_labels"), inputs.pop("num_items_in_batch")
+    del inputs["labels"]
+    logits = model(**inputs).logits
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum") / items
+
+
+def loss_of_each_alone(model: nn.Module, samples: Sequence[Sample]) -> torch.Tensor:
+    """Loss of a micro-batch whose samples the unmodified model sees one at a time.
+
+    In a batch, transformers lets text ahead of the first image attend to the blank frames that pad its sample, so
+    what a sample gives depends on the others. Here it does not.
+    """
+    counts = torch.tensor([sum(label != IGNORE for label in sample.labels[1:]) for sample in samples])
+    losses = torch.stack([loss_of(model, [sample]) for sample in samples])
+    return (losses * counts).sum() / counts.sum().clamp(min=1)
+
+
+def ds_config(stage: int, batch: int, micro_batch: int, size: int = 2, **block: Any) -> dict[str, Any]:
+    """A DeepSpeed config for ``tiny_model``; ``block`` is the ``sequence_parallel`` block.
+
+    Buckets hold a fraction of the gradients and ZeRO-3 keeps no parameter whole, so that a rank whose hooks fire
+    in another order than those of the others would be found.
+    """
+    return {
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_clipping": CLIPPING,
+        "steps_per_print": 1_000_000,
+        "optimizer": {"type": "AdamW", "params": {**ADAMW, "torch_adam": True}},
+        "zero_optimization": {
+            "stage": stage, "reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000,
+            "stage3_prefetch_bucket_size": 5_000, "stage3_param_persistence_threshold": 0,
+        },
+        "sequence_parallel_size": size,
+        "sequence_parallel": block,
+    }  # fmt: skip
+
+
+def losses_on_one_rank(samples: Sequence[Sample], steps: int, batch: int, micro_batch: int) -> list[float]:
+    """Losses of ``steps_on_one_rank``."""
+    return [loss for loss, _ in steps_on_one_rank(samples, steps, batch, micro_batch)]
+
+
+def steps_on_one_rank(samples: Sequence[Sample], steps: int, batch: int, micro_batch: int) -> list[tuple[float, float]]:
+    """Training the unmodified model with plain torch AdamW, ``batch`` samples a step: losses, and norms of gradients.
+
+    Norms are those before clipping. As in the loop, vectors and scalars do not decay.
+    A step averages the losses of its micro-batches, as ZeRO does. Parameters that a batch does not reach have
+    gradient zero, as in ZeRO's flat partitions.
+    """
+    model = tiny_model().train()
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], **ADAMW)
+    found = []
+    for step in range(steps):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        total = 0.0
+        for first in range(step * batch, (step + 1) * batch, micro_batch):
+            rows = [samples[row % len(samples)] for row in range(first, first + micro_batch)]
+            loss = loss_of_each_alone(model, rows) * (micro_batch / batch)
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
+        optimizer.step()
+        found.append((total, norm.item()))
+    return found
