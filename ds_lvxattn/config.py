@@ -9,6 +9,8 @@ from typing import Any, Literal
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from pydantic import Field, ValidationError
 
+from ds_lvxattn.errors import ConfigError
+
 StrategyName = Literal["lv_xattn", "ulysses", "ring"]
 StrategyChoice = Literal["auto", "lv_xattn", "ulysses", "ring"]
 
@@ -24,10 +26,6 @@ INACTIVE = {
     "profile": (False,),
 }
 BESIDE = {"size": f"set '{SIZE_KEY}' beside the block", "offload": f"set '{CHECKPOINTING_KEY}.cpu_checkpointing'"}
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work; the message names the key, the value and what to change."""
 
 
 class SequenceParallelConfig(DeepSpeedConfigModel):

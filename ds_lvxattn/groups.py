@@ -13,7 +13,7 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed import comm as ds_comm
 
-from ds_lvxattn.config import ConfigError
+from ds_lvxattn.errors import ConfigError
 
 
 class SequenceParallelGroups:

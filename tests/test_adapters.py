@@ -25,7 +25,7 @@ from transformers.models.idefics2.configuration_idefics2 import Idefics2Perceive
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
 
 from ds_lvxattn import AdapterKeys, SequenceShards, shard_adapter
-from ds_lvxattn.config import ConfigError
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.comm import communicator
 from ds_lvxattn.training.loading import parameter_groups, partition_over_all_ranks
 from tests.support import qwen_vl_resampler

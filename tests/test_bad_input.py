@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from ds_lvxattn.batches.loader import ControlGroups, Loader
-from ds_lvxattn.config import ConfigError
 from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.data.sample import Sample, SampleError
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.needle.task import IMAGE, build_tokenizer
 from tests.support.distributed import run
 from tests.support.tiny_model import (

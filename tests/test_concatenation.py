@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from ds_lvxattn import SequenceShards
 from ds_lvxattn.batches.layout import BatchLayout, lay_out
-from ds_lvxattn.config import ConfigError
 from ds_lvxattn.data.sample import IGNORE
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.comm import communicator
 from ds_lvxattn.exchange.routes import visible_work
 from ds_lvxattn.families import llava

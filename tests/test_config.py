@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from ds_lvxattn.config import ConfigError, SequenceParallelConfig, load_ds_config, sequence_parallel_config
+from ds_lvxattn.config import SequenceParallelConfig, load_ds_config, sequence_parallel_config
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.training.settings import FinetuningConfig, finetuning_config
 
 CONFIGS = Path(__file__).parent.parent / "ds_configs"

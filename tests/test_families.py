@@ -25,8 +25,8 @@ from transformers.models.opt.modeling_opt import OPTAttention
 
 from ds_lvxattn import merge_attention, sp_attention
 from ds_lvxattn.batches.sequence_parallel import attention_dropout
-from ds_lvxattn.config import ConfigError
 from ds_lvxattn.data.sample import Sample, SampleError
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.families import FAMILIES, family_of, family_of_config, idefics, mllama
 from ds_lvxattn.families.blip2 import Blip2

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ds_lvxattn.config import ConfigError, SequenceParallelConfig
+from ds_lvxattn.config import SequenceParallelConfig
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.routes import routed_rows
 from ds_lvxattn.plan.choice import HOST_TIE, HYSTERESIS, TIE, shape_class
 from ds_lvxattn.plan.layer_plan import AttentionLayer, LayerPlan, plan_layers, write_plan

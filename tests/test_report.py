@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ds_lvxattn.config import ConfigError
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.training.compare.report import (
     compare,
     loss_differences,

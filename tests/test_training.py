@@ -18,8 +18,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from ds_lvxattn.config import ConfigError
 from ds_lvxattn.data.sample import SampleError, SampleSource
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.training.loop import Job, Trainer
 from ds_lvxattn.training.settings import FinetuningConfig
 from tests.support.distributed import run

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from transformers import set_seed
 
-from ds_lvxattn.config import ConfigError, load_ds_config, sequence_parallel_config
+from ds_lvxattn.config import load_ds_config, sequence_parallel_config
 from ds_lvxattn.data.sample import SampleError
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.groups import start_distributed
 from ds_lvxattn.training.dataset import load_sources
 from ds_lvxattn.training.ds_config import resolve_ds_config

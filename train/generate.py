@@ -23,9 +23,10 @@ from ds_lvxattn.batches.agreement import agree
 from ds_lvxattn.batches.collate import Collator
 from ds_lvxattn.batches.generation import generate
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
-from ds_lvxattn.config import SIZE_KEY, ConfigError, load_ds_config, sequence_parallel_config
+from ds_lvxattn.config import SIZE_KEY, load_ds_config, sequence_parallel_config
 from ds_lvxattn.data.question import question_sample
 from ds_lvxattn.data.sample import SampleError
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import family_of
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
 from ds_lvxattn.training.dataset import frames_in_text, text_limit

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ds_lvxattn.config import ConfigError, SequenceParallelConfig
+from ds_lvxattn.config import SequenceParallelConfig
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.comm import Communicator, communicator
 from ds_lvxattn.families import family_of
 from ds_lvxattn.families.rotary import check_positions

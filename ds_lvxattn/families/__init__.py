@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
 
-from ds_lvxattn.config import ConfigError
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.aria import Aria
 from ds_lvxattn.families.blip2 import Blip2
 from ds_lvxattn.families.family import Family

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AriaForConditionalGeneration, AutoImageProcessor
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionAttention
 
-from ds_lvxattn.config import ConfigError
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.family import TOKENS_AT_ONCE
 from ds_lvxattn.families.frames import encode_in_portions, filled

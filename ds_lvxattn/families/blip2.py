@@ -20,7 +20,7 @@ from transformers.models.blip_2.modeling_blip_2 import (
     Blip2QFormerMultiHeadAttention,
 )
 
-from ds_lvxattn.config import ConfigError
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.family import TOKENS_AT_ONCE
 from ds_lvxattn.families.frames import encode_in_portions

@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, LlavaForConditionalGeneration
 from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
-from ds_lvxattn.config import ConfigError
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.family import TOKENS_AT_ONCE
 from ds_lvxattn.families.frames import encode_in_portions

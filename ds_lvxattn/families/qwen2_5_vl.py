@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 
-from ds_lvxattn.config import ConfigError
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.family import TOKENS_AT_ONCE
 from ds_lvxattn.families.frames import encode_in_portions

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ds_lvxattn.config import ConfigError
+from ds_lvxattn.errors import ConfigError
 
 # Their scores carry a bias by distance (ALiBi), and their attention does not go through transformers' registry.
 ALIBI = ("MptAttention", "BloomAttention", "FalconAttention", "MPTAttention", "MultiheadAttentionMPT")

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ds_lvxattn.config import ConfigError, SequenceParallelConfig
+from ds_lvxattn.config import SequenceParallelConfig
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.strategies import STRATEGIES
 from ds_lvxattn.plan.choice import Candidate, best_of_each, candidates, choose, reason
 from ds_lvxattn.plan.cost import Layer, Mode

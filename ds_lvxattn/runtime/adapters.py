@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from ds_lvxattn.config import ConfigError
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.attention import sp_attention
 from ds_lvxattn.exchange.comm import communicator
 from ds_lvxattn.exchange.interval import KVInterval

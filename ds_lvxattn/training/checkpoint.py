@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine, zero
 
-from ds_lvxattn.config import ConfigError
+from ds_lvxattn.errors import ConfigError
 
 FOLDER = "checkpoints"
 FACTS_FILE = "run.json"

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ds_lvxattn.config import ConfigError
 from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.data.sample import SampleSource
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import family_of
 from ds_lvxattn.needle.source import NeedleSource
 from ds_lvxattn.needle.task import NeedleTask

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from ds_lvxattn.config import ConfigError
+from ds_lvxattn.errors import ConfigError
 
 # Schedule settings that a run fills in when the config says "auto": the key and its share of the steps.
 AUTO_STEPS = {"total_num_steps": 1.0, "warmup_num_steps": 0.05}

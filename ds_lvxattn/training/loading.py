@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.integrations import HfDeepSpeedConfig
 
-from ds_lvxattn.config import ConfigError
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import family_of, family_of_config
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.needle.small_models import SMALL_MODELS

@@ -20,8 +20,9 @@ from ds_lvxattn.batches.loader import ControlGroups, Loaded, Loader
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.calibrate import calibrated
 from ds_lvxattn.calibration.extent import HeadLayout
-from ds_lvxattn.config import ConfigError, sequence_parallel_config
+from ds_lvxattn.config import sequence_parallel_config
 from ds_lvxattn.data.sample import SampleSource
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import family_of
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.plan.choice import shape_class as class_of_sizes

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from pydantic import Field, ValidationError
 
-from ds_lvxattn.config import ConfigError
+from ds_lvxattn.errors import ConfigError
 
 BLOCK_KEY = "finetuning"
 

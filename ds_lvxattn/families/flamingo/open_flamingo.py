@@ -32,7 +32,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.clip.modeling_clip import CLIPAttention
 
-from ds_lvxattn.config import ConfigError
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.family import TOKENS_AT_ONCE, Family
 from ds_lvxattn.families.frames import encode_in_portions
 from ds_lvxattn.families.rotary import self_attention_role, self_attention_sizes, self_attention_window
