@@ -7,4 +7,5 @@ prepare_environment test
 ruff check .
 ruff format --check .
 python -m mypy
+lint-imports
 python -m pytest "$@"

@@ -34,7 +34,7 @@ from tests.support.tiny_model import (
     tiny_model,
     tiny_sample,
 )
-from tests.test_training import Case, finetune, metrics_in, train, write_config, write_model
+from tests.support.training import Case, finetune, metrics_in, train, write_config, write_model
 
 # The command: configs, models and data that cannot work
 

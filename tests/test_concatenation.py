@@ -26,7 +26,7 @@ from tests.support.distributed import device, run
 from tests.support.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
 from tests.support.tiny_families import tiny
 from tests.support.tiny_model import IMAGE_TOKEN, attach, loss_of
-from tests.test_traffic import measured
+from tests.support.traffic import measured
 
 BATCH = ("tItIItttaaItaIIIta", "ttIa", "ttatta")
 PER_FRAME = 4

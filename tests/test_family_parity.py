@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import deepspeed
@@ -13,21 +12,18 @@ import torch.distributed as dist
 from ds_lvxattn.families import family_of
 from ds_lvxattn.training.loading import parameter_groups, partition_over_all_ranks
 from tests.support.distributed import run
-from tests.support.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
+from tests.support.parity import (
+    BATCHES,
+    Gradients,
+    batches_of,
+    gradients_of,
+    largest_differences,
+    on_one_rank,
+    samples_of,
+    sum_over_ranks,
+)
 from tests.support.tiny_families import FAMILIES, tiny
 from tests.support.tiny_model import ADAMW, CLIPPING, MODES, attach, ds_config, groups_of, loss_of, tiny_collator
-
-BATCHES = (
-    ("tItIItttaaItaIIIta",),
-    ("IIIIIIIttataa",),
-    ("tItta",),
-    ("ttatta",),
-    ("IItaItIIItta", "ttIa", "tta"),
-)
-# OpenFlamingo gives text ahead of all images the mean of all values, those of blank frames that pad a batch too.
-NONE_HIDDEN = (*BATCHES[:3], ("IIta",), ("IItaItIIItta", "Ita", "ItIIa"))
-TEXT = (("ttatttattaataatta",), ("tttttttaa",), ("tta",), ("ta",), ("tttatta", "ta", "ttttta"))
-
 
 ZERO3 = (
     "idefics, perceiver, norms",
@@ -42,24 +38,9 @@ ZERO3 = (
 )
 
 
-def batches_of(family: str) -> tuple[tuple[str, ...], ...]:
-    if family == "text only":
-        return TEXT
-    return NONE_HIDDEN if family == "open_flamingo, all previous" else BATCHES
-
-
 def roles_of(family: str) -> set[str]:
     model = tiny(family)
     return {layer.role for layer in family_of(model).attention_layers(model).values()}
-
-
-@functools.cache
-def on_one_rank(family: str, patterns: tuple[str, ...], dtype: torch.dtype) -> tuple[float, Gradients]:
-    """Loss and gradients of the unmodified model."""
-    model = tiny(family, dtype)
-    value = loss_of(model, samples_of(patterns))
-    value.backward()
-    return value.item(), gradients_of(model)
 
 
 def in_modes(

@@ -25,6 +25,7 @@ from ds_lvxattn.data.sample import Sample, SampleError
 from ds_lvxattn.data.video import VideoError
 from ds_lvxattn.runtime.decoding import DecodingStep
 from ds_lvxattn.training.loading import partition_over_all_ranks
+from tests.support.conversations import IMAGE, TOKENIZER, write_video
 from tests.support.distributed import run
 from tests.support.parity import samples_of
 from tests.support.tiny_families import FAMILIES, tiny
@@ -40,7 +41,6 @@ from tests.support.tiny_model import (
     tiny_model,
     tiny_sample,
 )
-from tests.test_conversations import IMAGE, TOKENIZER, write_video
 
 NEW = 5
 NEVER = 10_000  # a token that no model has, so that no answer ends

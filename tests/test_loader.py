@@ -28,7 +28,7 @@ from tests.support.tiny_model import (
     tiny_model,
     tiny_sample,
 )
-from tests.test_training import Case, metrics_in, train
+from tests.support.training import Case, metrics_in, train
 
 
 @dataclass

@@ -20,7 +20,7 @@ from ds_lvxattn.plan.profile import load_profile
 from ds_lvxattn.plan.traffic import TRAFFIC, LayerShape
 from tests.support.distributed import run
 from tests.support.tiny_model import MODES, attach, loss_of, tiny_model, tiny_sample
-from tests.test_traffic import Layer, traffic_of
+from tests.support.traffic import Layer, traffic_of
 
 CALLS = {
     "even": Layer((6, 6), (40, 40), lse_in_loss=False),

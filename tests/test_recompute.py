@@ -33,7 +33,7 @@ from tests.support.tiny_model import (
     tiny_model,
     tiny_sample,
 )
-from tests.test_training import Case, metrics_in, mixed_samples, train
+from tests.support.training import Case, metrics_in, mixed_samples, train
 
 PATTERNS = ("IItaIIIItIaa", "tIta")
 GATHER = ("lv_xattn", "gather", "contiguous")

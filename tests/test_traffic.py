@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
 from ds_lvxattn.exchange.comm import communicator
 from tests.support.distributed import device, run
+from tests.support.traffic import Layer, traffic_of
 
 GATHER = ("lv_xattn", "gather", "sharded")
 QUERY_RING = ("lv_xattn", "ring", "sharded")
@@ -24,130 +20,6 @@ REPLICATED = ("lv_xattn", "auto", "replicated")
 ULYSSES = ("ulysses", "auto", "sharded")
 KV_RING = ("ring", "ring", "sharded")
 MODES = (GATHER, QUERY_RING, ROUTED, REPLICATED, ULYSSES, KV_RING)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Sizes of one attention layer."""
-
-    q_lengths: tuple[int, ...]
-    kv_lengths: tuple[int, ...]
-    batch: int = 2
-    heads: int = 8
-    kv_heads: int = 4
-    head_dim: int = 16
-    dtype: torch.dtype = torch.bfloat16
-    kernel: str = "math"
-    lse_in_loss: bool = True
-    head_groups: tuple[int, int] | None = None
-    keep_queries: bool | None = None
-    masked: bool = False
-    seed: int = 0
-
-    @property
-    def ranks(self) -> int:
-        return len(self.q_lengths)
-
-    @property
-    def shards(self) -> ShardLayout:
-        return ShardLayout(SequenceShards(self.q_lengths), SequenceShards(self.kv_lengths))
-
-    @property
-    def ranges(self) -> tuple[Tensor, Tensor]:
-        """Key ranges of the rows of every rank, ``[n, B, s_max]``; some are empty."""
-        generator = torch.Generator().manual_seed(self.seed)
-        shape = (2, self.ranks, self.batch, max(self.q_lengths))
-        start, length = torch.randint(0, sum(self.kv_lengths), shape, generator=generator, dtype=torch.int32)
-        return start, start + length // 4
-
-
-@dataclass
-class Traffic:
-    """Bytes that one rank received in a forward and in a backward pass: by the count, and as measured."""
-
-    forward: Counter[str]
-    backward: Counter[str]
-    measured_forward: int
-    measured_backward: int
-
-
-def arriving_in_all_to_all(out: Tensor, _: Tensor, sizes: list[int], *rest: Any) -> int:
-    """Bytes from other ranks; ``sizes`` are the rows from each, none when they are even."""
-    ranks = dist.get_world_size()
-    if not sizes:
-        return out.nbytes * (ranks - 1) // ranks
-    return out.nbytes // max(sum(sizes), 1) * (sum(sizes) - sizes[dist.get_rank()])
-
-
-@contextmanager
-def measured() -> Iterator[Counter[str]]:
-    """Bytes that arrive from other ranks, seen where every collective enters the process group.
-
-    Below ``torch.distributed``, so DeepSpeed's exchanges are seen too. An all-reduce counts as a ring.
-    """
-    seen: Counter[str] = Counter()
-    ranks = dist.get_world_size()
-    arriving = {
-        "all_to_all_single": arriving_in_all_to_all,
-        "all_gather_single": lambda out, *_: out.nbytes * (ranks - 1) // ranks,
-        "allreduce": lambda tensors, *_: 2 * tensors[0].nbytes * (ranks - 1) // ranks,
-        "all_gather_single_coalesced": lambda outs, *_: sum(out.nbytes for out in outs) * (ranks - 1) // ranks,
-        "recv": lambda tensors, *_: tensors[0].nbytes,
-    }
-    # Releases before torch 2.13 have other names for the same.
-    arriving |= {
-        "allgather_into_tensor_coalesced": arriving["all_gather_single_coalesced"],
-        "alltoall_base": arriving["all_to_all_single"],
-        "_allgather_base": arriving["all_gather_single"],
-    }
-    group_type = dist.ProcessGroup
-    original = {name: vars(group_type)[name] for name in arriving if name in vars(group_type)}
-
-    def counting(name: str):
-        def method(self, *args, **kwargs):
-            seen[name] += arriving[name](*args)
-            return original[name](self, *args, **kwargs)
-
-        return method
-
-    try:
-        for name in original:
-            setattr(group_type, name, counting(name))
-        yield seen
-    finally:
-        for name, method in original.items():
-            setattr(group_type, name, method)
-
-
-def traffic_of(layer: Layer, modes: tuple[tuple[str, str, str], ...]) -> list[Traffic]:
-    """Traffic of this rank in each mode."""
-    comm = communicator(dist.group.WORLD)
-    results = []
-    for strategy, schedule, queries in modes:
-        replicated = queries == "replicated"
-        rows = sum(layer.q_lengths) if replicated else layer.q_lengths[comm.rank]
-        q_lengths = (rows,) * comm.ranks if replicated else layer.q_lengths
-        options: dict[str, Any] = {"dtype": layer.dtype, "device": device(), "requires_grad": True}
-        q = torch.randn(layer.batch, layer.heads, rows, layer.head_dim, **options)
-        k = torch.randn(layer.batch, layer.kv_heads, layer.kv_lengths[comm.rank], layer.head_dim, **options)
-        v = torch.randn_like(k, requires_grad=True)
-        shards = ShardLayout(SequenceShards(q_lengths), SequenceShards(layer.kv_lengths))
-        bounds = (bound.to(device()) for bound in layer.ranges)
-        interval = KVInterval(*bounds) if layer.masked and not replicated else None
-        # The first call of a strategy may start DeepSpeed's front end, which has traffic of its own.
-        sp_attention(q, k, v, group=comm.group, strategy=strategy, queries=queries, shards=shards)
-        comm.reset()
-        with measured() as forward:
-            out, lse = sp_attention(
-                q, k, v, group=comm.group, strategy=strategy, schedule=schedule, queries=queries, kernel=layer.kernel,
-                interval=interval, shards=shards, head_groups=layer.head_groups, keep_queries=layer.keep_queries,
-            )  # fmt: skip
-        counted_forward = Counter(comm.received)
-        comm.reset()
-        with measured() as backward:
-            (out.sum() + lse.sum() if layer.lse_in_loss else out.sum()).backward()
-        results.append(Traffic(counted_forward, Counter(comm.received), sum(forward.values()), sum(backward.values())))
-    return results
 
 
 def rows_seen(layer: Layer) -> list[list[int]]:

@@ -2,95 +2,31 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from ds_lvxattn.data.sample import SampleError, SampleSource
-from ds_lvxattn.errors import ConfigError
-from ds_lvxattn.training.loop import Job, Trainer
-from ds_lvxattn.training.settings import FinetuningConfig
 from tests.support.distributed import run
 from tests.support.tiny_model import (
     MODES,
-    PATTERNS,
-    ListSource,
     ds_config,
     loss_of,
-    start_deepspeed,
-    steps_on_one_rank,
-    tiny_config,
-    tiny_loaded,
-    tiny_sample,
 )
-
-
-@dataclass(frozen=True)
-class Case:
-    """One training run."""
-
-    ranks: int
-    size: int
-    stage: int
-    mode: tuple[str, str, str]
-    steps: int = 20
-    micro_batch: int = 2
-    accumulation: int = 1
-    recompute: str = "none"
-
-    @property
-    def batch(self) -> int:
-        return self.ranks // self.size * self.micro_batch * self.accumulation
-
-    @property
-    def config(self) -> dict[str, Any]:
-        strategy, schedule, placement = self.mode
-        return ds_config(
-            self.stage, self.batch, self.micro_batch, self.size,
-            strategy=strategy, schedule=schedule, placement=placement, recompute=self.recompute,
-        )  # fmt: skip
-
-
-def mixed_samples(count: int) -> ListSource:
-    """Every kind of sample, in pairs that change: a video, a clip shorter than the ranks, text, several images."""
-    patterns = list(PATTERNS.values())
-    return ListSource([tiny_sample(patterns[(n + n // 4) % 4], seed=n) for n in range(count)])
-
-
-def train(
-    case: Case, folder: Path, source: SampleSource | None = None, resume: bool = False, seed: int = 0, **finetuning: Any
-) -> dict[str, Any]:
-    """Run the whole loop on this rank; its evaluation, on the training samples, when it is asked for."""
-    os.environ["WANDB_MODE"] = "disabled"
-    start_deepspeed()
-    source = source or mixed_samples(case.steps * case.batch)
-    settings = FinetuningConfig(**finetuning)
-    evaluation = source if settings.eval_every else None
-    job = Job(case.config, settings, tiny_loaded(), source, evaluation, case.steps, seed, folder, resume)
-    return Trainer(job).run()
-
-
-@functools.cache
-def one_rank(steps: int, batch: int, micro_batch: int) -> list[tuple[float, float]]:
-    return steps_on_one_rank(mixed_samples(steps * batch).samples, steps, batch, micro_batch)
-
-
-def metrics_in(folder: Path, what: str = "loss") -> list[float]:
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
-    return [step[what] for step in steps]
+from tests.support.training import (
+    Case,
+    finetune,
+    launch,
+    metrics_in,
+    mixed_samples,
+    one_rank,
+    train,
+    write_config,
+    write_model,
+)
 
 
 def check(case: Case, folder: Path) -> None:
@@ -131,36 +67,7 @@ def test_recomputation_leaves_the_losses_as_they_are(recompute: str, stage: int,
 # The command
 
 
-FINETUNE = Path(__file__).parent.parent / "train" / "finetune.py"
 STEPS = 6
-
-
-def write_model(folder: Path, **config: Any) -> Path:
-    """A model folder as ``from_pretrained`` wants it, with room for a sample of the needle task."""
-    loaded = tiny_loaded(tiny_config(**{"max_position_embeddings": 256, **config}))
-    loaded.save(folder, loaded.model.state_dict())
-    return folder
-
-
-def write_config(path: Path, config: dict[str, Any], **finetuning: Any) -> Path:
-    path.write_text(json.dumps({**config, "finetuning": finetuning}))
-    return path
-
-
-def launch(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    """``deepspeed train/finetune.py`` on two CPU ranks, as a user without a wandb key."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "NETRC": os.devnull}
-    environment["PYTHONPATH"] = str(FINETUNE.parent.parent)
-    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", 2, "--master_port", port, FINETUNE]
-    return subprocess.run(
-        [str(word) for word in (*command, *arguments)],
-        env=environment,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
 
 
 def test_the_command_and_its_resumption(tmp_path: Path) -> None:
@@ -213,21 +120,6 @@ def check_files(folder: Path) -> None:
     evaluation = json.loads((folder / "eval.json").read_text())
     assert 0 <= evaluation["accuracy"] <= 1 and evaluation["examples"] > 0
     assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
-
-
-def finetune(arguments: list[str]) -> str:
-    """The command's body on this rank; the error that it would print, or nothing."""
-    os.environ["WANDB_MODE"] = "disabled"
-    start_deepspeed()
-    specification = importlib.util.spec_from_file_location("finetune", FINETUNE)
-    assert specification is not None and specification.loader is not None
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
-    try:
-        script.finetune(script.parse(arguments))
-    except (ConfigError, SampleError) as error:
-        return str(error)
-    return ""
 
 
 def test_a_pretrained_model_trains_cross_attention_and_projector_under_zero3(tmp_path: Path) -> None:

@@ -13,11 +13,18 @@ from ds_lvxattn.plan.profile import load_profile
 from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.plan.undivided import whole_is_faster
 from tests.support.distributed import run
-from tests.support.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
+from tests.support.parity import (
+    Gradients,
+    batches_of,
+    gradients_of,
+    largest_differences,
+    on_one_rank,
+    samples_of,
+    sum_over_ranks,
+)
 from tests.support.tiny_families import FAMILIES, tiny
 from tests.support.tiny_model import attach, loss_of, tiny_collator
-from tests.test_family_parity import batches_of, on_one_rank
-from tests.test_training import Case, metrics_in, one_rank, train
+from tests.support.training import Case, metrics_in, one_rank, train
 
 AUTO = ("auto", "auto", "contiguous")
 

@@ -32,7 +32,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ds_lvxattn.data.sample import IGNORE, Sample, SampleError
 from ds_lvxattn.data.video import decode_frames, probe_video, sample_indices
-from ds_lvxattn.exchange.shards import split_evenly
 
 MediaKind = Literal["image", "video"]
 Message = dict[str, str]  # role and content
@@ -204,7 +203,8 @@ class ConversationSource:
         room = self.max_frames - (len(found) - videos)
         if room < videos:
             raise SampleError(f"{len(found)} images and videos, but max_frames is {self.max_frames}; raise it")
-        shares = iter(split_evenly(room, videos) if videos else ())
+        share, longer = divmod(room, max(videos, 1))  # the first videos take a frame more
+        shares = iter([share + (number < longer) for number in range(videos)])
         media = []
         for kind, value in found:
             source = self._source(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -9,9 +10,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_lvxattn.data.sample import Sample
-from tests.support.tiny_model import tiny_sample
+from tests.support.tiny_families import tiny
+from tests.support.tiny_model import loss_of, tiny_sample
 
 Gradients = dict[str, Tensor]
+
+BATCHES = (
+    ("tItIItttaaItaIIIta",),
+    ("IIIIIIIttataa",),
+    ("tItta",),
+    ("ttatta",),
+    ("IItaItIIItta", "ttIa", "tta"),
+)
+# OpenFlamingo gives text ahead of all images the mean of all values, those of blank frames that pad a batch too.
+NONE_HIDDEN = (*BATCHES[:3], ("IIta",), ("IItaItIIItta", "Ita", "ItIIa"))
+TEXT = (("ttatttattaataatta",), ("tttttttaa",), ("tta",), ("ta",), ("tttatta", "ta", "ttttta"))
 
 
 def samples_of(patterns: Sequence[str]) -> list[Sample]:
@@ -41,3 +54,18 @@ def largest_differences(got: tuple[float, Gradients], want: tuple[float, Gradien
         (got[1][name] - g).abs().max().item() / max(g.abs().max().item(), 1e-3 * scale) for name, g in want[1].items()
     ]
     return abs(got[0] - want[0]) / abs(want[0]), max(differences)
+
+
+def batches_of(family: str) -> tuple[tuple[str, ...], ...]:
+    if family == "text only":
+        return TEXT
+    return NONE_HIDDEN if family == "open_flamingo, all previous" else BATCHES
+
+
+@functools.cache
+def on_one_rank(family: str, patterns: tuple[str, ...], dtype: torch.dtype) -> tuple[float, Gradients]:
+    """Loss and gradients of the unmodified model."""
+    model = tiny(family, dtype)
+    value = loss_of(model, samples_of(patterns))
+    value.backward()
+    return value.item(), gradients_of(model)
