@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from ds_lvxattn.batches.generation import generate
-from ds_lvxattn.data.conversations import encode
+from ds_lvxattn.data.chat import encode
 from ds_lvxattn.data.question import question_sample
 from ds_lvxattn.data.sample import Sample, SampleError
 from ds_lvxattn.data.video import VideoError

@@ -1,55 +1,27 @@
-"""The user's own data: conversations about videos and images, from a JSON file or a hub dataset.
-
-A row has LLaVA-Video's layout, or ``messages`` with ``role`` and ``content`` as in Hugging Face's chats::
-
-    {"video": "clips/a.mp4", "conversations": [{"from": "human", "value": "<image>\\nWhat happens?"},
-                                               {"from": "gpt", "value": "A man rides a bicycle."}]}
-
-``video`` and ``image`` (or ``videos``, ``images``) are a path or a list of paths, or are left out: text only.
-``<image>``, ``<video>`` and ``<|image|>`` in the user's turns say where they go; without any, they go first.
-"""
+"""The user's own data: conversations about videos and images, from a JSON file or a hub dataset, as samples."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import io
-import json
+import logging
 import os
-import re
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import datasets
-import jinja2
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from ds_lvxattn.data.sample import IGNORE, Sample, SampleError
+from ds_lvxattn.data.chat import Message, encode
+from ds_lvxattn.data.rows import MediaKind, MediaRef, Source, Turn, read_row, unknown_keys
+from ds_lvxattn.data.sample import Sample, SampleError
+from ds_lvxattn.data.table import open_table
 from ds_lvxattn.data.video import decode_frames, probe_video, sample_indices
 
-MediaKind = Literal["image", "video"]
-Message = dict[str, str]  # role and content
-
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-MEDIA_KEYS: dict[str, MediaKind] = {"image": "image", "images": "image", "video": "video", "videos": "video"}
-PLACEHOLDER = re.compile(r"<image>|<video>|<\|image\|>")
-
-# For a tokenizer without a chat template.
-PLAIN_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ message.role | capitalize }}: {{ message.content | trim }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{{ '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,23 +30,29 @@ class Media:
 
     Attributes:
         kind: ``image`` or ``video``.
-        source: its path, or an encoded image.
-        frames: frame numbers in the file; ``(0,)`` for an image.
+        sources: its path or encoded image; of a video that is given as its frames, one for each.
+        frames: frame numbers in the file, or in ``sources``; ``(0,)`` for an image.
     """
 
     kind: MediaKind
-    source: str | bytes
+    sources: tuple[Source, ...]
     frames: tuple[int, ...]
 
     def decode(self, frames: Sequence[int]) -> list[np.ndarray]:
         """uint8 ``[H, W, 3]`` for the frame numbers asked for. Raises ``SampleError`` for broken media."""
-        if isinstance(self.source, str):
-            return decode_frames(self.source, frames)
-        try:
-            image = np.asarray(Image.open(io.BytesIO(self.source)).convert("RGB"))
-        except OSError as error:
-            raise SampleError(f"an embedded image cannot be decoded: {error}") from error
-        return [image] * len(frames)
+        if len(self.sources) > 1:
+            return [_decode(self.sources[frame], [0])[0] for frame in frames]
+        return _decode(self.sources[0], frames)
+
+
+def _decode(source: Source, frames: Sequence[int]) -> list[np.ndarray]:
+    if isinstance(source, str):
+        return decode_frames(source, frames)
+    try:
+        image = np.asarray(Image.open(io.BytesIO(source)).convert("RGB"))
+    except OSError as error:
+        raise SampleError(f"an embedded image cannot be decoded: {error}") from error
+    return [image] * len(frames)
 
 
 class ConversationSource:
@@ -84,8 +62,9 @@ class ConversationSource:
     not depend on the seed or on the order of the rows.
 
     Args:
-        data: a file of one JSON object a line, or of a JSON list; or a dataset that ``datasets.load_dataset``
-            finds, as ``NAME``, ``NAME:SPLIT`` or ``NAME:CONFIG:SPLIT``.
+        data: a file of one JSON object a line, of a JSON list or in Parquet; or a dataset that
+            ``datasets.load_dataset`` finds, as ``NAME``, ``NAME:SPLIT`` or ``NAME:CONFIG:SPLIT``. Its rows have the
+            layouts of ``ds_lvxattn.data.rows``.
         tokenizer: a fast tokenizer; its chat template renders the text, ``PLAIN_TEMPLATE`` if it has none.
         image_token: the token that stands for a frame; None for a model that takes none.
         frame_text: how a frame is written, with that token in it; by default the token alone.
@@ -135,7 +114,7 @@ class ConversationSource:
         self.max_frames, self.max_text_tokens, self.seed = max_frames, max_text_tokens, seed
 
         separate = eval_data is not None
-        self.table = _open_table(os.fspath(eval_data if eval_data is not None and split == "eval" else data))
+        self.table = open_table(os.fspath(eval_data if eval_data is not None and split == "eval" else data))
         self.media_root = self.table.folder if media_root is None else os.fspath(media_root)
         keys = dict(self.table.media_keys())
         if not keys:
@@ -149,6 +128,7 @@ class ConversationSource:
                 f"{len(held_out)} of {len(media)} videos; change eval_share or give eval_data"
             )
         self.rows = rows if limit is None else [rows[at] for at in sample_indices(len(rows), limit)]
+        self._unknown_keys: set[str] = set()
         self._permutation = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def __len__(self) -> int:
@@ -170,17 +150,25 @@ class ConversationSource:
         """
         number = self.rows[index]
         try:
-            return self._sample(self.table.row(number), self.table.row_name(number))
+            row = self.table.row(number)
+            self._name_unknown_keys(row, number)
+            return self._sample(read_row(row), self.table.row_name(number))
         except SampleError as error:
             raise SampleError(f"{self.table.row_name(number)}: {error}") from error
 
-    def _sample(self, row: dict[str, Any], name: str) -> Sample:
-        messages = read_messages(row)
-        media = self._media(row)
-        if self.image_token is None and media:
-            raise SampleError(f"{len(media)} images and videos, and the model takes text alone")
-        messages, media = place_media(messages, media, self.frame_text)
-        input_ids, labels = encode(messages, self.tokenizer)
+    def _name_unknown_keys(self, row: Mapping[str, Any], number: int) -> None:
+        """Say once of every key that nothing here reads that it is not read."""
+        unknown = unknown_keys(row) - self._unknown_keys
+        if unknown:
+            self._unknown_keys |= unknown
+            logger.warning("%s: the keys %s are not read", self.table.row_name(number), sorted(unknown))
+
+    def _sample(self, turns: Sequence[Turn], name: str) -> Sample:
+        found = [part for turn in turns for part in turn.parts if isinstance(part, MediaRef)]
+        if self.image_token is None and found:
+            raise SampleError(f"{len(found)} images and videos, and the model takes text alone")
+        media = open_media(found, self.max_frames, self.media_root)
+        input_ids, labels = encode(messages_of(turns, media, self.frame_text), self.tokenizer)
         frames = sum(len(m.frames) for m in media)
         image_tokens = input_ids.count(self.image_id)
         if image_tokens != frames:
@@ -196,35 +184,59 @@ class ConversationSource:
             )
         return Sample(input_ids, labels, frames, functools.partial(load_frames, media), name)
 
-    def _media(self, row: dict[str, Any]) -> list[Media]:
-        """The media of a row, images first, with the frame budget divided over its videos."""
-        found = sorted(_media_values(row), key=lambda item: item[0])
-        videos = sum(kind == "video" for kind, _ in found)
-        room = self.max_frames - (len(found) - videos)
-        if room < videos:
-            raise SampleError(f"{len(found)} images and videos, but max_frames is {self.max_frames}; raise it")
-        share, longer = divmod(room, max(videos, 1))  # the first videos take a frame more
-        shares = iter([share + (number < longer) for number in range(videos)])
-        media = []
-        for kind, value in found:
-            source = self._source(value)
-            if isinstance(source, bytes) and kind == "video":
-                raise SampleError("an embedded video cannot be read; store videos as files and give their paths")
-            # Every rank looks at every file of a sample: what is missing is missing on all of them.
-            length = 1 if isinstance(source, bytes) else probe_video(source).num_frames
-            frames = (0,) if kind == "image" else tuple(sample_indices(length, next(shares)))
-            media.append(Media(kind, source, frames))
-        return media
 
-    def _source(self, value: Any) -> str | bytes:
-        # Hub datasets hold {"bytes": ..., "path": ...} where they embed media.
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        if isinstance(value, bytes):
-            return value
-        if isinstance(value, str):
-            return os.path.join(self.media_root, value)
-        raise SampleError(f"media is a {type(value).__name__}; give a path or a list of paths")
+def open_media(found: Sequence[MediaRef], max_frames: int, root: str) -> list[Media]:
+    """Media with the frames that are taken of them: one of an image, the rest of the budget divided over the videos.
+
+    Args:
+        found: media in the order of the text.
+        max_frames: frames of all of them.
+        root: folder of relative paths.
+
+    Raises:
+        SampleError: missing or broken media, or more of them than frames.
+    """
+    videos = sum(medium.kind == "video" for medium in found)
+    room = max_frames - (len(found) - videos)
+    if room < videos:
+        raise SampleError(f"{len(found)} images and videos, but max_frames is {max_frames}; raise it")
+    share, longer = divmod(room, max(videos, 1))  # the first videos take a frame more
+    shares = iter([share + (number < longer) for number in range(videos)])
+    media = []
+    for medium in found:
+        listed = medium.source if isinstance(medium.source, tuple) else (medium.source,)
+        sources = tuple(os.path.join(root, source) if isinstance(source, str) else source for source in listed)
+        if medium.kind == "video" and isinstance(medium.source, bytes):
+            raise SampleError("an embedded video cannot be read; store videos as files and give their paths")
+        # Every rank looks at every file of a sample: what is missing is missing on all of them.
+        lengths = [1 if isinstance(source, bytes) else probe_video(source).num_frames for source in sources]
+        if len(sources) > 1 and any(length > 1 for length in lengths):
+            raise SampleError(
+                f"a frame of a video is {sources[lengths.index(max(lengths))]}, which is no single picture"
+            )
+        length = len(sources) if len(sources) > 1 else lengths[0]
+        frames = (0,) if medium.kind == "image" else tuple(sample_indices(length, next(shares)))
+        media.append(Media(medium.kind, sources, frames))
+    return media
+
+
+def messages_of(turns: Sequence[Turn], media: Sequence[Media], frame_text: str) -> list[Message]:
+    """The turns as chat templates take them, each medium as ``frame_text`` for each of its frames.
+
+    Args:
+        media: those of ``turns``, in the same order.
+    """
+    waiting = iter(media)
+    messages: list[Message] = []
+    for turn in turns:
+        content = "".join(
+            part if isinstance(part, str) else frame_text * len(next(waiting).frames) for part in turn.parts
+        )
+        message = {"role": turn.role, "content": content}
+        if turn.tool_calls:
+            message["tool_calls"] = list(turn.tool_calls)
+        messages.append(message)
+    return messages
 
 
 def load_frames(media: Sequence[Media], frames: Sequence[int]) -> list[np.ndarray]:
@@ -239,230 +251,7 @@ def load_frames(media: Sequence[Media], frames: Sequence[int]) -> list[np.ndarra
     return [images[number] for number in frames]
 
 
-def read_messages(row: dict[str, Any]) -> list[Message]:
-    """The turns of a row, as chat templates take them.
-
-    Raises:
-        SampleError: no turns, or a turn without a known role or text.
-    """
-    turns = row.get("conversations") or row.get("messages")
-    if not isinstance(turns, list) or not turns:
-        raise SampleError(f"no 'conversations' (or 'messages'); the row has the keys {sorted(row)}")
-    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    for turn in turns:
-        if not isinstance(turn, dict):
-            raise SampleError(f"a turn is {turn!r}, not an object with 'from' and 'value'")
-        role = turn.get("from") or turn.get("role")
-        if role not in ROLES:
-            raise SampleError(f"a turn is from {role!r}; choose one of {list(ROLES)}")
-        value = turn["value"] if turn.get("value") is not None else turn.get("content")
-        messages.append({"role": ROLES[role], "content": _plain_text(value)})
-    if not any(message["role"] == "assistant" for message in messages):
-        raise SampleError("no answer (a turn from 'gpt' or 'assistant'), so nothing to learn from")
-    return messages
-
-
-def _plain_text(value: Any) -> str:
-    """A turn's text; the parts of the chat layout become text and placeholders."""
-    if isinstance(value, str):
-        return value
-    text = ""
-    for part in value if isinstance(value, list) else [value]:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind in ("image", "video"):
-            text += f"<{kind}>"
-        elif kind == "text" and isinstance(part.get("text"), str):
-            text += part["text"]
-        else:
-            raise SampleError(f"a turn holds {part!r}; give text, or parts of the type text, image or video")
-    return text
-
-
-def place_media(
-    messages: Sequence[Message], media: Sequence[Media], frame_text: str
-) -> tuple[list[Message], list[Media]]:
-    """Replace the placeholders of the user's turns by one ``frame_text`` a frame.
-
-    A placeholder takes the next of its kind, or of the other kind when there is none: LLaVA-Video writes
-    ``<image>`` for a video.
-
-    Returns:
-        The messages, and the media in the order in which the text has them.
-
-    Raises:
-        SampleError: placeholders that do not match the media, or media without a turn of the user.
-    """
-    messages = [dict(message) for message in messages]
-    user = [message for message in messages if message["role"] == "user"]
-    count = sum(len(PLACEHOLDER.findall(message["content"])) for message in user)
-    if not count and media:
-        if not user:
-            raise SampleError("media, but no turn of the user to put them in")
-        user[0]["content"] = "".join(f"<{medium.kind}>" for medium in media) + user[0]["content"]
-    elif count != len(media):
-        raise SampleError(
-            f"{count} placeholders (<image>, <video>, <|image|>) for {len(media)} images and videos; "
-            "give one for each, or none to put them first"
-        )
-    waiting = {kind: deque(m for m in media if m.kind == kind) for kind in ("image", "video")}
-    placed: list[Media] = []
-
-    def tokens(match: re.Match[str]) -> str:
-        kind, other = ("video", "image") if match.group() == "<video>" else ("image", "video")
-        placed.append((waiting[kind] or waiting[other]).popleft())
-        return frame_text * len(placed[-1].frames)
-
-    for message in user:
-        message["content"] = PLACEHOLDER.sub(tokens, message["content"])
-    return messages, placed
-
-
-def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> str:
-    """The text of a conversation; with ``prompt``, up to where the assistant's answer begins."""
-    template = tokenizer.chat_template or PLAIN_TEMPLATE
-    return str(
-        tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=prompt)
-    )
-
-
-def encode(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation, and labels that mask all but the answers and their end-of-turn tokens.
-
-    Few chat templates mark the answers, so they are found by rendering: an answer is what a turn of the
-    assistant adds to the conversation before it and its generation prompt. That is done on text and carried
-    to tokens by their character offsets, so a token that spans prompt and answer does no harm: it is a label.
-
-    Raises:
-        SampleError: the template refuses the conversation, or rewrites earlier turns when later ones follow.
-    """
-    answers = []
-    try:
-        text = render(messages, tokenizer)
-        for at, message in enumerate(messages):
-            if message["role"] == "assistant":
-                prompt = render(messages[:at], tokenizer, prompt=True)
-                answered = render(messages[: at + 1], tokenizer)
-                if not (answered.startswith(prompt) and text.startswith(answered)):
-                    raise SampleError(
-                        f"the chat template rewrites the conversation around turn {at + 1}, so the answer "
-                        "cannot be told from the prompt; use a template that only appends"
-                    )
-                # White space behind the end-of-turn token belongs to the template.
-                answers.append((len(prompt), len(answered.rstrip())))
-    except jinja2.TemplateError as error:
-        raise SampleError(f"the chat template refuses the conversation: {error}") from error
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    input_ids = encoded["input_ids"]
-    begin, end = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
-    is_answer = np.zeros(len(input_ids), dtype=bool)
-    for start, stop in answers:
-        is_answer |= (begin < stop) & (end > start)
-    return input_ids, np.where(is_answer, input_ids, IGNORE).tolist()
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Rows in Arrow, read from disk when asked for.
-
-    Attributes:
-        name: of the dataset, for messages.
-        rows: in Arrow format, so that media stay undecoded.
-        is_json: rows are JSON texts in one column ``text``: those of a file need not share a schema.
-        unit: ``line`` or ``row``, for messages.
-        folder: where relative paths start.
-    """
-
-    name: str
-    rows: datasets.Dataset
-    is_json: bool
-    unit: Literal["line", "row"]
-    folder: str
-
-    def row_name(self, number: int) -> str:
-        return f"{self.name}, {self.unit} {number + 1}"
-
-    def row(self, number: int) -> dict[str, Any]:
-        [row] = self.rows[number : number + 1].to_pylist()
-        return json.loads(row["text"]) if self.is_json else row
-
-    def media_keys(self) -> Iterator[tuple[int, str]]:
-        """The number of every row, and a text that is equal for rows about the same media. Skips blank lines.
-
-        Raises:
-            ValueError: a line that is not a JSON object.
-        """
-        # Embedded media are not read for this, so each of their rows counts as its own.
-        names = ["text"] if self.is_json else MEDIA_KEYS
-        schema = self.rows.features.arrow_schema
-        columns = [field.name for field in schema if field.name in names and _holds_text(field.type)]
-        if not columns:
-            yield from ((number, f"row {number}") for number in range(len(self.rows)))
-            return
-        number = 0
-        for batch in self.rows.select_columns(columns).iter(batch_size=1000):
-            for row in batch.to_pylist():
-                if not self.is_json or row["text"].strip():
-                    media = sorted(str(value) for _, value in _media_values(self._parse(row, number)))
-                    yield number, "\n".join(media) or f"row {number}"
-                number += 1
-
-    def _parse(self, row: dict[str, Any], number: int) -> dict[str, Any]:
-        if not self.is_json:
-            return row
-        try:
-            parsed = json.loads(row["text"])
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.row_name(number)}: not JSON ({error}); give one object a line") from error
-        if not isinstance(parsed, dict):
-            raise ValueError(f"{self.row_name(number)}: holds a {type(parsed).__name__}, not an object")
-        return parsed
-
-
-def _holds_text(kind: pa.DataType) -> bool:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _media_values(row: dict[str, Any]) -> list[tuple[MediaKind, Any]]:
-    """``(kind, path or embedded media)`` of a row; null and empty ones are none."""
-    found: list[tuple[MediaKind, Any]] = []
-    for key, kind in MEDIA_KEYS.items():
-        value = row.get(key)
-        found += [(kind, one) for one in (value if isinstance(value, list) else [value]) if one]
-    return found
-
-
 def _held_out(keys: set[str], share: float) -> set[str]:
     """A share of ``keys``, at least one unless it is 0; which ones depends on nothing but themselves."""
-    ranked = sorted(keys, key=lambda key: hashlib.blake2b(key.encode()).digest())
+    ranked = sorted(keys, key=lambda key: hashlib.blake2b(key.encode(errors="surrogatepass")).digest())
     return set(ranked[: max(round(share * len(keys)), share > 0)])
-
-
-def _open_table(data: str) -> _Table:
-    if os.path.isfile(data):
-        rows, unit = _read_file(data)
-        return _Table(data, rows.with_format("arrow"), True, unit, str(Path(data).parent))
-    if Path(data).suffix in (".json", ".jsonl"):
-        raise ValueError(f"{data}: no such file")
-    name, *selection = data.split(":")
-    *config, split = selection or ["train"]
-    try:
-        rows = datasets.load_dataset(name, *config, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{data}: neither a file nor a dataset that can be loaded: {error}") from error
-    return _Table(data, rows.with_format("arrow"), False, "row", name if os.path.isdir(name) else "")
-
-
-def _read_file(path: str) -> tuple[datasets.Dataset, Literal["line", "row"]]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            start = next((line.lstrip() for line in file if not line.isspace()), "")
-            if start.startswith("["):
-                file.seek(0)
-                return datasets.Dataset.from_dict({"text": [json.dumps(row) for row in json.load(file)]}), "row"
-            if not start:
-                raise ValueError("the file is empty")
-        return datasets.load_dataset("text", data_files=path, split="train"), "line"
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error

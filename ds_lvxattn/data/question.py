@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import os
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from ds_lvxattn.data.conversations import Media, load_frames, place_media, render
+from ds_lvxattn.data.chat import render
+from ds_lvxattn.data.conversations import load_frames, messages_of, open_media
+from ds_lvxattn.data.rows import MediaRef, read_row
 from ds_lvxattn.data.sample import IGNORE, Sample, SampleError
-from ds_lvxattn.data.video import probe_video, sample_indices
 
 
 def question_sample(
@@ -43,15 +43,11 @@ def question_sample(
     name = "the question" if video is None else os.fspath(video)
     if video is not None and image_token is None:
         raise SampleError(f"{name}: the model takes text alone; leave the video out")
-    media = []
-    if video is not None:
-        path = os.fspath(video)
-        media = [Media("video", path, tuple(sample_indices(probe_video(path).num_frames, max_frames)))]
-    messages, media = place_media([{"role": "user", "content": question}], media, frame_text or image_token or "")
-    try:
-        text = render(messages, tokenizer, prompt=True)
-    except jinja2.TemplateError as error:
-        raise SampleError(f"the chat template refuses the question: {error}") from error
+    asked = {"messages": [{"role": "user", "content": question}], "video": None if video is None else os.fspath(video)}
+    turns = read_row(asked, answered=False)
+    found = [part for turn in turns for part in turn.parts if isinstance(part, MediaRef)]
+    media = open_media(found, max_frames, "")
+    text = render(messages_of(turns, media, frame_text or image_token or ""), tokenizer, prompt=True)
     input_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     frames = sum(len(medium.frames) for medium in media)
     rows = len(input_ids) + frames * (frame_tokens - 1)

@@ -1,0 +1,392 @@
+"""A row of the user's data as a conversation: turns of text and media in their order, whatever layout the row has.
+
+Layouts, all of which may have media beside them (``video``, ``videos``, ``image``, ``images``: a path or a list):
+
+- ``conversations`` of ``from`` and ``value`` (LLaVA), or ``messages`` of ``role`` and ``content`` (Hugging Face), where
+  a content is text, or parts that hold media themselves: ``{"type": "video", "video": "a.mp4"}``;
+- ``prompt`` and ``completion``, each text or messages;
+- ``query`` and ``response`` with ``history``; ``instruction``, ``input`` and ``output``; ``question`` and ``answer``.
+
+``<image>``, ``<video>`` and ``<|image|>`` in the user's text stand for the media beside it, where their number is that
+of the media. Where there are more, those that begin or end a line do; the others are text.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any, Literal
+from urllib.parse import unquote
+
+from ds_lvxattn.data.sample import SampleError
+
+MediaKind = Literal["image", "video"]
+Source = str | bytes
+
+ROLES = {
+    "human": "user", "user": "user",
+    "gpt": "assistant", "assistant": "assistant", "model": "assistant", "bot": "assistant",
+    "system": "system", "developer": "system",
+    "tool": "tool", "function": "tool", "observation": "tool",
+}  # fmt: skip
+MEDIA_KEYS: dict[str, MediaKind] = {"image": "image", "images": "image", "video": "video", "videos": "video"}
+TURN_KEYS = ("conversations", "messages", "prompt", "completion", "query", "response", "history")
+PAIRS = (("instruction", "output"), ("query", "response"), ("question", "answer"))
+# How a row or a part asks for the frames of its videos, by the names that other tools use, and the names here.
+SAMPLING_KEYS = {
+    "fps": "fps", "start": "start", "video_start": "start", "end": "end", "video_end": "end",
+    "max_frames": "frames", "nframes": "frames",
+}  # fmt: skip
+KNOWN_KEYS = {
+    *MEDIA_KEYS, *TURN_KEYS, *SAMPLING_KEYS, *(key for pair in PAIRS for key in pair), "input", "system", "id",
+}  # fmt: skip
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".ppm"}
+
+PLACEHOLDER = re.compile(r"<image>|<video>|<\|image\|>")
+# At the begin of a line, or at its end, beside other placeholders and blanks alone.
+_TAG = PLACEHOLDER.pattern
+STANDING = re.compile(rf"(?m)(?:^(?:[ \t]*(?:{_TAG}))+)|(?:(?:(?:{_TAG})[ \t]*)+$)")
+
+
+@dataclass(frozen=True)
+class MediaRef:
+    """An image or a video as a row names it; nothing of it has been read.
+
+    Attributes:
+        kind: ``image`` or ``video``.
+        source: a path, relative ones as the row has them; an encoded image; or, of a video that is given as its frames,
+            those of its images.
+        sampling: how its frames are chosen: ``fps``, ``start`` and ``end`` in seconds, ``frames`` at most.
+    """
+
+    kind: MediaKind
+    source: Source | tuple[Source, ...]
+    sampling: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says.
+
+    Attributes:
+        role: ``user``, ``assistant``, ``system`` or ``tool``.
+        parts: text and media, in their order.
+        tool_calls: of the assistant, as chat templates take them.
+    """
+
+    role: str
+    parts: tuple[str | MediaRef, ...]
+    tool_calls: tuple[Any, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """Its text without the media."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A place for the next medium of the row: a part without a source, or a placeholder in text."""
+
+    kind: MediaKind
+
+
+def read_row(row: Mapping[str, Any], answered: bool = True) -> list[Turn]:
+    """The turns of a row, its media in their places.
+
+    Args:
+        answered: whether a row without a turn of the assistant is refused.
+
+    Raises:
+        SampleError: no turns, a turn without a known role or text, placeholders that do not match the media, media
+            without a turn of the user.
+    """
+    turns = _turns(row)
+    if answered and not any(role == "assistant" for role, _, _ in turns):
+        raise SampleError("no answer (a turn from 'gpt' or 'assistant'), so nothing to learn from")
+    for role, parts, calls in turns:
+        if role == "assistant" and not calls and not any(part.strip() for part in parts if isinstance(part, str)):
+            raise SampleError("an answer is empty, so nothing to learn from")
+        for part in parts:
+            if isinstance(part, str):
+                _check_text(part)
+    media = deque(sorted(media_of(row), key=lambda medium: medium.kind))
+    placed = _place(turns, media)
+    return [Turn(role, tuple(_joined(parts)), calls) for role, parts, calls in placed]
+
+
+def media_of(row: Mapping[str, Any]) -> list[MediaRef]:
+    """The media beside the turns of a row, in the order of ``MEDIA_KEYS``; null and empty ones are none.
+
+    Raises:
+        SampleError: a medium that is neither a path nor embedded, or a number that is none.
+    """
+    sampling = _sampling(row)
+    found = []
+    for key, kind in MEDIA_KEYS.items():
+        value = row.get(key)
+        if value is None or value == "" or value == []:
+            continue
+        if key == "video" and _is_frames(value):
+            value = [value]
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if one is not None and one != "":
+                found.append(_medium(kind, one, sampling))
+    return found
+
+
+def media_keys_of(row: Mapping[str, Any]) -> str:
+    """A text that is equal for rows about the same media; empty for rows of text, and for rows that cannot be read."""
+    try:
+        media = [*media_of(row), *(part for _, parts, _ in _turns(row) for part in parts if isinstance(part, MediaRef))]
+    except (SampleError, RecursionError):
+        return ""
+    return "\n".join(sorted(str(medium.source) for medium in media))
+
+
+def unknown_keys(row: Mapping[str, Any]) -> set[str]:
+    """Keys of a row that nothing here reads."""
+    return {str(key) for key in row} - KNOWN_KEYS
+
+
+_RawTurn = tuple[str, list["str | MediaRef | _Slot"], tuple[Any, ...]]
+
+
+def _turns(row: Mapping[str, Any]) -> list[_RawTurn]:
+    turns = [_turn(role, content, calls) for role, content, calls in _speech(row)]
+    if not turns:
+        raise SampleError(
+            f"no 'conversations' (or 'messages'); the row has the keys {sorted(map(str, row))}; "
+            "docs/your-data-and-model.md has the layouts of rows"
+        )
+    if row.get("system"):
+        turns.insert(0, _turn("system", row["system"], ()))
+    return turns
+
+
+def _speech(row: Mapping[str, Any]) -> Iterator[tuple[Any, Any, Any]]:
+    """Role, content and tool calls of every turn, whatever the layout."""
+    turns = row.get("conversations") or row.get("messages")
+    if turns:
+        yield from _messages(turns)
+        return
+    if row.get("prompt") is not None and row.get("completion") is not None:
+        for key, role in (("prompt", "user"), ("completion", "assistant")):
+            yield from _messages(row[key]) if _is_messages(row[key]) else [(role, row[key], None)]
+        return
+    for asked, answered in PAIRS:
+        if row.get(asked) is not None and row.get(answered) is not None:
+            for pair in row.get("history") or ():
+                if not isinstance(pair, list | tuple) or len(pair) != 2:
+                    raise SampleError(f"'history' holds {pair!r}; give pairs of a question and its answer")
+                yield from zip(("user", "assistant"), pair, (None, None), strict=True)
+            question = row[asked]
+            if asked == "instruction" and row.get("input"):
+                question = f"{question}\n{row['input']}"
+            yield "user", question, None
+            yield "assistant", row[answered], None
+            return
+
+
+def _is_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list) and bool(value) and isinstance(value[0], dict) and bool({"role", "from"} & {*value[0]})
+    )
+
+
+def _messages(turns: Any) -> Iterator[tuple[Any, Any, Any]]:
+    if not isinstance(turns, list | tuple):
+        raise SampleError(f"the turns are a {type(turns).__name__}; give a list of them")
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise SampleError(f"a turn is {turn!r}, not an object with 'from' and 'value'")
+        role = turn.get("from") or turn.get("role")
+        value = turn["value"] if turn.get("value") is not None else turn.get("content")
+        yield role, value, turn.get("tool_calls")
+
+
+def _turn(role: Any, content: Any, calls: Any) -> _RawTurn:
+    if not isinstance(role, str) or role not in ROLES:
+        raise SampleError(f"a turn is from {role!r}; choose one of {list(ROLES)}")
+    known = ROLES[role]
+    if content is None and calls:
+        content = ""
+    parts = list(_parts(content))
+    if known not in ("user", "tool") and any(not isinstance(part, str) for part in parts):
+        raise SampleError(f"a turn from {role!r} holds an image or a video; media stand in the user's turns")
+    return known, parts, tuple(calls or ())
+
+
+def _parts(content: Any) -> Iterator[str | MediaRef | _Slot]:
+    if isinstance(content, str):
+        yield content
+        return
+    for part in content if isinstance(content, list | tuple) else [content]:
+        if isinstance(part, str):
+            yield part
+            continue
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            yield part["text"]
+        elif kind in ("image", "image_url", "video", "video_url"):
+            yield _media_part(part, "image" if kind.startswith("image") else "video")
+        else:
+            raise SampleError(f"a turn holds {part!r}; give text, or parts of the type text, image or video")
+
+
+def _media_part(part: Mapping[str, Any], kind: MediaKind) -> MediaRef | _Slot:
+    """A part with its medium, or without one: a place for the next medium beside the turns."""
+    for key in (kind, f"{kind}_url", "url", "path", "base64"):
+        value = part.get(key)
+        if value is not None:
+            if isinstance(value, dict) and "url" in value:
+                value = value["url"]
+            if key == "base64":
+                value = f"data:;base64,{value}"
+            return _medium(kind, value, _sampling(part))
+    return _Slot(kind)
+
+
+def _is_frames(value: Any) -> bool:
+    """Whether a list is one video, given as its frames."""
+    return (
+        isinstance(value, list | tuple)
+        and len(value) > 1
+        and all(isinstance(one, str) and PurePath(one).suffix.lower() in IMAGE_SUFFIXES for one in value)
+    )
+
+
+def _medium(kind: MediaKind, value: Any, sampling: Mapping[str, float]) -> MediaRef:
+    if isinstance(value, list | tuple):
+        if kind == "image":
+            raise SampleError(f"an image is a list, {value!r}; give one path for each image")
+        return MediaRef(kind, tuple(_source(one) for one in value), sampling)
+    return MediaRef(kind, _source(value), sampling if kind == "video" else {})
+
+
+def _source(value: Any) -> Source:
+    # Hub datasets hold {"bytes": ..., "path": ...} where they embed media.
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path") or value.get("url")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise SampleError(f"media is a {type(value).__name__}; give a path or a list of paths")
+    if value.startswith("data:"):
+        head, _, body = value.partition(",")
+        if not head.endswith(";base64"):
+            raise SampleError(f"an embedded medium begins {value[:40]!r}; give data:...;base64,...")
+        try:
+            return base64.b64decode(body, validate=True)
+        except binascii.Error as error:
+            raise SampleError(f"an embedded medium is not base64: {error}") from error
+    scheme, colon, rest = value.partition("://")
+    if not colon or "/" in scheme:
+        return value
+    if scheme == "file":
+        return unquote(rest)
+    raise SampleError(f"{value!r} is a URL, which is not read; download it and give its path")
+
+
+def _sampling(asked: Mapping[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for key, name in SAMPLING_KEYS.items():
+        value = asked.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise SampleError(f"'{key}' is {value!r}; give a number of at least 0")
+        found[name] = value
+    if "end" in found and found["end"] <= found.get("start", 0):
+        raise SampleError(f"'end' is {found['end']}, which is not behind 'start' {found.get('start', 0)}")
+    return found
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError(
+            f"a turn holds {text[error.start]!r}, half of a pair of surrogates: text that was cut inside a character"
+        ) from error
+
+
+def _place(turns: Sequence[_RawTurn], media: deque[MediaRef]) -> list[_RawTurn]:
+    """Put ``media`` into the slots of the turns, and where their number asks for it, into placeholders in the text."""
+    user = [parts for role, parts, _ in turns if role == "user"]
+    slots = sum(isinstance(part, _Slot) for _, parts, _ in turns for part in parts)
+    inside = any(isinstance(part, MediaRef) for _, parts, _ in turns for part in parts)
+    texts = [part for parts in user for part in parts if isinstance(part, str)]
+    tags = sum(len(PLACEHOLDER.findall(text)) for text in texts)
+    standing = sum(len(PLACEHOLDER.findall(run)) for text in texts for run in STANDING.findall(text))
+    missing = len(media) - slots
+    pattern = None
+    if missing == 0:
+        if not media and not inside and standing:
+            _mismatch(standing, media)
+    elif missing > 0 and tags == missing:
+        pattern = PLACEHOLDER
+    elif missing > 0 and standing == missing:
+        pattern = STANDING
+    elif not slots and not tags:
+        if not user:
+            raise SampleError("media, but no turn of the user to put them in")
+        user[0][:0] = media
+        media = deque()
+    else:
+        _mismatch(slots + tags, media)
+    waiting = {kind: deque(medium for medium in media if medium.kind == kind) for kind in ("image", "video")}
+
+    def fill(part: str | MediaRef | _Slot) -> str | MediaRef:
+        if not isinstance(part, _Slot):
+            return part
+        other = "image" if part.kind == "video" else "video"
+        return (waiting[part.kind] or waiting[other]).popleft()
+
+    filled = []
+    for role, parts, calls in turns:
+        if pattern is not None and role == "user":
+            parts = [piece for part in parts for piece in _cut(part, pattern)]
+        filled.append((role, [fill(part) for part in parts], calls))
+    return filled  # type: ignore[return-value]
+
+
+def _mismatch(placeholders: int, media: Sequence[MediaRef]) -> None:
+    raise SampleError(
+        f"{placeholders} placeholders (<image>, <video>, <|image|>) for {len(media)} images and videos; "
+        "give one for each, or none to put them first"
+    )
+
+
+def _cut(part: str | MediaRef | _Slot, pattern: re.Pattern[str]) -> Iterator[str | MediaRef | _Slot]:
+    """Text cut at the placeholders in what ``pattern`` matches."""
+    if not isinstance(part, str):
+        yield part
+        return
+    at = 0
+    for run in pattern.finditer(part):
+        for tag in PLACEHOLDER.finditer(part, run.start(), run.end()):
+            yield part[at : tag.start()]
+            yield _Slot("video" if tag.group() == "<video>" else "image")
+            at = tag.end()
+    yield part[at:]
+
+
+def _joined(parts: Sequence[str | MediaRef]) -> Iterator[str | MediaRef]:
+    """Adjacent texts as one; empty ones are left out."""
+    text = ""
+    for part in parts:
+        if isinstance(part, str):
+            text += part
+        else:
+            if text:
+                yield text
+            yield part
+            text = ""
+    if text:
+        yield text

@@ -1,0 +1,136 @@
+"""The rows of a dataset on disk: JSON lines, a JSON list, Parquet, or what ``datasets.load_dataset`` finds."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import pyarrow as pa
+
+from ds_lvxattn.data.rows import MEDIA_KEYS, TURN_KEYS, media_keys_of
+from ds_lvxattn.data.sample import SampleError
+
+BOM = "\ufeff"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows in Arrow, read from disk when asked for.
+
+    Attributes:
+        name: of the dataset, for messages.
+        rows: in Arrow format, so that media stay undecoded.
+        is_json: rows are JSON texts in one column ``text``: those of a file need not share a schema.
+        unit: ``line`` or ``row``, for messages.
+        folder: where relative paths start.
+    """
+
+    name: str
+    rows: datasets.Dataset
+    is_json: bool
+    unit: Literal["line", "row"]
+    folder: str
+
+    def row_name(self, number: int) -> str:
+        return f"{self.name}, {self.unit} {number + 1}"
+
+    def row(self, number: int) -> dict[str, Any]:
+        """Row ``number``. Raises ``SampleError`` where it is no JSON object."""
+        [row] = self.rows[number : number + 1].to_pylist()
+        return self._parse(row)
+
+    def media_keys(self, strict: bool = True) -> Iterator[tuple[int, str]]:
+        """The number of every row, and a text that is equal for rows about the same media. Skips blank lines.
+
+        Args:
+            strict: whether a line that is not a JSON object is an error now, rather than when it is read as a row.
+
+        Raises:
+            ValueError: there is such a line.
+        """
+        # Embedded media are not read for this, so each of their rows counts as its own.
+        names = ["text"] if self.is_json else [*MEDIA_KEYS, *TURN_KEYS]
+        schema = self.rows.features.arrow_schema
+        columns = [field.name for field in schema if field.name in names and not _holds_bytes(field.type)]
+        if not columns:
+            yield from ((number, f"row {number}") for number in range(len(self.rows)))
+            return
+        number = 0
+        for batch in self.rows.select_columns(columns).iter(batch_size=1000):
+            for row in batch.to_pylist():
+                if not self.is_json or row["text"].strip(f" \t\r\n{BOM}"):
+                    try:
+                        parsed = self._parse(row)
+                    except (SampleError, RecursionError) as error:
+                        if strict and isinstance(error, SampleError):
+                            raise ValueError(f"{self.row_name(number)}: {error}") from error
+                        parsed = {}
+                    yield number, media_keys_of(parsed) or f"row {number}"
+                number += 1
+
+    def _parse(self, row: dict[str, Any]) -> dict[str, Any]:
+        if not self.is_json:
+            return row
+        try:
+            parsed = json.loads(row["text"].lstrip(BOM))
+        except json.JSONDecodeError as error:
+            raise SampleError(f"not JSON ({error}); give one object a line") from error
+        if not isinstance(parsed, dict):
+            raise SampleError(f"holds a {type(parsed).__name__}, not an object")
+        return parsed
+
+
+def open_table(data: str) -> Table:
+    """The rows of a file, or of a dataset as ``NAME``, ``NAME:SPLIT`` or ``NAME:CONFIG:SPLIT``.
+
+    Raises:
+        ValueError: neither is there, or it cannot be read.
+    """
+    folder = str(Path(data).parent)
+    if Path(data).suffix == ".parquet" and os.path.isfile(data):
+        return Table(data, _load(data, "parquet", data_files=data, split="train"), False, "row", folder)
+    if os.path.isfile(data):
+        rows, unit = _read_json(data)
+        return Table(data, rows.with_format("arrow"), True, unit, folder)
+    if Path(data).suffix in (".json", ".jsonl", ".parquet"):
+        raise ValueError(f"{data}: no such file")
+    name, *selection = data.split(":")
+    *config, split = selection or ["train"]
+    rows = _load(data, name, *config, split=split)
+    return Table(data, rows, False, "row", name if os.path.isdir(name) else "")
+
+
+def _load(data: str, *where: str, **what: str) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset(*where, **what).with_format("arrow")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{data}: neither a file nor a dataset that can be loaded: {error}") from error
+
+
+def _read_json(path: str) -> tuple[datasets.Dataset, Literal["line", "row"]]:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            start = next((line.lstrip() for line in file if not line.isspace()), "")
+            if start.startswith("["):
+                file.seek(0)
+                rows = json.loads(file.read().lstrip(BOM))
+                return datasets.Dataset.from_dict({"text": [json.dumps(row) for row in rows]}), "row"
+            if not start:
+                raise ValueError("the file is empty")
+        return datasets.load_dataset("text", data_files=path, split="train"), "line"
+    except (OSError, ValueError, RecursionError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Whether a column holds embedded media."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _holds_bytes(kind.value_type)
+    if pa.types.is_struct(kind):
+        return any(_holds_bytes(kind.field(n).type) for n in range(kind.num_fields))
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)

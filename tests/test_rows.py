@@ -1,0 +1,191 @@
+"""Layouts of rows: what other tools write becomes turns with media in their places, or one clear error."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ds_lvxattn.data.conversations import ConversationSource
+from ds_lvxattn.data.rows import MediaRef, read_row
+from ds_lvxattn.data.sample import SampleError
+from tests.support.conversations import IMAGE, TOKENIZER
+
+ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "Grey."}]}
+
+
+def asked(content: Any, **others: Any) -> dict[str, Any]:
+    return {**others, "messages": [{"role": "user", "content": content}, ANSWER]}
+
+
+def shown(row: dict[str, Any]) -> list[Any]:
+    """Role and parts of the turns; a medium by its kind and source."""
+    return [
+        (turn.role, *[(p.kind, p.source) if isinstance(p, MediaRef) else p for p in turn.parts])
+        for turn in read_row(row)
+    ]
+
+
+GREY = ("assistant", "Grey.")
+CLIP, PICTURE = ("video", "a.mp4"), ("image", "a.png")
+PNG = base64.b64encode(b"pixels").decode()
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        # Media inside parts.
+        (asked([{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "What?"}]), [("user", CLIP, "What?")]),
+        (asked([{"type": "image_url", "image_url": {"url": "a.png"}}, "What?"]), [("user", PICTURE, "What?")]),
+        (asked([{"type": "image", "url": "a.png"}]), [("user", PICTURE)]),
+        (asked([{"type": "image", "path": "a.png", "image": None}]), [("user", PICTURE)]),
+        (asked([{"type": "image", "base64": PNG}]), [("user", ("image", b"pixels"))]),
+        (asked([{"type": "image_url", "image_url": f"data:image/png;base64,{PNG}"}]), [("user", ("image", b"pixels"))]),
+        (asked({"type": "text", "text": "hi"}), [("user", "hi")]),
+        (
+            asked([{"type": "video", "video": ["1.png", "2.png"]}, {"type": "text", "text": "?"}]),
+            [("user", ("video", ("1.png", "2.png")), "?")],
+        ),
+        # Media beside the turns.
+        (asked("<video>What?", video="file://a.mp4"), [("user", CLIP, "What?")]),
+        (asked("What?", video="file:///d/a%20b.mp4"), [("user", ("video", "/d/a b.mp4"), "What?")]),
+        (asked("<video>?", videos=[["1.png", "2.png"]]), [("user", ("video", ("1.png", "2.png")), "?")]),
+        (asked("<video>?", video=["1.png", "2.png"]), [("user", ("video", ("1.png", "2.png")), "?")]),
+        (asked("<video>\n<video>?", video=["a.mp4", "a.mp4"]), [("user", CLIP, "\n", CLIP, "?")]),
+        (asked([{"type": "image"}, {"type": "text", "text": "?"}], image="a.png"), [("user", PICTURE, "?")]),
+        (asked("a <image> b", video="a.mp4"), [("user", "a ", CLIP, " b")]),
+        # Tags that are text.
+        (asked("Which attributes has the tag <video>?"), [("user", "Which attributes has the tag <video>?")]),
+        (asked("<video>\nIs <image> the tag?", video="a.mp4"), [("user", CLIP, "\nIs <image> the tag?")]),
+        (asked("Is <image> it?\n<image>", image="a.png"), [("user", "Is <image> it?\n", PICTURE)]),
+        (
+            asked([{"type": "image", "image": "a.png"}, {"type": "text", "text": "Is it <image>?"}]),
+            [("user", PICTURE, "Is it <image>?")],
+        ),
+        # Roles.
+        (
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "tool", "content": "{}"}, ANSWER]},
+            [("user", "hi"), ("tool", "{}")],
+        ),
+        (asked("hi", system=[{"type": "text", "text": "Be brief."}]), [("system", "Be brief."), ("user", "hi")]),
+        ({"messages": [{"role": "developer", "content": "Be."}, ANSWER]}, [("system", "Be.")]),
+        # Pairs.
+        ({"prompt": "hi", "completion": "Grey."}, [("user", "hi")]),
+        ({"prompt": [{"role": "user", "content": "hi"}], "completion": [ANSWER]}, [("user", "hi")]),
+        ({"query": "<image>hi", "response": "Grey.", "images": ["a.png"]}, [("user", PICTURE, "hi")]),
+        (
+            {"query": "c", "response": "Grey.", "history": [["a", "b"]]},
+            [("user", "a"), ("assistant", "b"), ("user", "c")],
+        ),
+        ({"instruction": "a", "input": "b", "output": "Grey."}, [("user", "a\nb")]),
+        ({"question": "a", "answer": "Grey."}, [("user", "a")]),
+    ],
+)  # fmt: skip
+def test_layouts(row, turns):
+    assert shown(row) == [*turns, GREY]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{"role": ["user"], "content": "hi"}, ANSWER]}, r"a turn is from \['user'\]"),
+        (
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]},
+            "a turn holds None",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " "}]},
+            "an answer is empty",
+        ),
+        ({"messages": {"role": "user"}}, "the turns are a dict"),
+        (asked("hi", video=7), "media is a int"),
+        (asked("hi", image="https://example.org/a.png"), "is a URL, which is not read"),
+        (asked([{"type": "image", "image": ["a.png", "b.png"]}]), "an image is a list"),
+        (asked([{"type": "image_url", "image_url": "data:image/png;base64,?"}]), "is not base64"),
+        (asked([{"type": "audio", "audio": "a.wav"}]), "a turn holds .*audio"),
+        (asked("<video>\nWhat?"), "1 placeholders .* for 0 images and videos"),
+        (asked("<image> <image> x <image>", image=["a.png", "b.png"]), "3 placeholders .* for 2"),
+        (asked([{"type": "image"}, "?"]), "1 placeholders .* for 0"),
+        (asked([{"type": "image"}, {"type": "image", "image": "a.png"}]), "1 placeholders .* for 0"),
+        (asked("hi", video="a.mp4", fps="fast"), "'fps' is 'fast'"),
+        (asked("hi", video="a.mp4", start=3, end=2), "'end' is 2, which is not behind 'start' 3"),
+        (asked("cut \ud83d"), "half of a pair of surrogates"),
+        ({"query": "c", "response": "d", "history": ["a"]}, "'history' holds 'a'"),
+        (
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "image"}]}]},
+            "media stand in the user's turns",
+        ),
+    ],
+)
+def test_refusals(row, message):
+    with pytest.raises(SampleError, match=message):
+        read_row(row)
+
+
+def test_sampling_of_a_row_and_of_a_part():
+    [turn, _] = read_row(asked([{"type": "video", "video": "a.mp4", "fps": 2.0, "video_start": 1, "nframes": 4}]))
+    assert turn.parts[0].sampling == {"fps": 2.0, "start": 1, "frames": 4}
+    [turn, _] = read_row(asked("hi", video="a.mp4", image="a.png", start=1, end=2.5))
+    assert [part.sampling for part in turn.parts[:2]] == [{}, {"start": 1, "end": 2.5}]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(
+    [
+        "messages",
+        "conversations",
+        "prompt",
+        "completion",
+        "query",
+        "response",
+        "history",
+        "image",
+        "videos",
+        "system",
+        "fps",
+    ]
+)
+PART = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "image", "video", "image_url"])},
+    optional={"text": JSON, "image": JSON, "image_url": JSON, "url": JSON},
+)
+ROLE = st.sampled_from(["user", "assistant", "tool"]) | JSON
+TURN = st.fixed_dictionaries({"role": ROLE, "content": st.lists(PART | JSON) | JSON})
+
+
+@given(st.dictionaries(KEYS, JSON | st.lists(TURN, max_size=3), max_size=5))
+def test_any_row_is_read_or_refused(row):
+    try:
+        turns = read_row(row)
+    except SampleError as error:
+        assert str(error)
+    else:
+        assert any(turn.role == "assistant" for turn in turns)
+
+
+def test_a_byte_order_mark_and_keys_that_nothing_reads(tmp_path, caplog):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "hi", "completion": "red", "vidoe": "a.mp4"}] * 2
+    path.write_text("\ufeff" + "\n".join(map(json.dumps, rows)))
+    source = ConversationSource(path, TOKENIZER, image_token=IMAGE, max_frames=8, eval_share=0.0)
+    with caplog.at_level(logging.WARNING):
+        assert [source.sample(i).num_frames for i in (0, 1)] == [0, 0]
+    assert [record.message for record in caplog.records] == [f"{path}, line 1: the keys ['vidoe'] are not read"]
+
+
+def test_rows_that_python_itself_gives_up_on_are_bad_samples(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "hi", "completion": "red"}\n{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    source = ConversationSource(path, TOKENIZER, image_token=IMAGE, max_frames=8, eval_share=0.0)
+    assert len(source) == 2 and source.sample(0).num_frames == 0
+    with pytest.raises((SampleError, RecursionError)):
+        source.sample(1)
