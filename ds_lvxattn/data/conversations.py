@@ -232,7 +232,7 @@ def messages_of(turns: Sequence[Turn], media: Sequence[Media], frame_text: str) 
         content = "".join(
             part if isinstance(part, str) else frame_text * len(next(waiting).frames) for part in turn.parts
         )
-        message = {"role": turn.role, "content": content}
+        message: Message = {"role": turn.role, "content": content}
         if turn.tool_calls:
             message["tool_calls"] = list(turn.tool_calls)
         messages.append(message)

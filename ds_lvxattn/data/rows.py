@@ -155,6 +155,7 @@ def unknown_keys(row: Mapping[str, Any]) -> set[str]:
 
 
 _RawTurn = tuple[str, list["str | MediaRef | _Slot"], tuple[Any, ...]]
+_PlacedTurn = tuple[str, list["str | MediaRef"], tuple[Any, ...]]
 
 
 def _turns(row: Mapping[str, Any]) -> list[_RawTurn]:
@@ -316,7 +317,7 @@ def _check_text(text: str) -> None:
         ) from error
 
 
-def _place(turns: Sequence[_RawTurn], media: deque[MediaRef]) -> list[_RawTurn]:
+def _place(turns: Sequence[_RawTurn], media: deque[MediaRef]) -> list[_PlacedTurn]:
     """Put ``media`` into the slots of the turns, and where their number asks for it, into placeholders in the text."""
     user = [parts for role, parts, _ in turns if role == "user"]
     slots = sum(isinstance(part, _Slot) for _, parts, _ in turns for part in parts)
@@ -348,12 +349,12 @@ def _place(turns: Sequence[_RawTurn], media: deque[MediaRef]) -> list[_RawTurn]:
         other = "image" if part.kind == "video" else "video"
         return (waiting[part.kind] or waiting[other]).popleft()
 
-    filled = []
+    filled: list[_PlacedTurn] = []
     for role, parts, calls in turns:
         if pattern is not None and role == "user":
             parts = [piece for part in parts for piece in _cut(part, pattern)]
         filled.append((role, [fill(part) for part in parts], calls))
-    return filled  # type: ignore[return-value]
+    return filled
 
 
 def _mismatch(placeholders: int, media: Sequence[MediaRef]) -> None:
