@@ -211,9 +211,8 @@ def open_media(found: Sequence[MediaRef], max_frames: int, root: str) -> list[Me
         # Every rank looks at every file of a sample: what is missing is missing on all of them.
         lengths = [1 if isinstance(source, bytes) else probe_video(source).num_frames for source in sources]
         if len(sources) > 1 and any(length > 1 for length in lengths):
-            raise SampleError(
-                f"a frame of a video is {sources[lengths.index(max(lengths))]}, which is no single picture"
-            )
+            longest = lengths.index(max(lengths))
+            raise SampleError(f"frame {longest + 1} of a video is {sources[longest]!r}, which is a video itself")
         length = len(sources) if len(sources) > 1 else lengths[0]
         frames = (0,) if medium.kind == "image" else tuple(sample_indices(length, next(shares)))
         media.append(Media(medium.kind, sources, frames))
