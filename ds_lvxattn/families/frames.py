@@ -49,7 +49,7 @@ def encode_in_portions(
         if recomputation.policy == "none":
             return torch.cat([encode(*part) for part in parts])
         # All that a portion keeps is its inputs, views of the batch's own.
-        return torch.cat([recompute(module, encode, *part) for part in parts])
+        return torch.cat([recompute(module, encode, *part, keep=False) for part in parts])
     with torch.no_grad():
         first = encode(*parts[0])
         if portions == 1:

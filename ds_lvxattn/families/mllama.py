@@ -25,6 +25,7 @@ from transformers.models.mllama.modeling_mllama import (
 
 from ds_lvxattn.families.family import TOKENS_AT_ONCE, Family, dense_frame_mask
 from ds_lvxattn.families.frames import encode_in_portions, refuse_mask
+from ds_lvxattn.families.mllama_encoder import install_encoder
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.decoding import DecodingStep
 from ds_lvxattn.runtime.recompute import Recomputation, recompute
@@ -50,6 +51,7 @@ class Mllama(Family):
         return ROLES.get(type(module))
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
+        install_encoder(model.get_submodule("model.vision_model"))
         encode = functools.partial(encode_frames, recomputation)
         model.get_submodule("model").register_forward_pre_hook(encode, with_kwargs=True)
         model.get_submodule("model.language_model").register_forward_pre_hook(mask_rows, with_kwargs=True)
@@ -130,9 +132,8 @@ def encode_frames(
 
 
 def _encode(vision: Any, *inputs: Tensor) -> Tensor:
-    """Tile 0 of each frame of a portion, ``[f, tokens, d_vision]``, contiguous: nothing keeps the padding tiles."""
-    padded = _with_blank_tiles(vision.max_num_tiles, *(x[None] for x in inputs))
-    return vision(**dict(zip(PIXELS, padded, strict=True))).last_hidden_state[0, :, 0].contiguous()
+    """Tile 0 of each frame of a portion, ``[f, tokens, d_vision]``."""
+    return vision(*inputs, tiles=1).squeeze(1)
 
 
 def _with_blank_tiles(tiles: int, pixels: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

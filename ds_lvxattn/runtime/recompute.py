@@ -117,23 +117,27 @@ class Recomputation:
         setattr(module, "forward", recomputing)  # noqa: B010
 
 
-def recompute(module: nn.Module, function: Callable[..., Any], *args: Any, offload: bool = False) -> Any:
+def recompute(
+    module: nn.Module, function: Callable[..., Any], *args: Any, offload: bool = False, keep: bool = True
+) -> Any:
     """``function(*args)``, computed again in the backward pass but for the attention operators in it.
 
     Args:
         module: holds the parameters that ``function`` uses.
         function: what it closes over is neither kept by this call nor offloaded.
         args: kept, tensors on the CPU if ``offload``.
+        keep: whether what attention operators return is kept; an encoder's send nothing, and its layers keep nothing.
     """
     if not torch.is_grad_enabled():
         return function(*args)
     kept = _Kept()
+
+    def modes() -> tuple[Any, Any]:
+        return (_Keep(kept), _Reuse(kept, module)) if keep else (contextlib.nullcontext(), _InUse(module))
+
     with _OnCPU() if offload else contextlib.nullcontext():
         # A recomputation that stops early, inside a module, would skip the module's post-forward hooks.
-        result = checkpoint(
-            function, *args, use_reentrant=False, early_stop=False,
-            context_fn=lambda: (_Keep(kept), _Reuse(kept, module)),
-        )  # fmt: skip
+        result = checkpoint(function, *args, use_reentrant=False, early_stop=False, context_fn=modes)
         kept.save()
     return result
 
@@ -190,25 +194,38 @@ class _Keep(TorchDispatchMode):
         return returned
 
 
+class _InUse(contextlib.AbstractContextManager[None]):
+    """Recomputation: ZeRO-3 leaves the parameters of ``module`` gathered."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __enter__(self) -> None:
+        for users in _zero3_users(self.module):
+            users.add(RECOMPUTATION)
+
+    def __exit__(self, *error: object) -> None:
+        for users in _zero3_users(self.module):
+            users.discard(RECOMPUTATION)
+
+
 class _Reuse(TorchDispatchMode):
     """Recomputation: attention operators return what they returned in the forward pass."""
 
     def __init__(self, kept: _Kept, module: nn.Module) -> None:
         super().__init__()
         self.kept = kept
-        self.module = module
+        self.in_use = _InUse(module)
         self.outputs: list[tuple[Tensor, ...]] = []
 
     def __enter__(self) -> Any:
         self.outputs = self.kept.outputs()
-        for users in _zero3_users(self.module):
-            users.add(RECOMPUTATION)
+        self.in_use.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> Any:
         self.outputs = []
-        for users in _zero3_users(self.module):
-            users.discard(RECOMPUTATION)
+        self.in_use.__exit__()
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

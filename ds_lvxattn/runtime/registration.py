@@ -3,6 +3,8 @@
 A model whose attention implementation is ``ds_lvxattn`` gets its exchanges from the forward argument
 ``sequence_parallel`` (a ``SequenceParallelBatch``, or a ``DecodingStep`` while text is generated), which transformers
 hands down to every attention function. So no model file is patched and no state is global.
+
+An encoder's attention exchanges nothing; with the implementation ``ds_lvxattn_encoder`` its mask may be an interval.
 """
 
 from __future__ import annotations
@@ -12,20 +14,25 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ds_lvxattn.exchange.attention import sp_attention
+from ds_lvxattn.exchange.interval import KVInterval
+from ds_lvxattn.kernels.operator import local_attention
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.decoding import DecodingStep
 
 IMPLEMENTATION = "ds_lvxattn"
+ENCODER_IMPLEMENTATION = "ds_lvxattn_encoder"
 
 # Arguments of transformers' attention functions that change the scores, which no kernel here computes.
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
 def register_with_transformers() -> None:
-    """Make ``attn_implementation="ds_lvxattn"`` known to transformers."""
+    """Make ``attn_implementation="ds_lvxattn"``, and that of encoders, known to transformers."""
     AttentionInterface.register(IMPLEMENTATION, exchanged_attention)
+    AttentionInterface.register(ENCODER_IMPLEMENTATION, encoder_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, no_dense_mask)
 
 
@@ -73,6 +80,31 @@ def exchanged_attention(
     if isinstance(sequence_parallel, DecodingStep):
         return sequence_parallel.attend(module, query, key, value, scaling).transpose(1, 2), None
     out, _lse = exchange(module, query, key, value, sequence_parallel, scaling)
+    return out.transpose(1, 2), None
+
+
+def encoder_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | KVInterval | None,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of transformers for an encoder, whose rows see keys of their own rank alone.
+
+    Args:
+        attention_mask: an interval, with one start and stop for each row of ``query [B, H, s, D]``; or what the
+            unmodified encoder gives, which goes to torch's own attention.
+
+    Returns:
+        ``[B, s, H, D]`` and None (no attention weights).
+    """
+    if not isinstance(attention_mask, KVInterval):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    out, _lse = local_attention(query, key, value, attention_mask.start, attention_mask.stop, scale, "auto")
     return out.transpose(1, 2), None
 
 

@@ -1,0 +1,100 @@
+"""The vision encoder of Llama 3.2 Vision with intervals instead of its dense mask: same modules, same results.
+
+The encoder pads a frame to as many tiles as the model has, and a tile to a multiple of eight patches. Its mask hides
+padding from padding, and nothing else: a real patch sees all patches of its frame, padding too, and a patch of padding
+sees the real ones. With the real patches first, both are intervals, so a layer's attention is one call of the project's
+kernel. The patches of the tiles stand one tile behind the other, real tiles first as the image processor orders them,
+and the padding patches of all tiles behind them; nothing is moved from layer to layer. (A tile has a square and one
+patches, which is no multiple of eight, so there is padding in every tile.)
+
+Of the layers' hidden states only those are kept that the model's output holds, and of those only the rows of the tiles
+that the caller reads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers.models.mllama.modeling_mllama import MllamaVisionModel
+
+from ds_lvxattn.exchange.interval import KVInterval
+from ds_lvxattn.runtime.registration import ENCODER_IMPLEMENTATION
+
+PATCH_MULTIPLE = 8
+
+
+def install_encoder(vision: nn.Module) -> None:
+    """Let ``vision(pixels, ids, mask, tiles=n)`` be ``encode_tiles``; other calls stay those of the model."""
+    assert isinstance(vision, MllamaVisionModel)
+    vision.set_attn_implementation(ENCODER_IMPLEMENTATION)
+    setattr(vision, "forward", functools.partial(_forward, vision, vision.forward))  # noqa: B010
+
+
+def _forward(
+    vision: nn.Module, forward: Callable[..., Any], *args: Any, tiles: int | None = None, **kwargs: Any
+) -> Any:
+    return forward(*args, **kwargs) if tiles is None else encode_tiles(vision, *args, tiles=tiles, **kwargs)
+
+
+def encode_tiles(vision: Any, pixels: Tensor, ids: Tensor, mask: Tensor, *, tiles: int) -> Tensor:
+    """Features of the first ``tiles`` tiles of each frame.
+
+    Args:
+        vision: the encoder, after ``install_encoder``.
+        pixels: ``[f, t, channels, height, width]``; tiles beyond ``t``, up to the model's count, are blank.
+        ids: int64 ``[f]``, aspect ratio of each frame.
+        mask: ``[f, t]``, 1 for real tiles, which stand before the others.
+        tiles: tiles of a frame that are read.
+
+    Returns:
+        ``[f, tiles, tokens of a tile, d]``, as the tiles of the model's ``last_hidden_state``; contiguous.
+    """
+    weight, ids = vision.patch_embedding.weight, ids[:, None]
+    patches = vision.patch_embedding(pixels.flatten(0, 1).to(weight.dtype)).flatten(2).transpose(1, 2)
+    # The embedding has no bias: patches of blank tiles are zero.
+    patches = _with_blank(patches.unflatten(0, pixels.shape[:2]), vision.max_num_tiles)
+    hidden = vision.pre_tile_positional_embedding(patches, ids)
+    first = vision.class_embedding.expand(*hidden.shape[:2], 1, hidden.shape[3])
+    hidden = vision.gated_positional_embedding(torch.cat((first, hidden), dim=2), ids)
+    hidden = vision.layernorm_pre(hidden)
+
+    count, tokens = hidden.shape[1:3]
+    padding = -tokens % PATCH_MULTIPLE
+    hidden = pad(hidden.flatten(1, 2), (0, 0, 0, count * padding))
+    seen = _visible(mask, tokens, hidden.shape[1])
+    read = tiles * tokens
+    wanted = [number % len(vision.transformer.layers) for number in vision.intermediate_layers_indices]
+    states = {}
+    for number, layer in enumerate(vision.transformer.layers):
+        hidden = layer(hidden, attention_mask=seen)
+        if number in wanted:
+            states[number] = hidden[:, :read]
+
+    hidden = vision.layernorm_post(hidden)
+    embed = vision.post_tile_positional_embedding
+    parts = hidden.split((count * tokens, count * padding), dim=1)
+    hidden = torch.cat([embed(part.unflatten(1, (count, -1)), ids).flatten(1, 2) for part in parts], dim=1)
+    for layer in vision.global_transformer.layers:
+        hidden = layer(hidden, attention_mask=seen)
+    # The model stacks the states along the last dimension, behind the features.
+    between = torch.stack([states[number] for number in wanted], dim=-1)
+    features = torch.cat((hidden[:, :read], between.flatten(2)), dim=-1)
+    return features.unflatten(1, (tiles, tokens))
+
+
+def _with_blank(patches: Tensor, tiles: int) -> Tensor:
+    """``[f, t, tokens, d]`` with tiles of zeros up to ``tiles``."""
+    return pad(patches, (0, 0, 0, 0, 0, tiles - patches.shape[1]))
+
+
+def _visible(mask: Tensor, tokens: int, rows: int) -> KVInterval:
+    """What each of ``rows`` patches of a frame sees: real patches, which stand first, all; padding the real ones."""
+    real = (mask.sum(dim=1, keepdim=True) * tokens).to(torch.int32)
+    place = torch.arange(rows, dtype=torch.int32, device=mask.device)
+    stop = torch.where(place < real, rows, real)
+    return KVInterval(torch.zeros_like(stop), stop)
