@@ -121,6 +121,32 @@ def test_compiled_whole() -> None:
     torch.testing.assert_close(got, want)
 
 
+def compiled_beside_eager(strategy: str) -> list[tuple[list[Tensor], int]]:
+    """Gradients of a layer and the bytes that two passes received, eager and compiled."""
+    comm = communicator(dist.group.WORLD)
+    tensors = qkv(comm.rank)
+    shards = ShardLayout(SequenceShards(Q_LENGTHS), SequenceShards(KV_LENGTHS))
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, _ = sp_attention(q.sin(), k.cos(), v, group=comm.group, strategy=strategy, shards=shards)
+        return out.cos().sum()
+
+    results = []
+    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=strategy != "ulysses", dynamic=True)):
+        comm.reset()
+        for _ in range(2):
+            gradients = torch.autograd.grad(function(*tensors), tensors)
+        results.append(([gradient.cpu() for gradient in gradients], comm.bytes_received))
+    return results
+
+
+@pytest.mark.parametrize("strategy", ["lv_xattn", "ulysses", "ring"])
+def test_compiled_with_symbolic_sizes(strategy: str) -> None:
+    """The same gradients, and every byte of every pass counted."""
+    for eager, compiled in run(2, compiled_beside_eager, strategy):
+        torch.testing.assert_close(compiled, eager)
+
+
 def keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     if getattr(operator, "namespace", "") == "ds_lvxattn":
         return CheckpointPolicy.MUST_SAVE

@@ -98,8 +98,8 @@ def sp_attention(
     _check_shards(q, k, shards, comm, replicated)
     interval = _rows_of_all_ranks(interval, q, shards, comm, replicated)
     if comm.ranks == 1:
-        bounds = (None, None) if interval is None else (interval.start[0], interval.stop[0])
-        return local_attention(q, k, v, *bounds, scale, kernel)
+        start, stop = (None, None) if interval is None else (interval.start[0], interval.stop[0])
+        return local_attention(q, k, v, start, stop, scale, kernel)
     if not shards.kv.total:  # a batch of text alone: nothing to see on any rank, so nothing travels
         return local_attention(q, k, v, None, None, scale, kernel)
     if head_groups is not None and any(k.shape[1] % max(count, 1) or count < 1 for count in head_groups):

@@ -6,14 +6,10 @@ import torch
 from torch import Tensor
 
 from ds_lvxattn.kernels.base import Call, Kernel
+from ds_lvxattn.kernels.differentiable import attention_operator, lse_dtype
 from ds_lvxattn.kernels.dispatch import KERNELS, select_kernel
 from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.kernels.triton.surrogate import output_with_delta
-
-
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """dtype of the log-sum-exp of inputs in ``dtype``: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def like(x: Tensor, pattern: Tensor) -> Tensor:
@@ -73,8 +69,7 @@ def backward_local(
     return kernel.backward(dout, q, k, v, out, lse, delta, start, stop, scale)
 
 
-@torch.library.custom_op("ds_lvxattn::local_attention", mutates_args=())
-def local_attention(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -82,6 +77,35 @@ def local_attention(
     stop: Optional[Tensor],
     scale: float,
     kernel: str,
+) -> tuple[Tensor, Tensor]:
+    out, lse = forward_local(q, k, v, start, stop, scale, kernel)
+    return like(out, q), lse.contiguous()
+
+
+def _backward(
+    dout: Tensor,
+    dlse: Optional[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    start: Optional[Tensor],
+    stop: Optional[Tensor],
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = backward_kernel(kernel, Call.backward(q, k, start is not None), dlse is not None)
+    delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
+    dq, dk, dv = backward_local(chosen, dout, q, k, v, out, lse, delta, start, stop, scale)
+    return like(dq, q), like(dk, k), like(dv, v)
+
+
+_operator = attention_operator("local_attention", _forward, _backward)
+
+
+def local_attention(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None, scale: float, kernel: str
 ) -> tuple[Tensor, Tensor]:
     """Attention over the keys at hand, on one rank.
 
@@ -95,54 +119,4 @@ def local_attention(
     Returns:
         ``out [B, H_q, S_q, D]`` and the natural log-sum-exp ``[B, H_q, S_q]``, both differentiable.
     """
-    out, lse = forward_local(q, k, v, start, stop, scale, kernel)
-    return like(out, q), lse.contiguous()
-
-
-@local_attention.register_fake
-def _(q, k, v, start, stop, scale, kernel):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
-
-
-@torch.library.custom_op("ds_lvxattn::local_attention_backward", mutates_args=())
-def local_attention_backward(
-    dout: Tensor,
-    dlse: Optional[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    start: Optional[Tensor],
-    stop: Optional[Tensor],
-    scale: float,
-    kernel: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``local_attention`` in ``q``, ``k`` and ``v``."""
-    chosen = backward_kernel(kernel, Call.backward(q, k, start is not None), dlse is not None)
-    delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
-    dq, dk, dv = backward_local(chosen, dout, q, k, v, out, lse, delta, start, stop, scale)
-    return like(dq, q), like(dk, k), like(dv, v)
-
-
-@local_attention_backward.register_fake
-def _(dout, dlse, q, k, v, out, lse, start, stop, scale, kernel):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _save(ctx, inputs, output):
-    q, k, v, start, stop, ctx.scale, ctx.kernel = inputs
-    ctx.save_for_backward(q, k, v, start, stop, *output)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dout, dlse):
-    q, k, v, start, stop, out, lse = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
-    grads = torch.ops.ds_lvxattn.local_attention_backward(
-        dout, dlse, q, k, v, out, lse, start, stop, ctx.scale, ctx.kernel
-    )
-    return *grads, None, None, None, None
-
-
-local_attention.register_autograd(_backward, setup_context=_save)
+    return _operator(q, k, v, start, stop, scale, kernel)

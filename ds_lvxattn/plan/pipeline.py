@@ -6,7 +6,7 @@ its own launches, must fill the chip, and in the backward pass its gradients of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 # What one H200 does with these kernels; the choice is coarse enough to hold on its neighbours. Throughput in operations
 # a second; bytes a second of a copy into a slice of heads; seconds that the host needs to start a group, and that a
@@ -58,11 +58,15 @@ def head_groups(
         # Divided over tiles of keys, of which there are always enough.
         return transfers / groups + DEVICE_SECONDS * groups + (copy if groups > 1 else 0.0)
 
-    divisors = [count for count in range(1, kv_heads + 1) if kv_heads % count == 0]
-    return (
-        min((count for count in divisors if count == 1 or forward / count > HOST_SECONDS), key=forward_time),
-        min((count for count in divisors if count == 1 or 2.5 * forward / count > HOST_SECONDS), key=backward_time),
-    )
+    def fastest(seconds: float, time: Callable[[int], float]) -> int:
+        # No ``min`` with a key: torch.compile, which traces this, does not know it.
+        best = 1
+        for count in range(2, kv_heads + 1):
+            if kv_heads % count == 0 and seconds / count > HOST_SECONDS and time(count) < time(best):
+                best = count
+        return best
+
+    return fastest(forward, forward_time), fastest(2.5 * forward, backward_time)
 
 
 def _filled(tiles: float) -> float:

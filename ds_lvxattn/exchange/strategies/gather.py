@@ -19,7 +19,8 @@ from ds_lvxattn.exchange.base import Exchange
 from ds_lvxattn.exchange.comm import Transfer, communicator_by_name
 from ds_lvxattn.exchange.rows import attention_layout, gather_buffer, start_gather, start_return
 from ds_lvxattn.kernels.base import Call
-from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like, lse_dtype
+from ds_lvxattn.kernels.differentiable import attention_operator, empty_results
+from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
 from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.kernels.triton.merge import merge_partials
 from ds_lvxattn.plan.pipeline import head_groups, keeps_queries
@@ -77,7 +78,6 @@ def _slices(heads: int, groups: int) -> list[slice]:
     return [slice(i * size, (i + 1) * size) for i in range(groups)]
 
 
-@torch.library.custom_op("ds_lvxattn::query_gather", mutates_args=())
 def query_gather(
     q: Tensor,
     k: Tensor,
@@ -106,9 +106,8 @@ def query_gather(
     rows, own = max(q_lengths), q_lengths[comm.rank]
     groups = head_groups[0]
     queries, keys = _slices(q.shape[1], groups), _slices(k.shape[1], groups)
-    out = torch.empty_like(q)
-    lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
-    kept = _kept_queries(q, q_lengths, groups, keep_queries)
+    out, lse = empty_results(q)
+    kept = _kept(q, k, v, first, last, scale, kernel, group, q_lengths, head_groups, keep_queries)
 
     def gather(i: int) -> InFlight:
         q_all = kept[i] if keep_queries else gather_buffer(q[:, queries[i]], comm, rows)
@@ -128,16 +127,10 @@ def query_gather(
     return out, lse, kept
 
 
-def _kept_queries(q: Tensor, q_lengths: Sequence[int], groups: int, keep: bool) -> Tensor:
+def _kept(q, k, v, first, last, scale, kernel, group, q_lengths, head_groups, keep_queries) -> Tensor:
     batch, heads, _, head_dim = q.shape
-    rows = len(q_lengths) * max(q_lengths)
-    return q.new_empty((groups if keep else 0, rows, batch, heads // groups, head_dim))
-
-
-@query_gather.register_fake
-def _(q, k, v, first, last, scale, kernel, group, q_lengths, head_groups, keep_queries):
-    kept = _kept_queries(q, q_lengths, head_groups[0], keep_queries)
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype)), kept
+    groups, rows = head_groups[0], len(q_lengths) * max(q_lengths)
+    return q.new_empty((groups if keep_queries else 0, rows, batch, heads // groups, head_dim))
 
 
 def _queries_of(kept: Tensor, groups: int, index: int) -> Tensor:
@@ -151,7 +144,6 @@ def _queries_of(kept: Tensor, groups: int, index: int) -> Tensor:
     return kept[index // finer][:, :, _slices(heads, finer)[index % finer]]
 
 
-@torch.library.custom_op("ds_lvxattn::query_gather_backward", mutates_args=())
 def query_gather_backward(
     dout: Tensor,
     dlse: Optional[Tensor],
@@ -212,26 +204,4 @@ def query_gather_backward(
     return dq, dk, dv
 
 
-@query_gather_backward.register_fake
-def _(dout, dlse, q, kept, k, v, *_):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _save(ctx, inputs, output):
-    q, k, v, first, last, *ctx.call = inputs
-    out, lse, kept = output
-    keep_queries = ctx.call[-1]
-    # A kept gathered tensor holds the own queries too; their shape and strides are those of the output.
-    ctx.save_for_backward(None if keep_queries else q, kept, k, v, out, lse, first, last)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dout, dlse, _):
-    q, kept, k, v, out, lse, first, last = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
-    q = out if q is None else q
-    grads = torch.ops.ds_lvxattn.query_gather_backward(dout, dlse, q, kept, k, v, out, lse, first, last, *ctx.call)
-    return *grads, *[None] * 8
-
-
-query_gather.register_autograd(_backward, setup_context=_save)
+attention_operator("query_gather", query_gather, query_gather_backward, kept=_kept)

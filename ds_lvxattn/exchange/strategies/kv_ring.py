@@ -14,7 +14,8 @@ from ds_lvxattn.exchange.comm import Communicator, Message, Transfer, communicat
 from ds_lvxattn.exchange.interval import clip_to_rank
 from ds_lvxattn.exchange.shards import SequenceShards
 from ds_lvxattn.kernels.base import Call
-from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like, lse_dtype
+from ds_lvxattn.kernels.differentiable import attention_operator
+from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
 from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.kernels.triton.merge import merge_partials
 
@@ -54,7 +55,6 @@ def _ranges_of(start: Optional[Tensor], stop: Optional[Tensor], kv: SequenceShar
     return clip_to_rank(start, stop, kv, owner)
 
 
-@torch.library.custom_op("ds_lvxattn::kv_ring", mutates_args=())
 def kv_ring(
     q: Tensor,
     k: Tensor,
@@ -92,12 +92,6 @@ def kv_ring(
     return like(out, q), lse.contiguous()
 
 
-@kv_ring.register_fake
-def _(q, k, v, start, stop, scale, kernel, group, kv_lengths, kv_stripe):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
-
-
-@torch.library.custom_op("ds_lvxattn::kv_ring_backward", mutates_args=())
 def kv_ring_backward(
     dout: Tensor,
     dlse: Optional[Tensor],
@@ -154,22 +148,4 @@ def kv_ring_backward(
     return like(dq, q), like(dk, k), like(dv, v)
 
 
-@kv_ring_backward.register_fake
-def _(dout, dlse, q, k, v, *_):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _save(ctx, inputs, output):
-    q, k, v, start, stop, *ctx.call = inputs
-    ctx.save_for_backward(q, k, v, *output, start, stop)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dout, dlse):
-    q, k, v, out, lse, start, stop = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
-    grads = torch.ops.ds_lvxattn.kv_ring_backward(dout, dlse, q, k, v, out, lse, start, stop, *ctx.call)
-    return *grads, *[None] * 7
-
-
-kv_ring.register_autograd(_backward, setup_context=_save)
+attention_operator("kv_ring", kv_ring, kv_ring_backward)

@@ -15,7 +15,8 @@ from ds_lvxattn.exchange.comm import Communicator, Message, Transfer, communicat
 from ds_lvxattn.exchange.interval import clip_to_rank
 from ds_lvxattn.exchange.shards import SequenceShards
 from ds_lvxattn.kernels.base import Call
-from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like, lse_dtype
+from ds_lvxattn.kernels.differentiable import attention_operator, empty_results
+from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
 from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.kernels.triton.merge import merge_partials
 
@@ -98,7 +99,6 @@ def _ranges_of(
     return clip_to_rank(start[owner, :, :rows], stop[owner, :, :rows], kv, rank)
 
 
-@torch.library.custom_op("ds_lvxattn::query_ring", mutates_args=())
 def query_ring(
     q: Tensor,
     k: Tensor,
@@ -119,18 +119,12 @@ def query_ring(
     for owner, (queries,) in _Ring(comm, q_lengths, ("queries",), (q,)):
         first, last = _ranges_of(start, stop, kv, comm.rank, owner, queries.shape[2])
         returns.send(owner, forward_local(queries, k, v, first, last, scale, kernel), ("outputs", "lse"))
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    out, lse = empty_results(q)
     outs, lses = returns.collect()
     merge_partials(outs, lses, out=out, lse=lse)
     return out, lse
 
 
-@query_ring.register_fake
-def _(q, k, v, start, stop, scale, kernel, group, q_lengths, kv_lengths, kv_stripe):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
-
-
-@torch.library.custom_op("ds_lvxattn::query_ring_backward", mutates_args=())
 def query_ring_backward(
     dout: Tensor,
     dlse: Optional[Tensor],
@@ -169,22 +163,4 @@ def query_ring_backward(
     return like(parts.sum(dim=0, dtype=wide), q), like(dk, k), like(dv, v)
 
 
-@query_ring_backward.register_fake
-def _(dout, dlse, q, k, v, *_):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _save(ctx, inputs, output):
-    q, k, v, start, stop, *ctx.call = inputs
-    ctx.save_for_backward(q, k, v, *output, start, stop)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dout, dlse):
-    q, k, v, out, lse, start, stop = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
-    grads = torch.ops.ds_lvxattn.query_ring_backward(dout, dlse, q, k, v, out, lse, start, stop, *ctx.call)
-    return *grads, *[None] * 8
-
-
-query_ring.register_autograd(_backward, setup_context=_save)
+attention_operator("query_ring", query_ring, query_ring_backward)

@@ -18,7 +18,8 @@ from torch import Tensor
 from ds_lvxattn.exchange.base import Exchange
 from ds_lvxattn.exchange.comm import Communicator, communicator_by_name
 from ds_lvxattn.kernels.base import Call
-from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like, lse_dtype
+from ds_lvxattn.kernels.differentiable import attention_operator, empty_results, lse_dtype
+from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
 from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.kernels.triton.merge import merge_partials
 
@@ -33,7 +34,6 @@ def replicated_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) ->
     )
 
 
-@torch.library.custom_op("ds_lvxattn::query_replicated", mutates_args=())
 def query_replicated(
     q: Tensor,
     k: Tensor,
@@ -48,7 +48,7 @@ def query_replicated(
     """Forward pass: ``out [B, H, s_q, D]`` and ``lse [B, H, s_q]``, equal on every rank."""
     comm = communicator_by_name(group)
     partial_out, partial_lse = forward_local(q, k, v, first, last, scale, kernel)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    out, lse = empty_results(q)
     merge_partials(*_gather_results(partial_out, partial_lse, comm), out=out, lse=lse)
     return out, lse
 
@@ -68,12 +68,6 @@ def _gather_results(out: Tensor, lse: Tensor, comm: Communicator) -> tuple[Tenso
     return outs.view(out.dtype).unflatten(1, out.shape), lses.view(lse.dtype).unflatten(1, lse.shape)
 
 
-@query_replicated.register_fake
-def _(q, k, v, first, last, scale, kernel, group, parts):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
-
-
-@torch.library.custom_op("ds_lvxattn::query_replicated_backward", mutates_args=())
 def query_replicated_backward(
     dout: Tensor,
     dlse: Optional[Tensor],
@@ -111,22 +105,4 @@ def _sum_parts(dout: Tensor, dlse: Optional[Tensor], comm: Communicator) -> tupl
     return whole, rest[0] if rest else None
 
 
-@query_replicated_backward.register_fake
-def _(dout, dlse, q, k, v, *_):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _save(ctx, inputs, output):
-    q, k, v, first, last, *ctx.call = inputs
-    ctx.save_for_backward(q, k, v, *output, first, last)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dout, dlse):
-    q, k, v, out, lse, first, last = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
-    grads = torch.ops.ds_lvxattn.query_replicated_backward(dout, dlse, q, k, v, out, lse, first, last, *ctx.call)
-    return *grads, *[None] * 6
-
-
-query_replicated.register_autograd(_backward, setup_context=_save)
+attention_operator("query_replicated", query_replicated, query_replicated_backward)

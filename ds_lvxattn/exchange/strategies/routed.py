@@ -13,7 +13,8 @@ from torch import Tensor
 from ds_lvxattn.exchange.base import Exchange
 from ds_lvxattn.exchange.comm import Communicator, Part, communicator_by_name
 from ds_lvxattn.kernels.base import Call
-from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like, lse_dtype
+from ds_lvxattn.kernels.differentiable import attention_operator, empty_results
+from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
 from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.kernels.triton.merge import merge_partials
 from ds_lvxattn.plan.pipeline import keeps_queries
@@ -76,7 +77,6 @@ def _by_row(x: Tensor, returns: Tensor, fill: float) -> Tensor:
     return padded.index_select(0, returns.flatten()).unflatten(0, returns.shape)
 
 
-@torch.library.custom_op("ds_lvxattn::query_routed", mutates_args=())
 def query_routed(
     q: Tensor,
     k: Tensor,
@@ -106,20 +106,17 @@ def query_routed(
     outs, lses = post.give_back([("outputs", partial_out), ("lse", partial_lse)])
     outs = _by_row(outs, returns, 0.0).unflatten(1, (batch, own)).transpose(2, 3)
     lses = _by_row(lses, returns, float("-inf")).unflatten(1, (batch, own)).transpose(2, 3)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    out, lse = empty_results(q)
     merge_partials(outs, lses, out=out, lse=lse)
     kept = queries.transpose(1, 2).contiguous() if keep_queries else q.new_empty((0, start.shape[1], heads, head_dim))
     return out, lse, kept
 
 
-@query_routed.register_fake
-def _(q, k, v, start, stop, send_rows, slots, returns, scale, kernel, group, sent, received, keep_queries):
+def _kept(q, k, v, start, *more) -> Tensor:
     batch, heads, _, head_dim = q.shape
-    kept = q.new_empty((batch if keep_queries else 0, start.shape[1], heads, head_dim))
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype)), kept
+    return q.new_empty((batch if more[-1] else 0, start.shape[1], heads, head_dim))
 
 
-@torch.library.custom_op("ds_lvxattn::query_routed_backward", mutates_args=())
 def query_routed_backward(
     dout: Tensor,
     dlse: Optional[Tensor],
@@ -160,25 +157,4 @@ def query_routed_backward(
     return dq, like(dk, k), like(dv, v)
 
 
-@query_routed_backward.register_fake
-def _(dout, dlse, q, kept, k, v, *_):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _save(ctx, inputs, output):
-    q, k, v, *tensors = inputs[:8]
-    ctx.call = inputs[8:]
-    out, lse, kept = output
-    ctx.save_for_backward(None if ctx.call[-1] else q, kept, k, v, out, lse, *tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dout, dlse, _):
-    q, kept, k, v, out, lse, *tensors = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
-    q = out if q is None else q
-    grads = torch.ops.ds_lvxattn.query_routed_backward(dout, dlse, q, kept, k, v, out, lse, *tensors, *ctx.call)
-    return *grads, *[None] * 11
-
-
-query_routed.register_autograd(_backward, setup_context=_save)
+attention_operator("query_routed", query_routed, query_routed_backward, kept=_kept)

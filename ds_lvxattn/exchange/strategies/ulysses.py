@@ -29,6 +29,9 @@ class Ulysses:
             return "it shards the queries; use lv_xattn for replicated queries"
         return obstacle(self.name, heads, kv_heads, ranks)
 
+    # Never part of a compiled graph: DeepSpeed's exchange and the count of its bytes, in the backward pass too, are of
+    # tensors with data. ``torch.compiler.disable`` is the same, but imports the compiler together with this module.
+    @torch._disable_dynamo
     def attention(self, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
         comm, layout = exchange.comm, exchange.layout
         if k.shape[1] < comm.ranks:
@@ -61,9 +64,8 @@ class _HeadShard:
         if start is not None and stop is not None:
             start, stop = (_select(x.transpose(0, 1).flatten(1), q_order) for x in (start, stop))
         q, k, v = (_select(x, order) for x, order in ((q, q_order), (k, kv_order), (v, kv_order)))
-        out, lse = local_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)), start, stop, self.exchange.scale, self.exchange.kernel
-        )
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = local_attention(q, k, v, start, stop, self.exchange.scale, self.exchange.kernel)
         # The log-sum-exp stays float32 beside bf16 outputs, so it makes the way back on its own.
         self.lse = _place(lse.transpose(1, 2).unsqueeze(-1), q_order, layout.q)
         return _place(out.transpose(1, 2), q_order, layout.q)
