@@ -11,15 +11,16 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from tests.support.distributed import run
+from tests.support.processes import launch
 from tests.support.tiny_model import (
     MODES,
     ds_config,
     loss_of,
 )
 from tests.support.training import (
+    FINETUNE,
     Case,
     finetune,
-    launch,
     metrics_in,
     mixed_samples,
     one_rank,
@@ -80,7 +81,7 @@ def test_the_command_and_its_resumption(tmp_path: Path) -> None:
     }
     file = write_config(tmp_path / "ds.json", config, trainable="all", eval_examples=8, save_every=STEPS // 2)
     options = ("--ds_config", file, "--model", model, "--steps", STEPS, "--seed", 3)
-    first = launch(*options, "--output_dir", whole)
+    first = launch(FINETUNE, *options, "--output_dir", whole)
     assert first.returncode == 0, first.stdout + first.stderr
     check_files(whole)
 
@@ -90,7 +91,7 @@ def test_the_command_and_its_resumption(tmp_path: Path) -> None:
     (checkpoints / "latest").write_text(f"step-{STEPS // 2}")
     lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
     (stopped / "metrics.jsonl").write_text("".join(lines[: STEPS // 2 + 1]))
-    second = launch(*options, "--output_dir", stopped, "--resume")
+    second = launch(FINETUNE, *options, "--output_dir", stopped, "--resume")
     assert second.returncode == 0, second.stdout + second.stderr
     assert metrics_in(stopped) == pytest.approx(metrics_in(whole), rel=1e-6)
     assert (stopped / "eval.json").read_text() == (whole / "eval.json").read_text()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import os
 
 import pytest
 import torch
@@ -54,9 +54,9 @@ def test_other_lengths_compile_nothing(make_problem, compiled, mask):
 def test_first_step_takes_seconds(make_problem, monkeypatch, tmp_path):
     """From an empty cache, a head size that nothing else in these tests has."""
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    begin = time.perf_counter()
+    begin = sum(os.times()[:4])  # processor time, of the compilers that ran as processes too
     for mask in ("visible", "random"):
         every_operator(make_problem, 512, 1000, mask, head_dim=112)
-    seconds = time.perf_counter() - begin
+    seconds = sum(os.times()[:4]) - begin
     print(f"all operators, with a mask and without, compiled and ran in {seconds:.1f} s")
     assert seconds < 60

@@ -9,8 +9,9 @@ every later call, so that importing torch and DeepSpeed is paid once. Whatever a
 process (groups, module state) stays there: clean up.
 
 If a rank raises, ``run`` raises ``RemoteError`` with its traceback; if the ranks do not finish in time (a
-hang), ``TimeoutError``, and each rank prints where it hangs. Unless every rank raised, the processes are then
-killed (the others may be left in a collective), and the next call starts fresh ones.
+hang; see ``Deadline``), ``TimeoutError`` with the place where each rank hangs. Unless every rank raised, the
+processes are then killed (the others may be left in a collective), and the next call starts fresh ones. They end
+with the test process, however that ends.
 
 The environment variable ``DS_LVXATTN_TEST_BACKEND`` chooses ``gloo`` (default: CPU) or ``nccl`` (one GPU a
 rank; a test that asks for more ranks than there are GPUs is skipped).
@@ -25,20 +26,27 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
+import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support.deadline import Deadline
+
 BACKEND = os.environ.get("DS_LVXATTN_TEST_BACKEND", "gloo")
 START_SECONDS = 120.0
 GRACE_SECONDS = 2.0  # for the other ranks to report, once one has failed
+STACK_SECONDS = 2.0  # for the ranks to write their stacks
 
 
 class RemoteError(AssertionError):
@@ -61,7 +69,7 @@ def run(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 1
 
     Raises:
         RemoteError: a rank raised.
-        TimeoutError: a rank did not return within ``timeout`` seconds.
+        TimeoutError: a rank did not return within ``timeout`` seconds, as ``Deadline`` counts them.
     """
     if BACKEND == "nccl" and ranks > torch.cuda.device_count():
         pytest.skip(f"needs {ranks} GPUs")
@@ -71,6 +79,8 @@ def run(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 1
     try:
         return pool.call(function, args, timeout)
     except BaseException as error:
+        if not isinstance(error, RemoteError | TimeoutError):
+            print(pool.stacks(), file=sys.stderr)  # interrupted from outside, by the time limit of a test for one
         if not (isinstance(error, RemoteError) and error.everywhere):
             _pools.pop(ranks).kill()
         raise
@@ -88,11 +98,12 @@ class _Pool:
         # The store lives here and picks its own free port: no race for one.
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = _processes()
+        self.folder = tempfile.TemporaryDirectory()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(ranks):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, ranks, self.store.port, there))
+            process = context.Process(target=_serve, args=(rank, ranks, self.store.port, there, self._stack_file(rank)))
             process.start()
             there.close()
             self.pipes.append(here)
@@ -112,10 +123,10 @@ class _Pool:
     def _results(self, timeout: float) -> list[Any]:
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
-        deadline = time.monotonic() + timeout
+        deadline = Deadline(timeout)
         while pending := [p for r, p in enumerate(self.pipes) if r not in results and r not in failures]:
-            ready = wait(pending, max(deadline - time.monotonic(), 0.0))
-            if not ready:
+            ready = wait(pending, 1.0)
+            if deadline.passed(process.pid for process in self.processes) and not ready:
                 break
             for pipe in ready:
                 rank = self.pipes.index(pipe)  # type: ignore[arg-type]
@@ -125,7 +136,7 @@ class _Pool:
                     self.processes[rank].join(GRACE_SECONDS)
                     failed, value = True, f"the process ended with code {self.processes[rank].exitcode}"
                 if failed:
-                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+                    deadline.left = min(deadline.left, GRACE_SECONDS)
                 (failures if failed else results)[rank] = value
         if failures:
             rank, report = next(iter(failures.items()))
@@ -134,12 +145,21 @@ class _Pool:
                 everywhere=len(failures) == len(self.pipes) and all(p.is_alive() for p in self.processes),
             )
         if len(results) < len(self.pipes):
-            for process in self.processes:
-                os.kill(process.pid, signal.SIGUSR1)  # prints where it hangs
-            time.sleep(1)
             missing = sorted(set(range(len(self.pipes))) - set(results))
-            raise TimeoutError(f"ranks {missing} of {len(self.pipes)} gave no result in {timeout:g} s")
+            raise TimeoutError(f"ranks {missing} of {len(self.pipes)} gave no result in {timeout:g} s\n{self.stacks()}")
         return [results[rank] for rank in range(len(self.pipes))]
+
+    def _stack_file(self, rank: int) -> str:
+        return str(Path(self.folder.name) / f"{rank}.txt")
+
+    def stacks(self) -> str:
+        """Where each rank is at the moment."""
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(STACK_SECONDS)
+        files = [Path(self._stack_file(rank)) for rank in range(len(self.processes))]
+        return "\n".join(f"rank {n}:\n{f.read_text() if f.exists() else 'gone'}" for n, f in enumerate(files))
 
     def close(self) -> None:
         for pipe in self.pipes:
@@ -152,6 +172,7 @@ class _Pool:
         for process in self.processes:
             process.kill()
             process.join()
+        self.folder.cleanup()
 
 
 @functools.cache
@@ -174,8 +195,17 @@ def _close_pools() -> None:
         _pools.popitem()[1].close()
 
 
-def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
+def _end_with_the_test_process() -> None:
+    """A rank that waits in a collective would outlive a test process that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _serve(rank: int, ranks: int, port: int, pipe: Connection, stack_file: str) -> None:
     """Life of one rank: answer requests until the test process closes the pipe."""
+    threading.Thread(target=_end_with_the_test_process, daemon=True).start()
     own = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -184,7 +214,7 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
         "MASTER_PORT": port,
     }
     os.environ.update({name: str(value) for name, value in own.items()})
-    faulthandler.register(signal.SIGUSR1)
+    faulthandler.register(signal.SIGUSR1, file=open(stack_file, "w"))  # noqa: SIM115 (open as long as the process)
     torch.set_num_threads(1)
     if BACKEND == "nccl":
         torch.cuda.set_device(rank)

@@ -6,9 +6,6 @@ import functools
 import importlib.util
 import json
 import os
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from ds_lvxattn.data.sample import SampleError, SampleSource
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.training.loop import Job, Trainer
 from ds_lvxattn.training.settings import FinetuningConfig
+from tests.support.processes import REPOSITORY
 from tests.support.tiny_model import (
     PATTERNS,
     ListSource,
@@ -28,7 +26,7 @@ from tests.support.tiny_model import (
     tiny_sample,
 )
 
-FINETUNE = Path(__file__).parents[2] / "train" / "finetune.py"
+FINETUNE = REPOSITORY / "train" / "finetune.py"
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def metrics_in(folder: Path, what: str = "loss") -> list[float]:
     return [step[what] for step in steps]
 
 
-FINETUNE = Path(__file__).parents[2] / "train" / "finetune.py"
+FINETUNE = REPOSITORY / "train" / "finetune.py"
 
 
 def write_model(folder: Path, **config: Any) -> Path:
@@ -100,22 +98,6 @@ def write_model(folder: Path, **config: Any) -> Path:
 def write_config(path: Path, config: dict[str, Any], **finetuning: Any) -> Path:
     path.write_text(json.dumps({**config, "finetuning": finetuning}))
     return path
-
-
-def launch(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    """``deepspeed train/finetune.py`` on two CPU ranks, as a user without a wandb key."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "NETRC": os.devnull}
-    environment["PYTHONPATH"] = str(FINETUNE.parent.parent)
-    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", 2, "--master_port", port, FINETUNE]
-    return subprocess.run(
-        [str(word) for word in (*command, *arguments)],
-        env=environment,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
 
 
 def finetune(arguments: list[str]) -> str:
