@@ -23,7 +23,7 @@ GRACE_SECONDS = 5.0  # for the processes to print their stacks
 def finish(
     command: Sequence[Any], seconds: float = 300.0, cwd: Path | None = None, **environment: str | None
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``command`` to its end, with ``environment`` over that of the test (None unsets) and the repository importable.
+    """Run ``command`` to its end, the repository importable, ``environment`` over the test's (None unsets).
 
     Raises:
         TimeoutError: it did not end in ``seconds`` (see ``Deadline``); the message has the stacks of its Python
