@@ -24,11 +24,10 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama.configuration_mllama import MllamaVisionConfig
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-from ds_lvxattn.batches.collate import Collator
+from ds_lvxattn.batches.prepare import Batches
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.config import load_ds_config, sequence_parallel_config
 from ds_lvxattn.data.sample import IGNORE, Sample
-from ds_lvxattn.families import family_of
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
 from ds_lvxattn.training.ds_config import resolve_ds_config
 from ds_lvxattn.training.loading import model_dtype, select_trainable
@@ -95,31 +94,30 @@ def main() -> None:
     device = torch.device(get_accelerator().current_device_name())
     parameters = [p for p in model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=ds_config, mpu=groups)
-    collator = Collator(family_of(model), sizes, processor, 0, sizes.image_token_index, device, dtype, parallel)
+    batches = Batches(model, processor, 0, sizes.image_token_index, device, dtype, parallel)
     results = []
     for frames in map(int, args.frames.split(",")):
         sample = video_sample(frames, args.text, sizes.image_token_index, sizes.text_config.vocab_size)
-        result = measure(engine, collator, sample, args.steps)
+        result = measure(engine, batches, sample, args.steps)
         results.append({"frames": frames, "text": args.text, "ranks": dist.get_world_size(), **result})
         if dist.get_rank() == 0:
             print(json.dumps(results[-1]), flush=True)
             args.output.write_text(json.dumps({"device": torch.cuda.get_device_name(), "runs": results}, indent=2))
 
 
-def measure(engine: Any, collator: Collator, sample: Sample, steps: int) -> dict[str, Any]:
+def measure(engine: Any, batches: Batches, sample: Sample, steps: int) -> dict[str, Any]:
     """Time of a step (mean over ``steps``), peak memory and traffic. Ends the process when memory runs out."""
-    layout = collator.layout([sample])
-    if collator.parallel:
-        collator.parallel.make_plan(collator.shapes(layout), collator.device, collator.dtype)
-        collator.parallel.comm.reset()
-    images = collator.load([sample], layout)
+    loaded = batches.load([sample], batches.collator.layout([sample]))
+    if batches.parallel and batches.planner:
+        batches.planner.start(batches.collator.sizes(loaded.layout))
+        batches.parallel.comm.reset()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     seconds = 0.0
     for step in range(steps + 1):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        batch = collator.collate(layout, images)
+        batch = batches.prepare(loaded)
         try:
             loss = engine(**batch.inputs).loss
             engine.backward(loss)
@@ -130,11 +128,11 @@ def measure(engine: Any, collator: Collator, sample: Sample, steps: int) -> dict
             sys.exit(3)
         torch.cuda.synchronize()
         seconds += (time.perf_counter() - began) * (step > 0)
-    plan = collator.parallel.plan if collator.parallel else []
+    plan = batches.planner.plan if batches.planner else ()
     return {
         "step_time_s": seconds / steps,
         "peak_memory_bytes": torch.cuda.max_memory_allocated(),
-        "comm_bytes": collator.parallel.comm.bytes_received // (steps + 1) if collator.parallel else 0,
+        "comm_bytes": batches.parallel.comm.bytes_received // (steps + 1) if batches.parallel else 0,
         "cross_strategy": sorted({layer.strategy for layer in plan if layer.role == "cross"}),
     }
 

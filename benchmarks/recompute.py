@@ -33,10 +33,9 @@ from full_size import IMAGE_SIZE, model_config, video_sample
 from torch import Tensor
 from transformers import MllamaForConditionalGeneration
 
-from ds_lvxattn.batches.collate import Collator
+from ds_lvxattn.batches.prepare import Batches, Loaded
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.config import SequenceParallelConfig
-from ds_lvxattn.families import family_of
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
 from ds_lvxattn.training.loading import select_trainable
 
@@ -75,19 +74,16 @@ class Setup:
         select_trainable(model, "random", "default")
         self.model = model.train()
         self.parallel = SequenceParallel(model, SequenceParallelConfig(recompute="kv"), SequenceParallelGroups(1))
-        family = family_of(model)
         image_id = self.sizes.image_token_index
-        self.collator = Collator(
-            family, self.sizes, RandomPixels(), 0, image_id, self.device, torch.bfloat16, self.parallel
-        )
+        self.batches = Batches(model, RandomPixels(), 0, image_id, self.device, torch.bfloat16, self.parallel)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
     def batch(self, frames: int, text: int) -> dict[str, Any]:
         sample = video_sample(frames, text, self.sizes.image_token_index, self.sizes.text_config.vocab_size)
-        layout = self.collator.layout([sample])
-        self.parallel.make_plan(self.collator.shapes(layout), self.device, torch.bfloat16)
-        return self.collator.collate(layout, [[None] * frames]).inputs  # type: ignore[list-item]
+        layout = self.batches.collator.layout([sample])
+        loaded = Loaded(layout, [[None] * frames], 0, layout.most_frames)  # type: ignore[list-item]
+        return self.batches.prepare(loaded).inputs
 
     def step(self, inputs: dict[str, Any], policy: str) -> float:
         """One step; its seconds."""

@@ -30,7 +30,6 @@ from tests.support.tiny_model import (
     ds_config,
     groups_of,
     losses_on_one_rank,
-    tiny_collator,
     tiny_model,
     tiny_sample,
 )
@@ -171,9 +170,9 @@ def load_rows(folder: Path, size: int, skip: bool) -> tuple[str, Any, list[str]]
             eval_share=0.0,
         )  # fmt: skip
         model = tiny_model()
-        parallel = attach(model, size, MODES[0], [tiny_sample("Ita")])
+        batches = attach(model, size, MODES[0], [tiny_sample("Ita")])
         control = ControlGroups.beside(groups_of(size))
-        loader = Loader(source, tiny_collator(model, parallel), control, skip_bad=skip)
+        loader = Loader(source, batches, control, skip_bad=skip)
         first = 2 * groups_of(size).get_data_parallel_rank()
         loaded = loader.load([first, first + 1])
     except SampleError as error:

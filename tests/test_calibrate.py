@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from unittest import mock
@@ -13,11 +14,12 @@ from ds_lvxattn.calibrate import cache_path, calibrated
 from ds_lvxattn.calibration.extent import Extent, HeadLayout
 from ds_lvxattn.exchange.comm import communicator
 from ds_lvxattn.plan.cost import Layer, layer_cost
+from ds_lvxattn.plan.planner import BatchSizes, Plan
 from ds_lvxattn.plan.profile import profile_to_json
 from ds_lvxattn.plan.traffic import TRAFFIC, LayerShape
 from ds_lvxattn.runtime.layer_times import LayerTimes
 from tests.support.distributed import device, run
-from tests.support.tiny_model import attach, loss_of, tiny_model, tiny_sample
+from tests.support.tiny_model import attach, tiny_model, tiny_sample
 
 LAYOUTS = (HeadLayout(4, 2, 16),)
 SMALL = Extent((8, 16), (16, 64), 1e9, (1 << 8, 1 << 12), 1)
@@ -56,17 +58,21 @@ def test_ranks_measure_once_and_agree(tmp_path: Path) -> None:
     assert 0 <= profile["overlap"] <= 1
 
 
+def modes(plan: Plan) -> list[tuple[str, str]]:
+    return [(layer.strategy, layer.schedule) for layer in plan]
+
+
 def times_and_plans() -> tuple[list[dict[str, float]], list[tuple], list[bool]]:
     """Measured milliseconds of the exchanged layers, and the plan as batches change their sizes."""
     samples = [tiny_sample("IItaIItItaaI", seed) for seed in range(2)]
     model = tiny_model()
-    parallel = attach(model, dist.get_world_size(), ("auto", "auto", "contiguous"), samples, recompute="kv")
-    parallel.times = LayerTimes(device())
+    batches = attach(model, dist.get_world_size(), ("auto", "auto", "contiguous"), samples, recompute="kv")
+    planner, times = batches.planner, LayerTimes(device())
     for _ in range(2):
-        parallel.times.start_step()
-        loss_of(model, samples, parallel).backward()
-    parallel.note_times(parallel.times.milliseconds())
-    measured = [layer.measured_ms for layer in parallel.plan if layer.role != "local"]
+        times.start_step()
+        model(**batches.prepare(samples, times).inputs).loss.backward()
+    batches.note_times(planner.plan, times)
+    measured = [layer.measured_ms for layer in planner.plan if layer.role != "local"]
 
     made = []
 
@@ -74,8 +80,10 @@ def times_and_plans() -> tuple[list[dict[str, float]], list[tuple], list[bool]]:
         made.append(True)
         return {role: LayerShape(1, 1, 1, 1, (64, 64), (5000, 5000), 4) for role in ("cross", "self")}
 
-    changed = [parallel.follow((1, 7, 14), shapes) for _ in range(2)]
-    later = [(layer.strategy, layer.schedule) for layer in parallel.plan]
+    before, sizes = modes(planner.plan), BatchSizes((1, 7, 14), 2, 64, 0.0, shapes)
+    plans = [before, *(modes(planner.follow(sizes)) for _ in range(2))]
+    changed = [now != then for then, now in itertools.pairwise(plans)]
+    later = plans[-1]
     assert len(made) == 1, "a class that is known needs no new plan"
     return measured, later, changed
 

@@ -38,7 +38,7 @@ from ds_lvxattn.needle.task import IMAGE, build_tokenizer
 from ds_lvxattn.runtime.registration import exchanged_attention
 from ds_lvxattn.training.loading import load_model
 from tests.support.tiny_families import tiny
-from tests.support.tiny_model import IMAGE_TOKEN, tiny_collator, tiny_model, tiny_sample
+from tests.support.tiny_model import IMAGE_TOKEN, tiny_batches, tiny_model, tiny_sample
 
 # Masks
 
@@ -199,7 +199,7 @@ def test_image_tokens_and_frames_must_match(pattern: str, frames: int) -> None:
     whole = tiny_sample(pattern)
     sample = Sample(whole.input_ids, whole.labels, frames, name="clip 7")
     with pytest.raises(SampleError, match=rf"clip 7: {pattern.count('I')} image tokens .* for {frames} frames"):
-        tiny_collator(tiny_model(), None).check(sample)
+        tiny_batches(tiny_model()).collator.check(sample)
 
 
 # Models by name

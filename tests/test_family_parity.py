@@ -23,7 +23,7 @@ from tests.support.parity import (
     sum_over_ranks,
 )
 from tests.support.tiny_families import FAMILIES, tiny
-from tests.support.tiny_model import ADAMW, CLIPPING, MODES, attach, ds_config, groups_of, loss_of, tiny_collator
+from tests.support.tiny_model import ADAMW, CLIPPING, MODES, attach, ds_config, groups_of, loss_of, tiny_batches
 
 ZERO3 = (
     "idefics, perceiver, norms",
@@ -92,12 +92,10 @@ STEPS = 3
 def train(family: str, ranks: int) -> list[float]:
     """Losses of a few steps on one batch: under ZeRO-3 on several ranks, with torch's AdamW on one."""
     samples, model = samples_of(BATCHES[4]), tiny(family).train()
-    parallel = attach(model, ranks, MODES[0], samples) if ranks > 1 else None
-    collator = tiny_collator(model, parallel)
-    layout = collator.layout(samples)
-    inputs = collator.collate(layout, collator.load(samples, layout)).inputs
+    batches = attach(model, ranks, MODES[0], samples) if ranks > 1 else tiny_batches(model)
+    inputs = batches.prepare(samples).inputs
     losses = []
-    if parallel is None:
+    if batches.parallel is None:
         optimizer = torch.optim.AdamW(parameter_groups(model), **ADAMW)
         for _ in range(STEPS):
             loss = model(**inputs).loss

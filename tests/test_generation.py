@@ -36,7 +36,7 @@ from tests.support.tiny_model import (
     attach,
     ds_config,
     groups_of,
-    tiny_collator,
+    tiny_batches,
     tiny_loaded,
     tiny_model,
     tiny_sample,
@@ -67,10 +67,10 @@ def model_of(family: str) -> Any:
 def answer(family: str, samples: Sequence[Sample], mode: Mode | None, how: dict[str, Any]) -> Answer:
     """On the ranks of the harness in a mode, or without one by the unmodified model on this rank alone."""
     model = model_of(family)
-    parallel = attach(model, dist.get_world_size(), mode, samples) if mode else None
+    batches = attach(model, dist.get_world_size(), mode, samples) if mode else tiny_batches(model)
     recording = Recording()
     how = {"max_new_tokens": NEW, "eos_token_id": NEVER, "logits_processor": [recording], **how}
-    tokens = generate(model, tiny_collator(model, parallel), samples, **how)
+    tokens = generate(model, batches, samples, **how)
     return tokens, torch.stack(recording.scores)
 
 
@@ -133,29 +133,29 @@ def steps_of(pattern: str, mode: Mode) -> tuple[list[tuple[int, int]], int, dict
     """Per cross-attention layer the bytes of the visual cache and of the memory behind it, this rank's visual tokens,
     and the bytes received in the decoding steps."""
     model, samples = tiny_model(), [tiny_sample(pattern)]
-    parallel = attach(model, dist.get_world_size(), mode, samples)
+    batches = attach(model, dist.get_world_size(), mode, samples)
     seen: list[DecodingStep] = []
     received: dict[str, int] = {}
 
     def look(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if isinstance(kwargs["sequence_parallel"], DecodingStep):
             if not seen:
-                parallel.comm.reset()
+                batches.parallel.comm.reset()
             seen.append(kwargs["sequence_parallel"])
             for module in seen[-1].divided:  # the model's own cache holds no second copy
                 kept = kwargs["past_key_values"].layers[module.layer_idx].keys.untyped_storage()
                 assert kept.data_ptr() == seen[-1].divided[module][0].untyped_storage().data_ptr()
 
     model.register_forward_pre_hook(look, with_kwargs=True)
-    generate(model, tiny_collator(model, parallel), samples, max_new_tokens=NEW, do_sample=False, eos_token_id=NEVER)
-    received.update(parallel.comm.received)
+    generate(model, batches, samples, max_new_tokens=NEW, do_sample=False, eos_token_id=NEVER)
+    received.update(batches.parallel.comm.received)
     assert len(seen) == NEW
-    layout = tiny_collator(model, parallel).layout(samples)
+    layout = batches.collator.layout(samples)
     layers = [
         (k.nbytes + v.nbytes, k.untyped_storage().nbytes() + v.untyped_storage().nbytes())
         for k, v in seen[-1].divided.values()
     ]
-    return layers, layout.keys.lengths[parallel.comm.rank], received
+    return layers, layout.keys.lengths[batches.parallel.comm.rank], received
 
 
 @pytest.mark.parametrize("mode", [MODES[0], MODES[2]], ids="/".join)
@@ -175,10 +175,10 @@ def test_the_visual_cache_is_divided_and_only_partial_results_travel(mode: Mode)
 def divided_bytes(family: str, pattern: str, mode: Mode) -> list[int]:
     """Bytes of keys and values that this rank keeps of the prompt, by layer."""
     model, samples = model_of(family), [tiny_sample(pattern)]
-    parallel = attach(model, dist.get_world_size(), mode, samples)
+    batches = attach(model, dist.get_world_size(), mode, samples)
     steps: list[DecodingStep] = []
     model.register_forward_pre_hook(lambda _, args, kwargs: steps.append(kwargs["sequence_parallel"]), with_kwargs=True)
-    generate(model, tiny_collator(model, parallel), samples, max_new_tokens=2, do_sample=False)
+    generate(model, batches, samples, max_new_tokens=2, do_sample=False)
     return [k.nbytes + v.nbytes for k, v in steps[-1].divided.values()]
 
 
@@ -198,13 +198,13 @@ def test_a_prompt_without_frames_exchanges_the_scores_alone() -> None:
 def of_two_groups(patterns: Sequence[str], ends: int) -> Tensor:
     """Each group its own sample, under ZeRO-3, which partitions over both; ``ends`` is the token that ends answers."""
     model, sample = tiny_model(), samples_of(patterns)[dist.get_rank() // 2]
-    parallel = attach(model, 2, MODES[0], [sample])
+    batches = attach(model, 2, MODES[0], [sample])
     config = {**ds_config(3, 2, 1), "steps_per_print": 1_000_000}
     del config["optimizer"]
     partition_over_all_ranks(model, config, groups_of(2))
     engine, *_ = deepspeed.initialize(model=model, config=config, mpu=groups_of(2))
     how = {"max_new_tokens": NEW, "eos_token_id": ends, "do_sample": False}
-    tokens = generate(engine.module, tiny_collator(model, parallel), [sample], **how)
+    tokens = generate(engine.module, batches, [sample], **how)
     engine.destroy()
     return tokens
 
@@ -213,7 +213,7 @@ def test_groups_under_zero3_wait_for_one_another() -> None:
     patterns = (PATTERNS["several images"], PATTERNS["video"])
     model = tiny_model()
     want = [
-        generate(model, tiny_collator(model, None), [sample], max_new_tokens=NEW, do_sample=False, eos_token_id=NEVER)
+        generate(model, tiny_batches(model), [sample], max_new_tokens=NEW, do_sample=False, eos_token_id=NEVER)
         for sample in samples_of(patterns)
     ]
     ends = int(want[0][0, 1])
@@ -228,7 +228,7 @@ def test_groups_under_zero3_wait_for_one_another() -> None:
 def refused(case: str) -> str:
     """The message of the error, which every rank raises."""
     model, samples = tiny_model(), [tiny_sample(PATTERNS["video"])]
-    parallel = attach(model, dist.get_world_size(), MODES[0], samples)
+    batches = attach(model, dist.get_world_size(), MODES[0], samples)
     how: dict[str, Any] = {"num_beams": 2} if case == "beams" else {}
     if case == "broken":
         load = samples[0].load_frames
@@ -244,7 +244,7 @@ def refused(case: str) -> str:
     elif case == "nothing":
         samples = [Sample([], [])]
     with pytest.raises(ValueError) as error:
-        generate(model.train(), tiny_collator(model, parallel), samples, max_new_tokens=1, **how)
+        generate(model.train(), batches, samples, max_new_tokens=1, **how)
     assert model.training
     return str(error.value)
 

@@ -24,7 +24,7 @@ from tests.support.tiny_model import (
     ListSource,
     attach,
     groups_of,
-    tiny_collator,
+    tiny_batches,
     tiny_model,
     tiny_sample,
 )
@@ -72,9 +72,9 @@ class WatchedSource(ListSource):
 def load_ahead(placement: str) -> tuple[list[int], list[int], list[list[int]]]:
     """What was asked for while the first micro-batch was in use, and in all; which frames this rank loaded."""
     source = WatchedSource([tiny_sample("IIIIIta", seed) for seed in range(4)])
-    parallel = attach(tiny_model(), dist.get_world_size(), ("ring", "ring", placement), source.samples)
+    batches = attach(tiny_model(), dist.get_world_size(), ("ring", "ring", placement), source.samples)
     control = ControlGroups.beside(groups_of(dist.get_world_size()))
-    loader = Loader(source, tiny_collator(tiny_model(), parallel), control, skip_bad=False)
+    loader = Loader(source, batches, control, skip_bad=False)
     stream = loader.stream(lambda number: [number], 1, 4)
     next(stream)
     with source.changed:
@@ -101,11 +101,10 @@ ANSWERS = (*PATTERNS.values(), "IItaaIItattIaaaa", "tIaIaIaIatIaa", "ttaatataaa"
 def half_right_samples() -> ListSource:
     """Samples in which some answers are what the model says, and others only in part."""
     model, rng, samples = tiny_model().eval(), np.random.default_rng(0), []
-    collator = tiny_collator(model, None)
+    batches = tiny_batches(model)
     for seed, pattern in enumerate(ANSWERS):
         sample = tiny_sample(pattern, seed)
-        layout = collator.layout([sample])
-        batch = collator.collate(layout, collator.load([sample], layout))
+        batch = batches.prepare([sample])
         with torch.no_grad():
             said = model(**batch.inputs).logits[0].argmax(-1).tolist()
         labels = [IGNORE, *said[:-1]]
@@ -119,11 +118,10 @@ def half_right_samples() -> ListSource:
 
 def expected_evaluation(source: ListSource) -> tuple[float, float, int]:
     """Accuracy, loss and answers, counted one token at a time on the unmodified model."""
-    model, collator = tiny_model().eval(), tiny_collator(tiny_model(), None)
+    model, batches = tiny_model().eval(), tiny_batches(tiny_model())
     right, loss, tokens = [], 0.0, 0
     for sample in source.samples:
-        layout = collator.layout([sample])
-        inputs = collator.collate(layout, collator.load([sample], layout)).inputs
+        inputs = batches.prepare([sample]).inputs
         with torch.no_grad():
             logits = model(**inputs).logits[0].double()
         previous = IGNORE
@@ -139,9 +137,9 @@ def expected_evaluation(source: ListSource) -> tuple[float, float, int]:
 
 def evaluate_on_ranks(source: ListSource, size: int, mode: tuple[str, str, str]) -> dict[str, float | int]:
     model = tiny_model()
-    parallel = attach(model, size, mode, source.samples) if size > 1 else None
+    batches = attach(model, size, mode, source.samples) if size > 1 else tiny_batches(model)
     groups = groups_of(size)
-    loader = Loader(source, tiny_collator(model, parallel), ControlGroups.beside(groups), skip_bad=False)
+    loader = Loader(source, batches, ControlGroups.beside(groups), skip_bad=False)
     # Without exchange, transformers lets samples of a batch see each other's padding: see ``loss_of_each_alone``.
     return evaluate(model, loader, groups, micro_batch=2 if size > 1 else 1)
 

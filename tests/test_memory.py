@@ -62,12 +62,12 @@ def measured_and_planned(dtype: torch.dtype, policy: str, frames: int = 0) -> li
     for strategy, schedule in MODES if dist.get_world_size() > 1 else MODES[:1]:
         model = tiny_model(dtype=dtype).train()
         mode = (strategy, schedule, "contiguous")
-        parallel = attach(model, dist.get_world_size(), mode, samples, recompute=policy)
+        batches = attach(model, dist.get_world_size(), mode, samples, recompute=policy)
         kept = Kept(model)
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
-            loss = loss_of(model, samples, parallel)
+            loss = loss_of(model, samples, batches)
         loss.backward()
-        planned = [layer.kept_bytes for layer in parallel.plan if layer.role != "local"]
+        planned = [layer.kept_bytes for layer in batches.planner.plan if layer.role != "local"]
         results.append((kept.bytes_of_layers(), [p[policy] for p in planned]))
     return results
 

@@ -28,7 +28,7 @@ from tests.support.tiny_model import (
     frames_in_portions,
     loss_of,
     loss_of_each_alone,
-    tiny_collator,
+    tiny_batches,
     tiny_config,
     tiny_model,
     tiny_processor,
@@ -130,16 +130,15 @@ def test_frames_are_encoded_in_portions(ranks: int) -> None:
 
 def test_the_one_rank_inputs_are_those_of_transformers() -> None:
     samples = samples_of(BATCHES["unequal samples"])
-    collator = tiny_collator(tiny_model(), None)
-    layout = collator.layout(samples)
-    images = collator.load(samples, layout)
-    inputs = collator.collate(layout, images).inputs
-    theirs = tiny_processor()(images, return_tensors="pt")
+    batches = tiny_batches(tiny_model())
+    loaded = batches.load(samples)
+    inputs = batches.prepare(loaded).inputs
+    theirs = tiny_processor()(loaded.images, return_tensors="pt")
     masks = [get_cross_attention_token_mask(sample.input_ids, IMAGE_TOKEN) for sample in samples]
     length = inputs["input_ids"].shape[1]
     dense = convert_sparse_cross_attention_mask_to_dense(masks, [[1] * len(mask) for mask in masks], 1, length)
 
-    frames = torch.tensor([[n < sample.num_frames for n in range(max(layout.frames))] for sample in samples])
+    frames = torch.tensor([[n < sample.num_frames for n in range(max(loaded.layout.frames))] for sample in samples])
     for key in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
         torch.testing.assert_close(inputs[key][frames], theirs[key][frames].to(inputs[key].dtype))
     text = torch.tensor([[n < len(sample.input_ids) for n in range(length)] for sample in samples])

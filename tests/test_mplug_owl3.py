@@ -18,7 +18,7 @@ from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
 from tests.support.distributed import run
 from tests.support.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
 from tests.support.tiny_families import tiny
-from tests.support.tiny_model import IMAGE_TOKEN, SIZE, attach, loss_of, tiny_collator
+from tests.support.tiny_model import IMAGE_TOKEN, SIZE, attach, loss_of
 
 GATHER = ("lv_xattn", "gather", "contiguous")
 PATTERNS = ("tItIItttaaItaIIIta", "tta")
@@ -217,17 +217,15 @@ def as_published(model: Any) -> nn.Module:
 def published_on_two_ranks(kind: str) -> tuple[tuple[float, Gradients], float]:
     """Loss and gradients, summed over ranks, and the loss that the model returns; the roles attend differently."""
     samples, model = samples_of(PATTERNS), as_published(tiny(f"mplug_owl3, {kind}").train())
-    parallel = attach(model, 2, GATHER, samples, recompute="kv", layers={"*.v_kv_proj": "ring"})
-    assert {(plan.role, plan.strategy) for plan in parallel.plan} == {
+    batches = attach(model, 2, GATHER, samples, recompute="kv", layers={"*.v_kv_proj": "ring"})
+    assert {(plan.role, plan.strategy) for plan in batches.planner.plan} == {
         ("self", "lv_xattn"), ("cross", "ring"), ("local", "local")
     }  # fmt: skip
-    loss = loss_of(model, samples, parallel)
+    loss = loss_of(model, samples, batches)
     loss.backward()
     found = sum_over_ranks(loss, gradients_of(model))
-    collator = tiny_collator(model, parallel)
-    layout = collator.layout(samples)
     with torch.no_grad():
-        own = model(**collator.collate(layout, collator.load(samples, layout)).inputs).loss
+        own = model(**batches.prepare(samples).inputs).loss
     return found, sum_over_ranks(own, {})[0]
 
 
@@ -250,7 +248,7 @@ def kept_and_gradients(policy: str) -> tuple[int, int, Gradients]:
     samples, model = samples_of(("IIIIIIIIta",)), tiny("mplug_owl3, fused").train()
     for parameter in model.get_submodule("vision_model").parameters():
         parameter.requires_grad_(False)
-    parallel = attach(model, 1, GATHER, samples, recompute=policy)
+    batches = attach(model, 1, GATHER, samples, recompute=policy)
     kept: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -260,7 +258,7 @@ def kept_and_gradients(policy: str) -> tuple[int, int, Gradients]:
     usual, mplug_owl3.TOKENS_AT_ONCE = mplug_owl3.TOKENS_AT_ONCE, 12  # three frames a portion
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            loss = loss_of(model, samples, parallel)
+            loss = loss_of(model, samples, batches)
         loss.backward()
     finally:
         mplug_owl3.TOKENS_AT_ONCE = usual

@@ -62,11 +62,13 @@ def bytes_of_a_step(recompute: str) -> list[tuple[int, int]]:
     results = []
     for mode in MODES:
         model = tiny_model()
-        parallel = attach(model, dist.get_world_size(), mode, samples, recompute=recompute)
-        parallel.comm.reset()
-        loss_of(model, samples, parallel).backward()
-        planned = sum(layer.predicted_bytes[layer.strategy] or 0 for layer in parallel.plan if layer.role != "local")
-        results.append((parallel.comm.bytes_received, planned))
+        batches = attach(model, dist.get_world_size(), mode, samples, recompute=recompute)
+        batches.parallel.comm.reset()
+        loss_of(model, samples, batches).backward()
+        planned = sum(
+            layer.predicted_bytes[layer.strategy] or 0 for layer in batches.planner.plan if layer.role != "local"
+        )
+        results.append((batches.parallel.comm.bytes_received, planned))
     return results
 
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_lvxattn.batches.sequence_parallel import SequenceParallel
+from ds_lvxattn.batches.prepare import Batches
 from ds_lvxattn.data.sample import Sample
 from ds_lvxattn.training.loading import parameter_groups, partition_over_all_ranks
 from tests.support.distributed import run
@@ -28,7 +28,6 @@ from tests.support.tiny_model import (
     groups_of,
     loss_of,
     losses_on_one_rank,
-    tiny_collator,
     tiny_config,
     tiny_model,
     tiny_sample,
@@ -64,12 +63,12 @@ def gradients(frozen: str, **block: Any) -> dict[str, Tensor]:
     """Gradients of this rank's part of the loss."""
     samples = [tiny_sample(pattern, seed) for seed, pattern in enumerate(PATTERNS)]
     model = model_that_trains(frozen)
-    parallel = attach(model, dist.get_world_size(), GATHER, samples, **block)
+    batches = attach(model, dist.get_world_size(), GATHER, samples, **block)
     fired: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p, name=name: fired.update([name]))
-    loss_of(model, samples, parallel).backward()
+    loss_of(model, samples, batches).backward()
     assert set(fired.values()) == {1}
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -115,9 +114,7 @@ def engine_gradients(stage: str, frozen: str, policy: str) -> tuple[dict[str, Te
     config["zero_force_ds_cpu_optimizer"] = False
     samples = [tiny_sample(pattern, seed) for seed, pattern in enumerate(PATTERNS)]
     model = model_that_trains(frozen)
-    parallel = attach(model, 2, GATHER, samples, recompute=policy)
-    collator = tiny_collator(model, parallel)
-    layout = collator.layout(samples)
+    batches = attach(model, 2, GATHER, samples, recompute=policy)
     partition_over_all_ranks(model, config, groups_of(2))
     fired: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
@@ -128,8 +125,8 @@ def engine_gradients(stage: str, frozen: str, policy: str) -> tuple[dict[str, Te
     )
     for step in range(2):
         fired.clear()
-        parallel.comm.reset()
-        engine.backward(engine(**collator.collate(layout, collator.load(samples, layout)).inputs).loss)
+        batches.parallel.comm.reset()
+        engine.backward(engine(**batches.prepare(samples).inputs).loss)
         if step == 0:
             engine.step()
     found = {name: safe_get_full_grad(p) for name, p in model.named_parameters() if p.requires_grad}
@@ -138,7 +135,7 @@ def engine_gradients(stage: str, frozen: str, policy: str) -> tuple[dict[str, Te
         engine.step()
         assert all(p.ds_status == ZeroParamStatus.NOT_AVAILABLE for p in model.parameters())
     engine.destroy()
-    return found, dict(fired), dict(parallel.comm.received)
+    return found, dict(fired), dict(batches.parallel.comm.received)
 
 
 def engine_gradients_by_policy(stage: str, frozen: Sequence[str]) -> list[dict[str, Any]]:
@@ -198,21 +195,21 @@ def switched(how: str) -> tuple[str, list[bool], bool, int, bool]:
     before, named, kwargs = SWITCHES[how]
     if before:
         model.gradient_checkpointing_enable(**kwargs)
-    parallel = attach(model, 1, GATHER, samples, **named)
+    batches = attach(model, 1, GATHER, samples, **named)
     if not before:
         model.gradient_checkpointing_enable(**kwargs)
     if how == "off again":
         model.gradient_checkpointing_disable()
     with Operators() as operators:
-        got = gradients_of(model, parallel, samples)
-    layers = [layer.gradient_checkpointing for layer in parallel.recomputation.layers]
+        got = gradients_of(model, batches, samples)
+    layers = [layer.gradient_checkpointing for layer in batches.parallel.recomputation.layers]
     same = all(torch.equal(got[name], gradient) for name, gradient in want.items())
-    recomputation = parallel.recomputation
+    recomputation = batches.parallel.recomputation
     return recomputation.policy, layers, recomputation.offload, operators.counts["local_attention"], same
 
 
-def gradients_of(model: nn.Module, parallel: SequenceParallel, samples: Sequence[Sample]) -> dict[str, Tensor]:
-    loss_of(model, samples, parallel).backward()
+def gradients_of(model: nn.Module, batches: Batches, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    loss_of(model, samples, batches).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from ds_lvxattn.batches.sequence_parallel import SequenceParallel
+from ds_lvxattn.plan.planner import Planner
 from ds_lvxattn.plan.profile import load_profile
 from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.plan.undivided import whole_is_faster
@@ -23,7 +23,7 @@ from tests.support.parity import (
     sum_over_ranks,
 )
 from tests.support.tiny_families import FAMILIES, tiny
-from tests.support.tiny_model import attach, loss_of, tiny_collator
+from tests.support.tiny_model import attach, loss_of
 from tests.support.training import Case, metrics_in, one_rank, train
 
 AUTO = ("auto", "auto", "contiguous")
@@ -34,14 +34,14 @@ def whole(families: tuple[str, ...]) -> list[tuple[tuple[float, Gradients], int]
     results = []
     for family in families:
         samples, model = samples_of(batches_of(family)[4]), tiny(family, torch.float64).train()
-        parallel = attach(model, 2, AUTO, samples)
-        with mock.patch.object(SequenceParallel, "computes_whole", return_value=True):
-            layout = tiny_collator(model, parallel).step_layout(samples)
+        batches = attach(model, 2, AUTO, samples)
+        with mock.patch.object(Planner, "undivided", return_value=True):
+            layout = batches.layout(samples)
         assert layout.text.ranks == 1
-        parallel.comm.reset()
-        loss = loss_of(model, samples, parallel, layout)
+        batches.parallel.comm.reset()
+        loss = loss_of(model, samples, batches, layout)
         loss.backward()
-        results.append((sum_over_ranks(loss, gradients_of(model)), parallel.comm.bytes_received))
+        results.append((sum_over_ranks(loss, gradients_of(model)), batches.parallel.comm.bytes_received))
     return results
 
 
@@ -54,7 +54,7 @@ def test_loss_and_gradients_are_those_of_one_rank() -> None:
 
 def train_with_small_batches_whole(case: Case, folder: Path) -> None:
     """The loop, where batches of up to 8 text tokens count as small."""
-    with mock.patch.object(SequenceParallel, "computes_whole", lambda self, size, *others: size[1] <= 3):
+    with mock.patch.object(Planner, "undivided", lambda self, sizes: sizes.shape_class[1] <= 3):
         train(case, folder)
 
 

@@ -62,7 +62,9 @@ def finetune(args: argparse.Namespace) -> None:
     if dist.get_rank() == 0:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    job = Job(ds_config, finetuning, loaded, train, evaluation, steps, args.seed, args.output_dir, args.resume)
+    job = Job(
+        ds_config, config, finetuning, loaded, train, evaluation, steps, args.seed, args.output_dir, args.resume
+    )  # fmt: skip
     Trainer(job).run()
 
 

@@ -20,14 +20,13 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from ds_lvxattn.batches.agreement import agree
-from ds_lvxattn.batches.collate import Collator
 from ds_lvxattn.batches.generation import generate
+from ds_lvxattn.batches.prepare import Batches
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.config import SIZE_KEY, load_ds_config, sequence_parallel_config
 from ds_lvxattn.data.question import question_sample
 from ds_lvxattn.data.sample import SampleError
 from ds_lvxattn.errors import ConfigError
-from ds_lvxattn.families import family_of
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
 from ds_lvxattn.training.dataset import frames_in_text, text_limit
 from ds_lvxattn.training.loading import LoadedModel, load_model, model_dtype, partition_over_all_ranks
@@ -85,15 +84,14 @@ def answer(args: argparse.Namespace) -> str:
     )
     device = torch.device(accelerator.current_device_name())
     parallel = SequenceParallel(loaded.model, config, groups) if groups else None
-    collator = Collator(
-        family_of(loaded.model), loaded.model.config, loaded.processor, loaded.pad_token, loaded.image_id,
-        device, model_dtype(ds_config), parallel,
-    )  # fmt: skip
+    batches = Batches(
+        loaded.model, loaded.processor, loaded.pad_token, loaded.image_id, device, model_dtype(ds_config), parallel
+    )
     model = place(loaded, ds_config, groups, device)
     how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if args.temperature:
         how = {"do_sample": True, "temperature": args.temperature}
-    tokens = generate(model, collator, [sample], seed=args.seed, max_new_tokens=args.max_new_tokens, **how)
+    tokens = generate(model, batches, [sample], seed=args.seed, max_new_tokens=args.max_new_tokens, **how)
     return str(loaded.tokenizer.decode(tokens[0], skip_special_tokens=True)).strip()
 
 

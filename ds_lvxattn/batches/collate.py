@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_lvxattn.batches.layout import BatchLayout, lay_out
-from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.data.sample import IGNORE, Sample, SampleError
 from ds_lvxattn.exchange.comm import Communicator, communicator
 from ds_lvxattn.exchange.interval import KVInterval
@@ -19,9 +19,11 @@ from ds_lvxattn.exchange.routes import Routes, routed_rows, visible_work
 from ds_lvxattn.exchange.shards import ShardLayout
 from ds_lvxattn.families.family import TOKENS_AT_ONCE, Family
 from ds_lvxattn.plan.choice import shape_class
-from ds_lvxattn.plan.layer_plan import kind_of
+from ds_lvxattn.plan.layer_plan import LayerPlan, kind_of
+from ds_lvxattn.plan.planner import BatchSizes
 from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.runtime.batch import AttentionInputs, SequenceParallelBatch
+from ds_lvxattn.runtime.layer_times import LayerTimes
 from ds_lvxattn.runtime.visual_rows import VisualRows
 
 Images = list[list[np.ndarray]]  # per sample, the frames that this rank loaded
@@ -48,8 +50,25 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class Division:
+    """How a sequence-parallel group divides its batches.
+
+    Attributes:
+        comm: communicator of the group.
+        placement: how frames lie on the ranks.
+        windows: sliding windows of the model's self-attention layers, each once.
+        kernel: local attention kernel.
+    """
+
+    comm: Communicator
+    placement: str
+    windows: Sequence[int]
+    kernel: str
+
+
+@dataclass(frozen=True)
 class Collator:
-    """Samples to micro-batches.
+    """Samples to micro-batches. What a batch is divided and computed by, its layout and its plan, is handed in.
 
     Attributes:
         family: the model's family.
@@ -59,7 +78,7 @@ class Collator:
         image_id: token id of a frame.
         device: where the tensors go.
         dtype: dtype of pixel values.
-        parallel: the model's sequence parallelism; None runs the unmodified model with its own dense mask.
+        division: how the group of the attached model divides batches; None: the unmodified model with its own mask.
     """
 
     family: Family
@@ -69,32 +88,24 @@ class Collator:
     image_id: int
     device: torch.device
     dtype: torch.dtype
-    parallel: SequenceParallel | None
+    division: Division | None
 
     def layout(self, samples: Sequence[Sample]) -> BatchLayout:
         """Layout of ``samples`` over the ranks of the group, the same on each of them."""
-        ranks, placement = (1, "contiguous")
-        if self.parallel:
-            ranks, placement = self.parallel.comm.ranks, self.parallel.config.placement
-        return self._layout(samples, ranks, placement)
+        if self.division is None:
+            return self.undivided_layout(samples)
+        return self._layout(samples, self.division.comm.ranks, self.division.placement)
 
-    def step_layout(self, samples: Sequence[Sample]) -> BatchLayout:
-        """``layout``, or for a small batch one of a single rank, where every rank is to compute all of it."""
-        divided = self.layout(samples)
-        if self.parallel is None:
-            return divided
-        size = shape_class(len(divided.frames), divided.text.total, divided.keys.total)
-        encoded = sum(divided.frames) * TOKENS_AT_ONCE / self.family.frames_at_once(self.model_config)
-        rows = len(divided.frames) * divided.text.total
-        whole = self.parallel.computes_whole(size, lambda: self.shapes(divided), rows, encoded, self.device)
-        return self._layout(samples, 1, "contiguous") if whole else divided
+    def undivided_layout(self, samples: Sequence[Sample]) -> BatchLayout:
+        """Layout of ``samples`` on a single rank: every rank of the group is to compute all of them."""
+        return self._layout(samples, 1, "contiguous")
 
     def _layout(self, samples: Sequence[Sample], ranks: int, placement: str) -> BatchLayout:
         return lay_out(samples, self.family, self.model_config, ranks, placement, self.pad_token, self.image_id)
 
     def rank_in(self, layout: BatchLayout) -> int:
         """Which rank of ``layout`` this one is; one of a single rank is that of every rank."""
-        return self.parallel.comm.rank if self.parallel and layout.text.ranks > 1 else 0
+        return self.division.comm.rank if self.division and layout.text.ranks > 1 else 0
 
     def check(self, sample: Sample) -> Sample:
         """``sample``, if its text has one image token for each frame. Raises ``SampleError`` otherwise."""
@@ -110,8 +121,17 @@ class Collator:
         """Decode the frames that lie on this rank. Raises what ``Sample.load_frames`` raises."""
         return [sample.load_frames(layout.own_frames(i, self.rank_in(layout))) for i, sample in enumerate(samples)]
 
-    def shapes(self, layout: BatchLayout) -> dict[str, LayerShape]:
-        """Sizes of the exchanged kinds of layers for the plan; heads are those of each layer."""
+    def sizes(self, layout: BatchLayout) -> BatchSizes:
+        """What the planner must know of the batch."""
+        return BatchSizes(
+            shape_class(len(layout.frames), layout.text.total, layout.keys.total),
+            layout.text.ranks,
+            len(layout.frames) * layout.text.total,
+            sum(layout.frames) * TOKENS_AT_ONCE / self.family.frames_at_once(self.model_config),
+            functools.partial(self._shapes, layout),
+        )
+
+    def _shapes(self, layout: BatchLayout) -> dict[str, LayerShape]:
         batch, element = len(layout.frames), self.dtype.itemsize
         shapes = {}
         for kind, shards, ranges in self._kinds(layout):
@@ -121,15 +141,26 @@ class Collator:
             )  # fmt: skip
         return shapes
 
-    def collate(self, layout: BatchLayout, images: Images, most_frames: int | None = None) -> MicroBatch:
+    def collate(
+        self,
+        layout: BatchLayout,
+        images: Images,
+        plans: Mapping[nn.Module, LayerPlan],
+        most_frames: int | None = None,
+        times: LayerTimes | None = None,
+    ) -> MicroBatch:
         """This rank's micro-batch.
 
         Args:
+            images: the frames that lie on this rank.
+            plans: what each attention module runs with, by the planner's word for ``sizes(layout)``; without division
+                none.
             most_frames: ``layout.most_frames`` over all groups of the run; None: there is one group.
+            times: measures the attention layers; None: nothing is measured.
         """
         own = layout.text.index(self.rank_in(layout))
         # Of a batch that every rank computes whole, each counts its part of the loss and of the gradients.
-        shares = self.parallel.comm.ranks // layout.text.ranks if self.parallel else 1
+        shares = self.division.comm.ranks // layout.text.ranks if self.division else 1
         labels = torch.from_numpy(layout.shift_labels[:, own]).contiguous()
         positions = [self.family.positions(visual, self.model_config) for visual in layout.visual]
         answers, num_answers = number_answers(layout.shift_labels)
@@ -144,8 +175,8 @@ class Collator:
         }
         inputs |= self._visual(layout, images)
         inputs = {key: self._to_device(value) if isinstance(value, Tensor) else value for key, value in inputs.items()}
-        if self.parallel:
-            inputs["sequence_parallel"] = self._exchange(layout, own, most_frames or layout.most_frames)
+        if self.division:
+            inputs["sequence_parallel"] = self._exchange(layout, own, plans, most_frames or layout.most_frames, times)
         return MicroBatch(
             inputs,
             inputs["labels"],
@@ -160,7 +191,7 @@ class Collator:
 
     def _visual(self, layout: BatchLayout, images: Images) -> dict[str, Tensor]:
         flat = [image for sample in images for image in sample]
-        if self.parallel:
+        if self.division:
             # A rank without frames encodes a blank one, so that every rank runs the same modules and collectives.
             return dict(self._pixels(flat))
         frames = max(layout.frames)
@@ -181,10 +212,17 @@ class Collator:
             return self.family.blank_pixels(self.model_config)
         return self.family.pixels(frames, self.processor, self.model_config)
 
-    def _exchange(self, layout: BatchLayout, own: slice | np.ndarray, most_frames: int) -> SequenceParallelBatch:
-        assert self.parallel is not None
-        comm = self.parallel.comm if layout.text.ranks > 1 else communicator(None)
-        routed = {plan.kind for plan in self.parallel.plans.values() if plan.schedule == "routed"}
+    def _exchange(
+        self,
+        layout: BatchLayout,
+        own: slice | np.ndarray,
+        plans: Mapping[nn.Module, LayerPlan],
+        most_frames: int,
+        times: LayerTimes | None,
+    ) -> SequenceParallelBatch:
+        assert self.division is not None
+        comm = self.division.comm if layout.text.ranks > 1 else communicator(None)
+        routed = {plan.kind for plan in plans.values() if plan.schedule == "routed"}
         roles = {
             kind: self._inputs(comm, shards, *ranges, kind in routed) for kind, shards, ranges in self._kinds(layout)
         }
@@ -203,9 +241,9 @@ class Collator:
         return SequenceParallelBatch(
             comm,
             roles,
-            self.parallel.plans,
-            self.parallel.config.kernel,
-            self.parallel.times,
+            plans,
+            self.division.kernel,
+            times,
             None if in_order else torch.tensor(slots, device=self.device),
             torch.from_numpy(layout.places(comm.rank)).to(self.device),
             portions,
@@ -215,9 +253,9 @@ class Collator:
 
     def _kinds(self, layout: BatchLayout) -> Iterator[tuple[str, ShardLayout, tuple[Tensor, Tensor]]]:
         """Name, shards and ranges of the kinds of layers that exchange."""
-        assert self.parallel is not None
+        assert self.division is not None
         for role, shards in layout.roles.items():
-            for window in (None, *(self.parallel.windows if role == "self" else ())):
+            for window in (None, *(self.division.windows if role == "self" else ())):
                 yield kind_of(role, window), shards, layout.ranges_of(role, window)
 
     def _inputs(

@@ -10,7 +10,7 @@ of transformers runs alike on all ranks, one token at a time (``DecodingStep``).
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,14 +21,17 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from ds_lvxattn.batches.agreement import agree
-from ds_lvxattn.batches.collate import Collator, Images
+from ds_lvxattn.batches.collate import Collator
 from ds_lvxattn.batches.layout import BatchLayout
-from ds_lvxattn.batches.sequence_parallel import SequenceParallel
+from ds_lvxattn.batches.prepare import Batches, Loaded
 from ds_lvxattn.data.sample import Sample
 from ds_lvxattn.exchange.comm import Communicator
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
+from ds_lvxattn.plan.layer_plan import LayerPlan
 from ds_lvxattn.runtime.decoding import DecodingStep, KeyCache, NewTokens
+
+Plans = Mapping[nn.Module, LayerPlan]
 
 # Arguments of training in what the collator makes.
 TRAINING = ("labels", "shift_labels", "num_items_in_batch", "use_cache", "position_ids")
@@ -44,12 +47,12 @@ LIMITS = {
 
 
 @torch.no_grad()
-def generate(model: Any, collator: Collator, samples: Sequence[Sample], *, seed: int = 0, **settings: Any) -> Tensor:
+def generate(model: Any, batches: Batches, samples: Sequence[Sample], *, seed: int = 0, **settings: Any) -> Tensor:
     """Continue the prompts of ``samples``; every rank of the group calls it with the same arguments.
 
     Args:
-        model: the model that ``collator`` makes batches for; under ZeRO-3 that of the engine (``engine.module``).
-        collator: with sequence parallelism, or without it for the unmodified model on this rank alone.
+        model: the model that ``batches`` are for; under ZeRO-3 that of the engine (``engine.module``).
+        batches: with sequence parallelism, or without it for the unmodified model on this rank alone.
         samples: the prompts; their labels do not matter.
         seed: of the draws, where ``do_sample`` is set. The random state of the caller stays as it is.
         settings: of transformers' ``generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, ...
@@ -62,6 +65,7 @@ def generate(model: Any, collator: Collator, samples: Sequence[Sample], *, seed:
         ValueError: no samples, an empty prompt, a model that cannot generate, or a setting that cannot work
             (``LIMITS``).
     """
+    collator = batches.collator
     lengths = [len(sample.input_ids) for sample in samples]
     if not min(lengths, default=0):
         raise ValueError(f"the prompts have {lengths} tokens; give at least one prompt, each with at least one token")
@@ -75,13 +79,14 @@ def generate(model: Any, collator: Collator, samples: Sequence[Sample], *, seed:
     try:
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
-            return (_on_one_rank if collator.parallel is None else _on_all_ranks)(model, collator, samples, settings)
+            return (_on_one_rank if batches.parallel is None else _on_all_ranks)(model, batches, samples, settings)
     finally:
         model.train(was_training)
 
 
-def _on_one_rank(model: Any, collator: Collator, samples: Sequence[Sample], settings: dict[str, Any]) -> Tensor:
+def _on_one_rank(model: Any, batches: Batches, samples: Sequence[Sample], settings: dict[str, Any]) -> Tensor:
     """The unmodified model. transformers wants padding ahead of the text."""
+    collator = batches.collator
     lengths = collator.layout(samples).lengths
     longest = max(lengths)
     padding = [longest - length for length in lengths]
@@ -89,16 +94,16 @@ def _on_one_rank(model: Any, collator: Collator, samples: Sequence[Sample], sett
         replace(s, input_ids=[*[collator.pad_token] * n, *s.input_ids], labels=[*[0] * n, *s.labels])
         for s, n in zip(samples, padding, strict=True)
     ]
-    layout = collator.layout(padded)
-    inputs = collator.collate(layout, collator.load(padded, layout)).inputs
+    loaded = batches.load(padded)
+    inputs = batches.prepare(loaded).inputs
     inputs = {key: value for key, value in inputs.items() if key not in TRAINING}
-    inputs |= {key: x.to(collator.device) for key, x in collator.family.prompt_arguments(layout.visual).items()}
+    inputs |= {key: x.to(collator.device) for key, x in collator.family.prompt_arguments(loaded.layout.visual).items()}
     inputs["attention_mask"] = _attention_mask(padding, longest, collator.device)
     return model.generate(**inputs, **settings)[:, longest:]
 
 
-def _on_all_ranks(model: Any, collator: Collator, samples: Sequence[Sample], settings: dict[str, Any]) -> Tensor:
-    parallel = collator.parallel
+def _on_all_ranks(model: Any, batches: Batches, samples: Sequence[Sample], settings: dict[str, Any]) -> Tensor:
+    collator, parallel = batches.collator, batches.parallel
     assert parallel is not None
     decoder = parallel.family.decoder(model)
     for name, only in LIMITS.items():
@@ -109,22 +114,21 @@ def _on_all_ranks(model: Any, collator: Collator, samples: Sequence[Sample], set
                 "on one rank"
             )
     layout = collator.layout(samples)
-    if not parallel.plan:
-        parallel.make_plan(collator.shapes(layout), collator.device, collator.dtype)
     # Where ZeRO-3 partitions the model over several groups, they wait for one another in every forward.
     together = any(hasattr(p, "ds_id") for p in model.parameters()) and dist.get_world_size() > parallel.comm.ranks
-    images = agree(
-        lambda: collator.load(samples, layout),
+    loaded = agree(
+        lambda: batches.load(samples, layout),
         lambda _: ", ".join(f"{s.name}: {len(s.input_ids)} tokens, {s.num_frames} frames" for s in samples),
         parallel.comm.group,
     )
-    cache, divided = _prefill(model, collator, layout, images, together)
+    cache, divided = _prefill(model, batches, loaded, together)
+    plans = batches.plans(layout)
     padding = [layout.text.total - length for length in layout.lengths]
     if layout.keys_in_text:
-        _keep_divided(cache, divided, parallel, layout.text.total)
+        _keep_divided(cache, divided, plans, layout.text.total)
     else:
-        _gather_text(cache, parallel, layout.text, padding)
-    step = _step(collator, layout, divided)
+        _gather_text(cache, parallel.comm, plans, layout.text, padding)
+    step = _step(collator, layout, plans, divided)
 
     # Padding moves from behind the text to ahead of it, where transformers wants it.
     input_ids = np.full_like(layout.input_ids, collator.pad_token)
@@ -149,16 +153,13 @@ def _on_all_ranks(model: Any, collator: Collator, samples: Sequence[Sample], set
     return tokens[:, layout.text.total :]
 
 
-def _prefill(
-    model: Any, collator: Collator, layout: BatchLayout, images: Images, together: bool
-) -> tuple[Cache, KeyCache]:
+def _prefill(model: Any, batches: Batches, loaded: Loaded, together: bool) -> tuple[Cache, KeyCache]:
     """One forward over the prompts. Returns the model's cache of this rank's rows, and its visual keys and values."""
-    most_frames = layout.most_frames
     if together:
-        most = torch.tensor(most_frames, device=collator.device)
+        most = torch.tensor(loaded.most_frames, device=batches.collator.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        most_frames = int(most)
-    inputs = collator.collate(layout, images, most_frames).inputs
+        loaded = replace(loaded, most_frames=int(most))
+    inputs = batches.prepare(loaded).inputs
     visual: KeyCache = {}
     batch = replace(inputs["sequence_parallel"], visual=visual)
     taken = {key: value for key, value in inputs.items() if key not in TRAINING}
@@ -169,12 +170,12 @@ def _prefill(
     return cache, visual
 
 
-def _keep_divided(cache: Cache, divided: KeyCache, parallel: SequenceParallel, rows: int) -> None:
+def _keep_divided(cache: Cache, divided: KeyCache, plans: Plans, rows: int) -> None:
     """The keys and values of the text stay where they are; the model's cache goes on with the new tokens.
 
     The last token of a prompt is the first step's, so what the prefill left of it is never seen.
     """
-    for module, plan in parallel.plans.items():
+    for module, plan in plans.items():
         if plan.role == "self":
             index = int(module.layer_idx)  # type: ignore[arg-type]
             layer: Any = cache.layers[index]
@@ -182,18 +183,17 @@ def _keep_divided(cache: Cache, divided: KeyCache, parallel: SequenceParallel, r
             cache.layers[index] = NewTokens(rows - 1)
 
 
-def _gather_text(cache: Cache, parallel: SequenceParallel, text: SequenceShards, padding: Sequence[int]) -> None:
+def _gather_text(cache: Cache, comm: Communicator, plans: Plans, text: SequenceShards, padding: Sequence[int]) -> None:
     """The text's keys and values of all ranks on every rank, but for the last token, which is the first step's.
 
     The padding of each sample moves from behind its text to ahead of it, where transformers wants it; rotary positions
     are in the keys already.
     """
-    comm = parallel.comm
     position = np.maximum(np.arange(text.total - 1) - np.array(padding)[:, None], 0)
     order = text.order_from_padded()
     place = position if order is None else np.array(order)[position]
     index: Tensor | None = None
-    for module, plan in parallel.plans.items():
+    for module, plan in plans.items():
         if plan.role != "self":
             continue
         layer: Any = cache.layers[int(module.layer_idx)]  # type: ignore[arg-type]
@@ -206,10 +206,10 @@ def _gather_text(cache: Cache, parallel: SequenceParallel, text: SequenceShards,
         layer.keys, layer.values = whole.gather(3, rows).unbind()
 
 
-def _step(collator: Collator, layout: BatchLayout, divided: KeyCache) -> DecodingStep:
+def _step(collator: Collator, layout: BatchLayout, plans: Plans, divided: KeyCache) -> DecodingStep:
     """What all new tokens have in common: in cross-attention they see what the last token of their prompt sees."""
-    parallel, device = collator.parallel, collator.device
-    assert parallel is not None
+    division, device = collator.division, collator.device
+    assert division is not None
     lengths = np.array(layout.lengths)
     last = np.arange(len(lengths)), lengths - 1
     if layout.keys_in_text:
@@ -223,12 +223,12 @@ def _step(collator: Collator, layout: BatchLayout, divided: KeyCache) -> Decodin
     text_start = None
     if not layout.keys_in_text and lengths.min() < layout.text.total:
         text_start = torch.from_numpy((layout.text.total - lengths).astype(np.int32)[:, None]).to(device)
-    positions = (parallel.family.positions(visual, collator.model_config) for visual in layout.visual)
+    positions = (collator.family.positions(visual, collator.model_config) for visual in layout.visual)
     position = np.stack([p[..., n - 1 : n] for p, n in zip(positions, lengths, strict=True)], axis=-2)
     sees_frame = torch.from_numpy(layout.sees_frame[last]).to(device, collator.dtype)
-    one_row = SequenceShards((1,) * parallel.comm.ranks)
+    one_row = SequenceShards((1,) * division.comm.ranks)
     return DecodingStep(
-        parallel.comm, parallel.plans, parallel.config.kernel, divided, ShardLayout(one_row, keys), interval,
+        division.comm, plans, division.kernel, divided, ShardLayout(one_row, keys), interval,
         text_start, sees_frame[:, None, None, None], torch.from_numpy(position).to(device),
     )  # fmt: skip
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ds_lvxattn.batches.collate import Collator, Images
 from ds_lvxattn.batches.layout import BatchLayout
+from ds_lvxattn.batches.prepare import Batches, Loaded
 from ds_lvxattn.data.sample import IGNORE, Sample, SampleError, SampleSource
 from ds_lvxattn.groups import SequenceParallelGroups
 
@@ -46,32 +46,18 @@ class ControlGroups:
         return cls(twins[partition.index(own)], dist.new_group(list(range(world)), backend="gloo"))
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """Samples, their layout and the frames that this rank decoded; ``skipped`` of them were replaced.
-
-    ``most_frames`` is that of the layouts of all groups: all ranks call the vision encoder equally often, since
-    ZeRO-3 gathers its parameters over all of them.
-    """
-
-    layout: BatchLayout
-    images: Images
-    skipped: int
-    most_frames: int
-
-
 class Loader:
     """Loads the micro-batches of one rank.
 
     Args:
         source: the dataset.
-        collator: knows the layout and loads the frames.
+        batches: knows the layout.
         control: groups over which the verdicts travel.
         skip_bad: whether a broken sample is skipped with a warning (and counted) or fatal.
     """
 
-    def __init__(self, source: SampleSource, collator: Collator, control: ControlGroups, skip_bad: bool) -> None:
-        self.source, self.collator, self.control, self.skip_bad = source, collator, control, skip_bad
+    def __init__(self, source: SampleSource, batches: Batches, control: ControlGroups, skip_bad: bool) -> None:
+        self.source, self.batches, self.control, self.skip_bad = source, batches, control, skip_bad
 
     def load(self, rows: Sequence[int | None]) -> Loaded:
         """The micro-batch of dataset ``rows``; None is a sample without content.
@@ -82,14 +68,14 @@ class Loader:
         Raises:
             SampleError: on every rank, when a sample is broken and broken samples are fatal.
         """
-        nothing = Sample([self.collator.pad_token], [IGNORE])
+        nothing = Sample([self.batches.collator.pad_token], [IGNORE])
         found = [nothing if row is None else _attempt(self._sample, row) for row in rows]
         failures = self._compare([f if isinstance(f, SampleError) else _digest(f) for f in found])
         samples = [nothing if bad or isinstance(f, SampleError) else f for f, bad in zip(found, failures, strict=True)]
         skipped = sum(failures)
         while True:
-            layout = self.collator.step_layout(samples)
-            own = [layout.own_frames(i, self.collator.rank_in(layout)) for i in range(len(samples))]
+            layout = self.batches.layout(samples)
+            own = [layout.own_frames(i, self.batches.collator.rank_in(layout)) for i in range(len(samples))]
             images = [_attempt(s.load_frames, frames) for s, frames in zip(samples, own, strict=True)]
             broken = self._compare([i if isinstance(i, SampleError) else "" for i in images])
             if not any(broken):
@@ -99,7 +85,7 @@ class Loader:
             skipped += sum(broken)
 
     def _sample(self, row: int) -> Sample:
-        return self.collator.check(self.source.sample(row))
+        return self.batches.collator.check(self.source.sample(row))
 
     def _compare(self, findings: Sequence[SampleError | str]) -> list[bool]:
         """Which samples failed on any rank. ``findings`` hold an error, or a digest equal on all ranks."""

@@ -32,9 +32,9 @@ def evaluate(
     counts = groups.get_sequence_parallel_rank() == 0
     was_training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=loader.collator.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=loader.batches.collator.device)
     for loaded in loader.stream(rows, 0, rounds):
-        batch = loader.collator.collate(loaded.layout, loaded.images, loaded.most_frames)
+        batch = loader.batches.prepare(loaded)
         output = model(**batch.inputs)
         right = (wrong_tokens(output.logits, batch, groups) == 0).sum()
         sums[0] += output.loss * batch.inputs["num_items_in_batch"]

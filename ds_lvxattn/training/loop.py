@@ -14,19 +14,18 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from ds_lvxattn.batches.collate import Collator
 from ds_lvxattn.batches.layout import BatchLayout
-from ds_lvxattn.batches.loader import ControlGroups, Loaded, Loader
+from ds_lvxattn.batches.loader import ControlGroups, Loader
+from ds_lvxattn.batches.prepare import Batches, Loaded
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.calibrate import calibrated
 from ds_lvxattn.calibration.extent import HeadLayout
-from ds_lvxattn.config import sequence_parallel_config
+from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.data.sample import SampleSource
 from ds_lvxattn.errors import ConfigError
-from ds_lvxattn.families import family_of
 from ds_lvxattn.groups import SequenceParallelGroups
-from ds_lvxattn.plan.choice import shape_class as class_of_sizes
 from ds_lvxattn.plan.layer_plan import plan_layers
+from ds_lvxattn.plan.planner import Plan
 from ds_lvxattn.plan.profile import profile_for_device
 from ds_lvxattn.runtime.layer_times import LayerTimes
 from ds_lvxattn.training import checkpoint
@@ -38,7 +37,7 @@ from ds_lvxattn.training.loading import (
     parameter_groups,
     partition_over_all_ranks,
 )
-from ds_lvxattn.training.memory_plan import memory_plan
+from ds_lvxattn.training.memory_plan import memory_plan, model_states
 from ds_lvxattn.training.order import Order
 from ds_lvxattn.training.run_log import RunLog
 from ds_lvxattn.training.settings import FinetuningConfig
@@ -53,6 +52,7 @@ class Job:
 
     Attributes:
         ds_config: the DeepSpeed config.
+        parallel: its sequence-parallel settings.
         finetuning: the loop's settings.
         loaded: the model and what its data needs; trainable parameters are chosen.
         train, evaluation: the datasets; no evaluation when None.
@@ -63,6 +63,7 @@ class Job:
     """
 
     ds_config: dict[str, Any]
+    parallel: SequenceParallelConfig
     finetuning: FinetuningConfig
     loaded: LoadedModel
     train: SampleSource
@@ -82,15 +83,15 @@ class Trainer:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        config = sequence_parallel_config(job.ds_config, dist.get_world_size())
+        config = job.parallel
         if not job.resume:
             checkpoint.check_fresh(job.output_dir)
         self.groups = SequenceParallelGroups(config.size)
         model = job.loaded.model
         self.parallel = SequenceParallel(model, config, self.groups) if config.size > 1 else None
         self.device = torch.device(get_accelerator().current_device_name())
-        self.collator = Collator(
-            family_of(model), model.config, job.loaded.processor, job.loaded.pad_token, job.loaded.image_id,
+        self.batches = Batches(
+            model, job.loaded.processor, job.loaded.pad_token, job.loaded.image_id,
             self.device, model_dtype(job.ds_config), self.parallel,
         )  # fmt: skip
         self.loss_factor = loss_factor(job.ds_config, config.size)
@@ -110,13 +111,15 @@ class Trainer:
             self.groups.get_data_parallel_rank(), self.groups.get_data_parallel_world_size(),
         )  # fmt: skip
         self._at = self._first = self._planned_at = 0  # steps: the one at hand, the first, the plan's first
+        self._plan: Plan = ()  # that of the last micro-batch
+        self._times: LayerTimes | None = None
         self.skipped = 0  # broken samples of this rank's group, since the start
         self.loader = self._loader(job.train)
         self.evaluation_loader = None if job.evaluation is None else self._loader(job.evaluation)
 
     def _loader(self, source: SampleSource) -> Loader:
         control = ControlGroups.beside(self.groups)
-        return Loader(source, self.collator, control, self.job.finetuning.on_bad_sample == "skip")
+        return Loader(source, self.batches, control, self.job.finetuning.on_bad_sample == "skip")
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, evaluate, save and export. Returns the evaluation."""
@@ -130,7 +133,7 @@ class Trainer:
         try:
             batches = self.loader.stream(self.order.rows, done * accumulation, job.steps * accumulation)
             first = next(batches)
-            self._plan(log, first.layout)
+            self._make_plan(log, first.layout)
             batches = itertools.chain((first,), batches)
             self._first = self._planned_at = done + 1
             for step in range(done + 1, job.steps + 1):
@@ -146,34 +149,34 @@ class Trainer:
             log.close()
         return result
 
-    def _plan(self, log: RunLog, first: BatchLayout) -> None:
+    def _make_plan(self, log: RunLog, first: BatchLayout) -> None:
         """Choose the strategies for batches like the first one."""
-        if self.parallel is None:
-            layers = self.collator.family.attention_layers(self.job.loaded.model).values()
-            config = sequence_parallel_config(self.job.ds_config, dist.get_world_size())
-            log.plan(plan_layers(list(layers), {}, config, profile_for_device(self.device.type)))
+        collator, planner, model = self.batches.collator, self.batches.planner, self.job.loaded.model
+        if self.parallel is None or planner is None:
+            layers = collator.family.attention_layers(model).values()
+            log.plan(plan_layers(list(layers), {}, self.job.parallel, profile_for_device(self.device.type)))
             return
-        shapes = self.collator.shapes(first)
         profile = None
         if self.parallel.config.strategy == "auto":
             layouts = [HeadLayout(*layout) for layout in self.parallel.head_layouts]
-            profile = calibrated(self.parallel.comm.group, layouts, self.device, self.collator.dtype)
-        self.parallel.make_plan(shapes, self.device, self.collator.dtype, profile)
-        log.plan(self.parallel.plan)
+            profile = calibrated(self.parallel.comm.group, layouts, self.device, collator.dtype)
+        sizes = collator.sizes(first)
+        self._plan = planner.start(sizes, profile)
+        log.plan(self._plan)
         log.memory(
             memory_plan(
-                self.parallel, self.job.loaded.model, self.job.ds_config, shapes, first,
-                dist.get_world_size(), self.device,
+                planner.layer_sizes(sizes.shapes()), collator.family.visual_widths(model.config),
+                self.parallel.recomputation.policy, model_states(model, self.job.ds_config, dist.get_world_size()),
+                first, self.device,
             )
         )  # fmt: skip
 
-    def _follow(self, layout: BatchLayout) -> None:
-        """Plan anew for a batch of other sizes than those planned for."""
-        if self.parallel is None:
-            return
-        shape_class = class_of_sizes(len(layout.frames), layout.text.total, layout.keys.total)
-        if self.parallel.follow(shape_class, lambda: self.collator.shapes(layout)):
+    def _compare_plan(self) -> None:
+        """Whether the micro-batch at hand is of another plan than the one before it."""
+        plan = self.batches.planner.plan if self.batches.planner else ()
+        if plan is not self._plan and _modes(plan) != _modes(self._plan):
             self._planned_at = self._at + 1  # from the next step on, so that whole steps are measured
+        self._plan = plan
 
     def _measure_layers(self, log: RunLog, step: int) -> None:
         """Switch the measurement of attention layers on and off; tell of it when a plan's steps are measured."""
@@ -182,16 +185,16 @@ class Trainer:
             return
         since = step - self._planned_at
         if since == 0 and step > self._first:
-            log.plan(self.parallel.plan)  # another plan than the one told of
-            self.parallel.times = None
+            log.plan(self._plan)  # another plan than the one told of
+            self._times = None
         if since == MEASURED_STEPS.start:
-            self.parallel.times = LayerTimes(self.device)
-        elif since == MEASURED_STEPS.stop and self.parallel.times is not None:
-            self.parallel.note_times(self.parallel.times.milliseconds())
-            self.parallel.times = None
-            log.plan(self.parallel.plan)
-        if self.parallel.times is not None:
-            self.parallel.times.start_step()
+            self._times = LayerTimes(self.device)
+        elif since == MEASURED_STEPS.stop and self._times is not None:
+            self._plan = self.batches.note_times(self._plan, self._times)
+            self._times = None
+            log.plan(self._plan)
+        if self._times is not None:
+            self._times.start_step()
 
     def _step(self, batches: Iterator[Loaded], accumulation: int) -> dict[str, Any]:
         """One optimizer step; its metrics."""
@@ -204,8 +207,8 @@ class Trainer:
         for _ in range(accumulation):
             loaded = next(batches)
             self.skipped += loaded.skipped
-            self._follow(loaded.layout)
-            batch = self.collator.collate(loaded.layout, loaded.images, loaded.most_frames)
+            batch = self.batches.prepare(loaded, self._times)
+            self._compare_plan()
             loss = self.engine(**batch.inputs).loss
             self.engine.backward(loss * self.loss_factor)
             self.engine.step()
@@ -245,6 +248,10 @@ class Trainer:
         if dist.get_rank() == 0:
             self.job.loaded.save(folder, state)
         log.say(f"model saved in {folder}")
+
+
+def _modes(plan: Plan) -> list[tuple[str, str]]:
+    return [(layer.strategy, layer.schedule) for layer in plan]
 
 
 def peak_memory() -> int:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ds_lvxattn.batches.layout import BatchLayout
-from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.plan.memory import (
     POLICIES,
     LayerSizes,
@@ -20,7 +19,6 @@ from ds_lvxattn.plan.memory import (
     kept_bytes,
     step_bytes,
 )
-from ds_lvxattn.plan.traffic import LayerShape
 
 
 @dataclass(frozen=True)
@@ -43,32 +41,31 @@ class MemoryPlan:
 
 
 def memory_plan(
-    parallel: SequenceParallel,
-    model: nn.Module,
-    ds_config: Mapping[str, Any],
-    shapes: Mapping[str, LayerShape],
+    layers: Sequence[LayerSizes],
+    visual_widths: Sequence[int],
+    policy: str,
+    states: ModelStates,
     layout: BatchLayout,
-    ranks: int,
     device: torch.device,
 ) -> MemoryPlan:
-    """The plan for the first micro-batch; ``parallel`` has its strategies.
+    """The plan for the first micro-batch.
 
     Args:
-        shapes: sizes of the exchanged roles, as for ``SequenceParallel.make_plan``.
-        ranks: of the run, over which ZeRO partitions.
+        layers: its decoder layers, by ``Planner.layer_sizes``.
+        visual_widths: of the model's family.
+        policy: the recompute policy of the run.
+        states: what ZeRO keeps of the model.
+        layout: of the micro-batch.
     """
-    layers = parallel.decoder_layer_sizes(shapes)
-    states = model_states(model, ds_config, ranks)
-    visual = parallel.family.visual_widths(parallel.model_config)
 
     def shared(some: Sequence[LayerSizes]) -> int:
         cross = [layer for layer in some if layer.role == "cross"]
-        return max((layer.batch * layer.keys * sum(visual) * layer.element for layer in cross), default=0)
+        return max((layer.batch * layer.keys * sum(visual_widths) * layer.element for layer in cross), default=0)
 
     kept: dict[str, dict[str, int]] = {policy: {} for policy in POLICIES}
-    for policy in POLICIES:
+    for each, of_role in kept.items():
         for layer in layers:
-            kept[policy][layer.role] = kept[policy].get(layer.role, 0) + kept_bytes(layer, policy)
+            of_role[layer.role] = of_role.get(layer.role, 0) + kept_bytes(layer, each)
     frames = None
     if device.type == "cuda":
         capacity = torch.cuda.get_device_properties(device).total_memory
@@ -76,13 +73,13 @@ def memory_plan(
         rows = per_frame if layout.keys_in_text else 1  # of a frame in the text
         text = max(0, layout.text.total - max(layout.frames) * rows)
 
-        def step(policy: str, count: int) -> int:
+        def step(each: str, count: int) -> int:
             some = [_at(layer, text + count * rows, count, per_frame) for layer in layers]
             # Features that need no gradient would leave room for more.
-            return step_bytes(some, policy, states, shared(some), features_train=True)
+            return step_bytes(some, each, states, shared(some), features_train=True)
 
-        frames = {policy: frames_that_fit(functools.partial(step, policy), capacity) for policy in POLICIES}
-    return MemoryPlan(parallel.recomputation.policy, kept, shared(layers), states.device_bytes, frames)
+        frames = {each: frames_that_fit(functools.partial(step, each), capacity) for each in POLICIES}
+    return MemoryPlan(policy, kept, shared(layers), states.device_bytes, frames)
 
 
 def model_states(model: nn.Module, ds_config: Mapping[str, Any], ranks: int) -> ModelStates:

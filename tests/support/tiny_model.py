@@ -29,7 +29,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from ds_lvxattn.batches.collate import Collator
+from ds_lvxattn.batches.prepare import Batches
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.data.sample import IGNORE, Sample
@@ -169,10 +169,9 @@ PROCESSORS: dict[type, Callable[[], Any]] = {
 }
 
 
-def tiny_collator(model: nn.Module, parallel: SequenceParallel | None) -> Collator:
-    dtype, family = next(model.parameters()).dtype, family_of(model)
-    processor = PROCESSORS[type(family)]()
-    return Collator(family, model.config, processor, 0, IMAGE_TOKEN, CPU, dtype, parallel)
+def tiny_batches(model: nn.Module, parallel: SequenceParallel | None = None) -> Batches:
+    processor = PROCESSORS[type(family_of(model))]()
+    return Batches(model, processor, 0, IMAGE_TOKEN, CPU, next(model.parameters()).dtype, parallel)
 
 
 def start_deepspeed() -> None:
@@ -187,29 +186,25 @@ def groups_of(size: int) -> SequenceParallelGroups:
     return SequenceParallelGroups(size)
 
 
-def attach(
-    model: nn.Module, size: int, mode: tuple[str, str, str], samples: Sequence[Sample], **block: Any
-) -> SequenceParallel:
-    """Make ``model`` sequence-parallel, planned for ``samples``."""
+def attach(model: nn.Module, size: int, mode: tuple[str, str, str], samples: Sequence[Sample], **block: Any) -> Batches:
+    """Make ``model`` sequence-parallel, planned for ``samples`` divided over ``size`` ranks."""
     strategy, schedule, placement = mode
     config = SequenceParallelConfig(strategy=strategy, schedule=schedule, placement=placement, size=size, **block)
-    parallel = SequenceParallel(model, config, groups_of(size))
-    collator = tiny_collator(model, parallel)
-    parallel.make_plan(collator.shapes(collator.layout(samples)), collator.device, collator.dtype)
-    return parallel
+    batches = tiny_batches(model, SequenceParallel(model, config, groups_of(size)))
+    batches.plans(batches.collator.layout(samples))
+    return batches
 
 
 def loss_of(
-    model: nn.Module, samples: Sequence[Sample], parallel: SequenceParallel | None = None, layout: Any = None
+    model: nn.Module, samples: Sequence[Sample], batches: Batches | None = None, layout: Any = None
 ) -> torch.Tensor:
-    """The rank's part of the loss of a micro-batch; without ``parallel``, the unmodified model's whole loss.
+    """The rank's part of the loss of a micro-batch; without ``batches``, the unmodified model's whole loss.
 
     In the model's dtype: the loss that transformers computes is float32 whatever the model. ``layout`` is by default
-    that of the collator.
+    the divided one.
     """
-    collator = tiny_collator(model, parallel)
-    layout = layout or collator.layout(samples)
-    inputs = collator.collate(layout, collator.load(samples, layout)).inputs
+    batches = batches or tiny_batches(model)
+    inputs = batches.prepare(batches.load(samples, layout or batches.collator.layout(samples))).inputs
     labels, items = inputs.pop("shift_labels"), inputs.pop("num_items_in_batch")
     del inputs["labels"]
     logits = model(**inputs).logits

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_lvxattn.config import sequence_parallel_config
 from ds_lvxattn.data.sample import SampleError, SampleSource
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.training.loop import Job, Trainer
@@ -70,7 +71,8 @@ def train(
     source = source or mixed_samples(case.steps * case.batch)
     settings = FinetuningConfig(**finetuning)
     evaluation = source if settings.eval_every else None
-    job = Job(case.config, settings, tiny_loaded(), source, evaluation, case.steps, seed, folder, resume)
+    parallel = sequence_parallel_config(case.config, case.ranks)
+    job = Job(case.config, parallel, settings, tiny_loaded(), source, evaluation, case.steps, seed, folder, resume)
     return Trainer(job).run()
 
 

@@ -1,0 +1,104 @@
+"""The planner of an attached model: its sizes, the device at hand, and one plan for all ranks of a group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ds_lvxattn.batches.sequence_parallel import SequenceParallel
+from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.dispatch import select_kernel
+from ds_lvxattn.plan.layer_plan import LayerPlan
+from ds_lvxattn.plan.planner import ModelSizes, Planner
+from ds_lvxattn.plan.profile import Profile, profile_for_device
+
+
+def planner_for(parallel: SequenceParallel, device: torch.device, dtype: torch.dtype) -> Planner:
+    """The planner of a model that runs on ``device`` and computes in ``dtype``.
+
+    Raises:
+        ConfigError: on every rank, when the kernel that is set cannot run a layer.
+    """
+    layers = list(parallel.layers.values())
+    for layer in layers:
+        if layer.role != "local":
+            call = Call(device.type, dtype, layer.heads, layer.kv_heads, layer.head_dim, masked=True)
+            try:
+                select_kernel(parallel.config.kernel, call)
+            except ValueError as error:
+                raise ConfigError(f"layer {layer.name}: {error}") from error
+    group = parallel.comm.group
+
+    def share(make: Callable[[], list[LayerPlan]], everyone: bool) -> list[LayerPlan]:
+        return made_by_first(make, None if everyone else group)
+
+    return Planner(
+        layers, parallel.config, model_sizes(parallel), shipped_profile(device),
+        lambda: parallel.recomputation.policy, room, share,
+    )  # fmt: skip
+
+
+def made_by_first(make: Callable[[], list[LayerPlan]], group: dist.ProcessGroup | None) -> list[LayerPlan]:
+    """``make()`` of the first rank of ``group`` (None: of all ranks) on every rank in it, or the error that it raised.
+
+    Raises:
+        ConfigError: on every rank of the group.
+    """
+    answer: list[list[LayerPlan] | ConfigError | None] = [None]
+    if dist.get_rank(group) == 0:
+        try:
+            answer[0] = make()
+        except ConfigError as error:
+            answer[0] = error
+    dist.broadcast_object_list(answer, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
+    if isinstance(answer[0], ConfigError):
+        raise answer[0]
+    assert answer[0] is not None
+    return answer[0]
+
+
+def model_sizes(parallel: SequenceParallel) -> ModelSizes:
+    """Sizes of an attached model, whose parameters may be partitioned already."""
+    model, family = parallel.model, parallel.family
+    text = family.text_config(model.config)
+    # What decoders call it that have no gate: the plan takes their feed-forward part for one with a gate.
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", 4 * text.hidden_size)
+    frame_tokens = family.frame_tokens(model.config)
+    return ModelSizes(text.hidden_size, inner, frame_tokens, *_dense_operations(parallel))
+
+
+def _dense_operations(parallel: SequenceParallel) -> tuple[float, float]:
+    """Operations, forward and backward, of a text row and of a token of the vision encoder, attention left out."""
+
+    def parameters(module: nn.Module) -> dict[nn.Parameter, int]:
+        return {p: getattr(p, "ds_numel", p.numel()) for p in module.parameters()}
+
+    model = parallel.model
+    decoder = {p: n for layer in parallel.decoder_layers for p, n in parameters(layer).items()}
+    tables = [table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None]
+    others = parameters(model)
+    for known in (decoder, *map(parameters, tables)):
+        for parameter in known:
+            others.pop(parameter, None)
+    if not decoder:  # a language model of layers that transformers does not checkpoint: anything may be part of it
+        decoder = others
+    passes = 6.0 if any(p.requires_grad for p in others) else 2.0
+    return 6.0 * sum(decoder.values()), passes * sum(others.values())
+
+
+def shipped_profile(device: torch.device) -> Profile:
+    """The shipped profile that is nearest to ``device``."""
+    return profile_for_device(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+
+
+def room() -> float | None:
+    """Bytes that one layer's exchange may need while it runs: half of what the device has left, which activations
+    share. None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return 0.5 * (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())

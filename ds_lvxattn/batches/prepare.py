@@ -1,0 +1,130 @@
+"""From samples to the model's arguments in one place: layout, the rank's frames, the plan, the micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_lvxattn.batches.collate import Collator, Division, Images, MicroBatch
+from ds_lvxattn.batches.layout import BatchLayout
+from ds_lvxattn.batches.planning import planner_for
+from ds_lvxattn.batches.sequence_parallel import SequenceParallel
+from ds_lvxattn.data.sample import Sample
+from ds_lvxattn.families import family_of
+from ds_lvxattn.plan.layer_plan import LayerPlan
+from ds_lvxattn.plan.planner import Plan, Planner
+from ds_lvxattn.runtime.layer_times import LayerTimes
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Samples, their layout and the frames that this rank decoded; ``skipped`` of them were replaced.
+
+    ``most_frames`` is that of the layouts of all groups: all ranks call the vision encoder equally often, since
+    ZeRO-3 gathers its parameters over all of them.
+    """
+
+    layout: BatchLayout
+    images: Images
+    skipped: int
+    most_frames: int
+
+
+class Batches:
+    """Makes the micro-batches of one model.
+
+    Args:
+        model: a transformers model of a known family.
+        processor: its image processor.
+        pad_token: token id behind the end of a sample.
+        image_id: token id of a frame.
+        device, dtype: of the model's arguments.
+        parallel: its sequence parallelism; None: the unmodified model.
+
+    Attributes:
+        collator: makes arguments of samples.
+        planner: plans the attached model; None for the unmodified one.
+
+    Raises:
+        ConfigError: on every rank, when the kernel that is set cannot run a layer.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        pad_token: int,
+        image_id: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        parallel: SequenceParallel | None,
+    ) -> None:
+        self.parallel = parallel
+        division: Division | None = None
+        self.planner: Planner | None = None
+        if parallel is not None:
+            self.planner = planner_for(parallel, device, dtype)
+            config = parallel.config
+            division = Division(parallel.comm, config.placement, parallel.windows, config.kernel)
+        self.collator = Collator(
+            family_of(model), model.config, processor, pad_token, image_id, device, dtype, division
+        )
+        self._plan: Plan = ()
+        self._plans: Mapping[nn.Module, LayerPlan] = {}
+
+    def layout(self, samples: Sequence[Sample]) -> BatchLayout:
+        """Where ``samples`` lie; a small batch on a single rank, where every rank is to compute all of it."""
+        divided = self.collator.layout(samples)
+        if self.planner is None or not self.planner.undivided(self.collator.sizes(divided)):
+            return divided
+        return self.collator.undivided_layout(samples)
+
+    def plans(self, layout: BatchLayout) -> Mapping[nn.Module, LayerPlan]:
+        """What each attention module runs a batch with, planned now if it is of a class of sizes without a plan.
+
+        Every rank of the group calls it for the same batches in the same order; see ``Planner.follow``.
+        """
+        if self.planner is None:
+            return {}
+        assert self.parallel is not None
+        plan = self.planner.follow(self.collator.sizes(layout))
+        if plan is not self._plan:
+            self._plan, self._plans = plan, dict(zip(self.parallel.layers, plan, strict=True))
+        return self._plans
+
+    def load(self, samples: Sequence[Sample], layout: BatchLayout | None = None) -> Loaded:
+        """Decode the frames that lie on this rank, where ``samples`` are the batch of the only group of a run.
+
+        Args:
+            layout: None: ``layout(samples)``.
+
+        Raises:
+            SampleError: on this rank alone, when frames of a sample cannot be decoded on it; a ``Loader`` has one
+                verdict for all ranks.
+        """
+        layout = layout or self.layout(samples)
+        return Loaded(layout, self.collator.load(samples, layout), 0, layout.most_frames)
+
+    def prepare(self, batch: Loaded | Sequence[Sample], times: LayerTimes | None = None) -> MicroBatch:
+        """This rank's micro-batch, planned for; every rank of the group calls it for the same batches.
+
+        Args:
+            batch: what a ``Loader`` or ``load`` loaded, or samples for ``load``.
+            times: measures the attention layers; None: nothing is measured.
+        """
+        if not isinstance(batch, Loaded):
+            batch = self.load(batch)
+        plans = self.plans(batch.layout)
+        return self.collator.collate(batch.layout, batch.images, plans, batch.most_frames, times)
+
+    def note_times(self, plan: Plan, times: LayerTimes) -> Plan:
+        """``plan``, one of the planner's, with what was measured."""
+        assert self.parallel is not None and self.planner is not None
+        layers = self.parallel.layers
+        return self.planner.note_times(
+            plan, {layers[module].name: took for module, took in times.milliseconds().items()}
+        )

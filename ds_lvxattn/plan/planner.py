@@ -1,0 +1,202 @@
+"""The plans of one model: a strategy for each of its attention layers, for every size of batch that comes.
+
+The planner is handed values (settings, layers, sizes, the machine) and knows neither the model nor the process group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from ds_lvxattn.plan.choice import ShapeClass
+from ds_lvxattn.plan.layer_plan import AttentionLayer, LayerPlan, plan_layers, recomputed
+from ds_lvxattn.plan.memory import POLICIES, LayerSizes, kept_bytes
+from ds_lvxattn.plan.profile import Profile
+from ds_lvxattn.plan.traffic import LayerShape
+from ds_lvxattn.plan.undivided import whole_is_faster
+
+if TYPE_CHECKING:
+    from ds_lvxattn.config import SequenceParallelConfig
+
+Plan = tuple[LayerPlan, ...]  # a layer each, in the model's order
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What the planner must know of a model beside its attention layers.
+
+    Attributes:
+        width: size of a text row (``d_model``).
+        intermediate: inner size of the feed-forward part.
+        frame_tokens: visual tokens of a frame.
+        row_operations: operations of a text row, forward and backward, attention left out.
+        token_operations: the same of a token of the vision encoder.
+    """
+
+    width: int
+    intermediate: int
+    frame_tokens: int
+    row_operations: float
+    token_operations: float
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """What the planner must know of a micro-batch; equal on every rank of the group.
+
+    Attributes:
+        shape_class: ``choice.shape_class`` of it. Batches of one class have one plan.
+        ranks: over which it is divided; 1 where every rank computes all of it.
+        rows: text rows, over all samples.
+        encoded: tokens of the vision encoder, over all samples.
+        shapes: makes the sizes of each exchanged kind of layers, heads left out; called for a new class only.
+    """
+
+    shape_class: ShapeClass
+    ranks: int
+    rows: int
+    encoded: float
+    shapes: Callable[[], Mapping[str, LayerShape]]
+
+
+class Share(Protocol):
+    """One plan for many ranks: the first of them makes it, and all get it, or the error that it raised."""
+
+    def __call__(self, make: Callable[[], list[LayerPlan]], everyone: bool) -> list[LayerPlan]:
+        """``make()`` of the first rank of the group, or of the run where it is for ``everyone``."""
+
+
+class Planner:
+    """Plans for the batches of one model.
+
+    Args:
+        layers: the model's attention layers, in its order.
+        settings: the sequence-parallel settings.
+        model: its other sizes.
+        profile: the machine, as far as it is known ahead of the run. What decides on undivided batches: they are laid
+            out ahead of their steps, perhaps before anything is measured, and alike on all ranks.
+        policy: the recompute policy in effect, which a switch of the model may change.
+        room: bytes that one layer's exchange may need while it runs; None: no limit.
+        share: makes the ranks of a group follow the plan of the first.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[AttentionLayer],
+        settings: SequenceParallelConfig,
+        model: ModelSizes,
+        profile: Profile,
+        policy: Callable[[], str],
+        room: Callable[[], float | None],
+        share: Share,
+    ) -> None:
+        self._layers, self._settings, self._model = layers, settings, model
+        self._shipped, self._policy, self._room, self._share = profile, policy, room, share
+        self.profile = profile
+        self.plan: Plan = ()
+        self._plan_of: dict[tuple[ShapeClass, int], Plan] = {}
+        self._undivided: dict[ShapeClass, bool] = {}
+
+    def undivided(self, sizes: BatchSizes) -> bool:
+        """Whether every rank is to compute a batch whole, of these sizes when divided, instead of its part of it.
+
+        Decided at the first batch of a class.
+        """
+        settings = self._settings
+        if settings.strategy != "auto" or settings.schedule != "auto" or settings.layers:
+            return False
+        if sizes.shape_class not in self._undivided:
+            shapes, policy = sizes.shapes(), self._policy()
+            layers = [
+                replace(
+                    shapes[layer.kind], heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim,
+                    recompute=recomputed(layer.role, policy),
+                )
+                for layer in self._layers
+                if layer.kind in shapes
+            ]  # fmt: skip
+            dense = sizes.rows * self._model.row_operations + sizes.encoded * self._model.token_operations
+            self._undivided[sizes.shape_class] = whole_is_faster(layers, dense, self._shipped)
+        return self._undivided[sizes.shape_class]
+
+    def start(self, sizes: BatchSizes, profile: Profile | None = None) -> Plan:
+        """Plan afresh, for batches of these sizes: one plan for all ranks of the run, which all call it.
+
+        Args:
+            profile: the machine as it was measured; None: as it was known ahead of the run.
+
+        Raises:
+            ConfigError: on every rank, when a setting cannot work for a layer.
+        """
+        self.profile = profile or self._shipped
+        self.plan, self._plan_of = (), {}
+        return self._remember(sizes, everyone=True)
+
+    def follow(self, sizes: BatchSizes) -> Plan:
+        """The plan for a batch of these sizes, which a class that is new gets now; it is the ``plan`` from then on.
+
+        Every rank of the group calls it with the same sizes, so that all or none of them plan; the group's first rank
+        decides. A layer changes its strategy only for a gain that is worth it (``choice.HYSTERESIS``).
+
+        Raises:
+            ConfigError: on every rank of the group, when no strategy can run a layer.
+        """
+        if not self.plan:
+            return self.start(sizes)
+        known = self._plan_of.get((sizes.shape_class, sizes.ranks))
+        if known is None:
+            return self._remember(sizes, everyone=False)
+        self.plan = known
+        return known
+
+    def _remember(self, sizes: BatchSizes, everyone: bool) -> Plan:
+        shapes = sizes.shapes()
+        before = {plan.layer: (plan.strategy, plan.schedule) for plan in self.plan}
+
+        def decide() -> list[LayerPlan]:
+            settings = self._settings.model_copy(update={"recompute": self._policy()})
+            return plan_layers(self._layers, shapes, settings, self.profile, before, self._room())
+
+        self.plan = tuple(
+            replace(plan, kept_bytes={policy: kept_bytes(kept, policy) for policy in POLICIES}) if kept else plan
+            for plan, kept in self._with_sizes(self._share(decide, everyone), shapes)
+        )
+        self._plan_of[sizes.shape_class, sizes.ranks] = self.plan
+        return self.plan
+
+    def layer_sizes(self, shapes: Mapping[str, LayerShape]) -> list[LayerSizes]:
+        """What the memory plan must know of each decoder layer, on the rank that holds most, by the plan at hand."""
+        return [sizes for _, sizes in self._with_sizes(self.plan, shapes) if sizes is not None]
+
+    def _with_sizes(
+        self, plans: Sequence[LayerPlan], shapes: Mapping[str, LayerShape]
+    ) -> list[tuple[LayerPlan, LayerSizes | None]]:
+        return [
+            (plan, _layer_sizes(plan, layer, shapes[layer.kind], self._model) if layer.kind in shapes else None)
+            for plan, layer in zip(plans, self._layers, strict=True)
+        ]
+
+    def note_times(self, plan: Plan, measured: Mapping[str, Mapping[str, float]]) -> Plan:
+        """``plan``, one of this planner's, with measured milliseconds (``forward``, ``backward``) by layer name."""
+        noted = tuple(
+            replace(layer, measured_ms={k: round(v, 4) for k, v in measured[layer.layer].items()})
+            if layer.layer in measured
+            else layer
+            for layer in plan
+        )
+        if self.plan is plan:
+            self.plan = noted
+        self._plan_of = {key: noted if known is plan else known for key, known in self._plan_of.items()}
+        return noted
+
+
+def _layer_sizes(plan: LayerPlan, layer: AttentionLayer, shape: LayerShape, model: ModelSizes) -> LayerSizes:
+    rows, keys = max(shape.q_lengths), max(shape.kv_lengths)
+    if layer.role == "cross":
+        keys = max(keys, model.frame_tokens)  # a rank without frames has a blank one
+    return LayerSizes(
+        layer.role, plan.strategy, plan.schedule, shape.batch, shape.ranks,
+        rows, rows, sum(shape.q_lengths), keys, max(sum(shape.kv_lengths), keys),
+        layer.heads, layer.kv_heads, layer.head_dim, model.width, model.intermediate, shape.element, layer.beside,
+    )  # fmt: skip
