@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
-# Set up .venv and run the checks and the tests. Arguments go to pytest.
+# Set up .venv and run the checks and the tests. Further arguments go to pytest.
+#   bash launch/test.sh           everything
+#   bash launch/test.sh --quick   in under 3 minutes: without the tests that are marked slow
 set -euo pipefail
 cd "$(dirname "$0")/.."
+tests=()
+if [ "${1:-}" = --quick ]; then
+  tests=(-m "not slow")
+  shift
+fi
 source launch/environment.sh
 prepare_environment test
 ruff check .
 ruff format --check .
 python -m mypy
 lint-imports
-python -m pytest "$@"
+python -m pytest ${tests[@]+"${tests[@]}"} "$@"

@@ -164,6 +164,7 @@ def sharded(frames: tuple[int, ...]) -> dict[tuple[str, bool], tuple[Tensor, Ten
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", FRAMES)
 def test_output_and_gradients_are_those_of_one_rank(ranks: int) -> None:
     for frames in FRAMES[ranks]:
@@ -246,6 +247,7 @@ def train(frames: tuple[int, ...]) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_losses_under_zero3() -> None:
     want, got = train((IN_ALL,)), run(2, train, (IN_ALL, 0))[0]
     assert want[-1] < want[0]

@@ -207,6 +207,7 @@ def test_a_bad_sample_is_skipped_with_a_warning_or_fatal(row: VideoRow, part: st
     assert error == other and part in error and "'finetuning.on_bad_sample' to 'skip'" in error
 
 
+@pytest.mark.slow
 def test_a_fatal_sample_of_one_group_stops_the_other_groups(tmp_path: Path) -> None:
     write_rows(tmp_path, GOOD, replace(GOOD, file="second.mp4"), BROKEN_ON_RANK_1, replace(GOOD, file="third.mp4"))
     errors = {error for error, *_ in run(4, load_rows, tmp_path, 2, False)}
@@ -226,6 +227,7 @@ class HoleySource(ListSource):
         return self.samples[index]
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_all_samples_of_a_step_are_bad(tmp_path: Path) -> None:
     samples = [tiny_sample(PATTERNS["several images"], seed) for seed in range(10)]
     case = Case(2, 2, 3, MODES[0], steps=5)
@@ -281,6 +283,7 @@ REFUSALS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "options", "part"), REFUSALS.values(), ids=REFUSALS.keys())
 def test_a_refused_run_leaves_the_checkpoint_as_it_is(
     case: Case, options: dict[str, Any], part: str, trained: Path
@@ -294,6 +297,7 @@ def test_a_refused_run_leaves_the_checkpoint_as_it_is(
     assert contents(trained) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_checkpoint_resumes_with_any_sequence_parallel_size(size: int, trained: Path, tmp_path: Path) -> None:
     """Also the proof that the refused runs above lost nothing: the losses are those of an unbroken run."""

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -46,6 +47,7 @@ def measured_twice(cache: str) -> tuple[dict, dict, bool]:
     return profile_to_json(first), profile_to_json(second), untouched
 
 
+@pytest.mark.slow
 def test_ranks_measure_once_and_agree(tmp_path: Path) -> None:
     results = run(2, measured_twice, str(tmp_path))
     for first, second, untouched in results:

@@ -71,12 +71,14 @@ def test_loss_and_gradients_on_two_ranks(family: str) -> None:
     check(family, 2, (*[first] * (len(MODES) - len(others)), *others))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_on_four_ranks(family: str) -> None:
     batches = batches_of(family)
     check(family, 4, (batches[0], batches[2], batches[4]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ZERO3)
 def test_loss_and_gradients_in_float32_with_recomputation(family: str) -> None:
     batches = batches_of(family)
@@ -121,6 +123,7 @@ def train(family: str, ranks: int) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ZERO3)
 def test_losses_under_zero3(family: str) -> None:
     want, got = train(family, 1), run(2, train, family, 2)[0]

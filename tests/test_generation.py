@@ -105,6 +105,7 @@ def test_the_quickstart_family_gives_the_tokens_of_one_rank(ranks: int) -> None:
     check("mllama", ranks, [*cases, (LONG, MODES[1], SAMPLED), (BATCH, MODES[4], SAMPLED)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", GENERATING)
 def test_the_families_give_the_tokens_of_one_rank(family: str) -> None:
     long, few, batch = TEXT if family == "text only" else (LONG, (PATTERNS["short clip"],), BATCH)
@@ -209,6 +210,7 @@ def of_two_groups(patterns: Sequence[str], ends: int) -> Tensor:
     return tokens
 
 
+@pytest.mark.slow
 def test_groups_under_zero3_wait_for_one_another() -> None:
     patterns = (PATTERNS["several images"], PATTERNS["video"])
     model = tiny_model()
@@ -316,6 +318,7 @@ def run_command(arguments: list[str]) -> str:
     return module.answer(args)
 
 
+@pytest.mark.slow
 def test_the_command_gives_one_answer_on_any_number_of_ranks(tmp_path: Path) -> None:
     loaded = tiny_loaded()
     loaded.save(tmp_path / "model", loaded.model.state_dict())

@@ -169,6 +169,7 @@ def train_with_evaluation(folder: Path) -> dict[str, float | int]:
     return train(case, folder, ListSource(slow), eval_every=1, on_bad_sample="fail")
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_meet_the_batch_that_loads_ahead(tmp_path: Path) -> None:
     results = run(2, train_with_evaluation, tmp_path)
     assert results[0] == results[1] and results[0]["examples"] == 8

@@ -72,6 +72,7 @@ def measured_and_planned(dtype: torch.dtype, policy: str, frames: int = 0) -> li
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_layers_keep_what_the_plan_says(ranks: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):

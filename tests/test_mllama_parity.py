@@ -71,6 +71,7 @@ def in_all_modes(
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_loss_and_gradients_in_float64(ranks: int) -> None:
     batches = tuple(BATCHES.values())
@@ -115,6 +116,7 @@ def in_portions(patterns: tuple[str, ...]) -> list[tuple[float, Gradients]]:
         return in_all_modes((patterns,), torch.float64, 2)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_frames_are_encoded_in_portions(ranks: int) -> None:
     """Up to three portions; on four ranks one has fewer frames than portions."""

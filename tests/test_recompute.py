@@ -145,6 +145,7 @@ def engine_gradients_by_policy(stage: str, frozen: Sequence[str]) -> list[dict[s
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradients_under_zero(stage: str) -> None:
     """Query exchange sends nothing again; each gradient hook fires once."""
@@ -163,6 +164,7 @@ def train_in_portions(case: Case, folder: Path) -> None:
         train(case, folder)
 
 
+@pytest.mark.slow
 def test_groups_with_unequal_frames_call_the_encoder_equally_often(tmp_path: Path) -> None:
     """ZeRO-3 gathers the encoder's parameters over two groups of two ranks, in each portion."""
     case = Case(4, 2, 3, GATHER, steps=4, micro_batch=1, recompute="kv")

@@ -280,6 +280,7 @@ if os.environ["RANK"] == "0":
 """
 
 
+@pytest.mark.slow
 def test_runs_through_the_launcher_and_goes_on_after_a_failure(script, tmp_path, monkeypatch, capfd):
     stub, config, out = tmp_path / "stub.py", tmp_path / "ds.json", tmp_path / "out"
     stub.write_text(STUB)

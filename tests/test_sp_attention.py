@@ -343,6 +343,7 @@ def attend_step_by_step(steps: list[tuple[Case, tuple[str, str, str]]]) -> list[
     return [attend(case, mode, dist.get_rank()) for case, mode in steps]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 def test_two_hundred_random_steps(ranks: int) -> None:
     """Shards, masks, strategies and schedules change at every step, as no training does: no hang, no mismatch."""
@@ -411,6 +412,7 @@ def _gradcheck(case: Case, mode: tuple[str, str, str], step: float = 1e-6) -> fl
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [

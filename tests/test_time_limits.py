@@ -19,6 +19,7 @@ def wait_for_a_rank_that_has_left() -> None:
         dist.barrier()
 
 
+@pytest.mark.slow
 def test_ranks_that_hang() -> None:
     with pytest.raises(TimeoutError, match=r"(?s)ranks \[0\] of 2.*rank 0:.*in wait_for_a_rank_that_has_left.*rank 1:"):
         run(2, wait_for_a_rank_that_has_left, timeout=1)

@@ -38,6 +38,7 @@ def check(case: Case, folder: Path) -> None:
 
 
 # Stages 1 and 2 differ in when gradients are reduced, not in what attention does: two modes say as much as all.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "mode"), [*((3, mode) for mode in MODES), *((stage, MODES[i]) for stage, i in ((1, 0), (2, 2)))],
     ids=str,
@@ -46,6 +47,7 @@ def test_losses_on_two_ranks(stage: int, mode: tuple[str, str, str], tmp_path: P
     check(Case(2, 2, stage, mode, steps=20 if mode is MODES[0] else 8), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("size", [4, 2])
 def test_losses_on_four_ranks(size: int, stage: int, tmp_path: Path) -> None:
@@ -54,6 +56,7 @@ def test_losses_on_four_ranks(size: int, stage: int, tmp_path: Path) -> None:
     check(Case(4, size, stage, mode, steps=8, accumulation=1 if size == 4 else 2), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [3])
 def test_fifty_steps_of_one_sample_of_every_kind(stage: int, tmp_path: Path) -> None:
     """Steps without any frame, and with fewer frames than ranks, among others."""
@@ -71,6 +74,7 @@ def test_recomputation_leaves_the_losses_as_they_are(recompute: str, stage: int,
 STEPS = 6
 
 
+@pytest.mark.slow
 def test_the_command_and_its_resumption(tmp_path: Path) -> None:
     model, whole, stopped = write_model(tmp_path / "model"), tmp_path / "whole", tmp_path / "stopped"
     # Not auto: a plan that another history leads to gives losses that differ in their last digits.

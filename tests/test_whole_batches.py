@@ -58,6 +58,7 @@ def train_with_small_batches_whole(case: Case, folder: Path) -> None:
         train(case, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [3])
 def test_training_with_some_batches_whole(stage: int, tmp_path: Path) -> None:
     case = Case(2, 2, stage, AUTO, steps=8, micro_batch=1, recompute="kv")

@@ -30,6 +30,7 @@ def run(p, exact, with_dlse=True, workspace=2**30):
     return dict(zip(GRADS, grads, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workspace", (ONE_BLOCK, 2**30))
 @pytest.mark.parametrize("head_dim", (64, 128))
 @pytest.mark.parametrize("mask", MASKS)
@@ -41,6 +42,7 @@ def test_exact_in_float32(make_problem, error, mask, head_dim, workspace):
         assert error(grads[name], exact[name]) < 1e-5, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("head_dim", (64, 128))
 @pytest.mark.parametrize("mask", MASKS)
