@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ds_lvxattn.exchange.base import Exchange
 from ds_lvxattn.exchange.comm import Transfer, communicator_by_name
-from ds_lvxattn.exchange.rows import attention_layout, gather_buffer, start_gather, start_return
+from ds_lvxattn.exchange.query_rows import attention_layout, gather_buffer, start_gather, start_return
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.differentiable import attention_operator, empty_results
 from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
