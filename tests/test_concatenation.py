@@ -17,7 +17,7 @@ from ds_lvxattn.data.sample import IGNORE
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.comm import communicator
 from ds_lvxattn.exchange.routes import visible_work
-from ds_lvxattn.families import llava
+from ds_lvxattn.families import family as encoding
 from ds_lvxattn.families.llava import Llava
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.runtime.visual_rows import VisualRows
@@ -34,7 +34,7 @@ PER_FRAME = 4
 
 def layout_of(patterns: tuple[str, ...], ranks: int, placement: str) -> BatchLayout:
     model: Any = tiny("llava")
-    return lay_out(samples_of(patterns), Llava(), model.config, ranks, placement, 0, IMAGE_TOKEN)
+    return lay_out(samples_of(patterns), Llava(model.config), ranks, placement, 0, IMAGE_TOKEN)
 
 
 def test_a_frame_has_a_row_for_each_of_its_visual_tokens() -> None:
@@ -55,19 +55,19 @@ def test_a_frame_has_a_row_for_each_of_its_visual_tokens() -> None:
 @pytest.mark.parametrize("pattern", ["ttItItttIa", "Ita", "tta"])
 def test_positions_of_qwen_are_those_of_the_model(pattern: str) -> None:
     model: Any = tiny("qwen2.5-vl")
-    layout = lay_out(samples_of((pattern,)), Qwen25VL(), model.config, 1, "contiguous", 0, IMAGE_TOKEN)
+    layout = lay_out(samples_of((pattern,)), Qwen25VL(model.config), 1, "contiguous", 0, IMAGE_TOKEN)
     ids = torch.from_numpy(layout.input_ids)
     grid = torch.tensor([[1, 4, 4]] * pattern.count("I")).reshape(-1, 3)
     want, _ = model.model.get_rope_index(ids, (ids == IMAGE_TOKEN).int(), grid)
-    got = Qwen25VL().positions(layout.visual[0], model.config)
+    got = Qwen25VL(model.config).positions(layout.visual[0])
     assert got.tolist() == want[:, 0].tolist()
 
 
 def test_adjacent_frames_of_qwen_come_one_after_another() -> None:
     """The model's own function takes them for one image; published prompts have tokens between them."""
     model: Any = tiny("qwen2.5-vl")
-    layout = lay_out(samples_of(("tIIt",)), Qwen25VL(), model.config, 1, "contiguous", 0, IMAGE_TOKEN)
-    time, row, column = Qwen25VL().positions(layout.visual[0], model.config).tolist()
+    layout = lay_out(samples_of(("tIIt",)), Qwen25VL(model.config), 1, "contiguous", 0, IMAGE_TOKEN)
+    time, row, column = Qwen25VL(model.config).positions(layout.visual[0]).tolist()
     assert time == [0, 1, 1, 1, 1, 3, 3, 3, 3, 5]
     assert row == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
     assert column == [0, 1, 2, 1, 2, 3, 4, 3, 4, 5]
@@ -126,18 +126,18 @@ TRAINABLE = (("*",), ("*multi_modal_projector.*",), ("*language_model.*", "*lm_h
 def loss_and_gradients(parallel: bool) -> list[tuple[float, Gradients]]:
     """For each choice of what trains; a frame a portion, so a rank with fewer frames encodes one of them again."""
     results = []
-    samples, usual = samples_of(BATCH), llava.TOKENS_AT_ONCE
+    samples, usual = samples_of(BATCH), encoding.TOKENS_AT_ONCE
     for trainable in TRAINABLE:
         model = tiny("llava", torch.float64).train()
         select_trainable(model, "llava", trainable)
         try:
-            llava.TOKENS_AT_ONCE = 1 if parallel else usual
+            encoding.TOKENS_AT_ONCE = 1 if parallel else usual
             ranks = dist.get_world_size() if parallel else 1
             mode = ("lv_xattn", "gather", "striped")
             loss = loss_of(model, samples, attach(model, ranks, mode, samples) if parallel else None)
             loss.backward()
         finally:
-            llava.TOKENS_AT_ONCE = usual
+            encoding.TOKENS_AT_ONCE = usual
         gradients = gradients_of(model)
         results.append(sum_over_ranks(loss, gradients) if parallel else (loss.item(), gradients))
     return results
@@ -173,11 +173,11 @@ def test_a_tower_without_a_fixed_number_of_tokens_is_refused() -> None:
     model: Any = tiny("llava")
     model.config.vision_config.model_type = "pixtral"
     with pytest.raises(ConfigError, match="'pixtral'.*'clip_vision_model'.*'sequence_parallel_size' to 1"):
-        Llava().frame_tokens(model.config)
+        Llava(model.config).frame_tokens()
 
 
 def test_frames_that_do_not_divide_into_tokens_are_refused() -> None:
     model: Any = tiny("qwen2.5-vl")
     model.config.vision_config.image_size = 30
     with pytest.raises(ConfigError, match="30 pixels do not divide into tokens of 14; set 'image_size'"):
-        Qwen25VL().frame_tokens(model.config)
+        Qwen25VL(model.config).frame_tokens()

@@ -196,15 +196,16 @@ def test_a_prompt_without_frames_exchanges_the_scores_alone() -> None:
 # Under ZeRO-3
 
 
-def of_two_groups(patterns: Sequence[str], ends: int) -> Tensor:
-    """Each group its own sample, under ZeRO-3, which partitions over both; ``ends`` is the token that ends answers."""
-    model, sample = tiny_model(), samples_of(patterns)[dist.get_rank() // 2]
+def of_two_groups(patterns: Sequence[str], ends: Sequence[int]) -> Tensor:
+    """Each group its own sample, and token that ends answers, under ZeRO-3, which partitions over both."""
+    group = dist.get_rank() // 2
+    model, sample = tiny_model(), samples_of(patterns)[group]
     batches = attach(model, 2, MODES[0], [sample])
     config = {**ds_config(3, 2, 1), "steps_per_print": 1_000_000}
     del config["optimizer"]
     partition_over_all_ranks(model, config, groups_of(2))
     engine, *_ = deepspeed.initialize(model=model, config=config, mpu=groups_of(2))
-    how = {"max_new_tokens": NEW, "eos_token_id": ends, "do_sample": False}
+    how = {"max_new_tokens": NEW, "eos_token_id": ends[group], "do_sample": False}
     tokens = generate(engine.module, batches, [sample], **how)
     engine.destroy()
     return tokens
@@ -218,10 +219,10 @@ def test_groups_under_zero3_wait_for_one_another() -> None:
         generate(model, tiny_batches(model), [sample], max_new_tokens=NEW, do_sample=False, eos_token_id=NEVER)
         for sample in samples_of(patterns)
     ]
-    ends = int(want[0][0, 1])
-    assert ends not in want[1]
-    got = run(4, of_two_groups, patterns, ends)
-    assert [tokens.tolist() for tokens in got] == [want[0][:, :2].tolist()] * 2 + [want[1].tolist()] * 2
+    # The first group ends ahead of the second.
+    first, second = (tokens[0].tolist() for tokens in want)
+    got = run(4, of_two_groups, patterns, (first[1], NEVER))
+    assert [tokens[0].tolist() for tokens in got] == [first[: first.index(first[1]) + 1]] * 2 + [second] * 2
 
 
 # Bad input

@@ -152,6 +152,6 @@ def test_frame_ranges_are_the_mask_of_transformers(input_ids: list[int]) -> None
     mask = get_cross_attention_token_mask(input_ids, IMAGE_TOKEN)
     [dense] = convert_sparse_cross_attention_mask_to_dense([mask], [[1] * len(mask)], 1, len(input_ids))
     ours = np.zeros(dense.shape, dtype=dense.dtype)
-    for token, (first, last) in enumerate(Mllama().frame_ranges(input_ids, IMAGE_TOKEN, tiny_config())):
+    for token, (first, last) in enumerate(Mllama(tiny_config()).frame_ranges(input_ids, IMAGE_TOKEN)):
         ours[token, first:last] = 1
     np.testing.assert_array_equal(ours, dense)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ds_lvxattn.families import family as encoding
 from ds_lvxattn.families import family_of
-from ds_lvxattn.families.owl import hyper_qwen2, mplug_owl3
+from ds_lvxattn.families.owl import hyper_qwen2
 from ds_lvxattn.families.owl.checkpoint_names import kinds, load_processor
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
 from tests.support.distributed import run
@@ -85,13 +86,13 @@ def test_hyper_attention_is_what_its_equations_say(kind: str) -> None:
 
 def test_what_text_sees_and_where_images_stand() -> None:
     ids, config = [4, IMAGE_TOKEN, IMAGE_TOKEN, 4], tiny("mplug_owl3, fused").config
-    ranges = MPlugOwl3().frame_ranges(ids, IMAGE_TOKEN, config)
+    ranges = MPlugOwl3(config).frame_ranges(ids, IMAGE_TOKEN)
     assert ranges == [(0, 0), (0, 1), (0, 2), (0, 2)]
-    assert MPlugOwl3().dense_mask([[*ranges, (0, 0)]], 2, config)["media_offset"][0].tolist() == [1, 2]
+    assert MPlugOwl3(config).dense_mask([[*ranges, (0, 0)]], 2)["media_offset"][0].tolist() == [1, 2]
     config.hyper_attention = "gate"
-    ranges = MPlugOwl3().frame_ranges(ids, IMAGE_TOKEN, config)
+    ranges = MPlugOwl3(config).frame_ranges(ids, IMAGE_TOKEN)
     assert ranges == [(0, 0), (0, 0), (0, 1), (0, 2)]
-    assert MPlugOwl3().dense_mask([ranges], 2, config)["media_offset"][0].tolist() == [2, 3]
+    assert MPlugOwl3(config).dense_mask([ranges], 2)["media_offset"][0].tolist() == [2, 3]
 
 
 # Published checkpoints
@@ -130,12 +131,12 @@ def test_parameters_are_named_as_in_published_checkpoints(kind: str, tmp_path: P
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in config.items() if k not in ("hyper_attention", "projector")}))
-    loaded = MPlugOwl3().load_model(str(tmp_path), torch.float32)
+    loaded = MPlugOwl3(None).load_model(str(tmp_path), torch.float32)
     for name, value in loaded.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[name])
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_size": SIZE}))
     frames = [torch.zeros(40, 30, 3, dtype=torch.uint8).numpy()]
-    pixels = MPlugOwl3().pixels(frames, load_processor(str(tmp_path)), loaded.config)["pixel_values"]
+    pixels = MPlugOwl3(loaded.config).pixels(frames, load_processor(str(tmp_path)))["pixel_values"]
     assert pixels.shape == (1, 1, 3, SIZE, SIZE) and (pixels == -1).all()
 
 
@@ -158,8 +159,8 @@ def test_a_published_config() -> None:
     config = hyper_qwen2.MPlugOwl3Config.from_dict(
         {"model_type": "mplugowl3", "rope_theta": 1e6, "hyper_layers": [1, 9, 17, 25], "vision_config": vision}
     )
-    assert config.rope_parameters["rope_theta"] == 1e6 and MPlugOwl3().frame_tokens(config) == 729
-    assert MPlugOwl3().has_config(config) and config.hyper_attention is None
+    assert config.rope_parameters["rope_theta"] == 1e6 and MPlugOwl3(config).frame_tokens() == 729
+    assert MPlugOwl3.has_config(config) and config.hyper_attention is None
 
 
 # The code that published checkpoints come with: its arguments, around the arithmetic of this package's model
@@ -255,13 +256,13 @@ def kept_and_gradients(policy: str) -> tuple[int, int, Gradients]:
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    usual, mplug_owl3.TOKENS_AT_ONCE = mplug_owl3.TOKENS_AT_ONCE, 12  # three frames a portion
+    usual, encoding.TOKENS_AT_ONCE = encoding.TOKENS_AT_ONCE, 12  # three frames a portion
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             loss = loss_of(model, samples, batches)
         loss.backward()
     finally:
-        mplug_owl3.TOKENS_AT_ONCE = usual
+        encoding.TOKENS_AT_ONCE = usual
     keys = 8 * 4 * (2 * 2 * 8) * 4  # frames, tokens, width of K and V, bytes
     return sum(kept.values()), 3 * keys, gradients_of(model)
 

@@ -17,7 +17,7 @@ from ds_lvxattn.exchange.comm import Communicator, communicator
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.routes import Routes, routed_rows, visible_work
 from ds_lvxattn.exchange.shards import ShardLayout
-from ds_lvxattn.families.family import TOKENS_AT_ONCE, Family
+from ds_lvxattn.families.family import Family, VisualFamily
 from ds_lvxattn.plan.choice import shape_class
 from ds_lvxattn.plan.layer_plan import LayerPlan, kind_of
 from ds_lvxattn.plan.planner import BatchSizes
@@ -72,7 +72,6 @@ class Collator:
 
     Attributes:
         family: the model's family.
-        model_config: the model's transformers config.
         processor: image processor of the model.
         pad_token: token id behind the end of a sample.
         image_id: token id of a frame.
@@ -82,7 +81,6 @@ class Collator:
     """
 
     family: Family
-    model_config: Any
     processor: Any
     pad_token: int
     image_id: int
@@ -101,7 +99,7 @@ class Collator:
         return self._layout(samples, 1, "contiguous")
 
     def _layout(self, samples: Sequence[Sample], ranks: int, placement: str) -> BatchLayout:
-        return lay_out(samples, self.family, self.model_config, ranks, placement, self.pad_token, self.image_id)
+        return lay_out(samples, self.family, ranks, placement, self.pad_token, self.image_id)
 
     def rank_in(self, layout: BatchLayout) -> int:
         """Which rank of ``layout`` this one is; one of a single rank is that of every rank."""
@@ -109,6 +107,10 @@ class Collator:
 
     def check(self, sample: Sample) -> Sample:
         """``sample``, if its text has one image token for each frame. Raises ``SampleError`` otherwise."""
+        if not isinstance(self.family, VisualFamily):
+            if sample.num_frames:
+                raise SampleError(f"{sample.name}: {sample.num_frames} frames, and {self.family.name} takes text alone")
+            return sample
         tokens = sum(token == self.image_id for token in sample.input_ids)
         if tokens != sample.num_frames:
             raise SampleError(
@@ -127,7 +129,7 @@ class Collator:
             shape_class(len(layout.frames), layout.text.total, layout.keys.total),
             layout.text.ranks,
             len(layout.frames) * layout.text.total,
-            sum(layout.frames) * TOKENS_AT_ONCE / self.family.frames_at_once(self.model_config),
+            sum(layout.frames) * self.family.encoder_tokens() if isinstance(self.family, VisualFamily) else 0,
             functools.partial(self._shapes, layout),
         )
 
@@ -162,7 +164,7 @@ class Collator:
         # Of a batch that every rank computes whole, each counts its part of the loss and of the gradients.
         shares = self.division.comm.ranks // layout.text.ranks if self.division else 1
         labels = torch.from_numpy(layout.shift_labels[:, own]).contiguous()
-        positions = [self.family.positions(visual, self.model_config) for visual in layout.visual]
+        positions = [self.family.positions(visual) for visual in layout.visual]
         answers, num_answers = number_answers(layout.shift_labels)
         inputs: dict[str, Any] = {
             "input_ids": torch.from_numpy(layout.input_ids[:, own]),
@@ -190,27 +192,30 @@ class Collator:
         return x.to(self.device, dtype=self.dtype if x.is_floating_point() else None)
 
     def _visual(self, layout: BatchLayout, images: Images) -> dict[str, Tensor]:
+        family = self.family
+        if not isinstance(family, VisualFamily):
+            return {}
         flat = [image for sample in images for image in sample]
         if self.division:
             # A rank without frames encodes a blank one, so that every rank runs the same modules and collectives.
-            return dict(self._pixels(flat))
+            return dict(self._pixels(family, flat))
         frames = max(layout.frames)
-        if not frames and not self.family.needs_frames:
+        if not frames and not family.needs_frames:
             return {}  # the unmodified model skips its vision encoder
-        if self.family.keys_in_text:
-            return dict(self.family.pad_tiles(self._pixels(flat), self.model_config))
+        if family.keys_in_text:
+            return dict(family.pad_tiles(self._pixels(family, flat)))
         frames = max(frames, 1)
-        pixels = [self.family.pad_tiles(self._pixels(sample), self.model_config) for sample in images]
+        pixels = [family.pad_tiles(self._pixels(family, sample)) for sample in images]
         # Rows of the padding behind a sample see nothing.
         ranges = [[*rows, *[(0, 0)] * (layout.input_ids.shape[1] - len(rows))] for rows in layout.ranges]
-        dense = self.family.dense_mask(ranges, frames, self.model_config)
+        dense = family.dense_mask(ranges, frames)
         return {**{key: torch.cat([_pad_frames(p[key], frames) for p in pixels]) for key in pixels[0]}, **dense}
 
-    def _pixels(self, frames: list[np.ndarray]) -> Mapping[str, Tensor]:
+    def _pixels(self, family: VisualFamily, frames: list[np.ndarray]) -> Mapping[str, Tensor]:
         """Pixel arguments of these frames, or of a blank one."""
         if not frames:
-            return self.family.blank_pixels(self.model_config)
-        return self.family.pixels(frames, self.processor, self.model_config)
+            return family.blank_pixels()
+        return family.pixels(frames, self.processor)
 
     def _exchange(
         self,
@@ -232,11 +237,11 @@ class Collator:
             for slot in layout.slots[comm.rank]:
                 slots.append(loaded if slot < frames else 0)
                 loaded += slot < frames
-        portions = -(-most_frames // self.family.frames_at_once(self.model_config))
+        portions = -(-most_frames // self.family.frames_at_once()) if isinstance(self.family, VisualFamily) else 1
         in_order = slots == list(range(max(loaded, portions, 1)))
         sees_frame = torch.from_numpy(layout.sees_frame[:, own]).to(self.dtype)
         visual_rows = None
-        if layout.keys_in_text and self.family.image_token is not None:
+        if layout.keys_in_text and isinstance(self.family, VisualFamily):
             visual_rows = VisualRows.build(*layout.visual_sources(), layout.text, comm.rank, self.device)
         return SequenceParallelBatch(
             comm,

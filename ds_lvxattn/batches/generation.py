@@ -28,6 +28,7 @@ from ds_lvxattn.data.sample import Sample
 from ds_lvxattn.exchange.comm import Communicator
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
+from ds_lvxattn.families import VisualFamily
 from ds_lvxattn.plan.layer_plan import LayerPlan
 from ds_lvxattn.runtime.decoding import DecodingStep, KeyCache, NewTokens
 
@@ -97,7 +98,9 @@ def _on_one_rank(model: Any, batches: Batches, samples: Sequence[Sample], settin
     loaded = batches.load(padded)
     inputs = batches.prepare(loaded).inputs
     inputs = {key: value for key, value in inputs.items() if key not in TRAINING}
-    inputs |= {key: x.to(collator.device) for key, x in collator.family.prompt_arguments(loaded.layout.visual).items()}
+    if isinstance(collator.family, VisualFamily):
+        arguments = collator.family.prompt_arguments(loaded.layout.visual)
+        inputs |= {key: x.to(collator.device) for key, x in arguments.items()}
     inputs["attention_mask"] = _attention_mask(padding, longest, collator.device)
     return model.generate(**inputs, **settings)[:, longest:]
 
@@ -223,7 +226,7 @@ def _step(collator: Collator, layout: BatchLayout, plans: Plans, divided: KeyCac
     text_start = None
     if not layout.keys_in_text and lengths.min() < layout.text.total:
         text_start = torch.from_numpy((layout.text.total - lengths).astype(np.int32)[:, None]).to(device)
-    positions = (collator.family.positions(visual, collator.model_config) for visual in layout.visual)
+    positions = (collator.family.positions(visual) for visual in layout.visual)
     position = np.stack([p[..., n - 1 : n] for p, n in zip(positions, lengths, strict=True)], axis=-2)
     sees_frame = torch.from_numpy(layout.sees_frame[last]).to(device, collator.dtype)
     one_row = SequenceShards((1,) * division.comm.ranks)

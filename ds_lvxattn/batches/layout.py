@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_lvxattn.data.sample import IGNORE, Sample
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout, runs, split_evenly, striped_units
-from ds_lvxattn.families.family import Family
+from ds_lvxattn.families.family import Family, VisualFamily
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,6 @@ class BatchLayout:
 def lay_out(
     samples: Sequence[Sample],
     family: Family,
-    model_config: object,
     ranks: int,
     placement: str,
     pad_token: int,
@@ -146,14 +145,13 @@ def lay_out(
     Args:
         samples: the micro-batch; equal on every rank of the group.
         family: the model's family.
-        model_config: the model's transformers config.
         ranks: ranks of the sequence-parallel group.
         placement: ``contiguous`` or ``striped`` frames; where all keys are in the text, so is the text.
         pad_token: token id behind the end of a sample.
         image_id: token id of a frame.
     """
     frames = tuple(sample.num_frames for sample in samples)
-    per_frame = family.frame_tokens(model_config)
+    per_frame = family.frame_tokens() if isinstance(family, VisualFamily) else 1
     # Text that sees visual tokens as keys of their own has one row for the image token of a frame.
     rows_of = [_rows(sample, image_id, per_frame if family.keys_in_text else 1) for sample in samples]
     lengths = tuple(len(ids) for ids, _ in rows_of)
@@ -173,21 +171,22 @@ def lay_out(
     visual = np.full(shape, -1, dtype=np.int64)
     start, stop = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.int32)
     sees_frame = np.zeros(shape, dtype=bool)
-    ranges = []
+    ranges: list[tuple[tuple[int, int], ...]] = []
     for row, (sample, (ids, labels)) in enumerate(zip(samples, rows_of, strict=True)):
         tokens = len(ids)
         input_ids[row, :tokens] = ids
         shift_labels[row, : max(tokens - 1, 0)] = labels[1:]
-        seen = family.frame_ranges(sample.input_ids, image_id, model_config)
-        ranges.append(tuple(seen))
-        if family.keys_in_text:
+        if not isinstance(family, VisualFamily) or family.keys_in_text:
+            ranges.append(((0, 0),) * len(sample.input_ids))
             of_frames = ids == image_id
             visual[row, :tokens][of_frames] = np.arange(of_frames.sum())
             continue
+        seen = family.frame_ranges(sample.input_ids, image_id)
+        ranges.append(tuple(seen))
         bounds = np.array(seen, dtype=np.int32).reshape(tokens, 2)
         hidden = bounds[:, 0] >= bounds[:, 1]
         sees_frame[row, :tokens] = ~hidden
-        if family.hidden_rows_see_all(model_config):
+        if family.hidden_rows_see_all():
             bounds[hidden] = (0, sample.num_frames)
         start[row, :tokens], stop[row, :tokens] = (bounds * per_frame).T
     return BatchLayout(

@@ -10,6 +10,7 @@ from torch import nn
 
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.families import VisualFamily
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.dispatch import select_kernel
 from ds_lvxattn.plan.layer_plan import LayerPlan
@@ -63,11 +64,11 @@ def made_by_first(make: Callable[[], list[LayerPlan]], group: dist.ProcessGroup 
 
 def model_sizes(parallel: SequenceParallel) -> ModelSizes:
     """Sizes of an attached model, whose parameters may be partitioned already."""
-    model, family = parallel.model, parallel.family
-    text = family.text_config(model.config)
+    family = parallel.family
+    text = family.text_config
     # What decoders call it that have no gate: the plan takes their feed-forward part for one with a gate.
     inner = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", 4 * text.hidden_size)
-    frame_tokens = family.frame_tokens(model.config)
+    frame_tokens = family.frame_tokens() if isinstance(family, VisualFamily) else 1
     return ModelSizes(text.hidden_size, inner, frame_tokens, *_dense_operations(parallel))
 
 

@@ -70,9 +70,7 @@ class Batches:
             self.planner = planner_for(parallel, device, dtype)
             config = parallel.config
             division = Division(parallel.comm, config.placement, parallel.windows, config.kernel)
-        self.collator = Collator(
-            family_of(model), model.config, processor, pad_token, image_id, device, dtype, division
-        )
+        self.collator = Collator(family_of(model), processor, pad_token, image_id, device, dtype, division)
         self._plan: Plan = ()
         self._plans: Mapping[nn.Module, LayerPlan] = {}
 

@@ -48,7 +48,7 @@ class SequenceParallel:
         self.model, self.config = model, config
         self.comm: Communicator = communicator(groups.get_sequence_parallel_group())
         self.family = family_of(model)
-        text = self.family.text_config(model.config)
+        text = self.family.text_config
         if text._attn_implementation not in REPLACEABLE:
             raise ConfigError(
                 f"the model's attention implementation is '{text._attn_implementation}', and sequence parallelism "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
-from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
+from transformers import PreTrainedConfig
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.aria import Aria
 from ds_lvxattn.families.blip2 import Blip2
-from ds_lvxattn.families.family import Family
+from ds_lvxattn.families.family import Family, VisualFamily
 from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingo
 from ds_lvxattn.families.idefics import Idefics
 from ds_lvxattn.families.idefics2 import Idefics2
@@ -16,47 +18,48 @@ from ds_lvxattn.families.llava import Llava
 from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
-from ds_lvxattn.families.text_only import TextOnly
+from ds_lvxattn.families.text_only import Llama, Mistral, Qwen2
 
-FAMILIES: tuple[Family, ...] = (
-    Mllama(),
-    Idefics(),
-    OpenFlamingo(),
-    MPlugOwl3(),  # ahead of Qwen2, whose config its own extends
-    Llava(),
-    Blip2(),
-    Idefics2(),
-    Aria(),
-    Qwen25VL(),
-    TextOnly(LlamaForCausalLM),
-    TextOnly(MistralForCausalLM),
-    TextOnly(Qwen2ForCausalLM),
+FAMILIES: tuple[type[Family], ...] = (
+    Mllama,
+    Idefics,
+    OpenFlamingo,
+    MPlugOwl3,  # ahead of Qwen2, whose config its own extends
+    Llava,
+    Blip2,
+    Idefics2,
+    Aria,
+    Qwen25VL,
+    Llama,
+    Mistral,
+    Qwen2,
 )
 
-__all__ = ["FAMILIES", "Family", "family_of", "family_of_config"]
+__all__ = ["FAMILIES", "Family", "VisualFamily", "family_of", "family_of_config"]
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of ``model``.
+    """The family of ``model``, for its config.
 
     Raises:
         ConfigError: no family knows its class.
     """
     for family in FAMILIES:
         if family.has_model(model):
-            return family
+            config: Any = model.config
+            return family(config)
     raise ConfigError(_unknown(type(model).__name__))
 
 
 def family_of_config(config: PreTrainedConfig) -> Family:
-    """The family whose models have such a config.
+    """The family whose models have such a config, for this one.
 
     Raises:
         ConfigError: no family has.
     """
     for family in FAMILIES:
         if family.has_config(config):
-            return family
+            return family(config)
     raise ConfigError(_unknown(type(config).__name__))
 
 

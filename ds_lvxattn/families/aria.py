@@ -1,7 +1,7 @@
 """Aria: ``AriaForConditionalGeneration`` of transformers, unmodified.
 
 Its projector reads each image by itself with learned queries, so each rank runs it over its own frames; the tokens of a
-frame stand in the text, as in LLaVA. A projector over all frames of a video is ``models.adapters``.
+frame stand in the text, as in LLaVA. A projector over all frames of a video is ``runtime.adapters``.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionAttenti
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
-from ds_lvxattn.families.family import TOKENS_AT_ONCE
 from ds_lvxattn.families.frames import encode_in_portions, filled
 from ds_lvxattn.runtime.recompute import Recomputation
 
 
 class Aria(Concatenation):
-    """The Aria family; see ``Family``. Frames become squares of ``image_size`` pixels of the vision config, padded."""
+    """The Aria family; see ``VisualFamily``. Frames are padded to squares of the vision config's ``image_size``."""
 
     name = "Aria"
     model_class = AriaForConditionalGeneration
@@ -45,37 +44,37 @@ class Aria(Concatenation):
         projector = model.multi_modal_projector
         return encode_in_portions(projector, projector, [states, hidden], portions, recomputation)
 
-    def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
-        return (*super().trainable_by_default(model_config), "*multi_modal_projector.*")
+    def trainable_by_default(self) -> tuple[str, ...]:
+        return (*super().trainable_by_default(), "*multi_modal_projector.*")
 
-    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
+    def visual_widths(self) -> tuple[int, ...]:
         # The projector's input is a frame's patches, shared here by the few tokens that it makes of them.
-        vision = model_config.vision_config
-        per_token = -(-_patches(vision) * vision.hidden_size // self.frame_tokens(model_config))
-        return (model_config.text_config.hidden_size, per_token)
+        vision = self.config.vision_config
+        per_token = -(-_patches(vision) * vision.hidden_size // self.frame_tokens())
+        return (self.config.text_config.hidden_size, per_token)
 
-    def frame_tokens(self, model_config: Any) -> int:
-        patches, queries = _patches(model_config.vision_config), model_config.projector_patch_to_query_dict
+    def frame_tokens(self) -> int:
+        patches, queries = _patches(self.config.vision_config), self.config.projector_patch_to_query_dict
         if patches not in queries:
             raise ConfigError(
                 f"Aria's projector_patch_to_query_dict {queries} has no entry for the {patches} patches of a frame of "
-                f"{model_config.vision_config.image_size} pixels; add it, or choose another image_size"
+                f"{self.config.vision_config.image_size} pixels; add it, or choose another image_size"
             )
         return queries[patches]
 
-    def frames_at_once(self, model_config: Any) -> int:
-        return max(TOKENS_AT_ONCE // _patches(model_config.vision_config), 1)
+    def encoder_tokens(self) -> int:
+        return _patches(self.config.vision_config)
 
     def load_processor(self, name: str) -> Any:
         return AutoImageProcessor.from_pretrained(name, backend="pil")
 
-    def pixels(self, frames: Sequence[np.ndarray], processor: Any, model_config: Any) -> Mapping[str, Tensor]:
-        side = model_config.vision_config.image_size
+    def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
+        side = self.config.vision_config.image_size
         processed = processor(list(frames), return_tensors="pt", max_image_size=side, split_image=False)
         return {key: processed[key][None] for key in self.pixel_arguments}
 
-    def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
-        vision = model_config.vision_config
+    def blank_pixels(self) -> Mapping[str, Tensor]:
+        vision = self.config.vision_config
         sides = (vision.image_size, vision.image_size)
         return {
             "pixel_values": torch.zeros(1, 1, vision.num_channels, *sides),

@@ -1,7 +1,7 @@
 """BLIP-2: ``Blip2ForConditionalGeneration`` of transformers, unmodified, around a decoder-only language model.
 
 Its Q-Former reads each frame by itself, so each rank runs it over its own frames. The 32 tokens that it makes of a
-frame stand in the text, as in LLaVA. A Q-Former over all frames of a video is ``models.adapters``.
+frame stand in the text, as in LLaVA. A Q-Former over all frames of a video is ``runtime.adapters``.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from transformers.models.blip_2.modeling_blip_2 import (
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
-from ds_lvxattn.families.family import TOKENS_AT_ONCE
 from ds_lvxattn.families.frames import encode_in_portions
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
 
 class Blip2(Concatenation):
-    """The BLIP-2 family; see ``Family``."""
+    """The BLIP-2 family; see ``VisualFamily``."""
 
     name = "BLIP-2"
     model_class = Blip2ForConditionalGeneration
     image_token = "<image>"
     needs_frames = True
 
-    def text_config(self, model_config: Any) -> Any:
-        text = super().text_config(model_config)
-        if not model_config.use_decoder_only_language_model:
+    @property
+    def text_config(self) -> Any:
+        text = super().text_config
+        if not self.config.use_decoder_only_language_model:
             raise ConfigError(
                 f"the language model of BLIP-2 is a {text.model_type!r}, an encoder-decoder, whose visual tokens no "
                 "causal text holds; choose a checkpoint with a decoder-only one (OPT), or set "
@@ -58,7 +58,7 @@ class Blip2(Concatenation):
         """The model's forward asks ``get_image_features`` for the visual tokens, and puts them into the text itself."""
         blip: Any = model
         tokens = functools.partial(_visual_tokens, self, blip, blip.get_image_features, recomputation)
-        setattr(blip, "get_image_features", tokens)  # noqa: B010
+        blip.get_image_features = tokens
         blip.register_forward_pre_hook(_hand_down_batch, with_kwargs=True)
 
     def decoder(self, model: nn.Module) -> Any:
@@ -73,29 +73,29 @@ class Blip2(Concatenation):
         tokens = encode_in_portions(model.qformer, read, [queries, states], portions, recomputation)
         return model.language_projection(tokens.to(states.dtype))
 
-    def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
+    def trainable_by_default(self) -> tuple[str, ...]:
         return ("query_tokens", "qformer.*", "language_projection.*")
 
-    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
+    def visual_widths(self) -> tuple[int, ...]:
         # The Q-Former's input is a frame's vision tokens, shared here by the few that it makes of them.
-        vision = model_config.vision_config
-        per_token = -(-_vision_tokens(vision) * vision.hidden_size // model_config.num_query_tokens)
-        return (model_config.text_config.hidden_size, model_config.qformer_config.hidden_size, per_token)
+        vision = self.config.vision_config
+        per_token = -(-_vision_tokens(vision) * vision.hidden_size // self.config.num_query_tokens)
+        return (self.config.text_config.hidden_size, self.config.qformer_config.hidden_size, per_token)
 
-    def frame_tokens(self, model_config: Any) -> int:
-        return model_config.num_query_tokens
+    def frame_tokens(self) -> int:
+        return self.config.num_query_tokens
 
-    def frames_at_once(self, model_config: Any) -> int:
-        return max(TOKENS_AT_ONCE // _vision_tokens(model_config.vision_config), 1)
+    def encoder_tokens(self) -> int:
+        return _vision_tokens(self.config.vision_config)
 
     def load_processor(self, name: str) -> Any:
         return AutoImageProcessor.from_pretrained(name, backend="pil")
 
-    def pixels(self, frames: Sequence[np.ndarray], processor: Any, model_config: Any) -> Mapping[str, Tensor]:
+    def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
         return {"pixel_values": processor(list(frames), return_tensors="pt")["pixel_values"][None]}
 
-    def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
-        size = model_config.vision_config.image_size
+    def blank_pixels(self) -> Mapping[str, Tensor]:
+        size = self.config.vision_config.image_size
         return {"pixel_values": torch.zeros(1, 1, 3, size, size)}
 
 

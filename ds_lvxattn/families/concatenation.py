@@ -9,15 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ds_lvxattn.families.family import Family
+from ds_lvxattn.families.family import VisualFamily
 from ds_lvxattn.families.rotary import self_attention_role, self_attention_sizes, self_attention_window
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
-from ds_lvxattn.runtime.decoding import DecodingStep
 from ds_lvxattn.runtime.recompute import Recomputation
 
 
-class Concatenation(Family):
-    """A family whose text holds the visual tokens; see ``Family``.
+class Concatenation(VisualFamily):
+    """A family whose text holds the visual tokens; see ``VisualFamily``.
 
     Each rank encodes its own frames; their features then go to the ranks that hold their rows (``VisualRows``). The
     model gets embeddings in the place of token ids and pixels.
@@ -57,20 +56,15 @@ class Concatenation(Family):
         hook = functools.partial(_embed, self, recomputation)
         model.get_submodule("model").register_forward_pre_hook(hook, with_kwargs=True)
 
-    def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
+    def trainable_by_default(self) -> tuple[str, ...]:
         # A head that shares the weights of the embedding is no parameter of its own.
-        head = () if model_config.tie_word_embeddings else ("*lm_head.*",)
+        head = () if self.config.tie_word_embeddings else ("*lm_head.*",)
         return ("*language_model.*", *head)
 
-    def frame_ranges(self, input_ids: Sequence[int], image_id: int, model_config: Any) -> list[tuple[int, int]]:
-        return [(0, 0)] * len(input_ids)
-
-    def pad_tiles(self, pixels: Mapping[str, Tensor], model_config: Any) -> Mapping[str, Tensor]:
+    def pad_tiles(self, pixels: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {key: x[0] for key, x in pixels.items()}
 
-    def dense_mask(
-        self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int, model_config: Any
-    ) -> Mapping[str, Tensor]:
+    def dense_mask(self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int) -> Mapping[str, Tensor]:
         return {}  # causal
 
 
@@ -82,8 +76,8 @@ def _embed(
     kwargs: dict[str, Any],
 ) -> Any:
     """Before the model: embeddings of the rank's rows, with the visual tokens of all ranks in their places."""
-    batch: SequenceParallelBatch | DecodingStep | None = kwargs.get("sequence_parallel")
-    if batch is None or isinstance(batch, DecodingStep):  # a new token is text
+    batch: SequenceParallelBatch | None = kwargs.get("sequence_parallel")
+    if batch is None or not batch.brings_frames:  # a new token is text
         return None
     model: Any = module
     rest = dict(kwargs)

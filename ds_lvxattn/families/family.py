@@ -1,7 +1,7 @@
 """What the integration must know of a model family.
 
-A family is one file: which modules play which role, how key ranges follow from the text, how images become the
-model's pixel arguments, and which hooks fit sharded inputs to the unmodified model code.
+A family is one file: which modules play which role and which hooks fit sharded inputs to the unmodified model code; for
+models that see, also how key ranges follow from the text, and how images become the model's pixel arguments.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ TOKENS_AT_ONCE = 1 << 15
 
 
 class Family(ABC):
-    """Facts of one model family. ``model_config`` is the model's transformers config.
+    """Facts of the models of one family that have one transformers config; a family whose models take text alone.
+
+    Args:
+        config: the model's transformers config.
 
     Attributes:
         name: how errors call it.
         model_class: the class of its models; its ``config_class`` is that of their configs.
-        image_token: the token that stands for a frame in the text; None for a model that takes no frames.
-        frame_text: how a conversation writes a frame, its image token included; empty: by that token alone.
-        attention_config: the sub-config (a key of ``model_config.sub_configs``) of the language model, whose attention
-            is exchanged; empty for the model's own config. None: that config too, but ``reach_attention`` reaches all
-            of it, and no implementation is set.
-        needs_frames: whether the unmodified model fails on a batch without any frame; it is then given a blank one
-            that no row sees.
+        attention_config: the sub-config (a key of ``config.sub_configs``) of the language model, whose attention is
+            exchanged; empty for the model's own config. None: that config too, but ``reach_attention`` reaches all of
+            it, and no implementation is set.
         keys_in_text: whether all that text attends to is the text itself: the visual tokens of a frame, if the model
             takes frames, stand in the place of its image token, and attention of the role ``self`` is all there is.
         generates: whether its models keep keys and values in a cache of transformers, which generation needs.
@@ -44,20 +43,27 @@ class Family(ABC):
 
     name: str
     model_class: type[PreTrainedModel]
-    image_token: str | None
     attention_config: str | None = ""
-    frame_text: str = ""
-    needs_frames: bool = False
     keys_in_text: bool = False
     generates: bool = True
 
-    def has_model(self, model: nn.Module) -> bool:
-        """Whether ``model`` is of this family."""
-        return isinstance(model, self.model_class)
+    def __init__(self, config: Any) -> None:
+        self.config = config
 
-    def has_config(self, model_config: Any) -> bool:
+    @classmethod
+    def has_model(cls, model: nn.Module) -> bool:
+        """Whether ``model`` is of this family."""
+        return isinstance(model, cls.model_class)
+
+    @classmethod
+    def has_config(cls, config: Any) -> bool:
         """Whether the models of such a config are of this family."""
-        return self.model_class.config_class is not None and isinstance(model_config, self.model_class.config_class)
+        return cls.model_class.config_class is not None and isinstance(config, cls.model_class.config_class)
+
+    @property
+    def text_config(self) -> Any:
+        """The config of the language model."""
+        return getattr(self.config, self.attention_config) if self.attention_config else self.config
 
     # Modules
 
@@ -122,28 +128,61 @@ class Family(ABC):
         return model
 
     @abstractmethod
-    def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
+    def trainable_by_default(self) -> tuple[str, ...]:
         """Parameter-name patterns (``fnmatch``) that a pretrained model trains unless the config says otherwise."""
 
-    @abstractmethod
-    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
-        """Sizes of a visual token's vectors that are kept once for all layers: feature, and input of the projector."""
+    # Data
 
-    def text_config(self, model_config: Any) -> Any:
-        """The config of the language model."""
-        return getattr(model_config, self.attention_config) if self.attention_config else model_config
+    def positions(self, visual: np.ndarray) -> np.ndarray:
+        """Position ids of a sample's rows, int64 ``[..., S]``: here their places in the sequence.
+
+        Args:
+            visual: int64 ``[S]``, for each row the visual token that it takes, counted over the sample's frames, -1 for
+                a row of text; all -1 unless ``keys_in_text``.
+        """
+        return np.arange(len(visual))
+
+    @abstractmethod
+    def load_model(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
+        """The model of a local path or hub name. Raises ``OSError`` or ``ValueError`` when nothing loads."""
+
+
+class VisualFamily(Family):
+    """Facts of one model family whose models take frames, each an image; see ``Family``.
+
+    Attributes:
+        image_token: the token that stands for a frame in the text.
+        frame_text: how a conversation writes a frame, its image token included; empty: by that token alone.
+        needs_frames: whether the unmodified model fails on a batch without any frame; it is then given a blank one
+            that no row sees.
+    """
+
+    image_token: str
+    frame_text: str = ""
+    needs_frames: bool = False
+
+    def load_model(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
+        return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
 
     # Visual tokens
 
     @abstractmethod
-    def frame_tokens(self, model_config: Any) -> int:
+    def frame_tokens(self) -> int:
         """Visual tokens of a frame, as the language model sees it."""
 
     @abstractmethod
-    def frames_at_once(self, model_config: Any) -> int:
-        """Frames of a portion, at most: what the vision encoder takes at once."""
+    def encoder_tokens(self) -> int:
+        """Tokens of a frame inside the vision encoder, padding included: what encoding it costs."""
 
-    def frame_ranges(self, input_ids: Sequence[int], image_id: int, model_config: Any) -> list[tuple[int, int]]:
+    def frames_at_once(self) -> int:
+        """Frames of a portion, at most: what the vision encoder takes at once."""
+        return max(TOKENS_AT_ONCE // self.encoder_tokens(), 1)
+
+    @abstractmethod
+    def visual_widths(self) -> tuple[int, ...]:
+        """Sizes of a visual token's vectors that are kept once for all layers: feature, and input of the projector."""
+
+    def frame_ranges(self, input_ids: Sequence[int], image_id: int) -> list[tuple[int, int]]:
         """For each text token the half-open range of frames that it sees; empty when it sees none.
 
         Here: the last group of adjacent image tokens at or before the token.
@@ -158,35 +197,22 @@ class Family(ABC):
             ranges.append((first, last))
         return ranges
 
-    def positions(self, visual: np.ndarray, model_config: Any) -> np.ndarray:
-        """Position ids of a sample's rows, int64 ``[..., S]``: here their places in the sequence.
-
-        Args:
-            visual: int64 ``[S]``, for each row the visual token that it takes, counted over the sample's frames, -1 for
-                a row of text; all -1 unless ``keys_in_text``.
-        """
-        return np.arange(len(visual))
-
-    def hidden_rows_see_all(self, model_config: Any) -> bool:
+    def hidden_rows_see_all(self) -> bool:
         """Whether a token that sees no frame attends to every key of its sample."""
         return False
 
-    # Data
-
-    def load_model(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
-        """The model of a local path or hub name. Raises ``OSError`` or ``ValueError`` when nothing loads."""
-        return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+    # Pixels
 
     @abstractmethod
     def load_processor(self, name: str) -> Any:
         """The image processor of a local path or hub name; raises like ``load_model``."""
 
     @abstractmethod
-    def pixels(self, frames: Sequence[np.ndarray], processor: Any, model_config: Any) -> Mapping[str, Tensor]:
+    def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
         """The model's pixel arguments, ``[1, frames, ...]``, for uint8 ``[H, W, 3]`` frames: one tile a frame."""
 
     @abstractmethod
-    def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
+    def blank_pixels(self) -> Mapping[str, Tensor]:
         """Pixel arguments of one blank frame, for a rank that has none."""
 
     # The unmodified model, without exchange
@@ -199,7 +225,7 @@ class Family(ABC):
         """
         return {}
 
-    def pad_tiles(self, pixels: Mapping[str, Tensor], model_config: Any) -> Mapping[str, Tensor]:
+    def pad_tiles(self, pixels: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """``pixels`` with the blank tiles that the unmodified model wants beside a frame's own.
 
         With ``keys_in_text``, pixels of the frames of all samples, as the model wants them: without a batch dimension.
@@ -207,9 +233,7 @@ class Family(ABC):
         return pixels
 
     @abstractmethod
-    def dense_mask(
-        self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int, model_config: Any
-    ) -> Mapping[str, Tensor]:
+    def dense_mask(self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int) -> Mapping[str, Tensor]:
         """The model's own dense mask argument for ``frame_ranges`` of each sample."""
 
 

@@ -22,15 +22,14 @@ from transformers.models.idefics.modeling_idefics import IdeficsAttention, Idefi
 from transformers.models.idefics.perceiver import IdeficsPerceiverAttention
 from transformers.models.idefics.vision import IdeficsVisionAttention
 
-from ds_lvxattn.families.family import TOKENS_AT_ONCE, Family, dense_frame_mask
+from ds_lvxattn.families.family import VisualFamily, dense_frame_mask
 from ds_lvxattn.families.frames import encode_in_portions, refuse_mask
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
-from ds_lvxattn.runtime.decoding import DecodingStep
 from ds_lvxattn.runtime.recompute import Recomputation
 
 
-class Idefics(Family):
-    """The Idefics family; see ``Family``."""
+class Idefics(VisualFamily):
+    """The Idefics family; see ``VisualFamily``."""
 
     name = "Idefics"
     model_class = IdeficsForVisionText2Text
@@ -53,20 +52,20 @@ class Idefics(Family):
             if isinstance(module, IdeficsGatedCrossAttentionLayer):
                 module.register_forward_pre_hook(drop_dense_mask, with_kwargs=True)
 
-    def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
-        resampler = ("*perceiver_resampler.*",) if model_config.use_resampler else ()
+    def trainable_by_default(self) -> tuple[str, ...]:
+        resampler = ("*perceiver_resampler.*",) if self.config.use_resampler else ()
         return ("*gated_cross_attn_layers.*", *resampler)
 
-    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
-        return (model_config.vision_config.embed_dim,)
+    def visual_widths(self) -> tuple[int, ...]:
+        return (self.config.vision_config.embed_dim,)
 
-    def frame_tokens(self, model_config: Any) -> int:
-        if model_config.use_resampler:
-            return model_config.perceiver_config.resampler_n_latents
-        return _vision_tokens(model_config.vision_config)
+    def frame_tokens(self) -> int:
+        if self.config.use_resampler:
+            return self.config.perceiver_config.resampler_n_latents
+        return _vision_tokens(self.config.vision_config)
 
-    def frames_at_once(self, model_config: Any) -> int:
-        return max(TOKENS_AT_ONCE // _vision_tokens(model_config.vision_config), 1)
+    def encoder_tokens(self) -> int:
+        return _vision_tokens(self.config.vision_config)
 
     def load_model(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
         return with_loss_over_all_tokens(super().load_model(name, dtype))
@@ -74,16 +73,14 @@ class Idefics(Family):
     def load_processor(self, name: str) -> Any:
         return IdeficsImageProcessorPil.from_pretrained(name)
 
-    def pixels(self, frames: Sequence[np.ndarray], processor: Any, model_config: Any) -> Mapping[str, Tensor]:
+    def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
         return {"pixel_values": processor.preprocess(list(frames), return_tensors="pt")[None]}
 
-    def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
-        vision = model_config.vision_config
+    def blank_pixels(self) -> Mapping[str, Tensor]:
+        vision = self.config.vision_config
         return {"pixel_values": torch.zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size)}
 
-    def dense_mask(
-        self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int, model_config: Any
-    ) -> Mapping[str, Tensor]:
+    def dense_mask(self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int) -> Mapping[str, Tensor]:
         return {"image_attention_mask": dense_frame_mask(ranges, frames)}
 
 
@@ -96,7 +93,7 @@ def encode_frames(
     the tokens. Handed over as images of one token each, under the mask of one image that every row with a frame
     sees, they give the gate of the cross-attention layers and no mask of the length of the keys.
     """
-    batch: SequenceParallelBatch | DecodingStep | None = kwargs.get("sequence_parallel")
+    batch: SequenceParallelBatch | None = kwargs.get("sequence_parallel")
     if batch is None:
         return None
     refuse_mask(kwargs, "image_attention_mask")
@@ -104,7 +101,7 @@ def encode_frames(
     model: Any = module
     name = "perceiver_embeddings" if model.config.use_resampler else "image_encoder_embeddings"
     samples, seen = batch.sees_frame.shape[0], batch.sees_frame[:, 0]
-    if isinstance(batch, DecodingStep):
+    if not batch.brings_frames:
         # The model would project the features of all frames for each new token. Keys and values of the prefill are
         # used, so it gets one feature for form's sake.
         feature = seen.new_zeros(samples, 1, 1, model.config.vision_config.embed_dim)

@@ -1,7 +1,7 @@
 """Idefics2: ``Idefics2ForConditionalGeneration`` of transformers, unmodified.
 
 Its perceiver resamples each image by itself, so each rank runs it over its own frames; the latents of a frame stand in
-the text, as in LLaVA. A perceiver over all frames of a video is ``models.adapters``.
+the text, as in LLaVA. A perceiver over all frames of a video is ``runtime.adapters``.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from transformers import AutoImageProcessor, Idefics2ForConditionalGeneration
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverAttention, Idefics2VisionAttention
 
 from ds_lvxattn.families.concatenation import Concatenation
-from ds_lvxattn.families.family import TOKENS_AT_ONCE
 from ds_lvxattn.families.frames import encode_in_portions, filled
 from ds_lvxattn.runtime.recompute import Recomputation
 
 
 class Idefics2(Concatenation):
-    """The Idefics2 family; see ``Family``."""
+    """The Idefics2 family; see ``VisualFamily``."""
 
     name = "Idefics2"
     model_class = Idefics2ForConditionalGeneration
@@ -43,37 +42,37 @@ class Idefics2(Concatenation):
         inputs = [states, filled(patches, states.shape[0]).flatten(1)]
         return encode_in_portions(model.connector, model.connector, inputs, portions, recomputation)
 
-    def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
-        head = () if model_config.tie_word_embeddings else ("*lm_head.*",)
+    def trainable_by_default(self) -> tuple[str, ...]:
+        head = () if self.config.tie_word_embeddings else ("*lm_head.*",)
         return ("*text_model.*", "*connector.*", *head)
 
-    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
+    def visual_widths(self) -> tuple[int, ...]:
         # The perceiver's input is a frame's patches, shared here by the few latents that it makes of them.
-        hidden = model_config.text_config.hidden_size
-        return (hidden, -(-_patches(model_config.vision_config) * hidden // self.frame_tokens(model_config)))
+        hidden = self.config.text_config.hidden_size
+        return (hidden, -(-_patches(self.config.vision_config) * hidden // self.frame_tokens()))
 
-    def frame_tokens(self, model_config: Any) -> int:
-        return model_config.perceiver_config.resampler_n_latents
+    def frame_tokens(self) -> int:
+        return self.config.perceiver_config.resampler_n_latents
 
-    def frames_at_once(self, model_config: Any) -> int:
-        return max(TOKENS_AT_ONCE // _patches(model_config.vision_config), 1)
+    def encoder_tokens(self) -> int:
+        return _patches(self.config.vision_config)
 
     def load_processor(self, name: str) -> Any:
         return AutoImageProcessor.from_pretrained(name, backend="pil", do_image_splitting=False)
 
-    def pixels(self, frames: Sequence[np.ndarray], processor: Any, model_config: Any) -> Mapping[str, Tensor]:
+    def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
         processed = processor([list(frames)], return_tensors="pt", do_image_splitting=False)
         return {key: processed[key] for key in self.pixel_arguments}
 
-    def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
-        vision = model_config.vision_config
+    def blank_pixels(self) -> Mapping[str, Tensor]:
+        vision = self.config.vision_config
         sides = (vision.image_size, vision.image_size)
         return {
             "pixel_values": torch.zeros(1, 1, vision.num_channels, *sides),
             "pixel_attention_mask": torch.ones(1, 1, *sides, dtype=torch.long),
         }
 
-    def pad_tiles(self, pixels: Mapping[str, Tensor], model_config: Any) -> Mapping[str, Tensor]:
+    def pad_tiles(self, pixels: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return pixels  # the model takes the images of a batch one after the other
 
 

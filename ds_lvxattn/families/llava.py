@@ -15,7 +15,6 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
-from ds_lvxattn.families.family import TOKENS_AT_ONCE
 from ds_lvxattn.families.frames import encode_in_portions
 from ds_lvxattn.runtime.recompute import Recomputation
 
@@ -24,7 +23,7 @@ CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
 class Llava(Concatenation):
-    """The LLaVA family; see ``Family``."""
+    """The LLaVA family; see ``VisualFamily``."""
 
     name = "LLaVA"
     model_class = LlavaForConditionalGeneration
@@ -38,29 +37,29 @@ class Llava(Concatenation):
         select = functools.partial(_selected, model.config, tower)
         return model.multi_modal_projector(encode_in_portions(tower, select, pixels, portions, recomputation))
 
-    def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
-        return (*super().trainable_by_default(model_config), "*multi_modal_projector.*")
+    def trainable_by_default(self) -> tuple[str, ...]:
+        return (*super().trainable_by_default(), "*multi_modal_projector.*")
 
-    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
+    def visual_widths(self) -> tuple[int, ...]:
         return (
-            model_config.text_config.hidden_size,
-            len(_layers(model_config)) * model_config.vision_config.hidden_size,
+            self.config.text_config.hidden_size,
+            len(_layers(self.config)) * self.config.vision_config.hidden_size,
         )
 
-    def frame_tokens(self, model_config: Any) -> int:
-        return _vision_tokens(model_config.vision_config) - _dropped(model_config)
+    def frame_tokens(self) -> int:
+        return _vision_tokens(self.config.vision_config) - _dropped(self.config)
 
-    def frames_at_once(self, model_config: Any) -> int:
-        return max(TOKENS_AT_ONCE // _vision_tokens(model_config.vision_config), 1)
+    def encoder_tokens(self) -> int:
+        return _vision_tokens(self.config.vision_config)
 
     def load_processor(self, name: str) -> Any:
         return AutoImageProcessor.from_pretrained(name, backend="pil")
 
-    def pixels(self, frames: Sequence[np.ndarray], processor: Any, model_config: Any) -> Mapping[str, Tensor]:
+    def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
         return {"pixel_values": processor(list(frames), return_tensors="pt")["pixel_values"][None]}
 
-    def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
-        vision = model_config.vision_config
+    def blank_pixels(self) -> Mapping[str, Tensor]:
+        vision = self.config.vision_config
         return {"pixel_values": torch.zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size)}
 
 

@@ -23,11 +23,10 @@ from transformers.models.mllama.modeling_mllama import (
     MllamaVisionAttention,
 )
 
-from ds_lvxattn.families.family import TOKENS_AT_ONCE, Family, dense_frame_mask
+from ds_lvxattn.families.family import VisualFamily, dense_frame_mask
 from ds_lvxattn.families.frames import encode_in_portions, refuse_mask
 from ds_lvxattn.families.mllama_encoder import install_encoder
-from ds_lvxattn.runtime.batch import SequenceParallelBatch
-from ds_lvxattn.runtime.decoding import DecodingStep
+from ds_lvxattn.runtime.batch import Exchanging, SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation, recompute
 
 ROLES = {MllamaTextCrossAttention: "cross", MllamaTextSelfAttention: "self", MllamaVisionAttention: "local"}
@@ -39,8 +38,8 @@ KEYS_AT_ONCE = 1 << 16
 PIXELS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
 
-class Mllama(Family):
-    """The Llama 3.2 Vision family; see ``Family``."""
+class Mllama(VisualFamily):
+    """The Llama 3.2 Vision family; see ``VisualFamily``."""
 
     name = "Llama 3.2 Vision"
     model_class = MllamaForConditionalGeneration
@@ -57,52 +56,50 @@ class Mllama(Family):
         model.get_submodule("model.language_model").register_forward_pre_hook(mask_rows, with_kwargs=True)
         for module in model.modules():
             if isinstance(module, MllamaTextCrossAttention):
-                norm = module.k_norm
-                setattr(norm, "forward", functools.partial(_norm_keys, recomputation, norm, norm.forward))  # noqa: B010
+                norm: Any = module.k_norm
+                norm.forward = functools.partial(_norm_keys, recomputation, norm, norm.forward)
 
-    def frame_tokens(self, model_config: Any) -> int:
-        vision = model_config.vision_config
+    def frame_tokens(self) -> int:
+        vision = self.config.vision_config
         return (vision.image_size // vision.patch_size) ** 2 + 1
 
-    def hidden_rows_see_all(self, model_config: Any) -> bool:
+    def hidden_rows_see_all(self) -> bool:
         return True  # their feed-forward output is dropped
 
     def load_processor(self, name: str) -> Any:
         return MllamaImageProcessorPil.from_pretrained(name)
 
-    def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
-        vision = model_config.vision_config
+    def blank_pixels(self) -> Mapping[str, Tensor]:
+        vision = self.config.vision_config
         return {
             "pixel_values": torch.zeros(1, 1, 1, vision.num_channels, vision.image_size, vision.image_size),
             "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
             "aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.long),
         }
 
-    def pixels(self, frames: Sequence[np.ndarray], processor: Any, model_config: Any) -> Mapping[str, Tensor]:
+    def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
         # The frames of all samples go through the encoder as one list; a frame is one tile, as videos have many.
         # Aspect ratio 1 x 1 has the id 1 for every tile limit, so the ids need no translation.
         return dict(processor([list(frames)], max_image_tiles=1, return_tensors="pt"))
 
-    def pad_tiles(self, pixels: Mapping[str, Tensor], model_config: Any) -> Mapping[str, Tensor]:
-        tiles = model_config.vision_config.max_num_tiles
+    def pad_tiles(self, pixels: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        tiles = self.config.vision_config.max_num_tiles
         return dict(zip(PIXELS, _with_blank_tiles(tiles, *(pixels[key] for key in PIXELS)), strict=True))
 
-    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
-        return (model_config.text_config.hidden_size, model_config.vision_config.vision_output_dim)
+    def visual_widths(self) -> tuple[int, ...]:
+        return (self.config.text_config.hidden_size, self.config.vision_config.vision_output_dim)
 
-    def frames_at_once(self, model_config: Any) -> int:
-        padded = -(-self.frame_tokens(model_config) // 8) * 8
-        return max(TOKENS_AT_ONCE // (model_config.vision_config.max_num_tiles * padded), 1)
+    def encoder_tokens(self) -> int:
+        padded = -(-self.frame_tokens() // 8) * 8
+        return self.config.vision_config.max_num_tiles * padded
 
-    def dense_mask(
-        self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int, model_config: Any
-    ) -> Mapping[str, Tensor]:
+    def dense_mask(self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int) -> Mapping[str, Tensor]:
         seen = dense_frame_mask(ranges, frames)
-        tiles = (1,) + (0,) * (model_config.vision_config.max_num_tiles - 1)
+        tiles = (1,) + (0,) * (self.config.vision_config.max_num_tiles - 1)
         return {"cross_attention_mask": seen[..., None] * torch.tensor(tiles)}
 
-    def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
-        layers = model_config.text_config.cross_attention_layers
+    def trainable_by_default(self) -> tuple[str, ...]:
+        layers = self.config.text_config.cross_attention_layers
         return ("*multi_modal_projector.*", *(f"*language_model.layers.{layer}.*" for layer in layers))
 
 
@@ -115,8 +112,8 @@ def encode_frames(
     rank in the order of its keys, without padding tiles. A rank with fewer frames than portions encodes its first
     one again, so that every rank calls the encoder as often; no row sees that.
     """
-    batch: SequenceParallelBatch | DecodingStep | None = kwargs.get("sequence_parallel")
-    if batch is None or isinstance(batch, DecodingStep):  # then the keys and values are in the model's cache
+    batch: SequenceParallelBatch | None = kwargs.get("sequence_parallel")
+    if batch is None or not batch.brings_frames:  # then the keys and values are in the model's cache
         return None
     refuse_mask(kwargs, "cross_attention_mask")
     rest = dict(kwargs)
@@ -154,7 +151,7 @@ def _norm_keys(recomputation: Recomputation, norm: nn.Module, forward: Callable[
 def mask_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before the language model: say which rows see a frame, ``[B, 1, s_q, 1]``, as the model derives it from a
     dense mask."""
-    batch: SequenceParallelBatch | DecodingStep | None = kwargs.get("sequence_parallel")
+    batch: Exchanging | None = kwargs.get("sequence_parallel")
     if batch is None:
         return None
     states = kwargs.get("cross_attention_states")

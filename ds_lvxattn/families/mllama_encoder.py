@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers.models.mllama.modeling_mllama import MllamaVisionModel
 
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.runtime.registration import ENCODER_IMPLEMENTATION
@@ -28,11 +27,10 @@ from ds_lvxattn.runtime.registration import ENCODER_IMPLEMENTATION
 PATCH_MULTIPLE = 8
 
 
-def install_encoder(vision: nn.Module) -> None:
-    """Let ``vision(pixels, ids, mask, tiles=n)`` be ``encode_tiles``; other calls stay those of the model."""
-    assert isinstance(vision, MllamaVisionModel)
+def install_encoder(vision: Any) -> None:
+    """Let a ``MllamaVisionModel`` compute ``encode_tiles`` if it is called with ``tiles``; other calls stay its own."""
     vision.set_attn_implementation(ENCODER_IMPLEMENTATION)
-    setattr(vision, "forward", functools.partial(_forward, vision, vision.forward))  # noqa: B010
+    vision.forward = functools.partial(_forward, vision, vision.forward)
 
 
 def _forward(

@@ -23,7 +23,6 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionA
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
-from ds_lvxattn.families.family import TOKENS_AT_ONCE
 from ds_lvxattn.families.frames import encode_in_portions
 from ds_lvxattn.runtime.recompute import Recomputation
 
@@ -31,7 +30,7 @@ IMAGE_SIZE = 280  # pixels: 100 tokens with the published patches
 
 
 class Qwen25VL(Concatenation):
-    """The Qwen2.5-VL family; see ``Family``."""
+    """The Qwen2.5-VL family; see ``VisualFamily``."""
 
     name = "Qwen2.5-VL"
     model_class = Qwen2_5_VLForConditionalGeneration
@@ -52,22 +51,22 @@ class Qwen25VL(Concatenation):
             model.visual, functools.partial(_encoded, model.visual), pixels, portions, recomputation
         )
 
-    def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
-        return (*super().trainable_by_default(model_config), "*visual.merger.*")
+    def trainable_by_default(self) -> tuple[str, ...]:
+        return (*super().trainable_by_default(), "*visual.merger.*")
 
-    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
-        vision = model_config.vision_config
+    def visual_widths(self) -> tuple[int, ...]:
+        vision = self.config.vision_config
         return (vision.out_hidden_size, vision.hidden_size * vision.spatial_merge_size**2)
 
-    def frame_tokens(self, model_config: Any) -> int:
-        return _side(model_config.vision_config) ** 2
+    def frame_tokens(self) -> int:
+        return _side(self.config.vision_config) ** 2
 
-    def frames_at_once(self, model_config: Any) -> int:
-        vision = model_config.vision_config
-        return max(TOKENS_AT_ONCE // (_side(vision) * vision.spatial_merge_size) ** 2, 1)
+    def encoder_tokens(self) -> int:
+        vision = self.config.vision_config
+        return (_side(vision) * vision.spatial_merge_size) ** 2
 
-    def positions(self, visual: np.ndarray, model_config: Any) -> np.ndarray:
-        side = _side(model_config.vision_config)
+    def positions(self, visual: np.ndarray) -> np.ndarray:
+        side = _side(self.config.vision_config)
         part = visual % side**2
         is_text = visual < 0
         # Text moves on by one, a frame by its side, once all its tokens have their positions.
@@ -79,8 +78,8 @@ class Qwen25VL(Concatenation):
     def load_processor(self, name: str) -> Any:
         return AutoImageProcessor.from_pretrained(name, backend="pil")
 
-    def pixels(self, frames: Sequence[np.ndarray], processor: Any, model_config: Any) -> Mapping[str, Tensor]:
-        size = (_image_size(model_config.vision_config),) * 2
+    def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
+        size = (_image_size(self.config.vision_config),) * 2
         squares = [np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in frames]
         made = processor(squares, do_resize=False, return_tensors="pt")
         return {
@@ -88,8 +87,8 @@ class Qwen25VL(Concatenation):
             "image_grid_thw": made["image_grid_thw"][None],
         }
 
-    def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
-        vision = model_config.vision_config
+    def blank_pixels(self) -> Mapping[str, Tensor]:
+        vision = self.config.vision_config
         side = _side(vision) * vision.spatial_merge_size
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         return {
@@ -100,7 +99,7 @@ class Qwen25VL(Concatenation):
     def prompt_arguments(self, visual: np.ndarray) -> Mapping[str, Tensor]:
         return {"mm_token_type_ids": torch.from_numpy((visual >= 0).astype(np.int64))}  # 1: image
 
-    def pad_tiles(self, pixels: Mapping[str, Tensor], model_config: Any) -> Mapping[str, Tensor]:
+    def pad_tiles(self, pixels: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {"pixel_values": pixels["pixel_values"][0].flatten(0, 1), "image_grid_thw": pixels["image_grid_thw"][0]}
 
 

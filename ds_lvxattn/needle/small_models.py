@@ -1,8 +1,12 @@
-"""Small random models of the families, for the vocabulary and the image size of ``data.needle``: ``--model NAME``."""
+"""Small random models of the families, for the vocabulary and the image size of the needle task.
+
+``--model NAME`` trains them as they stand here; tests take them narrower, by a ``Scale`` of their own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +24,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
     OPTConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
@@ -37,213 +43,281 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingoConfig, OpenFlamingoModel
 from ds_lvxattn.families.idefics import with_loss_over_all_tokens
 from ds_lvxattn.families.owl.hyper_qwen2 import MPlugOwl3Config, mPLUGOwl3Model
-from ds_lvxattn.needle.quickstart_model import WIDTH, build_quickstart
 from ds_lvxattn.needle.task import BOS, EOS, IMAGE, PAD, VOCABULARY, NeedleTask
 
-PIXELS: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 SIZE = NeedleTask().image_size
+SQUARE = {"height": SIZE, "width": SIZE}
+IMAGE_ID = VOCABULARY.index(IMAGE)
+PIXELS: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 TOKENS: dict[str, Any] = {
     "bos_token_id": VOCABULARY.index(BOS),
     "eos_token_id": VOCABULARY.index(EOS),
     "pad_token_id": VOCABULARY.index(PAD),
 }
+HEADS, KV_HEADS = 4, 2  # of the language models
 
 
-def quickstart(seed: int) -> tuple[PreTrainedModel, Any]:
-    """The model of ``models.quickstart`` and its image processor."""
-    size = {"height": SIZE, "width": SIZE}
-    return build_quickstart(seed), MllamaImageProcessorPil(size=size, max_image_tiles=1, **PIXELS)
+@dataclass(frozen=True)
+class Scale:
+    """What the sizes of a small model follow from.
+
+    Attributes:
+        width, layers: of the language model, whose feed-forward layers are twice as wide.
+        vision_width, vision_heads: of the vision encoder, likewise.
+        spread: standard deviation of random weights. Near ``width ** -0.5`` it keeps activations at unit scale; the
+            usual 0.02 suits widths of thousands.
+        positions: longest text.
+    """
+
+    width: int = 96
+    layers: int = 4
+    vision_width: int = 96
+    vision_heads: int = 4
+    spread: float = 0.1
+    positions: int = 4096
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """Sizes of a language model, under the names that most configs have for them."""
+        return {
+            "vocab_size": len(VOCABULARY), "hidden_size": self.width, "intermediate_size": 2 * self.width,
+            "num_hidden_layers": self.layers, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+            "max_position_embeddings": self.positions, "initializer_range": self.spread, **TOKENS,
+        }  # fmt: skip
+
+    @property
+    def vision(self) -> dict[str, Any]:
+        """Sizes of a vision encoder, which makes four patches of a frame."""
+        return {
+            "hidden_size": self.vision_width, "intermediate_size": 2 * self.vision_width,
+            "num_attention_heads": self.vision_heads, "image_size": SIZE, "patch_size": SIZE // 2,
+        }  # fmt: skip
 
 
-def idefics(seed: int) -> tuple[PreTrainedModel, Any]:
-    """Idefics with a resampler of 4 latents a frame and open gates; the image token is an additional one, as there."""
-    image = VOCABULARY.index(IMAGE)
+def mllama_config(scale: Scale, tiles: int = 1) -> MllamaConfig:
+    """Llama 3.2 Vision; with a ``Scale()`` 0.64 M parameters, which learn the needle task on two CPU cores.
+
+    - Tiles of 28 pixels in patches of 14: five vision tokens, which the encoder pads to eight. Patches of 7 make 24 of
+      the same frame, and learn more slowly per second.
+    - One local and one global vision layer read a digit; a second local layer cost time and gained nothing.
+    - Four query heads over two key heads, so that groups of two and of four ranks can share the heads.
+    """
+    vision = {
+        "hidden_size": scale.vision_width, "intermediate_size": 4 * scale.vision_width,
+        "attention_heads": scale.vision_heads, "num_hidden_layers": 1, "num_global_layers": 1,
+        "intermediate_layers_indices": [0],
+        "vision_output_dim": 2 * scale.vision_width,  # the global layer's output beside that of intermediate layer 0
+        "image_size": SIZE, "patch_size": SIZE // 2, "max_num_tiles": tiles,
+        "supported_aspect_ratios": [[a, b] for a in range(1, tiles + 1) for b in range(1, tiles // a + 1)],
+        "initializer_range": scale.spread,
+    }  # fmt: skip
+    text = {
+        **scale.text,
+        "vocab_size": IMAGE_ID,  # as in Llama 3.2 Vision, no logit for the image token
+        "cross_attention_layers": [1, 3], "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }  # fmt: skip
+    return MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_ID)
+
+
+def mllama(scale: Scale) -> PreTrainedModel:
+    """Llama 3.2 Vision with open gates."""
+    model = MllamaForConditionalGeneration(mllama_config(scale))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # They start at or near zero, to graft new layers onto trained ones. Nothing is trained here, and a closed
+            # gate would also stop the gradient of what lies behind it.
+            if name.endswith(("cross_attn_attn_gate", "cross_attn_mlp_gate", "gate_attn", "gate_ffn")):
+                parameter.fill_(1.0)
+            # Patch embeddings of a few hundred pixels come out at a scale above 1; positions must stand out.
+            elif name.endswith("gated_positional_embedding.embedding"):
+                parameter.normal_(std=0.5)
+    return model
+
+
+def idefics(scale: Scale, latents: int = 4, norms: bool = True) -> PreTrainedModel:
+    """Idefics with open gates; the image token is an additional one, as in published models.
+
+    Args:
+        latents: of the perceiver, which works on each frame; 0 leaves it out.
+        norms: of queries and keys.
+    """
     config = IdeficsConfig(
-        vocab_size=image, additional_vocab_size=len(VOCABULARY) - image, hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH, num_hidden_layers=4, num_attention_heads=4, cross_layer_interval=2,
-        qk_layer_norms=True, alpha_initializer="ones", alpha_type="vector", use_resampler=True,
-        freeze_text_layers=False, freeze_vision_layers=False, initializer_range=0.1, **TOKENS,
+        **{**scale.text, "vocab_size": IMAGE_ID}, additional_vocab_size=1, cross_layer_interval=2,
+        qk_layer_norms=norms, alpha_initializer="ones", alpha_type="vector", use_resampler=latents > 0,
+        freeze_text_layers=False, freeze_vision_layers=False,
         vision_config={
-            "embed_dim": WIDTH, "image_size": SIZE, "patch_size": SIZE // 2, "intermediate_size": 2 * WIDTH,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.1,
+            **scale.vision, "embed_dim": scale.vision_width, "num_hidden_layers": 2, "initializer_range": scale.spread,
         },
         perceiver_config={
-            "use_resampler": True, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4,
-            "resampler_head_dim": WIDTH // 4,
+            "use_resampler": latents > 0, "resampler_n_latents": latents, "resampler_depth": 1,
+            "resampler_n_heads": scale.vision_heads, "resampler_head_dim": scale.vision_width // scale.vision_heads,
+            "qk_layer_norms_perceiver": norms,
         },
     )  # fmt: skip
-    processor = IdeficsImageProcessorPil(image_size=SIZE, **PIXELS)
-    return with_loss_over_all_tokens(_random(IdeficsForVisionText2Text, config, seed)), processor
+    return with_loss_over_all_tokens(IdeficsForVisionText2Text(config))
 
 
-def open_flamingo(seed: int) -> tuple[PreTrainedModel, Any]:
-    """OpenFlamingo around a Llama and a CLIP model, with open gates; text sees all images before it.
+def open_flamingo(scale: Scale, immediate: bool = False) -> PreTrainedModel:
+    """OpenFlamingo around a Llama and a CLIP model, with open gates.
 
-    The package trains no vision encoder, so that of this model stays at its random weights.
+    The package trains no vision encoder, so that of this model stays at its random weights. Heads are always 8 of 64.
+
+    Args:
+        immediate: whether text sees the last image alone, or all images before it.
     """
-    vision = CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=1, num_attention_heads=4, image_size=SIZE,
-        patch_size=SIZE // 4,
-    )  # fmt: skip
-    text = LlamaConfig(
-        vocab_size=len(VOCABULARY), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.1, **TOKENS,
-    )  # fmt: skip
+    vision = CLIPVisionConfig(**{**scale.vision, "patch_size": SIZE // 4}, num_hidden_layers=1)
     config = OpenFlamingoConfig(
-        vision, text, cross_attn_every_n_layers=2, media_token_id=VOCABULARY.index(IMAGE),
-        eoc_token_id=VOCABULARY.index(EOS), only_attend_immediate_media=False,
+        vision, LlamaConfig(**scale.text), cross_attn_every_n_layers=2, media_token_id=IMAGE_ID,
+        eoc_token_id=VOCABULARY.index(EOS), only_attend_immediate_media=immediate,
     )  # fmt: skip
-    model = _random(OpenFlamingoModel, config, seed)
+    model = OpenFlamingoModel(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("attn_gate", "ff_gate")):  # they start closed
                 parameter.fill_(1.0)
-    square = {"height": SIZE, "width": SIZE}
-    return model, CLIPImageProcessorPil(size=square, crop_size=square, **PIXELS)
+    return model
 
 
-def mplug_owl3(seed: int) -> tuple[PreTrainedModel, Any]:
-    """mPLUG-Owl3 with fused hyper attention in two of four layers, one of them the first."""
+def mplug_owl3(
+    scale: Scale, kind: str = "fused", hyper_layers: tuple[int, ...] = (1, 3), head: bool = False
+) -> PreTrainedModel:
+    """mPLUG-Owl3 with ``kind`` of hyper attention in some of its layers, the first among them.
+
+    Args:
+        head: whether the vision encoder has the pooling head that the model does not use.
+    """
+    vision = {**scale.vision, "num_hidden_layers": 3, "vision_use_head": head}
     config = MPlugOwl3Config(
-        vocab_size=len(VOCABULARY), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.1,
-        hyper_layers=[1, 3], hyper_attention="fused", projector="mlp", **TOKENS,
-        vision_config={
-            "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4,
-            "image_size": SIZE, "patch_size": SIZE // 2, "vision_use_head": False,
-        },
+        **scale.text, vision_config=vision, hyper_layers=list(hyper_layers), hyper_attention=kind,
+        projector="mlp" if kind == "fused" else "linear",
     )  # fmt: skip
-    processor = SiglipImageProcessorPil(size={"height": SIZE, "width": SIZE}, **PIXELS)
-    return _random(mPLUGOwl3Model, config, seed), processor
+    return mPLUGOwl3Model(config)
 
 
-def llava(seed: int) -> tuple[PreTrainedModel, Any]:
-    """LLaVA around a CLIP and a Llama model: four visual tokens a frame in the text."""
-    vision = CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2, num_attention_heads=4, image_size=SIZE,
-        patch_size=SIZE // 2,
-    )  # fmt: skip
-    text = LlamaConfig(
-        vocab_size=len(VOCABULARY), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.1, **TOKENS,
-    )  # fmt: skip
+def llava(scale: Scale, feature_layer: int | list[int] = -1) -> PreTrainedModel:
+    """LLaVA around a CLIP and a Llama model: four visual tokens a frame, without the class token, in the text."""
+    vision = CLIPVisionConfig(**scale.vision, num_hidden_layers=2)
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=VOCABULARY.index(IMAGE), vision_feature_layer=-1
-    )
-    square = {"height": SIZE, "width": SIZE}
-    return _random(LlavaForConditionalGeneration, config, seed), CLIPImageProcessorPil(
-        size=square, crop_size=square, **PIXELS
-    )
+        vision_config=vision, text_config=LlamaConfig(**scale.text), image_token_index=IMAGE_ID,
+        vision_feature_layer=feature_layer,
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(config)
 
 
-def qwen2_5_vl(seed: int) -> tuple[PreTrainedModel, Any]:
+def qwen2_5_vl(scale: Scale) -> PreTrainedModel:
     """Qwen2.5-VL with four visual tokens a frame; the last of its vision layers attends beyond a window."""
+    third = scale.width // HEADS // 6
+    section = [scale.width // HEADS // 2 - 2 * third, third, third]
     config = Qwen2_5_VLConfig(
-        image_token_id=VOCABULARY.index(IMAGE),
+        image_token_id=IMAGE_ID,
         vision_config={
-            "depth": 2, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_heads": 4, "patch_size": SIZE // 4,
-            "window_size": SIZE // 2, "out_hidden_size": WIDTH, "fullatt_block_indexes": [1], "image_size": SIZE,
-            "initializer_range": 0.1,
+            "depth": 2, "hidden_size": scale.vision_width, "intermediate_size": 2 * scale.vision_width,
+            "num_heads": scale.vision_heads, "patch_size": SIZE // 4, "window_size": SIZE // 2,
+            "out_hidden_size": scale.width, "fullatt_block_indexes": [1], "image_size": SIZE,
+            "initializer_range": scale.spread,
         },
         text_config={
-            "vocab_size": len(VOCABULARY), "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH,
-            "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "max_position_embeddings": 4096, "initializer_range": 0.1, **TOKENS,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 4, 4]},
+            **scale.text, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section},
         },
     )  # fmt: skip
-    processor = Qwen2VLImageProcessorPil(patch_size=SIZE // 4, **PIXELS)
-    return _random(Qwen2_5_VLForConditionalGeneration, config, seed), processor
+    return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def blip2(seed: int) -> tuple[PreTrainedModel, Any]:
-    """BLIP-2 around an OPT model: a Q-Former makes four visual tokens of a frame, which stand in the text."""
-    vision = {
-        "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "image_size": SIZE, "patch_size": SIZE // 2, "initializer_range": 0.1,
-    }  # fmt: skip
+def blip2(scale: Scale, queries: int = 4) -> PreTrainedModel:
+    """BLIP-2 around an OPT model: a Q-Former makes ``queries`` visual tokens of a frame, which stand in the text."""
     q_former = {
-        "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.1,
+        "hidden_size": scale.vision_width, "intermediate_size": 2 * scale.vision_width, "num_hidden_layers": 3,
+        "num_attention_heads": scale.vision_heads, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        "initializer_range": scale.spread,
     }  # fmt: skip
     text = OPTConfig(
-        vocab_size=len(VOCABULARY), hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=2 * WIDTH,
-        num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=4096, dropout=0.0, init_std=0.1, **TOKENS,
+        vocab_size=len(VOCABULARY), hidden_size=scale.width, word_embed_proj_dim=scale.width, ffn_dim=2 * scale.width,
+        num_hidden_layers=scale.layers, num_attention_heads=HEADS, max_position_embeddings=scale.positions,
+        dropout=0.0, init_std=scale.spread, **TOKENS,
     )  # fmt: skip
     config = Blip2Config(
-        vision_config=vision, qformer_config=q_former, text_config=text, num_query_tokens=4,
-        image_token_index=VOCABULARY.index(IMAGE), initializer_range=0.1,
+        vision_config={**scale.vision, "num_hidden_layers": 2, "initializer_range": scale.spread},
+        qformer_config=q_former, text_config=text, num_query_tokens=queries, image_token_index=IMAGE_ID,
+        initializer_range=scale.spread,
     )  # fmt: skip
-    model = _random(Blip2ForConditionalGeneration, config, seed)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+    model = Blip2ForConditionalGeneration(config)
+    with torch.no_grad():
         model.query_tokens.normal_()  # they start at 0, and equal queries stay equal
-    return model, BlipImageProcessorPil(size={"height": SIZE, "width": SIZE}, **PIXELS)
+    return model
 
 
-def idefics2(seed: int) -> tuple[PreTrainedModel, Any]:
-    """Idefics2 around a Mistral model: a perceiver makes four latents of a frame, which stand in the text."""
-    vision = {
-        "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "image_size": SIZE, "patch_size": SIZE // 2, "initializer_range": 0.1,
-    }  # fmt: skip
+def idefics2(scale: Scale, latents: int = 4) -> PreTrainedModel:
+    """Idefics2 around a Mistral model: a perceiver makes ``latents`` of a frame, which stand in the text."""
     perceiver = {
-        "hidden_size": WIDTH, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4,
-        "resampler_head_dim": WIDTH // 4, "num_key_value_heads": 2, "initializer_range": 0.1,
+        "hidden_size": scale.width, "resampler_n_latents": latents, "resampler_depth": 1,
+        "resampler_n_heads": scale.vision_heads, "resampler_head_dim": scale.vision_width // scale.vision_heads,
+        "num_key_value_heads": scale.vision_heads // 2, "initializer_range": scale.spread,
     }  # fmt: skip
-    text = MistralConfig(
-        vocab_size=len(VOCABULARY), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.1,
-        sliding_window=None, **TOKENS,
-    )  # fmt: skip
     config = Idefics2Config(
-        vision_config=vision, perceiver_config=perceiver, text_config=text, image_token_id=VOCABULARY.index(IMAGE)
-    )
-    model = _random(Idefics2ForConditionalGeneration, config, seed)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+        vision_config={**scale.vision, "num_hidden_layers": 2, "initializer_range": scale.spread},
+        perceiver_config=perceiver, text_config=MistralConfig(**scale.text, sliding_window=None),
+        image_token_id=IMAGE_ID,
+    )  # fmt: skip
+    model = Idefics2ForConditionalGeneration(config)
+    with torch.no_grad():
         model.model.connector.perceiver_resampler.latents.normal_()  # they start at 1, and equal latents stay equal
-    size = {"shortest_edge": SIZE, "longest_edge": SIZE}
-    return model, Idefics2ImageProcessorPil(size=size, do_image_splitting=False, **PIXELS)
+    return model
 
 
-def aria(seed: int) -> tuple[PreTrainedModel, Any]:
-    """Aria with four experts: its projector makes four visual tokens of a frame, which stand in the text.
+def aria(scale: Scale, queries: int = 4, **options: Any) -> PreTrainedModel:
+    """Aria with four experts: its projector makes ``queries`` visual tokens of a frame, which stand in the text.
 
     Its image processor makes images of 490 pixels at least, so patches are large and the vision encoder is narrow.
     """
     side = 490
     vision = {
-        "model_type": "idefics3_vision", "hidden_size": WIDTH // 3, "intermediate_size": WIDTH, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "image_size": side, "patch_size": side // 2, "initializer_range": 0.1,
+        **scale.vision, "model_type": "idefics3_vision", "hidden_size": scale.vision_width // 4,
+        "num_hidden_layers": 2, "image_size": side, "patch_size": side // 2, "initializer_range": scale.spread,
     }  # fmt: skip
     text = {
-        "model_type": "aria_text", "vocab_size": len(VOCABULARY), "hidden_size": WIDTH, "intermediate_size": WIDTH,
-        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
-        "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1, "initializer_range": 0.1, **TOKENS,
+        **scale.text, "model_type": "aria_text", "intermediate_size": scale.width, "moe_num_experts": 4, "moe_topk": 2,
+        "moe_num_shared_experts": 1,
     }  # fmt: skip
     config = AriaConfig(
-        vision_config=vision, text_config=text, projector_patch_to_query_dict={4: 4},
-        image_token_index=VOCABULARY.index(IMAGE), initializer_range=0.1,
+        vision_config=vision, text_config=text, projector_patch_to_query_dict={4: queries},
+        image_token_index=IMAGE_ID, initializer_range=scale.spread,
     )  # fmt: skip
-    return _random(AriaForConditionalGeneration, config, seed), AriaImageProcessorPil(max_image_size=side, **PIXELS)
+    return AriaForConditionalGeneration._from_config(config, **options)
 
 
-SMALL_MODELS: dict[str, Callable[[int], tuple[PreTrainedModel, Any]]] = {
-    "quickstart": quickstart,
-    "small-idefics": idefics,
-    "small-openflamingo": open_flamingo,
-    "small-mplug-owl3": mplug_owl3,
-    "small-llava": llava,
-    "small-blip2": blip2,
-    "small-idefics2": idefics2,
-    "small-aria": aria,
-    "small-qwen2.5-vl": qwen2_5_vl,
+# The model by its name, and its image processor.
+SMALL_MODELS: dict[str, tuple[Callable[[Scale], PreTrainedModel], Callable[[], Any]]] = {
+    "quickstart": (
+        mllama,
+        lambda: MllamaImageProcessorPil(size=SQUARE, max_image_tiles=1, **PIXELS),
+    ),
+    "small-idefics": (idefics, lambda: IdeficsImageProcessorPil(image_size=SIZE, **PIXELS)),
+    "small-openflamingo": (open_flamingo, lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE, **PIXELS)),
+    "small-mplug-owl3": (mplug_owl3, lambda: SiglipImageProcessorPil(size=SQUARE, **PIXELS)),
+    "small-llava": (llava, lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE, **PIXELS)),
+    "small-blip2": (blip2, lambda: BlipImageProcessorPil(size=SQUARE, **PIXELS)),
+    "small-idefics2": (
+        idefics2,
+        lambda: Idefics2ImageProcessorPil(
+            size={"shortest_edge": SIZE, "longest_edge": SIZE}, do_image_splitting=False, **PIXELS
+        ),
+    ),
+    "small-aria": (aria, lambda: AriaImageProcessorPil(max_image_size=490, **PIXELS)),
+    "small-qwen2.5-vl": (qwen2_5_vl, lambda: Qwen2VLImageProcessorPil(patch_size=SIZE // 4, **PIXELS)),
 }
 
 
-def _random(model: type[Any], config: Any, seed: int) -> Any:
-    """``model(config)`` with weights of ``seed``, in float32 on the CPU; the caller's random state stays as it is."""
+def small_model(name: str, seed: int) -> tuple[PreTrainedModel, Any]:
+    """The model called ``name`` in ``SMALL_MODELS`` and its image processor.
+
+    In float32 on the CPU; equal seeds give equal weights on every rank, and the caller's random state stays as it is.
+    """
+    build, processor = SMALL_MODELS[name]
+    return random(lambda: build(Scale()), seed), processor()
+
+
+def random(build: Callable[[], Any], seed: int) -> Any:
+    """What ``build`` makes with the random numbers of ``seed``; the caller's random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return model(config)
+        return build()

@@ -6,11 +6,14 @@ collective is needed to know another rank's shard or intervals.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from ds_lvxattn.exchange.attention import sp_attention
 from ds_lvxattn.exchange.comm import Communicator
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.routes import Routes
@@ -36,9 +39,32 @@ class AttentionInputs:
     routes: Routes | None = None
 
 
+class Exchanging(Protocol):
+    """The argument ``sequence_parallel`` of the model's forward, as families see it.
+
+    A ``SequenceParallelBatch``, or a ``DecodingStep`` while text is generated.
+
+    Attributes:
+        brings_frames: whether the forward encodes frames; otherwise the keys and values of an earlier one are used.
+    """
+
+    brings_frames: ClassVar[bool]
+
+    @property
+    def plans(self) -> Mapping[nn.Module, LayerPlan]:
+        """What each attention module runs with."""
+
+    @property
+    def sees_frame(self) -> Tensor:
+        """``[B, 1, s_q, 1]`` in the model's dtype, 1 for the rows that see a frame."""
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Attention of ``module``, ``[B, H_q, s_q, D]``."""
+
+
 @dataclass(frozen=True)
 class SequenceParallelBatch:
-    """The argument ``sequence_parallel`` of the model's forward; see ``ds_lvxattn.runtime.registration``.
+    """A batch that is divided over the ranks: the argument ``sequence_parallel`` of the model's forward.
 
     Attributes:
         comm: communicator of the sequence-parallel group.
@@ -68,3 +94,44 @@ class SequenceParallelBatch:
     sees_frame: Tensor
     visual_rows: VisualRows | None = None
     visual: KeyCache | None = None
+
+    brings_frames: ClassVar[bool] = True
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Attention of ``module`` as ``exchange`` computes it, without the log-sum-exp."""
+        return self.exchange(module, query, key, value, scale)[0]
+
+    def exchange(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``sp_attention`` as ``module`` is planned, for the rank's own ``query [B, H_q, s_q, D]``, keys and values.
+
+        Args:
+            key, value: ``[B, H_kv, s_kv, D]``; what a blank frame adds stands behind the rank's own.
+
+        Returns:
+            ``out [B, H_q, s_q, D]`` and its log-sum-exp ``[B, H_q, s_q]``.
+        """
+        plan = self.plans[module]
+        inputs = self.roles[plan.kind]
+        # A rank without frames still feeds one blank frame to the model; its keys belong to no sample.
+        keys = inputs.layout.kv.lengths[self.comm.rank]
+        key, value = key[:, :, :keys], value[:, :, :keys]
+        if self.visual is not None and plan.role == "cross":
+            self.visual[module] = key, value
+        attend = functools.partial(
+            sp_attention,
+            query,
+            key,
+            value,
+            group=self.comm.group,
+            strategy=plan.strategy if plan.strategy != "local" else "lv_xattn",
+            interval=inputs.interval,
+            scale=scale,
+            schedule=plan.schedule,
+            kernel=self.kernel,
+            shards=inputs.layout,
+            routes=inputs.routes,
+            head_groups=plan.head_groups,
+        )
+        return attend() if self.times is None else self.times.measure(module, (query, key, value), attend)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,8 @@ class DecodingStep:
     text_start: Tensor | None
     sees_frame: Tensor
     position: Tensor
+
+    brings_frames: ClassVar[bool] = False
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Attention of the new tokens, ``query [B, H_q, 1, D]``.

@@ -9,18 +9,15 @@ An encoder's attention exchanges nothing; with the implementation ``ds_lvxattn_e
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ds_lvxattn.exchange.attention import sp_attention
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.kernels.operator import local_attention
-from ds_lvxattn.runtime.batch import SequenceParallelBatch
-from ds_lvxattn.runtime.decoding import DecodingStep
+from ds_lvxattn.runtime.batch import Exchanging
 
 IMPLEMENTATION = "ds_lvxattn"
 ENCODER_IMPLEMENTATION = "ds_lvxattn_encoder"
@@ -44,7 +41,7 @@ def exchanged_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sequence_parallel: SequenceParallelBatch | DecodingStep | None = None,
+    sequence_parallel: Exchanging | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of transformers: ``query [B, H_q, s_q, D]``, ``key, value [B, H_kv, s_kv, D]``.
@@ -77,10 +74,7 @@ def exchanged_attention(
             f"{type(module).__name__} attends with a sliding window of {given}, and its family says {planned}; let "
             "Family.window_of give what the module passes on"
         )
-    if isinstance(sequence_parallel, DecodingStep):
-        return sequence_parallel.attend(module, query, key, value, scaling).transpose(1, 2), None
-    out, _lse = exchange(module, query, key, value, sequence_parallel, scaling)
-    return out.transpose(1, 2), None
+    return sequence_parallel.attend(module, query, key, value, scaling).transpose(1, 2), None
 
 
 def encoder_attention(
@@ -106,48 +100,6 @@ def encoder_attention(
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     out, _lse = local_attention(query, key, value, attention_mask.start, attention_mask.stop, scale, "auto")
     return out.transpose(1, 2), None
-
-
-def exchange(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sequence_parallel: SequenceParallelBatch,
-    scaling: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``sp_attention`` as ``module`` is planned, for the rank's own ``query [B, H_q, s_q, D]``, ``key`` and ``value``.
-
-    Args:
-        key, value: ``[B, H_kv, s_kv, D]``; what a blank frame adds stands behind the rank's own.
-
-    Returns:
-        ``out [B, H_q, s_q, D]`` and its log-sum-exp ``[B, H_q, s_q]``.
-    """
-    plan = sequence_parallel.plans[module]
-    inputs = sequence_parallel.roles[plan.kind]
-    # A rank without frames still feeds one blank frame to the model; its keys belong to no sample.
-    keys = inputs.layout.kv.lengths[sequence_parallel.comm.rank]
-    key, value = key[:, :, :keys], value[:, :, :keys]
-    if sequence_parallel.visual is not None and plan.role == "cross":
-        sequence_parallel.visual[module] = key, value
-    attend = functools.partial(
-        sp_attention,
-        query,
-        key,
-        value,
-        group=sequence_parallel.comm.group,
-        strategy=plan.strategy if plan.strategy != "local" else "lv_xattn",
-        interval=inputs.interval,
-        scale=scaling,
-        schedule=plan.schedule,
-        kernel=sequence_parallel.kernel,
-        shards=inputs.layout,
-        routes=inputs.routes,
-        head_groups=plan.head_groups,
-    )
-    times = sequence_parallel.times
-    return attend() if times is None else times.measure(module, (query, key, value), attend)
 
 
 def no_dense_mask(*unused: Any, **unused_too: Any) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.data.sample import SampleSource
 from ds_lvxattn.errors import ConfigError
-from ds_lvxattn.families import family_of
+from ds_lvxattn.families import VisualFamily, family_of
 from ds_lvxattn.needle.source import NeedleSource
 from ds_lvxattn.needle.task import NeedleTask
 from ds_lvxattn.training.loading import LoadedModel
@@ -64,10 +64,12 @@ def load_sources(
 def frames_in_text(loaded: LoadedModel) -> dict[str, Any]:
     """How the model's text has a frame, as arguments of ``ConversationSource`` and ``question_sample``."""
     family = family_of(loaded.model)
+    if not isinstance(family, VisualFamily):
+        return {"image_token": None}
     return {
         "image_token": loaded.image_token,
         "frame_text": family.frame_text if loaded.image_token == family.image_token else "",
-        "frame_tokens": family.frame_tokens(loaded.model.config) if family.keys_in_text else 1,
+        "frame_tokens": family.frame_tokens() if family.keys_in_text else 1,
     }
 
 

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.integrations import HfDeepSpeedConfig
 
 from ds_lvxattn.errors import ConfigError
-from ds_lvxattn.families import family_of, family_of_config
+from ds_lvxattn.families import VisualFamily, family_of, family_of_config
 from ds_lvxattn.groups import SequenceParallelGroups
-from ds_lvxattn.needle.small_models import SMALL_MODELS
+from ds_lvxattn.needle.small_models import SMALL_MODELS, small_model
 from ds_lvxattn.needle.task import IMAGE, build_tokenizer
 
 QUICKSTART = "quickstart"
@@ -63,7 +63,7 @@ def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
         ConfigError: nothing loads under ``name``, or no family knows it.
     """
     if name in SMALL_MODELS:
-        small, processor = SMALL_MODELS[name](seed)
+        small, processor = small_model(name, seed)
         nn.Module.to(small, model_dtype(ds_config))
         return LoadedModel(small, build_tokenizer(), processor, IMAGE)
     # Alive while the model loads: transformers partitions what it loads when a ZeRO-3 config is.
@@ -72,7 +72,7 @@ def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
         family = family_of_config(AutoConfig.from_pretrained(name))
         model = family.load_model(name, model_dtype(ds_config))
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        processor = family.load_processor(name)
+        processor = family.load_processor(name) if isinstance(family, VisualFamily) else None
     except ConfigError as error:
         raise ConfigError(f"--model {name}: {error}") from error
     except (OSError, ValueError) as error:
@@ -80,7 +80,7 @@ def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
             f"--model {name}: cannot be loaded ({error}); small random models are {', '.join(SMALL_MODELS)}"
         ) from error
     del zero3
-    if family.image_token is None:
+    if not isinstance(family, VisualFamily):
         return LoadedModel(model, tokenizer, processor, None)
     # The small models are saved with the tokenizer of the needle task.
     image_token = next((t for t in (family.image_token, IMAGE) if t in tokenizer.get_vocab()), None)
@@ -107,7 +107,7 @@ def select_trainable(model: nn.Module, name: str, trainable: str | Sequence[str]
     """
     if trainable == "all" or (trainable == "default" and name in SMALL_MODELS):
         return
-    patterns = family_of(model).trainable_by_default(model.config) if trainable == "default" else trainable
+    patterns = family_of(model).trainable_by_default() if trainable == "default" else trainable
     names = [parameter for parameter, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatchcase(parameter, pattern) for parameter in names):

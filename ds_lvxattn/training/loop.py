@@ -23,6 +23,7 @@ from ds_lvxattn.calibration.extent import HeadLayout
 from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.data.sample import SampleSource
 from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.families import VisualFamily
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.plan.layer_plan import plan_layers
 from ds_lvxattn.plan.planner import Plan
@@ -160,12 +161,13 @@ class Trainer:
         if self.parallel.config.strategy == "auto":
             layouts = [HeadLayout(*layout) for layout in self.parallel.head_layouts]
             profile = calibrated(self.parallel.comm.group, layouts, self.device, collator.dtype)
-        sizes = collator.sizes(first)
+        sizes, family = collator.sizes(first), collator.family
+        visual_widths = family.visual_widths() if isinstance(family, VisualFamily) else ()
         self._plan = planner.start(sizes, profile)
         log.plan(self._plan)
         log.memory(
             memory_plan(
-                planner.layer_sizes(sizes.shapes()), collator.family.visual_widths(model.config),
+                planner.layer_sizes(sizes.shapes()), visual_widths,
                 self.parallel.recomputation.policy, model_states(model, self.job.ds_config, dist.get_world_size()),
                 first, self.device,
             )

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import deepspeed
@@ -20,19 +20,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import MllamaConfig, MllamaForConditionalGeneration
-from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
-from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
-from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
-from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from ds_lvxattn.batches.prepare import Batches
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.data.sample import IGNORE, Sample
+from ds_lvxattn.families import family as encoding
 from ds_lvxattn.families import family_of, mllama
 from ds_lvxattn.families.aria import Aria
 from ds_lvxattn.families.blip2 import Blip2
@@ -43,15 +36,15 @@ from ds_lvxattn.families.llava import Llava
 from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
-from ds_lvxattn.families.text_only import TextOnly
 from ds_lvxattn.groups import SequenceParallelGroups
+from ds_lvxattn.needle.small_models import SIZE, SMALL_MODELS, Scale, mllama_config, random
 from ds_lvxattn.needle.task import IMAGE, VOCABULARY, build_tokenizer
 from ds_lvxattn.training.loading import LoadedModel
 
 CPU = torch.device("cpu")
-SIZE = 28  # pixels; five vision tokens a frame
-SQUARE = {"height": SIZE, "width": SIZE}
 IMAGE_TOKEN = VOCABULARY.index(IMAGE)
+TINY = Scale(width=32, layers=3, vision_width=16, vision_heads=2, spread=0.2, positions=128)
+FOUR_LAYERS = replace(TINY, layers=4)  # where only some layers see frames
 
 # Text and frames that neither two nor four ranks divide, several images at uneven places, fewer frames than ranks.
 PATTERNS = {
@@ -76,27 +69,22 @@ CLIPPING = 1.0
 
 def tiny_config(tiles: int = 1, heads: int = 4, **text: Any) -> MllamaConfig:
     """A configuration of about 60,000 parameters for the vocabulary of the needle task."""
-    vision = {
-        "hidden_size": 16, "intermediate_size": 32, "attention_heads": 2, "num_hidden_layers": 1,
-        "num_global_layers": 1, "intermediate_layers_indices": [0], "vision_output_dim": 32,
-        "image_size": SIZE, "patch_size": 14, "max_num_tiles": tiles,
-        "supported_aspect_ratios": [[a, b] for a in (1, 2) for b in (1, 2) if a * b <= tiles],
-        "initializer_range": 0.2,
-    }  # fmt: skip
-    text = {
-        "vocab_size": IMAGE_TOKEN, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": heads,
-        "num_key_value_heads": max(heads // 2, 1), "num_hidden_layers": 4, "cross_attention_layers": [1, 3],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "max_position_embeddings": 64,
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2, **text,
-    }  # fmt: skip
-    return MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN)
+    config = mllama_config(FOUR_LAYERS, tiles)
+    changes = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(heads // 2, 1),
+        "max_position_embeddings": 64,
+        **text,
+    }
+    for key, value in changes.items():
+        setattr(config.text_config, key, value)
+    return config
 
 
 def tiny_model(config: MllamaConfig | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The same random weights at every call, with gates that let frames through."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(1)
-        model = MllamaForConditionalGeneration(config or tiny_config())
+    model = random(lambda: MllamaForConditionalGeneration(config or tiny_config()), seed=1)
+    with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "gate" in name and parameter.numel() == 1:
                 parameter.fill_(0.7)
@@ -106,19 +94,17 @@ def tiny_model(config: MllamaConfig | None = None, dtype: torch.dtype = torch.fl
 @contextlib.contextmanager
 def frames_in_portions(frames: int, config: MllamaConfig) -> Iterator[None]:
     """The vision encoder takes at most ``frames`` frames at once, the norm of the keys seven keys."""
-    usual, usual_keys = mllama.TOKENS_AT_ONCE, mllama.KEYS_AT_ONCE
-    mllama.TOKENS_AT_ONCE = usual // mllama.Mllama().frames_at_once(config) * frames
+    usual, usual_keys = encoding.TOKENS_AT_ONCE, mllama.KEYS_AT_ONCE
+    encoding.TOKENS_AT_ONCE = Mllama(config).encoder_tokens() * frames
     mllama.KEYS_AT_ONCE = 7
     try:
         yield
     finally:
-        mllama.TOKENS_AT_ONCE, mllama.KEYS_AT_ONCE = usual, usual_keys
+        encoding.TOKENS_AT_ONCE, mllama.KEYS_AT_ONCE = usual, usual_keys
 
 
-def tiny_processor() -> MllamaImageProcessorPil:
-    return MllamaImageProcessorPil(
-        size={"height": SIZE, "width": SIZE}, max_image_tiles=1, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
+def tiny_processor() -> Any:
+    return SMALL_MODELS["quickstart"][1]()
 
 
 def tiny_loaded(config: MllamaConfig | None = None) -> LoadedModel:
@@ -155,22 +141,22 @@ class ListSource:
         return self.samples[index]
 
 
-PROCESSORS: dict[type, Callable[[], Any]] = {
-    Mllama: tiny_processor,
-    Idefics: lambda: IdeficsImageProcessorPil(image_size=SIZE),
-    TextOnly: lambda: None,
-    MPlugOwl3: lambda: SiglipImageProcessorPil(size=SQUARE),
-    Qwen25VL: lambda: Qwen2VLImageProcessorPil(patch_size=SIZE // 4),
-    Llava: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
-    Idefics2: lambda: Idefics2ImageProcessorPil(size={"shortest_edge": 14, "longest_edge": SIZE}),
-    Aria: lambda: AriaImageProcessorPil(min_image_size=245),
-    Blip2: lambda: BlipImageProcessorPil(size=SQUARE),
-    OpenFlamingo: lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
+PROCESSORS: dict[type, str] = {
+    Mllama: "quickstart",
+    Idefics: "small-idefics",
+    OpenFlamingo: "small-openflamingo",
+    MPlugOwl3: "small-mplug-owl3",
+    Llava: "small-llava",
+    Blip2: "small-blip2",
+    Idefics2: "small-idefics2",
+    Aria: "small-aria",
+    Qwen25VL: "small-qwen2.5-vl",
 }
 
 
 def tiny_batches(model: nn.Module, parallel: SequenceParallel | None = None) -> Batches:
-    processor = PROCESSORS[type(family_of(model))]()
+    name = PROCESSORS.get(type(family_of(model)))
+    processor = SMALL_MODELS[name][1]() if name else None
     return Batches(model, processor, 0, IMAGE_TOKEN, CPU, next(model.parameters()).dtype, parallel)
 
 

@@ -33,11 +33,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.clip.modeling_clip import CLIPAttention
 
 from ds_lvxattn.errors import ConfigError
-from ds_lvxattn.families.family import TOKENS_AT_ONCE, Family
+from ds_lvxattn.families.family import VisualFamily
 from ds_lvxattn.families.frames import encode_in_portions
 from ds_lvxattn.families.rotary import self_attention_role, self_attention_sizes, self_attention_window
-from ds_lvxattn.runtime.batch import SequenceParallelBatch
-from ds_lvxattn.runtime.decoding import DecodingStep
+from ds_lvxattn.runtime.batch import Exchanging, SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 from ds_lvxattn.runtime.registration import exchanged_attention
 
@@ -182,8 +181,8 @@ class _ClipTokens(nn.Module):
         return output.pooler_output, output.last_hidden_state[:, 1:]
 
 
-class OpenFlamingo(Family):
-    """The OpenFlamingo family; see ``Family``."""
+class OpenFlamingo(VisualFamily):
+    """The OpenFlamingo family; see ``VisualFamily``."""
 
     name = "OpenFlamingo"
     model_class = OpenFlamingoModel
@@ -209,10 +208,10 @@ class OpenFlamingo(Family):
         return self_attention_window(module) if self.role_of(module) == "self" else None
 
     def reach_attention(self, model: nn.Module) -> None:
+        module: Any
         for module in model.modules():
             if _is_cross_attention(module):
-                forward = functools.partial(exchanged_cross_attention, module, module.forward)
-                setattr(module, "forward", forward)  # noqa: B010
+                module.forward = functools.partial(exchanged_cross_attention, module, module.forward)
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         model.register_forward_pre_hook(functools.partial(encode_frames, recomputation), with_kwargs=True)
@@ -223,32 +222,32 @@ class OpenFlamingo(Family):
     def decoder(self, model: nn.Module) -> Any:
         return model.get_submodule("flamingo.lang_encoder")
 
-    def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
+    def trainable_by_default(self) -> tuple[str, ...]:
         return ("*perceiver.*", "*gated_cross_attn_layer.*")
 
-    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
-        return (model_config.vision_config.hidden_size,)
+    def visual_widths(self) -> tuple[int, ...]:
+        return (self.config.vision_config.hidden_size,)
 
-    def frame_tokens(self, model_config: Any) -> int:
+    def frame_tokens(self) -> int:
         return 64  # the package leaves its perceiver's number of latents at that
 
-    def frames_at_once(self, model_config: Any) -> int:
-        vision = model_config.vision_config
-        return max(TOKENS_AT_ONCE // ((vision.image_size // vision.patch_size) ** 2 + 1), 1)
+    def encoder_tokens(self) -> int:
+        vision = self.config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2 + 1
 
-    def frame_ranges(self, input_ids: Sequence[int], image_id: int, model_config: Any) -> list[tuple[int, int]]:
+    def frame_ranges(self, input_ids: Sequence[int], image_id: int) -> list[tuple[int, int]]:
         """The last image at or before the token, or all of them."""
         ranges, seen = [], 0
         for token in input_ids:
             seen += token == image_id
-            first = max(seen - 1, 0) if model_config.only_attend_immediate_media else 0
+            first = max(seen - 1, 0) if self.config.only_attend_immediate_media else 0
             ranges.append((first, seen))
         return ranges
 
-    def hidden_rows_see_all(self, model_config: Any) -> bool:
+    def hidden_rows_see_all(self) -> bool:
         # Where text sees all previous images, the package hides all keys alike from a token ahead of the first one,
         # which then gets the mean of all values.
-        return not model_config.only_attend_immediate_media
+        return not self.config.only_attend_immediate_media
 
     def load_model(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
         return OpenFlamingoModel.from_pretrained(name, dtype=dtype)
@@ -256,17 +255,15 @@ class OpenFlamingo(Family):
     def load_processor(self, name: str) -> Any:
         return CLIPImageProcessorPil.from_pretrained(name)
 
-    def pixels(self, frames: Sequence[np.ndarray], processor: Any, model_config: Any) -> Mapping[str, Tensor]:
+    def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
         images = processor(list(frames), return_tensors="pt")["pixel_values"]
         return {"vision_x": images[None, :, None]}
 
-    def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
-        vision = model_config.vision_config
+    def blank_pixels(self) -> Mapping[str, Tensor]:
+        vision = self.config.vision_config
         return {"vision_x": torch.zeros(1, 1, 1, vision.num_channels, vision.image_size, vision.image_size)}
 
-    def dense_mask(
-        self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int, model_config: Any
-    ) -> Mapping[str, Tensor]:
+    def dense_mask(self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int) -> Mapping[str, Tensor]:
         return {}  # the model finds the image tokens itself
 
 
@@ -299,15 +296,16 @@ def encode_frames(
 
 def condition_on_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before the language model in a decoding step: its layers get the step in the place of features."""
-    step = kwargs.get("sequence_parallel")
-    if isinstance(step, DecodingStep):
+    step: Exchanging | None = kwargs.get("sequence_parallel")
+    if step is not None and not step.brings_frames:
         for layer in module._get_decoder_layers():
             layer.condition_vis_x((None, step))
 
 
 def end_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """After it: the layers hold on to nothing."""
-    if isinstance(kwargs.get("sequence_parallel"), DecodingStep):
+    step: Exchanging | None = kwargs.get("sequence_parallel")
+    if step is not None and not step.brings_frames:
         module.clear_conditioned_layers()
 
 
@@ -327,9 +325,8 @@ def exchanged_cross_attention(
     if not module.only_attend_immediate_media:
         # Equal scores for tokens that see nothing: they get the mean of the values, and give no other gradient.
         query = query * batch.sees_frame[:, 0]
-    # A decoding step brings the keys and values of the prefill.
-    step = isinstance(batch, DecodingStep)
-    key, value = (query, query) if step else module.to_kv(features.flatten(1, 2)).chunk(2, dim=-1)
+    # Where no frames come, the keys and values of the prefill are used.
+    key, value = module.to_kv(features.flatten(1, 2)).chunk(2, dim=-1) if batch.brings_frames else (query, query)
     q, k, v = (y.unflatten(-1, (module.heads, -1)).transpose(1, 2) for y in (query, key, value))
     out, _ = exchanged_attention(module, q, k, v, None, scaling=module.scale, sequence_parallel=batch)
     return module.to_out(out.flatten(2))

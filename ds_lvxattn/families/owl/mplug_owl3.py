@@ -1,4 +1,4 @@
-"""mPLUG-Owl3: ``mPLUGOwl3Model`` of ``models.hyper_qwen2``, or of the code that a checkpoint comes with, known by name.
+"""mPLUG-Owl3: ``mPLUGOwl3Model`` of ``hyper_qwen2``, or of the code that a checkpoint comes with, known by name.
 
 A hyper layer attends twice with the same queries: to the text, role ``self``, and to the visual tokens, role
 ``cross``, which is planned under the name of its ``v_kv_proj``. Both are exchanged, each as its plan says. The two
@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, SiglipPreTrainedModel
 
 from ds_lvxattn.exchange.merge_attention import merge_attention
-from ds_lvxattn.families.family import TOKENS_AT_ONCE, Family
+from ds_lvxattn.families.family import VisualFamily
 from ds_lvxattn.families.frames import encode_in_portions
 from ds_lvxattn.families.owl import checkpoint_names, hyper_qwen2, published
 from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation, recompute
-from ds_lvxattn.runtime.registration import exchange
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class VisualFeatures:
     recomputation: Recomputation
 
 
-class MPlugOwl3(Family):
-    """The mPLUG-Owl3 family; see ``Family``."""
+class MPlugOwl3(VisualFamily):
+    """The mPLUG-Owl3 family; see ``VisualFamily``."""
 
     name = "mPLUG-Owl3"
     model_class = hyper_qwen2.mPLUGOwl3Model
@@ -56,11 +55,13 @@ class MPlugOwl3(Family):
     attention_config = None
     generates = False
 
-    def has_model(self, model: nn.Module) -> bool:
+    @classmethod
+    def has_model(cls, model: nn.Module) -> bool:
         return type(model).__name__ == "mPLUGOwl3Model"
 
-    def has_config(self, model_config: Any) -> bool:
-        return model_config.model_type == "mplugowl3"
+    @classmethod
+    def has_config(cls, config: Any) -> bool:
+        return config.model_type == "mplugowl3"
 
     def role_of(self, module: nn.Module) -> str | None:
         name = type(module).__name__
@@ -91,11 +92,9 @@ class MPlugOwl3(Family):
             config.hyper_attention, _ = checkpoint_names.kinds([name for name, _ in model.named_parameters()])
         for layer in model.modules():
             attention: Any = getattr(layer, "self_attn", None)
-            if not _is_hyper_qwen2(attention):
-                continue
-            norm = layer.get_submodule("input_layernorm")
-            forward = functools.partial(exchanged_hyper_attention, attention, attention.forward, norm)
-            setattr(attention, "forward", forward)  # noqa: B010
+            if _is_hyper_qwen2(attention):
+                norm = layer.get_submodule("input_layernorm")
+                attention.forward = functools.partial(exchanged_hyper_attention, attention, attention.forward, norm)
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         language_model = model.get_submodule("language_model")
@@ -104,26 +103,26 @@ class MPlugOwl3(Family):
         attention = [module for module in model.modules() if _is_hyper_qwen2(module)]
         published.fit(language_model, attention)
 
-    def trainable_by_default(self, model_config: Any) -> tuple[str, ...]:
-        gate = () if model_config.hyper_attention == "fused" else ("*.self_attn.gate*",)
+    def trainable_by_default(self) -> tuple[str, ...]:
+        gate = () if self.config.hyper_attention == "fused" else ("*.self_attn.gate*",)
         return ("*vision2text_model.*", "*.v_kv_proj.*", *gate)
 
-    def visual_widths(self, model_config: Any) -> tuple[int, ...]:
-        return (model_config.hidden_size, model_config.vision_config.hidden_size)
+    def visual_widths(self) -> tuple[int, ...]:
+        return (self.config.hidden_size, self.config.vision_config.hidden_size)
 
-    def frame_tokens(self, model_config: Any) -> int:
-        vision = model_config.vision_config
+    def frame_tokens(self) -> int:
+        vision = self.config.vision_config
         return (vision.image_size // vision.patch_size) ** 2
 
-    def frames_at_once(self, model_config: Any) -> int:
-        return max(TOKENS_AT_ONCE // self.frame_tokens(model_config), 1)
+    def encoder_tokens(self) -> int:
+        return self.frame_tokens()
 
-    def frame_ranges(self, input_ids: Sequence[int], image_id: int, model_config: Any) -> list[tuple[int, int]]:
+    def frame_ranges(self, input_ids: Sequence[int], image_id: int) -> list[tuple[int, int]]:
         """All images so far: fused attention lets the token of an image see it, the other kinds the token after it."""
         ranges, before = [], 0
         for token in input_ids:
             seen = before + (token == image_id)
-            ranges.append((0, seen if model_config.hyper_attention == "fused" else before))
+            ranges.append((0, seen if self.config.hyper_attention == "fused" else before))
             before = seen
         return ranges
 
@@ -133,16 +132,14 @@ class MPlugOwl3(Family):
     def load_processor(self, name: str) -> Any:
         return checkpoint_names.load_processor(name)
 
-    def pixels(self, frames: Sequence[np.ndarray], processor: Any, model_config: Any) -> Mapping[str, Tensor]:
+    def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
         return {"pixel_values": processor(list(frames), return_tensors="pt")["pixel_values"][None]}
 
-    def blank_pixels(self, model_config: Any) -> Mapping[str, Tensor]:
-        vision = model_config.vision_config
+    def blank_pixels(self) -> Mapping[str, Tensor]:
+        vision = self.config.vision_config
         return {"pixel_values": torch.zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size)}
 
-    def dense_mask(
-        self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int, model_config: Any
-    ) -> Mapping[str, Any]:
+    def dense_mask(self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int) -> Mapping[str, Any]:
         """The places of each sample's images, from which the model makes its masks and its rotary positions."""
         places = []
         for rows in ranges:
@@ -216,12 +213,12 @@ def exchanged_hyper_attention(
         raise ValueError("a dense attention mask was given; sequence-parallel attention takes intervals")
     angles = position_embeddings or hyper_qwen2.rotary(position_ids, module, hidden_states.dtype)
     q, k, v = hyper_qwen2.text_projections(module, hidden_states, angles)
-    out, lse = exchange(module, q, k, v, sequence_parallel)
+    out, lse = sequence_parallel.exchange(module, q, k, v)
     if media_offset is None:
         return module.o_proj(out.transpose(1, 2).flatten(2)), None, None
     projected = module.v_kv_proj(_normalised(norm, media_offset))
     visual_k, visual_v = hyper_qwen2.visual_keys(module, projected, sequence_parallel.places)
-    visual, visual_lse = exchange(module.v_kv_proj, q, visual_k, visual_v, sequence_parallel)
+    visual, visual_lse = sequence_parallel.exchange(module.v_kv_proj, q, visual_k, visual_v)
     if hyper_qwen2.is_fused(module):
         out, _ = merge_attention([(out, lse), (visual, visual_lse)])
         context = out.transpose(1, 2)
