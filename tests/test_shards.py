@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_lvxattn import SequenceShards
 from ds_lvxattn.exchange.interval import clip_to_rank
-from ds_lvxattn.exchange.shards import runs, split_evenly
+from ds_lvxattn.exchange.shards import runs, split_by_size, split_evenly
 
 
 @st.composite
 def sequences(draw: st.DrawFn) -> SequenceShards:
     ranks = draw(st.integers(1, 5))
+    if draw(st.booleans()):
+        units = st.tuples(st.integers(0, 5), st.integers(0, ranks - 1))
+        return SequenceShards.dealt(draw(st.lists(units, max_size=12)), ranks)
     if draw(st.booleans()):
         return SequenceShards(tuple(draw(st.lists(st.integers(0, 9), min_size=ranks, max_size=ranks))))
     if draw(st.booleans()):
@@ -23,6 +28,8 @@ def sequences(draw: st.DrawFn) -> SequenceShards:
 
 def owners(shards: SequenceShards) -> list[int]:
     """The rank of every token, by the definition of the placement."""
+    if shards.units:
+        return [rank for tokens, rank in shards.units for _ in range(tokens)]
     if shards.stripe:
         there_and_back = [*range(shards.ranks), *reversed(range(shards.ranks))]
         return [there_and_back[token // shards.stripe % len(there_and_back)] for token in range(shards.total)]
@@ -40,6 +47,25 @@ def test_every_token_is_where_its_owner_says(shards: SequenceShards) -> None:
         before = shards.tokens_before(positions, rank)
         assert before.dtype == torch.int32
         assert before.tolist() == [sum(token < position for token in held) for position in positions.tolist()]
+
+
+@given(sequences())
+def test_how_a_sequence_is_dealt_survives_as_integers(shards: SequenceShards) -> None:
+    assert SequenceShards.of_deal(shards.lengths, shards.deal) == shards
+
+
+@given(st.lists(st.integers(1, 9), max_size=9), st.integers(1, 4))
+def test_parts_by_size_are_as_even_as_whole_items_allow(sizes: list[int], parts: int) -> None:
+    counts = split_by_size(sizes, parts)
+    assert len(counts) == parts and sum(counts) == len(sizes) and min(counts) >= 0
+    largest = max(sum(sizes[i] for i in run) for run in runs(counts))
+    edges = [range(len(sizes) + 1)] * (parts - 1)
+    best = min(
+        max(sum(sizes[a:b]) for a, b in itertools.pairwise((0, *cuts, len(sizes))))
+        for cuts in itertools.product(*edges)
+        if list(cuts) == sorted(cuts)
+    )
+    assert largest == best
 
 
 @given(sequences())

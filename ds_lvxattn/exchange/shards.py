@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,13 +26,17 @@ class SequenceShards:
             units of ``stripe`` tokens (the tokens of a frame), which are dealt in turn: to the ranks in their order,
             then in reverse order, and so on. Striped tokens balance masks that grow along the sequence, and turning
             back makes up for the lead that later ranks have in each round.
+        units: ``(tokens, rank)`` of the units that the sequence is cut into, in its order, where they are of unequal
+            sizes or dealt in another way; empty otherwise. Make such shards with ``dealt``.
 
     Raises:
-        ValueError: a length is negative, or striped lengths are not those of a round-robin deal.
+        ValueError: a length is negative, striped lengths are not those of a round-robin deal, or the units are not of
+            these lengths.
     """
 
     lengths: tuple[int, ...]
     stripe: int = 0
+    units: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 0:
@@ -43,6 +48,24 @@ class SequenceShards:
                 f"shard lengths {self.lengths} are not those of units of {self.stripe} tokens dealt in turn to "
                 f"{len(self.lengths)} ranks; make them with SequenceShards.striped"
             )
+        if self.units and (self.stripe or self.lengths != _lengths(self.units, self.ranks)):
+            raise ValueError(
+                f"shard lengths {self.lengths} (stripe {self.stripe}) are not those of the units that are dealt to "
+                "them; make them with SequenceShards.dealt"
+            )
+
+    @classmethod
+    def dealt(cls, units: Sequence[tuple[int, int]], ranks: int) -> SequenceShards:
+        """A sequence of ``units``, ``(tokens, rank)`` each. Contiguous shards are told as such."""
+        merged: list[tuple[int, int]] = []
+        for tokens, rank in units:
+            if merged and merged[-1][1] == rank:
+                tokens += merged.pop()[0]
+            if tokens:
+                merged.append((tokens, rank))
+        owners = [rank for _, rank in merged]
+        contiguous = all(a < b for a, b in itertools.pairwise(owners))
+        return cls(_lengths(merged, ranks), units=() if contiguous else tuple(merged))
 
     @classmethod
     def contiguous(cls, total: int, ranks: int) -> SequenceShards:
@@ -71,6 +94,18 @@ class SequenceShards:
         return cls.striped(total, ranks, max(-(-total // (ranks * rounds)), 1))
 
     @property
+    def deal(self) -> tuple[int, ...]:
+        """How the sequence is dealt, as integers, which operators take: ``of_deal`` is the inverse."""
+        return tuple(itertools.chain(*self.units)) or ((self.stripe,) if self.stripe else ())
+
+    @classmethod
+    def of_deal(cls, lengths: Sequence[int], deal: Sequence[int]) -> SequenceShards:
+        """The shards of ``lengths`` that are dealt as ``deal`` says."""
+        if len(deal) < 2:
+            return cls(tuple(lengths), *deal)
+        return cls(tuple(lengths), units=tuple(zip(deal[::2], deal[1::2], strict=True)))
+
+    @property
     def ranks(self) -> int:
         return len(self.lengths)
 
@@ -94,6 +129,12 @@ class SequenceShards:
 
     def tokens_before(self, position: Tensor, rank: int) -> Tensor:
         """How many of the tokens of ``rank`` lie before each global ``position`` (any integer dtype, kept)."""
+        if self.units:
+            starts, before, held = _unit_tables(self, rank, position.device)
+            position = position.clamp(0, self.total)
+            unit = torch.searchsorted(starts, position.to(starts.dtype), right=True) - 1
+            inside = torch.minimum(position - starts[unit], held[unit])
+            return (before[unit] + inside).to(position.dtype)
         if not self.stripe:
             local = position - self.offset(rank)
         else:
@@ -107,6 +148,10 @@ class SequenceShards:
 
     def index(self, rank: int) -> slice | np.ndarray:
         """What takes the tokens of ``rank``, ascending, out of an array along the sequence: a slice or positions."""
+        if self.units:
+            starts = itertools.accumulate((tokens for tokens, _ in self.units), initial=0)
+            own = [np.arange(at, at + n) for at, (n, owner) in zip(starts, self.units, strict=False) if owner == rank]
+            return np.concatenate(own) if own else np.zeros(0, dtype=np.int64)
         if not self.stripe:
             return slice(self.offset(rank), self.offset(rank) + self.lengths[rank])
         units = np.array(striped_units(-(-self.total // self.stripe), self.ranks, rank), dtype=np.int64)
@@ -124,7 +169,7 @@ class SequenceShards:
         Returns:
             ``total`` indices into a sequence of ``ranks * longest`` tokens, or None when they are the identity.
         """
-        if self.even and not self.stripe:
+        if self.even and not self.stripe and not self.units:
             return None
         order = np.zeros(self.total, dtype=np.int64)
         for rank in range(self.ranks):
@@ -142,6 +187,26 @@ class ShardLayout:
     def __post_init__(self) -> None:
         if self.q.ranks != self.kv.ranks:
             raise ValueError(f"queries are divided over {self.q.ranks} ranks, keys over {self.kv.ranks}")
+
+
+def _lengths(units: Sequence[tuple[int, int]], ranks: int) -> tuple[int, ...]:
+    lengths = [0] * ranks
+    for tokens, rank in units:
+        lengths[rank] += tokens
+    return tuple(lengths)
+
+
+@functools.lru_cache(maxsize=128)
+def _unit_tables(shards: SequenceShards, rank: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """For each unit its first position, the tokens of ``rank`` ahead of it, and those in it; int32 each.
+
+    Made once a batch and not once a layer: a copy to the device would wait for it.
+    """
+    tokens = np.array([tokens for tokens, _ in shards.units])
+    held = np.where(np.array([owner for _, owner in shards.units]) == rank, tokens, 0)
+    tables = np.stack((np.cumsum(tokens) - tokens, np.cumsum(held) - held, held)).astype(np.int32)
+    starts, before, held = torch.from_numpy(tables).to(device).unbind()
+    return starts, before, held
 
 
 def place_in_round(rank: int, ranks: int, number: int) -> int:
@@ -171,3 +236,41 @@ def runs(lengths: Sequence[int]) -> list[range]:
     for length in lengths:
         edges.append(edges[-1] + length)
     return [range(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def split_by_size(sizes: Sequence[int], parts: int) -> tuple[int, ...]:
+    """How many of consecutive items of ``sizes`` each part takes, so that the largest part is as small as can be.
+
+    Within that, every part is as near to an equal share as whole items allow; equal sizes are split evenly.
+    """
+    if len(set(sizes)) < 2:
+        return split_evenly(len(sizes), parts)
+    ahead = np.concatenate(([0], np.cumsum(sizes)))
+    total, count = int(ahead[-1]), len(sizes)
+
+    def reach(begin: int, limit: int) -> int:
+        """Where a part of at most ``limit`` ends that begins at item ``begin``."""
+        return int(np.searchsorted(ahead, ahead[begin] + limit, side="right")) - 1
+
+    def fits(limit: int) -> bool:
+        at = 0
+        for _ in range(parts):
+            at = reach(at, limit)
+        return at == count
+
+    low, high = max(max(sizes), -(-total // parts)), total
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    # The earliest that a part may end, if those behind it are to hold the rest.
+    earliest = [count]
+    for _ in range(parts - 1):
+        earliest.append(int(np.searchsorted(ahead, ahead[earliest[-1]] - low, side="left")))
+    cuts = [0]
+    for part in range(1, parts):
+        share = total * part / parts
+        near = int(np.abs(ahead - share).argmin())
+        first = max(cuts[-1], earliest[parts - part])
+        cuts.append(min(max(near, first), reach(cuts[-1], low)))
+    cuts.append(count)
+    return tuple(b - a for a, b in itertools.pairwise(cuts))

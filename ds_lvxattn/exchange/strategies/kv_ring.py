@@ -37,7 +37,7 @@ class RingAttention:
             start, stop = start[own], stop[own]
         return torch.ops.ds_lvxattn.kv_ring(
             q, k, v, start, stop, exchange.scale, exchange.kernel,
-            exchange.comm.name, layout.kv.lengths, layout.kv.stripe,
+            exchange.comm.name, layout.kv.lengths, layout.kv.deal,
         )  # fmt: skip
 
 
@@ -65,11 +65,11 @@ def kv_ring(
     kernel: str,
     group: str,
     kv_lengths: Sequence[int],
-    kv_stripe: int,
+    kv_deal: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Forward pass: ``out [B, H, s_q, D]`` and ``lse [B, H, s_q]``; ranges are those of the own rows."""
     comm = communicator_by_name(group)
-    kv = SequenceShards(tuple(kv_lengths), kv_stripe)
+    kv = SequenceShards.of_deal(kv_lengths, kv_deal)
     held = [k.contiguous(), v.contiguous()]
     out = lse = None
     for step in range(comm.ranks):
@@ -106,11 +106,11 @@ def kv_ring_backward(
     kernel: str,
     group: str,
     kv_lengths: Sequence[int],
-    kv_stripe: int,
+    kv_deal: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: ``dq`` stays, ``dk`` and ``dv`` of other ranks' keys travel home with them in float32."""
     comm = communicator_by_name(group)
-    kv = SequenceShards(tuple(kv_lengths), kv_stripe)
+    kv = SequenceShards.of_deal(kv_lengths, kv_deal)
     chosen = backward_kernel(kernel, Call.backward(q, k, start is not None), dlse is not None)
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
     wide = lse.dtype

@@ -26,7 +26,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple
     layout = exchange.layout
     return torch.ops.ds_lvxattn.query_ring(
         q, k, v, *exchange.bounds, exchange.scale, exchange.kernel,
-        exchange.comm.name, layout.q.lengths, layout.kv.lengths, layout.kv.stripe,
+        exchange.comm.name, layout.q.lengths, layout.kv.lengths, layout.kv.deal,
     )  # fmt: skip
 
 
@@ -110,11 +110,11 @@ def query_ring(
     group: str,
     q_lengths: Sequence[int],
     kv_lengths: Sequence[int],
-    kv_stripe: int,
+    kv_deal: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Forward pass: ``out [B, H, s_q, D]`` and ``lse [B, H, s_q]``."""
     comm = communicator_by_name(group)
-    kv = SequenceShards(tuple(kv_lengths), kv_stripe)
+    kv = SequenceShards.of_deal(kv_lengths, kv_deal)
     returns = _Returns(comm, q.shape[2])
     for owner, (queries,) in _Ring(comm, q_lengths, ("queries",), (q,)):
         first, last = _ranges_of(start, stop, kv, comm.rank, owner, queries.shape[2])
@@ -140,11 +140,11 @@ def query_ring_backward(
     group: str,
     q_lengths: Sequence[int],
     kv_lengths: Sequence[int],
-    kv_stripe: int,
+    kv_deal: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: ``Q``, ``dO``, ``L`` and ``delta`` go round, ``dQ`` parts go to their owners."""
     comm = communicator_by_name(group)
-    kv = SequenceShards(tuple(kv_lengths), kv_stripe)
+    kv = SequenceShards.of_deal(kv_lengths, kv_deal)
     chosen = backward_kernel(kernel, Call.backward(q, k, start is not None), dlse is not None)
     delta = attention_delta(dout, out, dlse).to(lse.dtype)
     ring = _Ring(comm, q_lengths, ("queries", "output gradients", "lse", "lse"), (q, dout, lse, delta))
