@@ -21,6 +21,20 @@ def no_frames(frames: Sequence[int]) -> list[np.ndarray]:
 
 
 @dataclass(frozen=True)
+class FrameSize:
+    """The picture of a frame, as it is decoded.
+
+    Attributes:
+        height, width: pixels.
+        video: whether it is a frame of a video, for which limits differ from those of an image.
+    """
+
+    height: int
+    width: int
+    video: bool = False
+
+
+@dataclass(frozen=True)
 class Sample:
     """A tokenised conversation and its frames, which are decoded only when asked for.
 
@@ -28,6 +42,8 @@ class Sample:
         input_ids: token ids; one image token for each frame, in frame order.
         labels: as long as ``input_ids``; the token itself where it is an answer, ``IGNORE`` elsewhere.
         num_frames: frames of all its media.
+        sizes: their pictures' sizes, where the visual tokens of a frame follow from its size; None: every frame counts
+            as one of the model's smallest (one tile).
         load_frames: uint8 ``[H, W, 3]`` images of the frames asked for; raises ``SampleError`` (or ``VideoError``)
             for broken media.
         name: how messages call the sample.
@@ -38,8 +54,11 @@ class Sample:
     num_frames: int = 0
     load_frames: Callable[[Sequence[int]], list[np.ndarray]] = field(default=no_frames, repr=False)
     name: str = ""
+    sizes: Sequence[FrameSize] | None = None
 
     def __post_init__(self) -> None:
+        if self.sizes is not None and len(self.sizes) != self.num_frames:
+            raise SampleError(f"{self.name}: {self.num_frames} frames but {len(self.sizes)} sizes")
         if len(self.input_ids) != len(self.labels):
             raise SampleError(f"{self.name}: {len(self.input_ids)} tokens but {len(self.labels)} labels")
 
