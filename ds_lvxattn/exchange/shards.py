@@ -102,7 +102,7 @@ class SequenceShards:
     def of_deal(cls, lengths: Sequence[int], deal: Sequence[int]) -> SequenceShards:
         """The shards of ``lengths`` that are dealt as ``deal`` says."""
         if len(deal) < 2:
-            return cls(tuple(lengths), *deal)
+            return cls(tuple(lengths), sum(deal))
         return cls(tuple(lengths), units=tuple(zip(deal[::2], deal[1::2], strict=True)))
 
     @property
@@ -203,8 +203,8 @@ def _unit_tables(shards: SequenceShards, rank: int, device: torch.device) -> tup
     Made once a batch and not once a layer: a copy to the device would wait for it.
     """
     tokens = np.array([tokens for tokens, _ in shards.units])
-    held = np.where(np.array([owner for _, owner in shards.units]) == rank, tokens, 0)
-    tables = np.stack((np.cumsum(tokens) - tokens, np.cumsum(held) - held, held)).astype(np.int32)
+    own = np.where(np.array([owner for _, owner in shards.units]) == rank, tokens, 0)
+    tables = np.stack((np.cumsum(tokens) - tokens, np.cumsum(own) - own, own)).astype(np.int32)
     starts, before, held = torch.from_numpy(tables).to(device).unbind()
     return starts, before, held
 
