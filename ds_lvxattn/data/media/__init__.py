@@ -1,0 +1,23 @@
+"""Videos and images: what a file shows, which of its frames are taken, and their pixels.
+
+``files`` opens nothing but the file that is named; ``index`` knows the frames that a player shows and when;
+``sampling`` chooses among them by time; ``decode`` decodes the chosen ones; ``picture`` turns a decoded frame into what
+a player shows; ``images`` reads still and animated images; ``medium`` is a row's image or video.
+"""
+
+from ds_lvxattn.data.media.files import MediaError
+from ds_lvxattn.data.media.medium import Media, decode_frames, load_frames, probe_video
+from ds_lvxattn.data.media.sampling import sample_frames, sample_indices, sample_times
+from ds_lvxattn.data.media.timeline import VideoInfo
+
+__all__ = [
+    "Media",
+    "MediaError",
+    "VideoInfo",
+    "decode_frames",
+    "load_frames",
+    "probe_video",
+    "sample_frames",
+    "sample_indices",
+    "sample_times",
+]

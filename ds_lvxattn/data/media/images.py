@@ -1,0 +1,145 @@
+"""Still and animated images: from a file or embedded, decoded alike."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ds_lvxattn.data.media.files import MAX_PIXELS, MediaError, check_file
+from ds_lvxattn.data.media.picture import fitted
+from ds_lvxattn.data.media.timeline import VideoInfo, still
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI", "ICO", "PCX", "SGI")
+ANIMATED = {"GIF", "WEBP", "PNG", "AVIF"}  # a TIFF's pages and an icon's sizes are no film
+PNG = b"\x89PNG\r\n\x1a\n"
+PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
+SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+MOTION_JPEG = (".mjpeg", ".mjpg")  # frames in a row, without a container: begins like an image
+DEFAULT_MS = 100  # what browsers give a frame of an animation that says nothing, or next to nothing
+SHORTEST_MS = 11
+
+
+def is_image(path: str) -> bool:
+    """Whether a file is an image by its content, and not a film."""
+    check_file(path)
+    if path.lower().endswith(MOTION_JPEG):
+        return False
+    try:
+        with Image.open(path, formats=FORMATS):
+            return True
+    except UnidentifiedImageError:
+        return False
+    except Exception:
+        return True  # a broken one: decoding says what is wrong
+
+
+def image_info(source: str | bytes, upright: bool = True) -> VideoInfo:
+    """Size and frames of an image, with the times of an animation.
+
+    Raises:
+        MediaError: missing, broken or not an image.
+    """
+    with _opened(source) as image:
+        width, height = image.size
+        turned = upright and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        if turned:
+            width, height = height, width
+        count = getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
+        if count == 1:
+            return still(width, height)
+        starts, now = [], 0
+        for number in range(count):
+            image.seek(number)
+            image.load()
+            shown = round(image.info.get("duration") or 0)
+            starts.append(now)
+            now += shown if shown >= SHORTEST_MS else DEFAULT_MS
+        return VideoInfo(width, height, np.array(starts, dtype=np.int64), now, Fraction(1, 1000))
+
+
+def decode_image(
+    source: str | bytes, numbers: Sequence[int], max_pixels: int | None = None, upright: bool = True
+) -> dict[int, np.ndarray]:
+    """Frames of an image by number: uint8 RGB ``[height, width, 3]``. Transparent parts are white.
+
+    Args:
+        source: a path, or an encoded image.
+        numbers: 0 for a still image.
+        max_pixels: a larger image is scaled down to that many; a JPEG while it is decoded.
+        upright: turned by its EXIF orientation; or as it is stored.
+
+    Raises:
+        MediaError: missing, broken or not an image; pixels without an agreed range (floating point).
+    """
+    frames = {}
+    with _opened(source) as image:
+        target = fitted(*image.size, max_pixels)
+        if target != image.size:
+            image.draft("RGB", target)  # a JPEG is decoded smaller, but no smaller than that
+        for number in sorted(set(numbers)):
+            if number or image.format in ANIMATED:
+                image.seek(number)
+            orientation = image.getexif().get(0x0112, 1)
+            shown = _rgb(image)
+            if target != shown.size:
+                shown = shown.resize(target, Image.Resampling.BOX)
+            if upright and orientation != 1:
+                shown.getexif()[0x0112] = orientation
+                shown = ImageOps.exif_transpose(shown)
+            frames[number] = np.asarray(shown)
+    return frames
+
+
+@contextmanager
+def _opened(source: str | bytes) -> Iterator[Image.Image]:
+    """The image, checked but not decoded. Whatever Pillow raises inside the block becomes a ``MediaError``."""
+    name = source if isinstance(source, str) else "an embedded image"
+    try:
+        if isinstance(source, str):
+            check_file(source)
+            with open(source, "rb") as file:
+                data = file.read()
+        else:
+            data = source
+        if data.startswith(PNG):
+            data = _without_text(data)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise MediaError(f"{name}: {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded")
+            yield image
+    except MediaError:
+        raise
+    except UnidentifiedImageError as error:
+        raise MediaError(f"{name} cannot be decoded: not an image of the formats {', '.join(FORMATS)}") from error
+    except Exception as error:  # decoders raise what they like
+        raise MediaError(f"{name} cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+def _without_text(data: bytes) -> bytes:
+    """A PNG without its comments, which may be larger than Pillow reads."""
+    kept, at = [PNG], len(PNG)
+    while at + 8 <= len(data):
+        stop = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] not in PNG_TEXT:
+            kept.append(data[at:stop])
+        at = stop
+    return b"".join(kept)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The present frame in 8-bit RGB: 16 bits are scaled, and what is transparent is white."""
+    image.load()
+    if image.mode in SIXTEEN_BITS:
+        return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise MediaError(f"an image of the mode {image.mode!r} has no agreed range; store 8 or 16 bits a channel")
+    if image.has_transparency_data:
+        colours = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,114 @@
+"""A row's image or video, whichever decoder reads it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ds_lvxattn.data.media import decode, images
+from ds_lvxattn.data.media.files import MediaError
+from ds_lvxattn.data.media.index import film_index
+from ds_lvxattn.data.media.timeline import VideoInfo
+
+MediaKind = Literal["image", "video"]
+
+
+def probe_video(path: str | os.PathLike[str]) -> VideoInfo:
+    """What a player shows of a video, an animated image or a still one, without decoding more than that takes.
+
+    Raises:
+        MediaError: the file is missing, broken or shows no frame.
+    """
+    path = os.fspath(path)
+    return images.image_info(path) if images.is_image(path) else film_index(path).info
+
+
+def probe_image(source: str | bytes, upright: bool = True) -> VideoInfo:
+    """Size of an image.
+
+    Args:
+        source: a path, or an encoded image.
+        upright: turned by its EXIF orientation.
+
+    Raises:
+        MediaError: missing, broken, a film, or an animation.
+    """
+    info = images.image_info(source, upright)
+    if info.num_frames > 1:
+        name = source if isinstance(source, str) else "an embedded image"
+        raise MediaError(f"{name}: an animation of {info.num_frames} frames; give it as a video")
+    return info
+
+
+def decode_frames(
+    path: str | os.PathLike[str], indices: Sequence[int], max_pixels: int | None = None
+) -> list[np.ndarray]:
+    """Decode frames by presentation index.
+
+    Args:
+        path: a video, or an image (one frame).
+        indices: frame numbers in ``[0, num_frames)``, in any order, repeats allowed.
+        max_pixels: larger frames are scaled down to that many as they are decoded, their shape kept.
+
+    Returns:
+        uint8 RGB arrays ``[height, width, 3]`` in the order of ``indices``. Repeated indices share one array.
+
+    Raises:
+        MediaError: the file is missing or broken, or an index is out of range.
+    """
+    path = os.fspath(path)
+    is_image = images.is_image(path)
+    count = (images.image_info(path) if is_image else film_index(path).info).num_frames
+    for number in indices:
+        if not 0 <= number < count:
+            raise MediaError(f"{path}: frame {number} is out of range, the video has {count} frames")
+    frames = (images.decode_image if is_image else decode.decode_film)(path, indices, max_pixels)
+    return [frames[number] for number in indices]
+
+
+@dataclass(frozen=True)
+class Media:
+    """An image or a video, and the frames sampled from it.
+
+    Attributes:
+        kind: ``image`` or ``video``.
+        source: its path, or an encoded image.
+        frames: frame numbers in the file; ``(0,)`` for an image.
+        max_pixels: larger frames are scaled down to that many; None: none are.
+        upright: whether images are turned by their EXIF orientation; videos always are.
+    """
+
+    kind: MediaKind
+    source: str | bytes
+    frames: tuple[int, ...]
+    max_pixels: int | None = None
+    upright: bool = True
+
+    def decode(self, frames: Sequence[int]) -> list[np.ndarray]:
+        """uint8 ``[H, W, 3]`` for the frame numbers asked for. Raises ``MediaError`` for broken media."""
+        if self.kind == "image" or isinstance(self.source, bytes):
+            decoded = images.decode_image(self.source, frames, self.max_pixels, self.upright)
+            return [decoded[number] for number in frames]
+        return decode_frames(self.source, frames, self.max_pixels)
+
+    def groups(self, frames: Sequence[int]) -> list[list[int]]:
+        """``frames`` without repeats, by what is decoded together: groups may be decoded side by side."""
+        if self.kind == "image" or isinstance(self.source, bytes) or images.is_image(self.source):
+            return [sorted(set(frames))]
+        return decode.groups(film_index(self.source), frames)
+
+
+def load_frames(media: Sequence[Media], frames: Sequence[int]) -> list[np.ndarray]:
+    """Decode ``frames``, numbered over all ``media`` in order, to uint8 ``[H, W, 3]``, in the order given."""
+    places = [(m, frame) for m, medium in enumerate(media) for frame in medium.frames]
+    found: dict[int, np.ndarray] = {}
+    for m, medium in enumerate(media):
+        own = [number for number in frames if places[number][0] == m]
+        if own:  # another file is not touched
+            decoded = medium.decode([places[number][1] for number in own])
+            found.update(zip(own, decoded, strict=True))
+    return [found[number] for number in frames]
