@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from ds_lvxattn.data.conversations import ConversationSource
+from ds_lvxattn.data.media import MediaError, decode_frames, sample_indices
 from ds_lvxattn.data.sample import IGNORE, SampleError
-from ds_lvxattn.data.video import VideoError, decode_frames, sample_indices
 from ds_lvxattn.needle.task import clip_path
 from tests.support.conversations import END, IMAGE, LLAMA_3, TOKENIZER, make_tokenizer, write_video
 
@@ -96,11 +96,11 @@ def test_video_is_sampled_and_only_the_asked_frames_are_decoded(source_of, monke
 
     decoded = []
 
-    def record(path, indices):
+    def record(path, indices, size):
         decoded.append((Path(path).name, list(indices)))
-        return decode_frames(path, indices)
+        return decode_frames(path, indices, size)
 
-    monkeypatch.setattr("ds_lvxattn.data.conversations.decode_frames", record)
+    monkeypatch.setattr("ds_lvxattn.data.media.medium.decode_frames", record)
     expected = sample_indices(20, 8)
     assert grey(sample.load_frames([5, 0])) == [expected[5], expected[0]]
     assert decoded == [("long.mp4", [expected[5], expected[0]])]
@@ -356,7 +356,7 @@ def test_unusable_templates(source_of, template, message):
 
 
 def test_broken_media_are_sample_errors():
-    assert issubclass(VideoError, SampleError)
+    assert issubclass(MediaError, SampleError)
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from transformers import LogitsProcessor
 
 from ds_lvxattn.batches.generation import generate
 from ds_lvxattn.data.chat import encode
+from ds_lvxattn.data.media import MediaError
 from ds_lvxattn.data.question import question_sample
 from ds_lvxattn.data.sample import Sample, SampleError
-from ds_lvxattn.data.video import VideoError
 from ds_lvxattn.runtime.decoding import DecodingStep
 from ds_lvxattn.training.loading import partition_over_all_ranks
 from tests.support.conversations import IMAGE, TOKENIZER, write_video
@@ -238,7 +238,7 @@ def refused(case: str) -> str:
 
         def broken(frames: Sequence[int]) -> Any:
             if 6 in frames:
-                raise VideoError("clip.mp4: frames [6] cannot be decoded")
+                raise MediaError("clip.mp4: frames [6] cannot be decoded")
             return load(frames)
 
         samples[0] = Sample(samples[0].input_ids, samples[0].labels, 7, broken, "clip")

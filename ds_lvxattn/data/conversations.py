@@ -4,55 +4,21 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from ds_lvxattn.data.chat import Message, encode
-from ds_lvxattn.data.rows import MediaKind, MediaRef, Source, Turn, read_row, unknown_keys
+from ds_lvxattn.data.media import Media, load_frames, probe_image, probe_video, sample_frames, sample_indices
+from ds_lvxattn.data.rows import MediaRef, Turn, read_row, unknown_keys
 from ds_lvxattn.data.sample import Sample, SampleError
 from ds_lvxattn.data.table import open_table
-from ds_lvxattn.data.video import decode_frames, probe_video, sample_indices
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Media:
-    """An image or a video, and the frames sampled from it.
-
-    Attributes:
-        kind: ``image`` or ``video``.
-        sources: its path or encoded image; of a video that is given as its frames, one for each.
-        frames: frame numbers in the file, or in ``sources``; ``(0,)`` for an image.
-    """
-
-    kind: MediaKind
-    sources: tuple[Source, ...]
-    frames: tuple[int, ...]
-
-    def decode(self, frames: Sequence[int]) -> list[np.ndarray]:
-        """uint8 ``[H, W, 3]`` for the frame numbers asked for. Raises ``SampleError`` for broken media."""
-        if len(self.sources) > 1:
-            return [_decode(self.sources[frame], [0])[0] for frame in frames]
-        return _decode(self.sources[0], frames)
-
-
-def _decode(source: Source, frames: Sequence[int]) -> list[np.ndarray]:
-    if isinstance(source, str):
-        return decode_frames(source, frames)
-    try:
-        image = np.asarray(Image.open(io.BytesIO(source)).convert("RGB"))
-    except OSError as error:
-        raise SampleError(f"an embedded image cannot be decoded: {error}") from error
-    return [image] * len(frames)
 
 
 class ConversationSource:
@@ -206,16 +172,20 @@ def open_media(found: Sequence[MediaRef], max_frames: int, root: str) -> list[Me
     for medium in found:
         listed = medium.source if isinstance(medium.source, tuple) else (medium.source,)
         sources = tuple(os.path.join(root, source) if isinstance(source, str) else source for source in listed)
-        if medium.kind == "video" and isinstance(medium.source, bytes):
+        first = sources[0]
+        if medium.kind == "video" and isinstance(first, bytes) and len(sources) == 1:
             raise SampleError("an embedded video cannot be read; store videos as files and give their paths")
         # Every rank looks at every file of a sample: what is missing is missing on all of them.
-        lengths = [1 if isinstance(source, bytes) else probe_video(source).num_frames for source in sources]
-        if len(sources) > 1 and any(length > 1 for length in lengths):
-            longest = lengths.index(max(lengths))
-            raise SampleError(f"frame {longest + 1} of a video is {sources[longest]!r}, which is a video itself")
-        length = len(sources) if len(sources) > 1 else lengths[0]
-        frames = (0,) if medium.kind == "image" else tuple(sample_indices(length, next(shares)))
-        media.append(Media(medium.kind, sources, frames))
+        if medium.kind == "image" or len(sources) > 1 or isinstance(first, bytes):
+            for source in sources:
+                probe_image(source)
+            frames = [0] if medium.kind == "image" else sample_indices(len(sources), next(shares))
+        else:
+            room, asked = next(shares), medium.sampling
+            room = min(room, max(int(asked.get("frames", room)), 1))
+            span = {key: asked.get(key) for key in ("fps", "start", "end")}
+            frames = sample_frames(probe_video(first), room, **span)
+        media.append(Media(medium.kind, sources, tuple(frames)))
     return media
 
 
@@ -236,18 +206,6 @@ def messages_of(turns: Sequence[Turn], media: Sequence[Media], frame_text: str) 
             message["tool_calls"] = list(turn.tool_calls)
         messages.append(message)
     return messages
-
-
-def load_frames(media: Sequence[Media], frames: Sequence[int]) -> list[np.ndarray]:
-    """Decode ``frames``, numbered over all ``media`` in order, to uint8 ``[H, W, 3]``, in the order given."""
-    places = [(m, frame) for m, medium in enumerate(media) for frame in medium.frames]
-    images: dict[int, np.ndarray] = {}
-    for m, medium in enumerate(media):
-        own = [number for number in frames if places[number][0] == m]
-        if own:  # another file is not touched
-            decoded = medium.decode([places[number][1] for number in own])
-            images.update(zip(own, decoded, strict=True))
-    return [images[number] for number in frames]
 
 
 def _held_out(keys: set[str], share: float) -> set[str]:

@@ -8,7 +8,8 @@ import os
 from transformers import PreTrainedTokenizerBase
 
 from ds_lvxattn.data.chat import render
-from ds_lvxattn.data.conversations import load_frames, messages_of, open_media
+from ds_lvxattn.data.conversations import messages_of, open_media
+from ds_lvxattn.data.media import load_frames
 from ds_lvxattn.data.rows import MediaRef, read_row
 from ds_lvxattn.data.sample import IGNORE, Sample, SampleError
 

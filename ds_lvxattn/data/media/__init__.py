@@ -6,7 +6,7 @@ a player shows; ``images`` reads still and animated images; ``medium`` is a row'
 """
 
 from ds_lvxattn.data.media.files import MediaError
-from ds_lvxattn.data.media.medium import Media, decode_frames, load_frames, probe_video
+from ds_lvxattn.data.media.medium import Media, decode_frames, load_frames, probe_image, probe_video
 from ds_lvxattn.data.media.sampling import sample_frames, sample_indices, sample_times
 from ds_lvxattn.data.media.timeline import VideoInfo
 
@@ -16,6 +16,7 @@ __all__ = [
     "VideoInfo",
     "decode_frames",
     "load_frames",
+    "probe_image",
     "probe_video",
     "sample_frames",
     "sample_indices",

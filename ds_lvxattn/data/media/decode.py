@@ -10,7 +10,7 @@ import numpy as np
 
 from ds_lvxattn.data.media.files import MAX_PIXELS, MediaError, open_film
 from ds_lvxattn.data.media.index import PROGRESSIVE, FilmIndex, film_index
-from ds_lvxattn.data.media.picture import as_shown
+from ds_lvxattn.data.media.picture import Size, as_shown
 
 # Errors are told instead of concealed: a picture made up from its neighbours is not what the file holds.
 STRICT = {"err_detect": "crccheck+bitstream+buffer+explode", "max_pixels": str(MAX_PIXELS)}
@@ -18,14 +18,14 @@ STRICT = {"err_detect": "crccheck+bitstream+buffer+explode", "max_pixels": str(M
 SKIPS_UNREFERENCED = frozenset(["h264", "mpeg1video", "mpeg2video", "mpeg4"])
 
 
-def decode_film(path: str, numbers: Sequence[int], max_pixels: int | None = None) -> dict[int, np.ndarray]:
+def decode_film(path: str, numbers: Sequence[int], size: Size = None) -> dict[int, np.ndarray]:
     """Frames of a film by number: uint8 RGB ``[height, width, 3]``, as a player shows them.
 
     Decoding starts at the key frame before each run of wanted frames, so a few frames of a long film cost a few groups
     of pictures. One thread decodes: ``groups`` divides the work of several.
 
     Args:
-        max_pixels: larger frames are scaled down to that many, one by one as they are decoded.
+        size: of the frames; they are scaled one by one as they are decoded.
 
     Raises:
         MediaError: the file is missing or broken, or what these frames are decoded from is damaged.
@@ -39,7 +39,7 @@ def decode_film(path: str, numbers: Sequence[int], max_pixels: int | None = None
                     continue
                 aspect = stream.sample_aspect_ratio
                 for number, frame in _walk(path, container, stream, index, run):
-                    frames[number] = as_shown(frame, aspect, max_pixels)
+                    frames[number] = as_shown(frame, aspect, size)
             if frames.keys() >= set(run):
                 break
     missing = sorted(set(numbers) - frames.keys())

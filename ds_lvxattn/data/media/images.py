@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ds_lvxattn.data.media.files import MAX_PIXELS, MediaError, check_file
-from ds_lvxattn.data.media.picture import fitted
+from ds_lvxattn.data.media.picture import Size, fitted
 from ds_lvxattn.data.media.timeline import VideoInfo, still
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI", "ICO", "PCX", "SGI")
@@ -63,14 +63,14 @@ def image_info(source: str | bytes, upright: bool = True) -> VideoInfo:
 
 
 def decode_image(
-    source: str | bytes, numbers: Sequence[int], max_pixels: int | None = None, upright: bool = True
+    source: str | bytes, numbers: Sequence[int], size: Size = None, upright: bool = True
 ) -> dict[int, np.ndarray]:
     """Frames of an image by number: uint8 RGB ``[height, width, 3]``. Transparent parts are white.
 
     Args:
         source: a path, or an encoded image.
         numbers: 0 for a still image.
-        max_pixels: a larger image is scaled down to that many; a JPEG while it is decoded.
+        size: of the frames; a JPEG that gets smaller does so while it is decoded.
         upright: turned by its EXIF orientation; or as it is stored.
 
     Raises:
@@ -78,7 +78,7 @@ def decode_image(
     """
     frames = {}
     with _opened(source) as image:
-        target = fitted(*image.size, max_pixels)
+        target = fitted(*image.size, size)
         if target != image.size:
             image.draft("RGB", target)  # a JPEG is decoded smaller, but no smaller than that
         for number in sorted(set(numbers)):

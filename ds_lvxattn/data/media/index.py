@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -18,12 +19,12 @@ from ds_lvxattn.data.media.timeline import VideoInfo
 
 # Codecs of which every packet is one shown frame, but for those that `shows_frame` tells apart. In others a packet may
 # be a field, two frames (MPEG-4 in AVI) or a frame that is not coded; their frames are counted by decoding.
-PACKET_IS_FRAME = frozenset(
-    "h264 hevc vvc av1 libdav1d libaom-av1 vp8 libvpx vp9 libvpx-vp9 mjpeg prores dnxhd ffv1 huffyuv ffvhuff "
-    "utvideo rawvideo mpeg1video mpeg2video png qtrle".split()
-)
+PACKET_IS_FRAME = {
+    "h264", "hevc", "vvc", "av1", "libdav1d", "libaom-av1", "vp8", "libvpx", "vp9", "libvpx-vp9", "mpeg1video",
+    "mpeg2video", "mjpeg", "prores", "dnxhd", "ffv1", "huffyuv", "ffvhuff", "utvideo", "rawvideo", "png", "qtrle",
+}  # fmt: skip
 # Formats that store no presentation times; what FFmpeg makes up is off around B-frames.
-WITHOUT_TIMES = frozenset("avi h264 hevc vvc m4v mpegvideo h261 h263 mjpeg vc1 av1 obu".split())
+WITHOUT_TIMES = {"avi", "h264", "hevc", "vvc", "m4v", "mpegvideo", "h261", "h263", "mjpeg", "vc1", "av1", "obu"}
 PROGRESSIVE = (0, 1)  # field orders: not said, progressive
 
 
@@ -85,7 +86,7 @@ def _build(path: str) -> FilmIndex:
         packets = packets[first:]
         if not any(packet.shown for packet in packets):
             raise MediaError(f"{path}: no decodable frame")
-        unit = Fraction(stream.time_base)
+        unit = Fraction(stream.time_base or 1)
         rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
         reorders = any(packet.pts != packet.dts for packet in packets)
         timeless = container.format.name in WITHOUT_TIMES and reorders
@@ -135,7 +136,7 @@ def _frame_times(packets: list[_Packet], decoded: list[int | None]) -> tuple[np.
     """``stamps`` and ``key_of`` from the times of decoded frames; None when those do not ascend."""
     stamps = [stamp for stamp in decoded if stamp is not None]
     keys = [packet.pts for packet in packets if packet.is_key]
-    if len(stamps) < len(decoded) or any(b <= a for a, b in zip(stamps, stamps[1:], strict=False)):
+    if len(stamps) < len(decoded) or any(b <= a for a, b in itertools.pairwise(stamps)):
         return None
     starts = [key for key in keys if key is not None]
     if len(starts) < len(keys) or starts != sorted(starts):

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from ds_lvxattn.data.media import decode, images
 from ds_lvxattn.data.media.files import MediaError
 from ds_lvxattn.data.media.index import film_index
+from ds_lvxattn.data.media.picture import Size
 from ds_lvxattn.data.media.timeline import VideoInfo
-
-MediaKind = Literal["image", "video"]
+from ds_lvxattn.data.rows import MediaKind, Source
 
 
 def probe_video(path: str | os.PathLike[str]) -> VideoInfo:
@@ -44,15 +43,13 @@ def probe_image(source: str | bytes, upright: bool = True) -> VideoInfo:
     return info
 
 
-def decode_frames(
-    path: str | os.PathLike[str], indices: Sequence[int], max_pixels: int | None = None
-) -> list[np.ndarray]:
+def decode_frames(path: str | os.PathLike[str], indices: Sequence[int], size: Size = None) -> list[np.ndarray]:
     """Decode frames by presentation index.
 
     Args:
         path: a video, or an image (one frame).
         indices: frame numbers in ``[0, num_frames)``, in any order, repeats allowed.
-        max_pixels: larger frames are scaled down to that many as they are decoded, their shape kept.
+        size: of the frames; they are scaled one by one as they are decoded.
 
     Returns:
         uint8 RGB arrays ``[height, width, 3]`` in the order of ``indices``. Repeated indices share one array.
@@ -66,7 +63,7 @@ def decode_frames(
     for number in indices:
         if not 0 <= number < count:
             raise MediaError(f"{path}: frame {number} is out of range, the video has {count} frames")
-    frames = (images.decode_image if is_image else decode.decode_film)(path, indices, max_pixels)
+    frames = (images.decode_image if is_image else decode.decode_film)(path, indices, size)
     return [frames[number] for number in indices]
 
 
@@ -76,30 +73,39 @@ class Media:
 
     Attributes:
         kind: ``image`` or ``video``.
-        source: its path, or an encoded image.
-        frames: frame numbers in the file; ``(0,)`` for an image.
-        max_pixels: larger frames are scaled down to that many; None: none are.
+        sources: its path or encoded image; of a video that is given as its frames, one for each.
+        frames: frame numbers in the file, or in ``sources``; ``(0,)`` for an image.
+        size: of the decoded frames.
         upright: whether images are turned by their EXIF orientation; videos always are.
     """
 
     kind: MediaKind
-    source: str | bytes
+    sources: tuple[Source, ...]
     frames: tuple[int, ...]
-    max_pixels: int | None = None
+    size: Size = None
     upright: bool = True
 
     def decode(self, frames: Sequence[int]) -> list[np.ndarray]:
         """uint8 ``[H, W, 3]`` for the frame numbers asked for. Raises ``MediaError`` for broken media."""
-        if self.kind == "image" or isinstance(self.source, bytes):
-            decoded = images.decode_image(self.source, frames, self.max_pixels, self.upright)
-            return [decoded[number] for number in frames]
-        return decode_frames(self.source, frames, self.max_pixels)
+        if len(self.sources) > 1:
+            return [self._image(self.sources[frame]) for frame in frames]
+        source = self.sources[0]
+        if self.kind == "image" or isinstance(source, bytes):
+            return [self._image(source)] * len(frames)
+        return decode_frames(source, frames, self.size)
+
+    def _image(self, source: Source) -> np.ndarray:
+        return images.decode_image(source, [0], self.size, self.upright)[0]
 
     def groups(self, frames: Sequence[int]) -> list[list[int]]:
         """``frames`` without repeats, by what is decoded together: groups may be decoded side by side."""
-        if self.kind == "image" or isinstance(self.source, bytes) or images.is_image(self.source):
-            return [sorted(set(frames))]
-        return decode.groups(film_index(self.source), frames)
+        single = sorted(set(frames))
+        if len(self.sources) > 1:
+            return [[frame] for frame in single]
+        source = self.sources[0]
+        if self.kind == "image" or isinstance(source, bytes) or images.is_image(source):
+            return [single]
+        return decode.groups(film_index(source), single)
 
 
 def load_frames(media: Sequence[Media], frames: Sequence[int]) -> list[np.ndarray]:

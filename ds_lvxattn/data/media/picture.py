@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any
+from typing import Any, Union
 
 import av
 import av.filter
@@ -13,37 +13,45 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 UNSPECIFIED = 2  # FFmpeg's colour space of a frame whose file names none
 IDENTITY = (1, 0, 0, 1)
 
+# Of a picture that is decoded: None, its own; a number, its own or scaled down to so many pixels, its shape kept; or
+# width and height.
+Size = Union[int, tuple[int, int], None]
 
-def as_shown(frame: av.VideoFrame, aspect: Fraction | None, max_pixels: int | None = None) -> np.ndarray:
+
+def as_shown(frame: av.VideoFrame, aspect: Fraction | None, size: Size = None) -> np.ndarray:
     """uint8 RGB ``[height, width, 3]``.
 
     Args:
         frame: a decoded frame.
         aspect: width of a pixel over its height; None: square.
-        max_pixels: a frame with more is scaled down to that many, its shape kept; None: as large as it is.
+        size: of the result.
     """
     if frame.interlaced_frame:
         frame = _deinterlaced(frame)
-    width, height = fitted(*_square(frame.width, frame.height, aspect), max_pixels)
+    matrix = _matrix(frame)
+    if _is_quarter(matrix) and isinstance(size, tuple):
+        size = size[::-1]
+    width, height = fitted(*_square(frame.width, frame.height, aspect), size)
     # Area averaging: the other filters alias when a frame shrinks to a small model input.
     rgb = VideoReformatter().reformat(
         frame, width, height, "rgb24", _colorspace(frame), None, "AREA", None, ColorRange.JPEG, **_ONE_THREAD
     )
-    return _turned(rgb.to_ndarray(), _matrix(frame))
+    return _turned(rgb.to_ndarray(), matrix)
 
 
 def size_as_shown(frame: av.VideoFrame, aspect: Fraction | None) -> tuple[int, int]:
     """Width and height of ``as_shown``."""
     width, height = _square(frame.width, frame.height, aspect)
-    a, b, _, _ = _matrix(frame)
-    return (height, width) if abs(b) > abs(a) else (width, height)
+    return (height, width) if _is_quarter(_matrix(frame)) else (width, height)
 
 
-def fitted(width: int, height: int, max_pixels: int | None) -> tuple[int, int]:
-    """The size of a picture that is scaled down to at most ``max_pixels``."""
-    if max_pixels is None or width * height <= max_pixels:
+def fitted(width: int, height: int, size: Size) -> tuple[int, int]:
+    """The size that a picture of ``width`` by ``height`` gets."""
+    if isinstance(size, tuple):
+        return size
+    if size is None or width * height <= size:
         return width, height
-    scale = (max_pixels / (width * height)) ** 0.5
+    scale = (size / (width * height)) ** 0.5
     return max(1, int(width * scale)), max(1, int(height * scale))
 
 
@@ -74,17 +82,21 @@ def _deinterlaced(frame: av.VideoFrame) -> av.VideoFrame:
 
 def _matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
     """How the frame is turned and mirrored: x to ``a x + c y``, y to ``b x + d y``, in 1/65536."""
-    for data in frame.side_data:
-        if data.type.name == "DISPLAYMATRIX":
-            a, b, _, c, d = np.frombuffer(bytes(data), dtype="=i4")[:5].tolist()
-            return a, b, c, d
+    data: Any = frame.side_data.get("DISPLAYMATRIX")
+    if data is not None:
+        a, b, _, c, d = np.frombuffer(bytes(data), dtype="=i4")[:5].tolist()
+        return a, b, c, d
     return IDENTITY
+
+
+def _is_quarter(matrix: tuple[int, int, int, int]) -> bool:
+    return abs(matrix[1]) > abs(matrix[0])
 
 
 def _turned(image: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
     """The image by its display matrix; angles between quarter turns are taken as the nearest one."""
     a, b, c, d = matrix
-    if abs(b) > abs(a):
+    if _is_quarter(matrix):
         image = image.swapaxes(0, 1)
         a, d = c, b
     if a < 0:
