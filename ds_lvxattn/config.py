@@ -62,13 +62,27 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     """A DeepSpeed config file as a dict.
 
     Raises:
-        ConfigError: the file is missing or is not a JSON object.
+        ConfigError: the file is missing, is not a JSON object, or names a key twice.
     """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ConfigError(
+                    f"--ds_config {path}: '{key}' stands twice in one object, with {found[key]!r} and {value!r}; "
+                    "leave one of them"
+                )
+            found[key] = value
+        return found
+
     try:
-        config = json.loads(Path(path).read_text())
+        config = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except OSError as error:
         raise ConfigError(f"--ds_config {path}: cannot be read ({error.strerror})") from error
-    except json.JSONDecodeError as error:
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, and a NUL in the path
         raise ConfigError(f"--ds_config {path}: not valid JSON ({error})") from error
     if not isinstance(config, dict):
         raise ConfigError(f"--ds_config {path}: holds a {type(config).__name__}, not an object")

@@ -1,38 +1,116 @@
-"""The DeepSpeed config as the loop hands it to DeepSpeed: batch size and ``auto`` values filled in."""
+"""The DeepSpeed config as the loop hands it to DeepSpeed: batch sizes and ``auto`` values filled in.
+
+``auto`` is resolved as the Trainer of transformers does it, whose configs are found everywhere. What the Trainer takes
+from its command line and this loop does not have (``bf16.enabled``) is refused by its key.
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Callable
 from typing import Any
+
+from transformers import PretrainedConfig
 
 from ds_lvxattn.errors import ConfigError
 
+AUTO = "auto"
+BATCH, MICRO_BATCH, ACCUMULATION = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
 # Schedule settings that a run fills in when the config says "auto": the key and its share of the steps.
 AUTO_STEPS = {"total_num_steps": 1.0, "warmup_num_steps": 0.05}
+# Keys whose "auto" means a size of the model: as transformers fills them in from the hidden size.
+MODEL_SIZES: dict[str, Callable[[int], int]] = {
+    "reduce_bucket_size": lambda hidden: hidden * hidden,
+    "stage3_prefetch_bucket_size": lambda hidden: int(0.9 * hidden * hidden),
+    "stage3_param_persistence_threshold": lambda hidden: 10 * hidden,
+}
 
 
 def resolve_ds_config(ds_config: dict[str, Any], steps: int, data_ranks: int) -> dict[str, Any]:
-    """A copy of ``ds_config`` with a global batch size, and scheduler lengths from ``steps`` where they are ``auto``.
+    """A copy of ``ds_config`` with all three batch sizes, and with a value for each ``auto`` that has one.
+
+    ``auto`` values that depend on the model stay; ``fill_model_sizes`` sees to them.
 
     Args:
         steps: length of the schedule, in optimizer steps.
         data_ranks: data-parallel ranks.
 
     Raises:
-        ConfigError: neither the global batch size nor the micro-batch size is given.
+        ConfigError: the batch sizes are missing, no positive whole numbers, or do not fit each other.
     """
     resolved = copy.deepcopy(ds_config)
-    if "train_batch_size" not in resolved:
-        micro_batch = resolved.get("train_micro_batch_size_per_gpu")
-        if not isinstance(micro_batch, int):
-            raise ConfigError(
-                "'train_batch_size' is missing and 'train_micro_batch_size_per_gpu' is "
-                f"{micro_batch!r}; give one of them"
-            )
-        accumulation = resolved.get("gradient_accumulation_steps", 1)
-        resolved["train_batch_size"] = micro_batch * accumulation * data_ranks
-    params = resolved.get("scheduler", {}).get("params", {})
+    resolved.update(zip((BATCH, MICRO_BATCH, ACCUMULATION), batch_sizes(ds_config, data_ranks), strict=True))
+    if resolved.get("gradient_clipping") == AUTO:
+        resolved["gradient_clipping"] = _trainer_default("max_grad_norm")
+    optimizer, scheduler = _params(resolved, "optimizer"), _params(resolved, "scheduler")
+    for key, argument in (("lr", "learning_rate"), ("eps", "adam_epsilon"), ("weight_decay", "weight_decay")):
+        if optimizer.get(key) == AUTO:
+            optimizer[key] = _trainer_default(argument)
+    if optimizer.get("betas") == AUTO:
+        optimizer["betas"] = [_trainer_default("adam_beta1"), _trainer_default("adam_beta2")]
+    if scheduler.get("warmup_min_lr") == AUTO:
+        scheduler["warmup_min_lr"] = 0.0
+    if scheduler.get("warmup_max_lr") == AUTO and "lr" in optimizer:
+        scheduler["warmup_max_lr"] = optimizer["lr"]
     for key, share in AUTO_STEPS.items():
-        if params.get(key) == "auto":
-            params[key] = max(1, round(share * steps))
+        if scheduler.get(key) == AUTO:
+            scheduler[key] = max(1, round(share * steps))
     return resolved
+
+
+def fill_model_sizes(ds_config: dict[str, Any], config: PretrainedConfig) -> None:
+    """Fill in, in place, what ``auto`` leaves to the model: bucket sizes of ZeRO from the hidden size of the text."""
+    zero = ds_config.get("zero_optimization", {})
+    for key, size in MODEL_SIZES.items():
+        if zero.get(key) == AUTO:
+            zero[key] = size(config.get_text_config().hidden_size)
+
+
+def batch_sizes(ds_config: dict[str, Any], data_ranks: int) -> tuple[int, int, int]:
+    """Global batch, micro-batch and accumulation; DeepSpeed's own rules for what is missing or ``auto``.
+
+    Raises:
+        ConfigError: neither the global batch nor the micro-batch is given, one is no positive whole number, or the
+            first is not the product of the others and the data-parallel ranks.
+    """
+    given = {key: ds_config.get(key) for key in (BATCH, MICRO_BATCH, ACCUMULATION)}
+    for key, value in given.items():
+        if value is not None and value != AUTO and (type(value) is not int or value < 1):
+            raise ConfigError(f"'{key}' is {value!r}; give a whole number of at least 1")
+    batch, micro_batch, accumulation = (None if value == AUTO else value for value in given.values())
+    if batch is None and micro_batch is None:
+        raise ConfigError(
+            f"'{BATCH}' is {_absent(given[BATCH])} and '{MICRO_BATCH}' is {_absent(given[MICRO_BATCH])}; "
+            "give a number for one of them"
+        )
+    if batch is None:
+        batch = micro_batch * (accumulation or 1) * data_ranks
+    elif micro_batch is None:
+        micro_batch = max(1, batch // (data_ranks * (accumulation or 1)))
+    if accumulation is None:
+        accumulation = max(1, batch // (micro_batch * data_ranks))
+    if batch != micro_batch * accumulation * data_ranks:
+        raise ConfigError(
+            f"'{BATCH}' is {batch}, which is not '{MICRO_BATCH}' {micro_batch} x '{ACCUMULATION}' {accumulation} x "
+            f"{data_ranks} data-parallel ranks; change one of the three, or leave '{ACCUMULATION}' out"
+        )
+    return batch, micro_batch, accumulation
+
+
+def _params(ds_config: dict[str, Any], block: str) -> dict[str, Any]:
+    """``params`` of the optimizer or scheduler, where they are what they should be: that is checked elsewhere."""
+    found = ds_config.get(block)
+    params = found.get("params") if isinstance(found, dict) else None
+    return params if isinstance(params, dict) else {}
+
+
+def _absent(value: Any) -> str:
+    return "missing" if value is None else repr(value)
+
+
+def _trainer_default(argument: str) -> Any:
+    """Default of an argument of transformers' Trainer, in this version of it."""
+    from transformers import TrainingArguments  # slow to import, and rarely needed
+
+    return next(field.default for field in dataclasses.fields(TrainingArguments) if field.name == argument)
