@@ -9,6 +9,9 @@ over all ranks beforehand, which ``training.model.partition_over_all_ranks`` see
 
 from __future__ import annotations
 
+import os
+from datetime import timedelta
+
 import deepspeed
 import torch.distributed as dist
 from deepspeed import comm as ds_comm
@@ -79,14 +82,32 @@ class SequenceParallelGroups:
         return 0
 
 
-def start_distributed(backend: str | None = None) -> None:
+def start_distributed(backend: str | None = None, timeout: timedelta | None = None) -> None:
     """Start ``torch.distributed`` and DeepSpeed's front end to it, from the launcher's environment.
 
     DeepSpeed's shared-memory all-reduce is left out: it serves inference on CPUs, and it would be compiled at the
     first start on a machine, under a lock on which a later run waits for ever if this one is killed.
+
+    Args:
+        timeout: of the waiting for the other ranks; None: DeepSpeed's.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(backend, verbose=False)
+    limit = {} if timeout is None else {"timeout": timeout}
+    deepspeed.init_distributed(backend, verbose=False, **limit)
+
+
+def launched_ranks() -> int:
+    """Ranks of this run, before a process group exists: as the launcher says, and 1 without one."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    given = (os.environ.get(name) for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    return int(next(filter(None, given), 1))
+
+
+def set_timeouts(timeout: timedelta) -> None:
+    """Give every process group of this rank one timeout, also those that DeepSpeed made with torch's default."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _own_group(partition: list[range], rank: int) -> dist.ProcessGroup:

@@ -1,19 +1,50 @@
-"""DeepSpeed checkpoints of a run, what they can be resumed with, and the export at the end."""
+"""Checkpoints that are whole or do not exist, and what they can be resumed with.
+
+DeepSpeed writes the files of a checkpoint into ``step-N.partial``. When every rank has written its own, ``run.json``
+beside them lists all with size and checksum, and the folder gets its name; ``latest``, which DeepSpeed's own tools
+read, follows last. At resumption the ranks check the newest checkpoint against its list, each a share of the files,
+and pass over one that does not agree.
+
+Reading is safe: files hold tensors and plain values, and nothing else is unpickled.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine, zero
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from torch import nn
 
-from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.errors import ConfigError, RunError
+from ds_lvxattn.training.files import (
+    ASIDE,
+    Digest,
+    DigestingFile,
+    aside,
+    remove,
+    replace_folder,
+    replace_text,
+    storage_problem,
+    sync,
+    sync_folder,
+    writing,
+)
+from ds_lvxattn.training.outcome import gather, on_all_ranks, raise_first
+from ds_lvxattn.training.secrets import without_secrets
 
 FOLDER = "checkpoints"
-FACTS_FILE = "run.json"
+LIST = "run.json"
+LATEST = "latest"
+NAME = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -28,6 +59,18 @@ class RunFacts:
     train_batch_size: int
     seed: int
     sequence_parallel_size: int
+    parameters: str
+
+
+MUST_AGREE = ("world_size", "zero_stage", "train_batch_size", "seed", "parameters")
+
+
+def parameter_digest(model: nn.Module) -> str:
+    """Digest of the names and shapes of a model's parameters, and of which of them train."""
+    lines = (
+        f"{name} {tuple(getattr(p, 'ds_shape', p.shape))} {p.requires_grad}" for name, p in model.named_parameters()
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def check_fresh(output_dir: Path) -> None:
@@ -36,47 +79,262 @@ def check_fresh(output_dir: Path) -> None:
     Raises:
         ConfigError: the folder holds checkpoints.
     """
-    if (output_dir / FOLDER / "latest").exists():
+    if any(_whole_names(output_dir / FOLDER)):
         raise ConfigError(
             f"--output_dir {output_dir} holds checkpoints of an earlier run; give --resume to go on with it, "
             "or another folder"
         )
 
 
-def save(engine: DeepSpeedEngine, output_dir: Path, step: int, facts: RunFacts) -> None:
-    """Save a checkpoint after ``step``; all ranks call it. An older one stays until this one is whole."""
-    folder = output_dir / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    if dist.get_rank() == 0:
-        (folder / FACTS_FILE).write_text(json.dumps(asdict(facts), indent=2) + "\n")
-    engine.save_checkpoint(str(folder), tag=f"step-{step}", client_state={"step": step})
+class CheckpointFiles(TorchCheckpointEngine):
+    """Writes and reads the files of DeepSpeed's checkpoints.
 
+    A file that cannot be written is noted instead of raised: the other ranks wait for this one in DeepSpeed's barrier.
 
-def resume(engine: DeepSpeedEngine, output_dir: Path, facts: RunFacts) -> int:
-    """Load the latest checkpoint; all ranks call it.
-
-    Returns:
-        The step after which it was saved.
-
-    Raises:
-        ConfigError: there is none, or it was made with other ranks, ZeRO stage, batch or seed.
+    Attributes:
+        written: digests of the files of this rank since ``begin``.
+        problem: what could not be written; None: nothing.
     """
-    folder = output_dir / FOLDER
-    try:
-        saved = RunFacts(**json.loads((folder / FACTS_FILE).read_text()))
-    except OSError as error:
-        raise ConfigError(f"--resume: {folder} holds no checkpoint") from error
-    for key in ("world_size", "zero_stage", "train_batch_size", "seed"):
-        was, now = getattr(saved, key), getattr(facts, key)
-        if was != now:
+
+    def __init__(self, zipped: bool) -> None:
+        super().__init__()
+        self.zipfile_serialization = zipped
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the files of the checkpoint before."""
+        self.written: dict[Path, Digest] = {}
+        self.problem: str | None = None
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        if self.problem:
+            return
+        if "ds_config" in state_dict:
+            state_dict = {**state_dict, "ds_config": without_secrets(state_dict["ds_config"])}
+        target = Path(path)
+        try:
+            with target.open("wb") as file:
+                digesting = DigestingFile(file)
+                torch.save(state_dict, digesting, _use_new_zipfile_serialization=self.zipfile_serialization)
+                sync(file)
+        except OSError as error:
+            self.problem = storage_problem(error, path)
+            target.unlink(missing_ok=True)  # room for the rank that writes something small beside it
+        else:
+            self.written[target] = digesting.digest
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals(_plain_classes()):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _plain_classes() -> list[Any]:
+    """Classes of plain values that DeepSpeed puts in its files beside tensors."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum]
+
+
+class Checkpoints:
+    """The checkpoints of one run; all ranks make it and call its methods.
+
+    Args:
+        engine: whose state they hold.
+        output_dir: of the run.
+        facts: of the run.
+        group: of all ranks, for host messages.
+        say: tells the user something, on one rank.
+    """
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        output_dir: Path,
+        facts: RunFacts,
+        group: dist.ProcessGroup,
+        say: Callable[[str], None],
+    ) -> None:
+        self.engine, self.folder, self.facts, self.group, self.say = engine, output_dir / FOLDER, facts, group, say
+        self.files = CheckpointFiles(engine.checkpoint_engine.zipfile_serialization)
+        engine.checkpoint_engine = self.files
+        # DeepSpeed copies two scripts beside every checkpoint on one rank, between barriers; here a full disk is
+        # found where all ranks learn of it.
+        self._copy_scripts, engine._copy_recovery_script = engine._copy_recovery_script, lambda path: None
+        self.last: int | None = None  # step of the newest whole checkpoint of this run
+
+    def save(self, step: int) -> None:
+        """Save a checkpoint after ``step``. Those before stay.
+
+        Raises:
+            RunError: on every rank, when one could not write its files; the older checkpoints are whole.
+        """
+        name = f"step-{step}"
+        partial = self.folder / (name + ASIDE)
+        first = dist.get_rank() == 0
+        on_all_ranks(lambda: self._make_room(partial) if first else None, self.group)
+        self.files.begin()
+        self.engine.save_checkpoint(str(self.folder), tag=partial.name, client_state={"step": step}, save_latest=False)
+        try:
+            self._check_written(partial)
+            digests = {
+                path.name: digest for found in gather(self.files.written, self.group) for path, digest in found.items()
+            }
+            digests |= self._digests_of_others(partial, digests)
+            on_all_ranks(lambda: self._finish(partial, name, step, digests) if first else None, self.group)
+        except RunError as error:
+            if first:
+                remove(partial)
+            raise RunError(f"{error}; {self.newest()}") from error
+        self.last = step
+
+    def newest(self) -> str:
+        """The newest whole checkpoint, in words."""
+        names = list(_whole_names(self.folder))
+        return f"the newest whole checkpoint is {self.folder / names[0]}" if names else "there is no checkpoint yet"
+
+    def _make_room(self, partial: Path) -> None:
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in (*self.folder.glob(f"*{ASIDE}"), *self.folder.glob("*.old")):  # of runs that ended in a save
+                if left.is_dir():
+                    remove(left)
+            partial.mkdir()
+            self._copy_scripts(str(self.folder))
+
+    def _check_written(self, partial: Path) -> None:
+        raise_first(None if self.files.problem is None else (2, self.files.problem), self.group)
+
+    def _digests_of_others(self, partial: Path, known: dict[str, Digest]) -> dict[str, Digest]:
+        """Digests of files that DeepSpeed copied by itself (offload to NVMe): each rank reads a share."""
+        names = gather(_files_in(partial) if dist.get_rank() == 0 else None, self.group)[0]
+        missing = [name for name in names if name not in known]
+        if not missing:
+            return {}
+        mine = {name: Digest.of(partial / name) for name in self._share(missing)}
+        return {name: digest for found in gather(mine, self.group) for name, digest in found.items()}
+
+    def _share(self, names: list[str]) -> list[str]:
+        return sorted(names)[dist.get_rank(self.group) :: dist.get_world_size(self.group)]
+
+    def _finish(self, partial: Path, name: str, step: int, digests: dict[str, Digest]) -> None:
+        """Rank 0: the list, the name, and ``latest``."""
+        files = {file: asdict(digest) for file, digest in sorted(digests.items())}
+        replace_text(partial / LIST, json.dumps({"step": step, **asdict(self.facts), "files": files}, indent=2) + "\n")
+        sync_folder(partial)
+        replace_folder(partial, self.folder / name)
+        replace_text(self.folder / LATEST, name)
+
+    def resume(self) -> int:
+        """Load the newest whole checkpoint.
+
+        Returns:
+            The step after which it was saved.
+
+        Raises:
+            ConfigError: on every rank: there is none, or it was made with other ranks, ZeRO stage, batch, seed or
+                parameters.
+        """
+        names = gather(list(_names(self.folder)) if dist.get_rank() == 0 else None, self.group)[0]
+        passed: list[str] = []
+        for name in names:
+            problem = self._problem(name)
+            if problem is None:
+                break
+            passed.append(f"{name}: {problem}")
+            self.say(f"passing over the checkpoint {name}: {problem}")
+        else:
+            detail = f" ({'; '.join(passed)})" if passed else ""
             raise ConfigError(
-                f"--resume: the checkpoint in {folder} was made with {key} {was}, this run has {now}; "
-                f"use {was}, or start a new run in another folder"
+                f"--resume: {self.folder} holds no checkpoint that is whole{detail}; start without --resume in "
+                "another folder"
+                if passed
+                else f"--resume: {self.folder} holds no checkpoint"
             )
-    path, state = engine.load_checkpoint(str(folder))
-    if path is None:
-        raise ConfigError(f"--resume: DeepSpeed finds no checkpoint in {folder}")
-    return state["step"]
+        step = on_all_ranks(lambda: self._load(name), self.group)
+        self.last = step
+        self.say(f"resumed from {self.folder / name}")
+        return step
+
+    def _problem(self, name: str) -> str | None:
+        """What is wrong with a checkpoint, as all ranks find together.
+
+        Raises:
+            ConfigError: it is whole, but of another kind of run.
+        """
+        path = self.folder / name
+        if name.endswith(ASIDE):
+            return "the run ended while it was saved"
+        read: Any = gather(_read_list(path) if dist.get_rank() == 0 else None, self.group)[0]
+        if isinstance(read, str):
+            return read
+        for key in MUST_AGREE:
+            was, now = read[key], getattr(self.facts, key)
+            if was != now:
+                made = f"made with {key} {was}, this run has {now}; use {was}"
+                if key == "parameters":
+                    made = "made with other parameters than this run's, or others of them train; use the same"
+                raise ConfigError(
+                    f"--resume: the checkpoint in {path} was {made}, or start a new run in another folder"
+                )
+        files = read["files"]
+        problems = [_damage(path / file, Digest(**files[file])) for file in self._share(list(files))]
+        damage = [problem for found in gather([p for p in problems if p], self.group) for problem in found]
+        return "; ".join(damage) or None
+
+    def _load(self, name: str) -> int:
+        try:
+            path, state = self.engine.load_checkpoint(str(self.folder), tag=name)
+        except (OSError, RuntimeError, KeyError, ValueError) as error:
+            raise ConfigError(f"--resume: {self.folder / name} cannot be loaded: {error}") from error
+        if path is None:
+            raise ConfigError(f"--resume: DeepSpeed finds no checkpoint in {self.folder / name}")
+        return int(state["step"])
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Checkpoints in a folder, whole or not, newest first."""
+    found = [path.name for path in folder.glob("step-*") if path.is_dir()]
+    matched = [(int(m[1]), name) for name in found if (m := NAME.fullmatch(name.removesuffix(ASIDE)))]
+    yield from (name for _, name in sorted(matched, reverse=True))
+
+
+def _whole_names(folder: Path) -> Iterator[str]:
+    """Checkpoints that were saved to their end, newest first."""
+    return (name for name in _names(folder) if not name.endswith(ASIDE) and (folder / name / LIST).exists())
+
+
+def _files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _read_list(path: Path) -> dict[str, Any] | str:
+    """``run.json`` of a checkpoint, or what is wrong with it."""
+    try:
+        found = json.loads((path / LIST).read_text(encoding="utf-8"))
+        if not isinstance(found["files"], dict) or not found["files"]:
+            return f"{LIST} lists no files"
+        RunFacts(**{key: found[key] for key in RunFacts.__dataclass_fields__})
+        for digest in found["files"].values():
+            Digest(**digest)
+    except OSError:
+        return f"it has no {LIST}, with which a whole checkpoint ends"
+    except (ValueError, KeyError, TypeError):
+        return f"{LIST} is damaged"
+    return found
+
+
+def _damage(path: Path, expected: Digest) -> str | None:
+    """What is wrong with one file."""
+    try:
+        size = path.stat().st_size
+        if size != expected.bytes:
+            return f"{path.name} has {size} bytes instead of {expected.bytes}"
+        if Digest.of(path) != expected:
+            return f"{path.name} is damaged (its checksum differs)"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+    return None
 
 
 def full_state_dict(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
@@ -87,3 +345,26 @@ def full_state_dict(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
             if dist.get_rank() == 0:
                 state[name] = parameter.detach().cpu().clone()
     return state
+
+
+def export(output_dir: Path, write: Callable[[Path], None]) -> Path:
+    """Rank 0: ``output_dir/model``, whole or not there; an earlier one is replaced.
+
+    Args:
+        write: fills the folder that it is given.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    folder = output_dir / "model"
+    partial = aside(folder)
+    with writing(folder):
+        remove(partial)
+        partial.mkdir(parents=True)
+        write(partial)
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with path.open("rb+") as file:
+                    sync(file)
+    replace_folder(partial, folder)
+    return folder
