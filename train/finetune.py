@@ -6,24 +6,25 @@ deepspeed train/finetune.py --ds_config ds_configs/quickstart.json
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from transformers import set_seed
 
-from ds_lvxattn.config import load_ds_config, sequence_parallel_config
-from ds_lvxattn.data.sample import SampleError
-from ds_lvxattn.errors import ConfigError
-from ds_lvxattn.groups import start_distributed
+from ds_lvxattn.groups import launched_ranks, start_distributed
+from ds_lvxattn.training.build_locks import await_builds
 from ds_lvxattn.training.dataset import load_sources
-from ds_lvxattn.training.ds_config import resolve_ds_config
+from ds_lvxattn.training.ds_config import fill_model_sizes
+from ds_lvxattn.training.launcher import follow_launcher
 from ds_lvxattn.training.loading import QUICKSTART, load_model, select_trainable
 from ds_lvxattn.training.loop import Job, Trainer
-from ds_lvxattn.training.settings import finetuning_config
+from ds_lvxattn.training.rank import run_rank
+from ds_lvxattn.training.run_settings import read_settings
+from ds_lvxattn.training.watchdog import Watchdog, group_timeout
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -39,31 +40,29 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def finetune(args: argparse.Namespace) -> None:
+def finetune(args: argparse.Namespace, watchdog: Watchdog | None = None) -> None:
     """Set up and run one job on this rank."""
-    start_distributed()
+    settings = read_settings(args.ds_config, args.steps, args.seed, launched_ranks())
+    timeout = settings.finetuning.timeout_s
+    start_distributed(timeout=group_timeout(timeout))
+    watchdog = watchdog or Watchdog()
+    watchdog.start(timeout)
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", args.local_rank)))
-    ds_config = load_ds_config(args.ds_config)
-    finetuning = finetuning_config(ds_config)
-    steps = args.steps if args.steps is not None else finetuning.steps
-    if steps < 1:
-        raise ConfigError(f"--steps is {steps}; give at least 1")
-    config = sequence_parallel_config(ds_config, dist.get_world_size())
-    # Schedule and generated data have the length that the config says: a run that --steps ends earlier can be
-    # resumed, and is then the same as one that was never interrupted.
-    length = max(steps, finetuning.steps)
-    ds_config = resolve_ds_config(ds_config, length, dist.get_world_size() // config.size)
+    await_builds()
     set_seed(args.seed)
+    watchdog.enter("loading the model")
+    ds_config = settings.ds_config
     loaded = load_model(args.model, ds_config, args.seed)
-    select_trainable(loaded.model, args.model, finetuning.trainable)
-    train, evaluation = load_sources(args.data, loaded, finetuning, length * ds_config["train_batch_size"], args.seed)
-    if dist.get_rank() == 0:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
+    fill_model_sizes(ds_config, loaded.model.config)
+    select_trainable(loaded.model, args.model, settings.finetuning.trainable)
+    watchdog.enter("reading the data")
+    rows = settings.length * ds_config["train_batch_size"]
+    train, evaluation = load_sources(args.data, loaded, settings.finetuning, rows, args.seed)
     job = Job(
-        ds_config, config, finetuning, loaded, train, evaluation, steps, args.seed, args.output_dir, args.resume
+        ds_config, settings.parallel, settings.finetuning, loaded, train, evaluation, settings.steps, args.seed,
+        args.output_dir, args.resume, watchdog,
     )  # fmt: skip
     Trainer(job).run()
 
@@ -71,16 +70,8 @@ def finetune(args: argparse.Namespace) -> None:
 def main() -> int:
     args = parse()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        finetune(args)
-    except (ConfigError, SampleError) as error:
-        # The same on every rank, before any collective can wait for a rank that has left.
-        print(f"finetune: {error}", file=sys.stderr)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+    follow_launcher()
+    return run_rank("finetune", functools.partial(finetune, args))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -40,6 +42,8 @@ from ds_lvxattn.training.files import (
 )
 from ds_lvxattn.training.outcome import gather, on_all_ranks, raise_first
 from ds_lvxattn.training.secrets import without_secrets
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 LIST = "run.json"
@@ -96,9 +100,9 @@ class CheckpointFiles(TorchCheckpointEngine):
         problem: what could not be written; None: nothing.
     """
 
-    def __init__(self, zipped: bool) -> None:
+    def __init__(self, zipped: bool, progress: Callable[[], None]) -> None:
         super().__init__()
-        self.zipfile_serialization = zipped
+        self.zipfile_serialization, self.progress = zipped, progress
         self.begin()
 
     def begin(self) -> None:
@@ -114,7 +118,7 @@ class CheckpointFiles(TorchCheckpointEngine):
         target = Path(path)
         try:
             with target.open("wb") as file:
-                digesting = DigestingFile(file)
+                digesting: Any = DigestingFile(file, self.progress)
                 torch.save(state_dict, digesting, _use_new_zipfile_serialization=self.zipfile_serialization)
                 sync(file)
         except OSError as error:
@@ -132,8 +136,9 @@ def _plain_classes() -> list[Any]:
     """Classes of plain values that DeepSpeed puts in its files beside tensors."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum]
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 class Checkpoints:
@@ -144,7 +149,7 @@ class Checkpoints:
         output_dir: of the run.
         facts: of the run.
         group: of all ranks, for host messages.
-        say: tells the user something, on one rank.
+        progress: called while files are written.
     """
 
     def __init__(
@@ -153,15 +158,14 @@ class Checkpoints:
         output_dir: Path,
         facts: RunFacts,
         group: dist.ProcessGroup,
-        say: Callable[[str], None],
+        progress: Callable[[], None],
     ) -> None:
-        self.engine, self.folder, self.facts, self.group, self.say = engine, output_dir / FOLDER, facts, group, say
-        self.files = CheckpointFiles(engine.checkpoint_engine.zipfile_serialization)
+        self.engine, self.folder, self.facts, self.group = engine, output_dir / FOLDER, facts, group
+        self.files = CheckpointFiles(engine.checkpoint_engine.zipfile_serialization, progress)
         engine.checkpoint_engine = self.files
         # DeepSpeed copies two scripts beside every checkpoint on one rank, between barriers; here a full disk is
         # found where all ranks learn of it.
         self._copy_scripts, engine._copy_recovery_script = engine._copy_recovery_script, lambda path: None
-        self.last: int | None = None  # step of the newest whole checkpoint of this run
 
     def save(self, step: int) -> None:
         """Save a checkpoint after ``step``. Those before stay.
@@ -186,7 +190,6 @@ class Checkpoints:
             if first:
                 remove(partial)
             raise RunError(f"{error}; {self.newest()}") from error
-        self.last = step
 
     def newest(self) -> str:
         """The newest whole checkpoint, in words."""
@@ -242,7 +245,8 @@ class Checkpoints:
             if problem is None:
                 break
             passed.append(f"{name}: {problem}")
-            self.say(f"passing over the checkpoint {name}: {problem}")
+            if dist.get_rank() == 0:
+                logger.warning("passing over the checkpoint %s: %s", name, problem)
         else:
             detail = f" ({'; '.join(passed)})" if passed else ""
             raise ConfigError(
@@ -252,8 +256,8 @@ class Checkpoints:
                 else f"--resume: {self.folder} holds no checkpoint"
             )
         step = on_all_ranks(lambda: self._load(name), self.group)
-        self.last = step
-        self.say(f"resumed from {self.folder / name}")
+        if dist.get_rank() == 0:
+            print(f"resuming from {self.folder / name}", flush=True)
         return step
 
     def _problem(self, name: str) -> str | None:
@@ -285,6 +289,10 @@ class Checkpoints:
     def _load(self, name: str) -> int:
         try:
             path, state = self.engine.load_checkpoint(str(self.folder), tag=name)
+        except pickle.UnpicklingError as error:
+            raise ConfigError(
+                f"--resume: {self.folder / name} holds more than tensors and plain values, and is not loaded: {error}"
+            ) from error
         except (OSError, RuntimeError, KeyError, ValueError) as error:
             raise ConfigError(f"--resume: {self.folder / name} cannot be loaded: {error}") from error
         if path is None:

@@ -78,16 +78,18 @@ def batch_sizes(ds_config: dict[str, Any], data_ranks: int) -> tuple[int, int, i
     for key, value in given.items():
         if value is not None and value != AUTO and (type(value) is not int or value < 1):
             raise ConfigError(f"'{key}' is {value!r}; give a whole number of at least 1")
-    batch, micro_batch, accumulation = (None if value == AUTO else value for value in given.values())
+    numbers: list[int | None] = [None if value == AUTO else value for value in given.values()]
+    batch, micro_batch, accumulation = numbers
     if batch is None and micro_batch is None:
         raise ConfigError(
             f"'{BATCH}' is {_absent(given[BATCH])} and '{MICRO_BATCH}' is {_absent(given[MICRO_BATCH])}; "
             "give a number for one of them"
         )
+    if micro_batch is None:
+        assert batch is not None
+        micro_batch = max(1, batch // (data_ranks * (accumulation or 1)))
     if batch is None:
         batch = micro_batch * (accumulation or 1) * data_ranks
-    elif micro_batch is None:
-        micro_batch = max(1, batch // (data_ranks * (accumulation or 1)))
     if accumulation is None:
         accumulation = max(1, batch // (micro_batch * data_ranks))
     if batch != micro_batch * accumulation * data_ranks:

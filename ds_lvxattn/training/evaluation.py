@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -13,9 +15,16 @@ from ds_lvxattn.groups import SequenceParallelGroups
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Loader, groups: SequenceParallelGroups, micro_batch: int
+    model: nn.Module,
+    loader: Loader,
+    groups: SequenceParallelGroups,
+    micro_batch: int,
+    progress: Callable[[], None] = lambda: None,
 ) -> dict[str, float | int]:
     """Evaluate on the loader's samples, divided over the data-parallel ranks; all ranks call it.
+
+    Args:
+        progress: called for every micro-batch.
 
     Returns:
         ``accuracy`` in [0, 1], ``loss`` a supervised token, and ``examples``, the answers that were judged.
@@ -34,6 +43,7 @@ def evaluate(
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=loader.batches.collator.device)
     for loaded in loader.stream(rows, 0, rounds):
+        progress()
         batch = loader.batches.prepare(loaded)
         output = model(**batch.inputs)
         right = (wrong_tokens(output.logits, batch, groups) == 0).sum()

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,16 +112,21 @@ class Digest:
 
 
 class DigestingFile:
-    """A file opened for writing in order, whose digest is known at the end without reading it again."""
+    """A file opened for writing in order, whose digest is known at the end without reading it again.
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._size, self._checksum = file, 0, hashlib.sha256()
+    Args:
+        progress: called whenever something is written.
+    """
+
+    def __init__(self, file: IO[bytes], progress: Callable[[], None]) -> None:
+        self._file, self._progress, self._size, self._checksum = file, progress, 0, hashlib.sha256()
 
     def write(self, data: bytes) -> int:
         view = memoryview(data).cast("B")
         self._size += len(view)
         self._checksum.update(view)
         self._file.write(view)
+        self._progress()
         return len(view)
 
     def flush(self) -> None:

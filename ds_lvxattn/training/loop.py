@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -24,12 +23,14 @@ from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.data.sample import SampleSource
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily
-from ds_lvxattn.groups import SequenceParallelGroups
+from ds_lvxattn.groups import SequenceParallelGroups, set_timeouts
 from ds_lvxattn.plan.layer_plan import plan_layers
 from ds_lvxattn.plan.planner import Plan
 from ds_lvxattn.plan.profile import profile_for_device
 from ds_lvxattn.runtime.layer_times import LayerTimes
 from ds_lvxattn.training import checkpoint
+from ds_lvxattn.training.divergence import FiniteLoss
+from ds_lvxattn.training.engine import start_engine
 from ds_lvxattn.training.evaluation import evaluate
 from ds_lvxattn.training.loading import (
     LoadedModel,
@@ -40,8 +41,11 @@ from ds_lvxattn.training.loading import (
 )
 from ds_lvxattn.training.memory_plan import memory_plan, model_states
 from ds_lvxattn.training.order import Order
+from ds_lvxattn.training.outcome import on_all_ranks
+from ds_lvxattn.training.run_folder import RunFolder
 from ds_lvxattn.training.run_log import RunLog
 from ds_lvxattn.training.settings import FinetuningConfig
+from ds_lvxattn.training.watchdog import Watchdog, group_timeout
 
 # Steps after a plan in which its layers are measured; the first ones compile kernels and open connections.
 MEASURED_STEPS = range(2, 5)
@@ -60,7 +64,8 @@ class Job:
         steps: optimizer steps.
         seed: of the data order.
         output_dir: where everything is written.
-        resume: go on from the latest checkpoint there.
+        resume: go on from the newest whole checkpoint there.
+        watchdog: is told what this rank does.
     """
 
     ds_config: dict[str, Any]
@@ -73,6 +78,7 @@ class Job:
     seed: int
     output_dir: Path
     resume: bool
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
 
 class Trainer:
@@ -83,11 +89,28 @@ class Trainer:
     """
 
     def __init__(self, job: Job) -> None:
-        self.job = job
+        self.job, self.watchdog = job, job.watchdog
         config = job.parallel
-        if not job.resume:
-            checkpoint.check_fresh(job.output_dir)
         self.groups = SequenceParallelGroups(config.size)
+        self.everyone = dist.new_group(backend="gloo")  # for host messages of the main thread
+        first = dist.get_rank() == 0
+        self.folder = on_all_ranks(lambda: RunFolder(job.output_dir) if first else None, self.everyone)
+        try:
+            self._prepare(config)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let another run have the output folder."""
+        if self.folder is not None:
+            self.folder.close()
+
+    def _prepare(self, config: SequenceParallelConfig) -> None:
+        job = self.job
+        if not job.resume:
+            on_all_ranks(lambda: checkpoint.check_fresh(job.output_dir), self.everyone)
+        self.watchdog.enter("starting DeepSpeed")
         model = job.loaded.model
         self.parallel = SequenceParallel(model, config, self.groups) if config.size > 1 else None
         self.device = torch.device(get_accelerator().current_device_name())
@@ -97,16 +120,18 @@ class Trainer:
         )  # fmt: skip
         self.loss_factor = loss_factor(job.ds_config, config.size)
         partition_over_all_ranks(model, job.ds_config, self.groups)
-        self.engine, *_ = deepspeed.initialize(
+        self.engine = start_engine(
             model=model, model_parameters=parameter_groups(model), config=job.ds_config, mpu=self.groups
         )
-        self.facts = checkpoint.RunFacts(
+        facts = checkpoint.RunFacts(
             dist.get_world_size(),
             self.engine.zero_optimization_stage(),
             self.engine.train_batch_size(),
             job.seed,
             config.size,
+            checkpoint.parameter_digest(model),
         )
+        self.checkpoints = checkpoint.Checkpoints(self.engine, job.output_dir, facts, self.everyone, self.watchdog.tick)
         self.order = Order(
             job.train, self.engine.train_micro_batch_size_per_gpu(),
             self.groups.get_data_parallel_rank(), self.groups.get_data_parallel_world_size(),
@@ -117,6 +142,7 @@ class Trainer:
         self.skipped = 0  # broken samples of this rank's group, since the start
         self.loader = self._loader(job.train)
         self.evaluation_loader = None if job.evaluation is None else self._loader(job.evaluation)
+        set_timeouts(group_timeout(job.finetuning.timeout_s))
 
     def _loader(self, source: SampleSource) -> Loader:
         control = ControlGroups.beside(self.groups)
@@ -124,27 +150,44 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, evaluate, save and export. Returns the evaluation."""
+        try:
+            return self._run()
+        finally:
+            self.close()
+
+    def _run(self) -> dict[str, Any]:
         job, every = self.job, self.job.finetuning
-        done = checkpoint.resume(self.engine, job.output_dir, self.facts) if job.resume else 0
-        if done >= job.steps:
-            raise ConfigError(f"--resume: the checkpoint is at step {done} already; give --steps above {done}")
+        self.watchdog.enter("loading the checkpoint")
+        done = self.checkpoints.resume() if job.resume else None
+        begun = done or 0
+        if begun > job.steps:
+            raise ConfigError(f"--resume: the checkpoint is at step {begun} already; give --steps {begun} or more")
+        # Every rank has loaded: from here on what is there is replaced.
         log = RunLog(job.output_dir, dist.get_rank(), job.steps, job.ds_config, done)
-        result: dict[str, Any] = {}
+        finite = FiniteLoss(self.checkpoints.newest)
         accumulation = self.engine.gradient_accumulation_steps()
         try:
-            batches = self.loader.stream(self.order.rows, done * accumulation, job.steps * accumulation)
+            self.watchdog.enter("planning")
+            # A run that has its last step behind it plans for that one, to evaluate.
+            start = min(begun, job.steps - 1) * accumulation
+            batches = self.loader.stream(self.order.rows, start, job.steps * accumulation)
             first = next(batches)
             self._make_plan(log, first.layout)
             batches = itertools.chain((first,), batches)
-            self._first = self._planned_at = done + 1
-            for step in range(done + 1, job.steps + 1):
+            self._first = self._planned_at = begun + 1
+            for step in range(begun + 1, job.steps + 1):
+                self.watchdog.enter(f"step {step}")
                 self._measure_layers(log, step)
-                log.step({"step": step, **self._step(batches, accumulation)})
+                metrics = self._step(batches, accumulation)
+                log.step({"step": step, **metrics})
+                finite.note(step, metrics["loss"], metrics["grad_norm"])
                 last = step == job.steps
-                if last or (every.save_every and step % every.save_every == 0):
-                    checkpoint.save(self.engine, job.output_dir, step, self.facts)
-                if last or (every.eval_every and step % every.eval_every == 0):
-                    result = self._evaluate(log, step)
+                if (last or (every.save_every and step % every.save_every == 0)) and finite.finite:
+                    self.watchdog.enter(f"saving the checkpoint of step {step}")
+                    self.checkpoints.save(step)
+                if not last and every.eval_every and step % every.eval_every == 0:
+                    self._evaluate(log, step)
+            result = self._evaluate(log, job.steps)
             self._export(log)
         finally:
             log.close()
@@ -207,6 +250,7 @@ class Trainer:
         text_tokens = frames = 0
         rate = self.engine.get_lr()[0]
         for _ in range(accumulation):
+            self.watchdog.tick()
             loaded = next(batches)
             self.skipped += loaded.skipped
             batch = self.batches.prepare(loaded, self._times)
@@ -240,15 +284,20 @@ class Trainer:
         if loader is None or not len(loader.source):
             return {}
         micro_batch = self.engine.train_micro_batch_size_per_gpu()
-        result = evaluate(self.engine, loader, self.groups, micro_batch)
+        self.watchdog.enter(f"evaluating after step {step}")
+        result = evaluate(self.engine, loader, self.groups, micro_batch, self.watchdog.tick)
         log.evaluation(step, result)
         return result
 
     def _export(self, log: RunLog) -> None:
+        self.watchdog.enter("exporting the model")
+        job, first = self.job, dist.get_rank() == 0
         state = checkpoint.full_state_dict(self.engine)
-        folder = self.job.output_dir / "model"
-        if dist.get_rank() == 0:
-            self.job.loaded.save(folder, state)
+
+        def write(folder: Path) -> None:
+            job.loaded.save(folder, state)
+
+        folder = on_all_ranks(lambda: checkpoint.export(job.output_dir, write) if first else None, self.everyone)
         log.say(f"model saved in {folder}")
 
 

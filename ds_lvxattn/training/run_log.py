@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ds_lvxattn.plan.layer_plan import LayerPlan, write_plan
+from ds_lvxattn.training.files import aside, replace_text, writing
 from ds_lvxattn.training.memory_plan import MemoryPlan
+from ds_lvxattn.training.secrets import without_secrets
+
+logger = logging.getLogger(__name__)
 
 PROJECT = "ds_lvxattn"
+WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
+WANDB_SECONDS = 30.0  # for its server to answer
 MIB = 1 << 20
 
 
@@ -28,19 +36,23 @@ class RunLog:
         rank: global rank.
         steps: steps of the run, for the progress bar.
         settings: config of the wandb run.
-        done: steps of an earlier run that goes on; what its metrics file says of later ones is dropped.
+        done: steps of an earlier run that goes on; what its metrics file says of later ones is dropped. None: a run
+            that begins; a metrics file that is there keeps its content under another name.
     """
 
-    def __init__(self, output_dir: Path, rank: int, steps: int, settings: dict[str, Any], done: int) -> None:
+    def __init__(self, output_dir: Path, rank: int, steps: int, settings: dict[str, Any], done: int | None) -> None:
         self.active = rank == 0
         if not self.active:
             return
         self.output_dir = output_dir
         self.console = Console()
-        path = output_dir / "metrics.jsonl"
-        kept = path.read_text().splitlines(keepends=True)[:done] if path.exists() else []
-        self._metrics = path.open("w")
-        self._metrics.writelines(kept)
+        self._path = output_dir / "metrics.jsonl"
+        if done is None:
+            _keep(self._path)
+        else:
+            replace_text(self._path, _lines_of(self._path, done))
+        with writing(self._path):
+            self._metrics = self._path.open("a", encoding="utf-8")
         self._run = start_wandb(output_dir, settings)
         self._progress = Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[note]}"),
@@ -53,7 +65,10 @@ class RunLog:
         """Write ``plan.json`` and show the plan on the console and in wandb."""
         if not self.active:
             return
-        write_plan(plan, self.output_dir / "plan.json")
+        path = self.output_dir / "plan.json"
+        with writing(path):
+            write_plan(plan, aside(path))
+            os.replace(aside(path), path)
         exchanged = [layer for layer in plan if layer.role != "local"]
         columns: list[str | int] = ["layer", "role", "strategy", "schedule", "predicted_ms", "measured_ms", "reason"]
         rows = [
@@ -103,8 +118,9 @@ class RunLog:
         """One object of ``metrics.jsonl``."""
         if not self.active:
             return
-        self._metrics.write(json.dumps(metrics) + "\n")
-        self._metrics.flush()
+        with writing(self._path):
+            self._metrics.write(json.dumps(metrics) + "\n")
+            self._metrics.flush()
         self._run.log({f"train/{key}": value for key, value in metrics.items() if key != "step"}, metrics["step"])
         loss, seconds, frames = (metrics[key] for key in ("loss", "step_time_s", "frames_per_s"))
         note = f"loss {loss:.4f}  {seconds:.3f} s/step  {frames:.0f} frames/s"
@@ -116,7 +132,7 @@ class RunLog:
         """Write ``eval.json``; the last evaluation counts."""
         if not self.active:
             return
-        (self.output_dir / "eval.json").write_text(json.dumps({"step": step, **result}, indent=2) + "\n")
+        replace_text(self.output_dir / "eval.json", json.dumps({"step": step, **result}, indent=2) + "\n")
         self._run.log({f"eval/{key}": value for key, value in result.items()}, step)
         self.console.print(
             f"step {step}: accuracy {result['accuracy']:.3f} on {result['examples']} answers, loss {result['loss']:.4f}"
@@ -157,11 +173,65 @@ def _range(values: Iterable[float | None]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def start_wandb(output_dir: Path, settings: dict[str, Any], **names: str) -> wandb.Run:
-    """A wandb run in ``output_dir``, offline unless a key is at hand; the usual WANDB_* variables count."""
-    mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-    arguments: dict[str, Any] = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "config": settings, **names}
+def _keep(path: Path) -> None:
+    """Move the metrics of an earlier run aside, so that a new one does not erase them."""
+    if path.exists() and path.stat().st_size:
+        kept = path.with_name(f"metrics-{time.strftime('%Y%m%d-%H%M%S', time.localtime(path.stat().st_mtime))}.jsonl")
+        with writing(kept):
+            path.rename(kept)
+        logger.warning("an earlier run that left no checkpoint wrote metrics here; they are now in %s", kept)
+
+
+def _lines_of(path: Path, done: int) -> str:
+    """Lines of the first ``done`` steps of a metrics file; lines that are torn or repeated are not among them."""
+    lines: dict[int, str] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):
+            logger.warning("%s has a line that breaks off; it is dropped", path)
+            continue
+        if step <= done:
+            lines[step] = line
+    return "".join(f"{lines[step]}\n" for step in sorted(lines))
+
+
+def start_wandb(output_dir: Path, config: dict[str, Any], **names: str) -> wandb.Run:
+    """A wandb run in ``output_dir``, offline unless a key is at hand; the usual WANDB_* variables count.
+
+    Whatever is wrong with key, server or mode is said, and the run is recorded offline. Secrets stay out of it.
+    """
+    arguments: dict[str, Any] = {
+        "project": os.environ.get("WANDB_PROJECT", PROJECT),
+        "config": without_secrets(config),
+        "dir": str(output_dir),
+        **names,
+    }
+    for mode in dict.fromkeys((_wandb_mode(), "offline")):
+        try:
+            settings = wandb.Settings(init_timeout=WANDB_SECONDS)
+            return wandb.init(mode=mode, settings=settings, **arguments)  # type: ignore[arg-type]
+        except Exception as error:  # of wandb, its settings, its service, the network or the disk
+            logger.warning("wandb does not start in the mode %r: %s", mode, _first_line(error))
+    logger.warning("nothing is recorded with wandb; metrics.jsonl has it all")
+    return wandb.init(mode="disabled")
+
+
+def _wandb_mode() -> str:
+    """The mode that ``WANDB_MODE`` names; without it, ``online`` where wandb finds a key that its server accepts."""
+    given = os.environ.get("WANDB_MODE")
+    if given in WANDB_MODES:
+        return given
+    if given:
+        logger.warning("WANDB_MODE is %r, which is none of %s; using 'offline'", given, list(WANDB_MODES))
+        os.environ["WANDB_MODE"] = "offline"  # wandb itself reads it, and raises
+        return "offline"
     try:
-        return wandb.init(mode=mode, dir=str(output_dir), **arguments)
-    except wandb.errors.CommError:
-        return wandb.init(mode="offline", dir=str(output_dir), **arguments)
+        return "online" if wandb.login(prompt=False) else "offline"
+    except Exception as error:  # a bad key, a bad address, no server
+        logger.warning("wandb cannot log in, so the run is recorded offline: %s", _first_line(error))
+        return "offline"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

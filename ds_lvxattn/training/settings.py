@@ -28,6 +28,7 @@ class FinetuningConfig(DeepSpeedConfigModel):
         eval_examples: samples of an evaluation; 0: none.
         eval_every: steps between evaluations; 0: only at the end.
         save_every: steps between checkpoints; 0: only at the end.
+        timeout_s: seconds that ranks may wait for one of them before the run ends: the timeout of every process group.
     """
 
     steps: int = Field(200, ge=1)
@@ -41,6 +42,7 @@ class FinetuningConfig(DeepSpeedConfigModel):
     eval_examples: int = Field(128, ge=0)
     eval_every: int = Field(0, ge=0)
     save_every: int = Field(0, ge=0)
+    timeout_s: int = Field(1800, ge=10)
 
 
 def finetuning_config(ds_config: dict[str, Any]) -> FinetuningConfig:

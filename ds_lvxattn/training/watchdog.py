@@ -46,8 +46,9 @@ class Watchdog:
         self.timeout, self.life = timeout, min(timeout, SIGN_OF_LIFE)
         self.apart = min(SECONDS_APART, self.life / 8)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        # A connection of its own: a collective being set up may hold the other one for long.
-        self._store = dist.PrefixStore("watchdog", (store or dist.distributed_c10d._get_default_store()).clone())
+        shared: Any = store or dist.distributed_c10d._get_default_store()
+        # A connection of its own: a group that is being made may hold the other one for long.
+        self._store = dist.PrefixStore("watchdog", shared.clone())
         self._answered = time.monotonic()
         self._ended: str | None = None  # what another rank says of the end
         self._lost = False  # the store is gone
@@ -67,14 +68,17 @@ class Watchdog:
         """This rank gets on with it."""
         self._since = time.monotonic()
 
-    def failed(self, error: BaseException) -> None:
-        """Tell the other ranks that this one ends by an error that they do not know of."""
+    def failed(self, error: BaseException, code: int = EXIT_CODE) -> None:
+        """Tell the other ranks that this one ends by an error, with an exit code, for those that do not know of it."""
         if not self._threads:
             return
-        text = f"rank {self.rank} ended in the phase '{self.phase}': {type(error).__name__}: {error}"
-        telling = threading.Thread(target=self._try, args=(self._store.set, "ended", text[:2000]), daemon=True)
+        text = f"{code}|rank {self.rank} ended in the phase '{self.phase}': {type(error).__name__}: {error}"
+        self._tell_once(text[:2000])
+
+    def _tell_once(self, text: str) -> None:
+        telling = threading.Thread(target=self._try, args=(self._store.set, "ended", text), daemon=True)
         telling.start()
-        telling.join(2.0)
+        telling.join(2.0)  # the store may be gone, or never answer
 
     def stop(self) -> None:
         """The run has ended, and what others do is no longer of interest."""
@@ -116,7 +120,8 @@ class Watchdog:
         while not self._stopped.wait(self.apart / 2):
             now = time.monotonic()
             if self._ended is not None:
-                self._leave(self._ended)
+                code, _, why = self._ended.partition("|")
+                self._leave(why, int(code))
             elif self._lost:
                 self._leave("rank 0 has ended")
             elif now - self._answered > self.life:
@@ -124,7 +129,7 @@ class Watchdog:
             else:
                 silent = [r for r, (_, at) in self._others.items() if now - at > self.life and r != self.rank]
                 if silent or now - self._since > self.timeout:
-                    self._leave(self._report(now, silent), tell=True)
+                    self._leave(self._report(now, silent), found_here=True)
 
     def _unanswered(self, now: float) -> str:
         return (
@@ -147,13 +152,15 @@ class Watchdog:
                 lines.append(f"rank {rank} is in the phase '{phase}' since {since:.0f} s")
         return "; ".join(lines) or f"rank {self.rank} is in the phase '{self.phase}' since {now - self._since:.0f} s"
 
-    def _leave(self, why: str, tell: bool = False) -> None:
-        """End this process, unless the run is ending as it should."""
-        if tell:
-            telling = threading.Thread(target=self._try, args=(self._store.set, "ended", why), daemon=True)
-            telling.start()
-            telling.join(1.0)
-        elif self._stopped.wait(GRACE_SECONDS if self._lost else 0.0):
+    def _leave(self, why: str, code: int = EXIT_CODE, found_here: bool = False) -> None:
+        """End this process, unless it is ending by itself.
+
+        Args:
+            found_here: by this rank, which tells the others.
+        """
+        if found_here:
+            self._tell_once(f"{code}|{why}")
+        elif self._stopped.wait(GRACE_SECONDS):
             return
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         place = ""
@@ -161,7 +168,7 @@ class Watchdog:
             inner = traceback.extract_stack(frame)[-1]
             place = f" (here in {inner.filename}:{inner.lineno}, {inner.name})"
         print(f"rank {self.rank} ends the run: {why}{place}", file=sys.stderr, flush=True)
-        os._exit(EXIT_CODE)
+        os._exit(code)
 
 
 def group_timeout(timeout: float) -> timedelta:

@@ -1,0 +1,51 @@
+"""The life of one rank of a command: how it ends, and what its exit code says."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from ds_lvxattn.data.sample import SampleError
+from ds_lvxattn.errors import ConfigError, RunError
+from ds_lvxattn.training.watchdog import Watchdog
+
+
+def run_rank(command: str, body: Callable[[Watchdog], None]) -> int:
+    """Run the body of a command on this rank.
+
+    Returns:
+        The exit code: 0; 2 for a mistake of the user's, told by one message that is the same on every rank; 1 for a
+        run that cannot go on, told by one message. Anything else does not return: a fault leaves with a traceback and
+        code 1 at once, since cleaning up could wait for ranks that are gone.
+    """
+    watchdog = Watchdog()
+    try:
+        body(watchdog)
+        code = 0
+    except (ConfigError, SampleError) as error:
+        # The same on every rank, before any collective can wait for a rank that has left.
+        print(f"{command}: {error}", file=sys.stderr, flush=True)
+        watchdog.failed(error, 2)
+        code = 2
+    except RunError as error:
+        print(f"{command}: {error}", file=sys.stderr, flush=True)
+        watchdog.failed(error)
+        _leave(1)
+    except BaseException as error:
+        traceback.print_exc()
+        watchdog.failed(error)
+        _leave(1)
+    watchdog.stop()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

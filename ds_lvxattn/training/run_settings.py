@@ -1,0 +1,54 @@
+"""What a run is asked to do, checked as far as that is possible before any process group exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_lvxattn.config import SequenceParallelConfig, load_ds_config, sequence_parallel_config
+from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.training.config_check import check_ds_config
+from ds_lvxattn.training.ds_config import resolve_ds_config
+from ds_lvxattn.training.settings import FinetuningConfig, finetuning_config
+
+SEEDS = 1 << 32  # of numpy
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of a run.
+
+    Attributes:
+        ds_config: the whole DeepSpeed config, with a value for every ``auto`` but those that depend on the model.
+        parallel: its settings of sequence parallelism.
+        finetuning: its block for the loop.
+        steps: optimizer steps.
+        length: steps of the schedule and of generated data. A run that ``--steps`` ends earlier can be resumed, and
+            is then the same as one that was never interrupted.
+    """
+
+    ds_config: dict[str, Any]
+    parallel: SequenceParallelConfig
+    finetuning: FinetuningConfig
+    steps: int
+    length: int
+
+
+def read_settings(path: str | Path, steps: int | None, seed: int, ranks: int) -> RunSettings:
+    """The settings of a config file and of the command line for a run of ``ranks`` ranks.
+
+    Raises:
+        ConfigError: something cannot work; the same on every rank.
+    """
+    ds_config = load_ds_config(path)
+    finetuning = finetuning_config(ds_config)
+    if steps is not None and steps < 1:
+        raise ConfigError(f"--steps is {steps}; give at least 1")
+    if not 0 <= seed < SEEDS:
+        raise ConfigError(f"--seed is {seed}; give a number from 0 to {SEEDS - 1}")
+    config = sequence_parallel_config(ds_config, ranks)
+    length = max(steps or 1, finetuning.steps)
+    ds_config = resolve_ds_config(ds_config, length, ranks // config.size)
+    check_ds_config(ds_config)
+    return RunSettings(ds_config, config, finetuning, steps or finetuning.steps, length)
