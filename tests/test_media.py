@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import io
+import os
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
-from ds_lvxattn.data.media import decode_frames, probe_video, sample_frames, sample_indices, sample_times
+from ds_lvxattn.data.media import (
+    Media,
+    MediaError,
+    decode_frames,
+    index,
+    probe_image,
+    probe_video,
+    sample_frames,
+    sample_indices,
+    sample_times,
+    store,
+)
+from ds_lvxattn.data.media.files import open_film
+from ds_lvxattn.data.media.picture import as_shown
 
 
 def write_film(
@@ -25,11 +44,11 @@ def write_film(
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 1000)
+        if times:
+            stream.codec_context.time_base = Fraction(1, 1000)
         for number, level in enumerate(levels):
             frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), level, dtype=np.uint8), format="rgb24")
-            frame.pts = times[number] if times else number * 1000 // rate
-            frame.time_base = Fraction(1, 1000)
+            frame.pts, frame.time_base = (times[number], Fraction(1, 1000)) if times else (number, Fraction(1, rate))
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
@@ -73,3 +92,393 @@ def test_frames_a_second_and_ranges(tmp_path: Path) -> None:
         sample_frames(info, 8, start=1, end=1)
     with pytest.raises(ValueError, match="'start' is -1"):
         sample_frames(info, 8, start=-1)
+
+
+# What a player shows
+
+
+def remux(source: Path, target: Path, change: Callable[[av.Packet, int], bool | None] = lambda packet, n: None) -> Path:
+    """Copy a film packet by packet; ``change`` may alter one, or return False to leave it out."""
+    with av.open(str(source)) as film, av.open(str(target), "w") as copy:
+        stream = copy.add_stream_from_template(film.streams.video[0])
+        for number, packet in enumerate(p for p in film.demux(video=0) if p.size):
+            if change(packet, number) is not False:
+                packet.stream = stream
+                copy.mux(packet)
+    return target
+
+
+def test_what_is_not_shown_is_decoded_for_what_is(tmp_path: Path) -> None:
+    film = write_film(tmp_path / "film.mp4", [20 + 2 * i for i in range(40)], g="30", bf="2")
+    shift = 10  # cut in front of frame 10, without decoding: an edit list starts there
+
+    def shifted(packet: av.Packet, number: int) -> None:
+        assert packet.pts is not None and packet.dts is not None and packet.duration
+        packet.pts -= shift * packet.duration
+        packet.dts -= shift * packet.duration
+
+    cut = remux(film, tmp_path / "cut.mp4", shifted)
+    info = probe_video(cut)
+    assert info.num_frames == 30
+    assert levels_of(cut, [*range(30)]) == pytest.approx([20 + 2 * i for i in range(10, 40)], abs=2)
+
+
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_hidden_frames_are_no_frames(tmp_path: Path, codec: str) -> None:
+    film = write_film(tmp_path / "film.webm", [10 * i for i in range(12)], codec=codec, g="1")
+    hidden = (3, 7)
+
+    def hide(packet: av.Packet, number: int) -> None:
+        if number in hidden:
+            data = bytearray(bytes(packet))
+            data[0] &= ~(0x10 if codec == "libvpx" else 0x02)  # show_frame
+            packet.update(data)
+
+    with_hidden = remux(film, tmp_path / "hidden.webm", hide)
+    shown = [10 * i for i in range(12) if i not in hidden]
+    assert probe_video(with_hidden).num_frames == len(shown)
+    assert levels_of(with_hidden, [*range(len(shown))]) == pytest.approx(shown, abs=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("film.mp4", "libx264", {"x264-params": "open-gop=1:keyint=12:bframes=3"}),
+        ("film.mkv", "libx265", {"x265-params": "log-level=none:keyint=12:open-gop=1"}),
+        ("film.ts", "mpeg2video", {"bf": "2", "g": "12"}),
+        ("film.avi", "mpeg4", {"bf": "2", "g": "12"}),
+        ("film.h264", "libx264", {"g": "12"}),
+        ("film.webm", "libvpx-vp9", {"g": "12"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_frames_are_those_of_a_sequential_decode(
+    tmp_path: Path, name: str, codec: str, options: dict[str, str]
+) -> None:
+    film = write_film(tmp_path / name, [5 * i for i in range(50)], codec=codec, rate=25, **options)
+    with open_film(str(film)) as (container, stream):
+        expected = [as_shown(frame, None) for frame in container.decode(stream)]
+    assert probe_video(film).num_frames == len(expected) == 50
+    order = np.random.default_rng(0).permutation(50).tolist()
+    for wanted in (order, order[:4]):
+        for number, frame in zip(wanted, decode_frames(film, wanted), strict=True):
+            np.testing.assert_array_equal(frame, expected[number])
+
+
+def picture_film(path: Path, image: np.ndarray, codec: str = "libx264", **attributes: Any) -> Path:
+    """Two frames of one picture; attributes of the encoder, or of its frames (``color_range``, ``colorspace``)."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10, options={"qp": "0"} if codec == "libx264" else {})
+        stream.width, stream.height = image.shape[1], image.shape[0]
+        stream.pix_fmt = "yuv444p"
+        for key in ("sample_aspect_ratio", "color_range", "colorspace"):
+            if key in attributes:
+                setattr(stream.codec_context, key, attributes[key])
+        if "rotation" in attributes:
+            stream.set_display_rotation(attributes["rotation"])
+        for number in range(2):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            space, span = attributes.get("colorspace", 5), attributes.get("color_range", 1)
+            frame = frame.reformat(format="yuv444p", dst_colorspace=space, dst_color_range=span)
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def corners(height: int = 48, width: int = 64) -> np.ndarray:
+    """A red, a green, a blue and a white quarter, from the top left on."""
+    image = np.zeros((height, width, 3), dtype=np.uint8)
+    colours = np.array([[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 255)]], dtype=np.uint8)
+    image[:] = colours.repeat(height // 2, axis=0).repeat(width // 2, axis=1)
+    return image
+
+
+@pytest.mark.parametrize(("angle", "turns"), [(-90, 3), (90, 1), (180, 2)])
+def test_films_are_turned_as_they_say(tmp_path: Path, angle: int, turns: int) -> None:
+    film = picture_film(tmp_path / "phone.mp4", corners(), rotation=angle)
+    expected = np.rot90(corners(), turns)
+    info = probe_video(film)
+    assert (info.height, info.width) == expected.shape[:2]
+    np.testing.assert_allclose(decode_frames(film, [0])[0].astype(int), expected, atol=3)
+
+
+def test_pixels_are_square(tmp_path: Path) -> None:
+    film = picture_film(tmp_path / "dvd.mp4", corners(), sample_aspect_ratio=Fraction(16, 11))
+    info = probe_video(film)
+    assert (info.width, info.height) == (93, 48)
+    assert decode_frames(film, [0])[0].shape == (48, 93, 3)
+    assert decode_frames(film, [0], size=1000)[0].shape == (22, 44, 3)
+
+
+@pytest.mark.parametrize("space", [1, 5, 9], ids=["BT.709", "BT.601", "BT.2020"])
+@pytest.mark.parametrize("span", [1, 2], ids=["limited", "full"])
+def test_colours_by_the_space_and_range_of_the_film(tmp_path: Path, space: int, span: int) -> None:
+    image = corners() // 2 + 40
+    film = picture_film(tmp_path / "film.mp4", image, colorspace=space, color_range=span)
+    np.testing.assert_allclose(decode_frames(film, [0])[0].astype(int), image, atol=3)
+
+
+def test_interlaced_pictures_are_one_picture(tmp_path: Path) -> None:
+    """Lines of two moments, a moving bar: woven together they are a comb."""
+    path = tmp_path / "interlaced.ts"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg2video", rate=25, options={"flags": "+ildct+ilme", "qscale": "2"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(12):
+            image = np.zeros((48, 64, 3), dtype=np.uint8)
+            image[0::2, 8:24] = 255
+            image[1::2, 32:48] = 255
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    frame = decode_frames(path, [1])[0].astype(int)
+    bars = frame[4:-4, 12:20], frame[4:-4, 36:44]
+    assert all(np.abs(np.diff(bar.mean(axis=(1, 2)))).max() < 40 for bar in bars)
+    dark, bright = sorted(bar.mean() for bar in bars)  # which field is the first, the file says
+    assert dark < 50 and bright > 200
+
+
+# Which stream
+
+
+def test_cover_art_is_no_film(tmp_path: Path) -> None:
+    film = write_film(tmp_path / "film.mp4", [10 * i for i in range(20)])
+    cover = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(cover, "JPEG")
+    tagged = tmp_path / "tagged.mp4"
+    with av.open(str(film)) as source, av.open(str(tagged), "w") as copy:
+        picture = copy.add_stream("mjpeg", rate=1)
+        picture.width, picture.height, picture.pix_fmt = 32, 32, "yuvj420p"
+        picture.disposition = av.stream.Disposition.attached_pic
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        frame = av.VideoFrame.from_image(Image.open(cover)).reformat(format="yuvj420p")
+        frame.pts = 0
+        copy.mux(picture.encode(frame))
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                copy.mux(packet)
+    info = probe_video(tagged)
+    assert (info.num_frames, info.width) == (20, 64)
+    assert levels_of(tagged, [0, 19]) == pytest.approx([0, 190], abs=2)
+
+
+def test_a_song_with_a_cover_is_no_video(tmp_path: Path) -> None:
+    song = tmp_path / "song.mp3"
+    cover = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(cover, "JPEG")
+    with av.open(str(song), "w") as container:
+        sound = container.add_stream("mp3", rate=44100)
+        picture = container.add_stream("mjpeg", rate=1)
+        picture.width, picture.height, picture.pix_fmt = 32, 32, "yuvj420p"
+        picture.disposition = av.stream.Disposition.attached_pic
+        container.mux(picture.encode(av.VideoFrame.from_image(Image.open(cover)).reformat(format="yuvj420p")))
+        samples = av.AudioFrame.from_ndarray(np.zeros((2, 1152), dtype=np.float32), format="fltp", layout="stereo")
+        samples.rate = 44100
+        container.mux(sound.encode(samples))
+        container.mux(sound.encode())
+    with pytest.raises(MediaError, match="song.mp3: "):
+        probe_video(song)
+
+
+# Images
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    data = io.BytesIO()
+    image.save(data, kind, **options)
+    return data.getvalue()
+
+
+def both_ways(tmp_path: Path, data: bytes, **options: Any) -> np.ndarray:
+    """The picture of a file and of the same bytes embedded in a row, which are equal."""
+    path = tmp_path / "picture"
+    path.write_bytes(data)
+    by_file, embedded = (Media("image", (s,), (0,), **options).decode([0])[0] for s in (str(path), data))
+    np.testing.assert_array_equal(by_file, embedded)
+    for source in (str(path), data):
+        info = probe_image(source, options.get("upright", True))
+        assert (info.height, info.width) == by_file.shape[:2]
+    return by_file
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_images_are_upright(tmp_path: Path, orientation: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(corners()), kind, exif=exif)
+    with Image.open(io.BytesIO(data)) as image:
+        stored = np.asarray(image.convert("RGB"))
+        shown = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    np.testing.assert_array_equal(both_ways(tmp_path, data), shown)
+    np.testing.assert_array_equal(Media("image", (data,), (0,), upright=False).decode([0])[0], stored)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled(tmp_path: Path, kind: str) -> None:
+    ramp = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
+    shown = both_ways(tmp_path, encoded(Image.fromarray(ramp), kind))
+    np.testing.assert_allclose(shown[..., 0], ramp / 257, atol=1)
+
+
+def test_palettes_and_transparency(tmp_path: Path) -> None:
+    colours = Image.fromarray(corners()).quantize(4)
+    np.testing.assert_array_equal(both_ways(tmp_path, encoded(colours, "PNG")), corners())
+    half = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    half.paste((0, 0, 255, 255), (0, 0, 4, 8))
+    shown = both_ways(tmp_path, encoded(half, "PNG"))
+    assert shown[0, 0].tolist() == [0, 0, 255] and shown[0, 7].tolist() == [255, 255, 255]
+
+
+def test_a_long_comment_in_a_picture_is_not_read(tmp_path: Path) -> None:
+    comment = PngInfo()
+    comment.add_text("prompt", "x" * 2_000_000, zip=True)
+    shown = both_ways(tmp_path, encoded(Image.new("RGB", (20, 20), (90, 90, 90)), "PNG", pnginfo=comment))
+    assert shown.shape == (20, 20, 3) and (shown == 90).all()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_animations_are_all_their_frames_or_refused(tmp_path: Path, kind: str) -> None:
+    frames = [Image.new("RGB", (16, 16), (50 * i,) * 3) for i in range(4)]
+    path = tmp_path / "moving"
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    frames[0].save(path, kind, save_all=True, append_images=frames[1:], duration=[100, 100, 100, 700], **lossless)
+    info = probe_video(path)
+    assert (info.num_frames, info.seconds) == (4, 1.0)
+    assert sample_frames(info, 2) == [2, 3]
+    assert levels_of(path, [3, 0, 1]) == pytest.approx([150, 0, 50], abs=2)
+    with pytest.raises(MediaError, match="an animation of 4 frames; give it as a video"):
+        probe_image(str(path))
+
+
+def test_avif_is_read_and_heif_is_refused(tmp_path: Path) -> None:
+    shown = both_ways(tmp_path, encoded(Image.fromarray(corners(512, 512)), "AVIF"))
+    np.testing.assert_allclose(shown[128::256, 128::256].astype(int), corners(2, 2), atol=12)
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    with pytest.raises(MediaError, match=r"phone.heic: HEIF images are not read; convert it"):
+        probe_video(tmp_path / "phone.heic")
+    with pytest.raises(MediaError, match=r"phone.heic"):
+        probe_image(str(tmp_path / "phone.heic"))
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pixels_without_a_range_are_refused(mode: str) -> None:
+    with pytest.raises(MediaError, match="no agreed range"):
+        Media("image", (encoded(Image.new(mode, (4, 4)), "TIFF"),), (0,)).decode([0])
+
+
+# Damage
+
+
+def test_half_a_picture_is_none(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    for kind in ("JPEG", "PNG", "WEBP"):
+        data = encoded(Image.fromarray(noise), kind)
+        (tmp_path / "half").write_bytes(data[: len(data) // 2])
+        for source in (str(tmp_path / "half"), data[: len(data) // 2]):
+            with pytest.raises(MediaError, match="cannot be decoded"):
+                Media("image", (source,), (0,)).decode([0])
+
+
+def test_damage_is_told_and_not_concealed(tmp_path: Path) -> None:
+    """A flipped byte in a key frame spoils its group, and no other."""
+    rng = np.random.default_rng(0)
+    film = tmp_path / "film.mp4"
+    with av.open(str(film), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"g": "10", "sc_threshold": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(20):
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with av.open(str(film)) as container:
+        key = next(p for p in container.demux(video=0) if p.is_keyframe and p.pts)
+        assert key.pos is not None
+        place = key.pos + key.size // 2
+    data = bytearray(film.read_bytes())
+    data[place] ^= 0xFF
+    film.write_bytes(data)
+    assert len(decode_frames(film, range(10))) == 10
+    for number in (10, 15, 19):
+        with pytest.raises(MediaError, match=r"film.mp4: damaged near 1\.\d\d s"):
+            decode_frames(film, [number])
+
+
+# A path is a path
+
+
+def test_names_are_taken_as_they_are(tmp_path: Path) -> None:
+    for name in ("a%03d.mp4", "b[1]*?.mp4", "concat:c|d.mp4", "http:e.mp4", "-i.mp4", "é\udcff.mp4"):
+        film = write_film(tmp_path / "plain.mp4", [0, 50])
+        film.rename(tmp_path / name)
+        assert levels_of(tmp_path / name, [1]) == pytest.approx([50], abs=2)
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty.mp4").touch()
+    refused = {
+        str(tmp_path): "not a regular file", str(tmp_path / "pipe"): "not a regular file",
+        "/dev/zero": "not a regular file", str(tmp_path / "a\0.mp4"): "not a path",
+        str(tmp_path / "\ud83d.mp4"): "not a path", str(tmp_path / "empty.mp4"): "is empty",
+        str(tmp_path / "none.mp4"): "No such file", "http://127.0.0.1/a.mp4": "No such file",
+    }  # fmt: skip
+    for path, message in refused.items():
+        for read in (probe_video, probe_image):
+            with pytest.raises(MediaError, match=message):
+                read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{film}\n#EXT-X-ENDLIST\n"),
+        ("list.mp4", "ffconcat version 1.0\nfile '{film}'\n"),
+        ("list.sdp", "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 96\n"),
+        ("list.mpd", '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"></MPD>'),
+    ],
+)
+def test_no_second_file_is_opened(tmp_path: Path, name: str, text: str) -> None:
+    film = write_film(tmp_path / "film.mp4", [0, 50])
+    (tmp_path / name).write_text(text.format(film=film))
+    with pytest.raises(MediaError, match="cannot decode"):
+        probe_video(tmp_path / name)
+
+
+def test_pictures_of_too_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    bomb = encoded(Image.new("1", (40_000, 40_000)), "PNG")
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    for source in (bomb, str(tmp_path / "bomb.png")):
+        with pytest.raises(MediaError, match="pixels"):
+            probe_image(source)
+    with pytest.raises(MediaError, match="pixels"):
+        probe_video(tmp_path / "bomb.png")
+
+
+def test_large_pictures_are_scaled(tmp_path: Path) -> None:
+    shown = Media("image", (encoded(Image.fromarray(corners(480, 640)), "JPEG"),), (0,), size=20_000).decode([0])[0]
+    assert shown.shape == (122, 163, 3)
+    np.testing.assert_allclose(shown[40::60, 40::80].astype(int), corners(2, 2), atol=12)
+
+
+# Indices kept on disk
+
+
+def test_an_index_is_read_from_disk_the_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(store, "WORTH_KEEPING", 0)
+    film = write_film(tmp_path / "film.mp4", [5 * i for i in range(40)], g="10")
+    first = index.film_index(str(film))
+    index._remembered.cache_clear()
+    monkeypatch.setattr(index, "_build", lambda path: pytest.fail("the film was read again"))
+    again = index.film_index(str(film))
+    for name in ("stamps", "key_of", "keys"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(first, name))
+    assert (again.info.length, again.info.unit, again.info.width) == (first.info.length, first.info.unit, 64)
+    index._remembered.cache_clear()
+    os.utime(film, (1, 1))  # another file by the same name
+    with pytest.raises(pytest.fail.Exception):
+        index.film_index(str(film))

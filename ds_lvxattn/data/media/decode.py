@@ -9,13 +9,17 @@ import av.error
 import numpy as np
 
 from ds_lvxattn.data.media.files import MAX_PIXELS, MediaError, open_film
-from ds_lvxattn.data.media.index import PROGRESSIVE, FilmIndex, film_index
+from ds_lvxattn.data.media.index import FilmIndex, film_index, is_frame_by_packet
 from ds_lvxattn.data.media.picture import Size, as_shown
 
 # Errors are told instead of concealed: a picture made up from its neighbours is not what the file holds.
 STRICT = {"err_detect": "crccheck+bitstream+buffer+explode", "max_pixels": str(MAX_PIXELS)}
 # Codecs whose frames say that no other refers to them; those that are not asked for are then not decoded.
 SKIPS_UNREFERENCED = frozenset(["h264", "mpeg1video", "mpeg2video", "mpeg4"])
+
+
+class _DamageError(MediaError):
+    """The decoder gives out an error, or a picture that it made up."""
 
 
 def decode_film(path: str, numbers: Sequence[int], size: Size = None) -> dict[int, np.ndarray]:
@@ -33,15 +37,7 @@ def decode_film(path: str, numbers: Sequence[int], size: Size = None) -> dict[in
     index = film_index(path)
     frames: dict[int, np.ndarray] = {}
     for run in groups(index, numbers):
-        for target in _targets(index, run):
-            with open_film(path) as (container, stream):
-                if not _seek(container, stream, target):
-                    continue
-                aspect = stream.sample_aspect_ratio
-                for number, frame in _walk(path, container, stream, index, run):
-                    frames[number] = as_shown(frame, aspect, size)
-            if frames.keys() >= set(run):
-                break
+        frames |= _decode_group(path, index, run, size)
     missing = sorted(set(numbers) - frames.keys())
     if missing:
         raise MediaError(f"{path}: frames {missing[:8]} cannot be decoded, the file is damaged")
@@ -56,14 +52,40 @@ def groups(index: FilmIndex, numbers: Collection[int]) -> list[list[int]]:
     return list(runs.values())
 
 
-def _targets(index: FilmIndex, run: list[int]) -> list[int | None]:
-    """Where to seek to for the key frame of ``run``, one after the other until it is found; None: read from the start.
+def _decode_group(path: str, index: FilmIndex, run: list[int], size: Size) -> dict[int, np.ndarray]:
+    """Frames of one group, as far as they are found."""
+    key = int(index.key_of[run[0]])
+    try:
+        return _decode_from(path, index, run, size, key)
+    except _DamageError:
+        # Behind an open group of pictures, what the decoder misses may be ahead of the key frame, and sound.
+        if key == 0 or index.stamps is None:
+            raise
+        return _decode_from(path, index, run, size, key - 1)
+
+
+def _decode_from(path: str, index: FilmIndex, run: list[int], size: Size, key: int) -> dict[int, np.ndarray]:
+    """Frames of one group, decoded from the key frame ``key``: its own or the one before."""
+    frames: dict[int, np.ndarray] = {}
+    for target in _targets(index, key):
+        with open_film(path) as (container, stream):
+            if not _seek(container, stream, target):
+                continue
+            aspect = stream.sample_aspect_ratio
+            for number, frame in _walk(path, container, stream, index, run, int(index.keys[key][0])):
+                frames[number] = as_shown(frame, aspect, size)
+        if len(frames) == len(run):
+            break
+    return frames
+
+
+def _targets(index: FilmIndex, key: int) -> list[int | None]:
+    """Where to seek to for a key frame, one after the other until it is found; None: read from the start.
 
     Formats differ in what they seek by, and some arrive behind what was asked for.
     """
     if index.stamps is None:
         return [None]
-    key = int(index.key_of[run[0]])
     return [*index.keys[key].tolist(), int(index.keys[max(key - 2, 0)].min()), None]
 
 
@@ -78,9 +100,14 @@ def _seek(container: av.container.InputContainer, stream: av.VideoStream, target
 
 
 def _walk(
-    path: str, container: av.container.InputContainer, stream: av.VideoStream, index: FilmIndex, run: list[int]
+    path: str,
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    index: FilmIndex,
+    run: list[int],
+    first: int,
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Yield ``(number, frame)`` of ``run``, frames of one group, if the key frame comes from here on."""
+    """Yield ``(number, frame)`` of ``run``, frames of one group, if the key frame at ``first`` comes from here on."""
     context = stream.codec_context
     context.thread_count = 1
     context.options = STRICT
@@ -89,25 +116,45 @@ def _walk(
         return
     wanted = {int(index.stamps[number]): number for number in run}
     last, start = max(wanted), int(index.keys[index.key_of[run[0]]][0])
-    skips = context.name in SKIPS_UNREFERENCED and context.field_order in PROGRESSIVE
-    for packet in _packets_from(container, stream, start):
-        if skips and packet.size:
-            context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+    by_packet = is_frame_by_packet(stream)
+    skips = context.name in SKIPS_UNREFERENCED and by_packet
+    counts = False  # whether the group itself has begun
+    for packet in _until_all(_packets_from(container, stream, first), set(wanted) if by_packet else None):
+        if packet is not None:
+            counts = counts or packet.pts == start
+            if skips:
+                context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
         try:
-            frames = packet.decode()
+            frames = context.decode(packet)
         except av.error.InvalidDataError as error:
-            if packet.pts is not None and packet.pts < start:
-                continue  # a leading frame: it refers to what is ahead of the key frame, and nothing to it
-            raise MediaError(f"{path}: damaged {_place(packet, index)}: {error.strerror}") from error
+            if not counts or (packet is not None and packet.pts is not None and packet.pts < start):
+                continue  # of another group, or a leading frame, which no other refers to
+            raise _DamageError(f"{path}: damaged {_place(packet, index)}: {error.strerror}") from error
         for frame in frames:
             if frame.pts is None or frame.pts < start:
                 continue
             if frame.is_corrupt:
-                raise MediaError(f"{path}: damaged {_place(frame, index)}: what is missing was made up")
+                raise _DamageError(f"{path}: damaged {_place(frame, index)}: what is missing was made up")
             if frame.pts in wanted:
                 yield wanted[frame.pts], frame
             if frame.pts >= last:
                 return
+
+
+def _until_all(packets: Iterator[av.Packet], wanted: set[int] | None) -> Iterator[av.Packet | None]:
+    """Packets up to the last one of the frames ``wanted``, or all, and then None, for what the decoder holds back.
+
+    What is behind is not read: a frame needs nothing that is decoded after it.
+    """
+    missing = None if wanted is None else set(wanted)
+    for packet in packets:
+        if packet.size:
+            yield packet
+        if missing is not None and packet.pts is not None:
+            missing.discard(packet.pts)
+            if not missing:
+                break
+    yield None
 
 
 def _packets_from(container: av.container.InputContainer, stream: av.VideoStream, start: int) -> Iterator[av.Packet]:
@@ -122,8 +169,8 @@ def _packets_from(container: av.container.InputContainer, stream: av.VideoStream
             yield packet
 
 
-def _place(at: av.Packet | av.VideoFrame, index: FilmIndex) -> str:
-    if at.pts is None or index.stamps is None:
+def _place(at: av.Packet | av.VideoFrame | None, index: FilmIndex) -> str:
+    if at is None or at.pts is None or index.stamps is None:
         return "near the end"
     return f"near {float((at.pts - int(index.stamps[0])) * index.info.unit):.2f} s"
 

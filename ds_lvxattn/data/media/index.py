@@ -90,7 +90,7 @@ def _build(path: str) -> FilmIndex:
         rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
         reorders = any(packet.pts != packet.dts for packet in packets)
         timeless = container.format.name in WITHOUT_TIMES and reorders
-        by_packet = codec in PACKET_IS_FRAME and stream.codec_context.field_order in PROGRESSIVE
+        by_packet = is_frame_by_packet(stream)
     times = None
     if not timeless and by_packet:
         times = _packet_times(packets)
@@ -111,6 +111,11 @@ def _build(path: str) -> FilmIndex:
     last = last or (int(np.median(np.diff(stamps))) if len(stamps) > 1 else round(1 / rate / unit)) or 1
     info = VideoInfo(width, height, stamps - stamps[0], int(stamps[-1] - stamps[0]) + last, unit)
     return FilmIndex(info, stamps, key_of, keys)
+
+
+def is_frame_by_packet(stream: av.VideoStream) -> bool:
+    """Whether every packet is one frame (shown or not): no fields, no packets of several frames."""
+    return stream.codec_context.name in PACKET_IS_FRAME and stream.codec_context.field_order in PROGRESSIVE
 
 
 def _packet_times(packets: list[_Packet]) -> tuple[np.ndarray, np.ndarray] | None:

@@ -73,8 +73,11 @@ def _deinterlaced(frame: av.VideoFrame) -> av.VideoFrame:
     graph.threads = 1
     source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000))
     graph.link_nodes(source, graph.add("estdif", "mode=frame"), graph.add("buffersink")).configure()
-    graph.push(frame)
-    graph.push(None)
+    for time in range(
+        2
+    ):  # the filter gives out a frame when the next one comes, and looks at neither before nor behind
+        frame.pts, frame.time_base = time, Fraction(1, 1000)
+        graph.push(frame)
     picture = graph.pull()
     assert isinstance(picture, av.VideoFrame)
     return picture
