@@ -47,7 +47,7 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
     strategy: StrategyChoice = "auto"
     layers: dict[str, StrategyName] = Field(default_factory=dict)
     schedule: Literal["auto", "gather", "ring", "routed"] = "auto"
-    kernel: Literal["auto", "triton", "cudnn", "flash", "math"] = "auto"
+    kernel: Literal["auto", "fa4", "triton", "cudnn", "flash", "math"] = "auto"
     recompute: Literal["none", "kv", "layer"] = "kv"
     placement: Literal["contiguous", "striped"] = "contiguous"
     size: int = Field(1, ge=1)

@@ -20,6 +20,7 @@ class Call:
         masked: whether rows have key ranges.
         tiles: tiles of 128 query rows, over heads and batch, of a forward pass. None for a backward pass, whose work
             is divided over the keys, of which there are enough.
+        rows: query rows of a sequence.
     """
 
     device: str
@@ -29,15 +30,16 @@ class Call:
     head_dim: int
     masked: bool
     tiles: int | None = None
+    rows: int = 4096
 
     @classmethod
     def forward(cls, q: Tensor, k: Tensor, masked: bool) -> Call:
         batch, heads, rows, head_dim = q.shape
-        return cls(q.device.type, q.dtype, heads, k.shape[1], head_dim, masked, batch * heads * -(-rows // 128))
+        return cls(q.device.type, q.dtype, heads, k.shape[1], head_dim, masked, batch * heads * -(-rows // 128), rows)
 
     @classmethod
     def backward(cls, q: Tensor, k: Tensor, masked: bool) -> Call:
-        return cls(q.device.type, q.dtype, q.shape[1], k.shape[1], q.shape[3], masked)
+        return cls(q.device.type, q.dtype, q.shape[1], k.shape[1], q.shape[3], masked, rows=q.shape[2])
 
 
 class Kernel(Protocol):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ds_lvxattn.kernels.base import Call, Kernel
 from ds_lvxattn.kernels.differentiable import attention_operator, lse_dtype
-from ds_lvxattn.kernels.dispatch import KERNELS, select_kernel
+from ds_lvxattn.kernels.dispatch import fastest_first, select_kernel
 from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.kernels.triton.surrogate import output_with_delta
 
@@ -25,7 +25,7 @@ def backward_kernel(name: str, call: Call, with_dlse: bool) -> Kernel:
     kernel = select_kernel(name, call)
     if not (kernel.needs_out and with_dlse):
         return kernel
-    return next(other for other in KERNELS if not other.needs_out and other.unsupported(call) is None)
+    return next(other for other in fastest_first(call) if not other.needs_out and other.unsupported(call) is None)
 
 
 def forward_local(

@@ -1,0 +1,40 @@
+"""What kernels derive from the key ranges of the query rows, once for all layers of a batch.
+
+The layers of a batch share its range tensors, so what was made for one layer is found by their identity. It lives as
+long as they do, and is made anew after they were written to.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+T = TypeVar("T")
+_derived: Any = WeakTensorKeyDictionary()  # start -> {key: (reference to stop, versions of both, what was made)}
+
+
+def derived_of(start: Tensor, stop: Tensor, key: Hashable, make: Callable[[], T]) -> T:
+    """``make()``, or what it returned before for these very tensors and ``key``.
+
+    What is made must not hold ``start`` or a view of it, else neither would ever be freed. Nothing is kept in a CUDA
+    graph, which has to make it again at every replay, nor for inference tensors, which do not count writes.
+    """
+    if start.is_inference() or stop.is_inference():
+        return make()
+    if start.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return make()
+        key = key, torch.cuda.current_stream(start.device).cuda_stream  # what another stream makes may not be done
+    made = _derived.setdefault(start, {})
+    versions = start._version, stop._version
+    known = made.get(key)
+    if known is not None and known[0]() is stop and known[1] == versions:
+        return known[2]
+    result = make()
+    made[key] = weakref.ref(stop), versions, result
+    return result

@@ -1,0 +1,105 @@
+"""Forward and backward pass of FlashAttention-4 with intervals. Importing this needs the extra ``fa4``."""
+
+from typing import Optional
+
+import cutlass
+import cutlass.cute as cute
+import torch
+from flash_attn.cute import utils
+from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch, compute_dq_write_order
+from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+from torch import Tensor
+
+from ds_lvxattn.kernels.derived import derived_of
+from ds_lvxattn.kernels.fa4.block_lists import as_lists, block_lists, padded_ranges
+
+KEYS_OF_BLOCK = 128
+BACKWARD_ROWS = 128  # of a tile; its kernels work on divisors of it
+PADDING = 768  # rows that the ranges are padded to: a multiple of every tile's, which are read whole
+
+
+@cute.jit
+def interval_mask(batch, head, row, key, seqlen_info, bounds):
+    """Whether ``row`` sees ``key``; ``bounds`` are start and stop, int32 ``[B, S]``."""
+    start = utils.scalar_to_ssa(bounds[0][batch[0], row[0]], cutlass.Int32)
+    stop = utils.scalar_to_ssa(bounds[1][batch[0], row[0]], cutlass.Int32)
+    return (key >= start) & (key < stop)
+
+
+def forward_rows(head_dim: int, capability: int) -> int:
+    """Rows of a forward tile, of which the block lists are made.
+
+    Args:
+        capability: major compute capability.
+    """
+    if capability > 9:
+        return 256
+    return 192 if head_dim <= 96 else 128
+
+
+def fa4_forward(
+    q: Tensor, k: Tensor, v: Tensor, start: Optional[Tensor], stop: Optional[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    """See ``Kernel.forward``."""
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    tile = forward_rows(q.shape[3], torch.cuda.get_device_capability(q.device)[0])
+    _flash_attn_fwd(
+        *(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, return_lse=True, out=out.transpose(1, 2), lse=lse,
+        **_masked(start, stop, k.shape[2], tile),
+    )  # fmt: skip
+    return out, lse
+
+
+def fa4_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    start: Optional[Tensor],
+    stop: Optional[Tensor],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``Kernel.backward``. Deterministic where ``torch.use_deterministic_algorithms`` asks for it."""
+    dq, dk, dv = (torch.empty_like(x) if x.stride(-1) == 1 else x.new_empty(x.shape) for x in (q, k, v))
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    # It computes rowsum(dO * O) - dlse itself: an O of zeros and dlse = -delta make that delta, whosever keys it is of.
+    _flash_attn_bwd(
+        *(x.transpose(1, 2) for x in (q, k, v, torch.zeros_like(dout), dout)), lse, scale, dlse=delta.neg(),
+        dq=dq.transpose(1, 2), dk=dk.transpose(1, 2), dv=dv.transpose(1, 2), deterministic=deterministic,
+        **_masked(start, stop, k.shape[2], BACKWARD_ROWS, transposed=True, ordered=deterministic),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _masked(
+    start: Optional[Tensor],
+    stop: Optional[Tensor],
+    keys: int,
+    rows: int,
+    transposed: bool = False,
+    ordered: bool = False,
+) -> dict[str, object]:
+    """The arguments that say what is visible, made once for all layers of a batch."""
+    if start is None or stop is None:
+        return {}
+    how = (keys, rows, transposed, ordered)
+    ranges, lists = derived_of(start, stop, ("fa4", *how), lambda: _lists(start, stop, *how))
+    return {"mask_mod": interval_mask, "aux_tensors": ranges, "block_sparse_tensors": lists}
+
+
+def _lists(
+    start: Tensor, stop: Tensor, keys: int, rows: int, transposed: bool, ordered: bool
+) -> tuple[list[Tensor], BlockSparseTensorsTorch]:
+    bounds = padded_ranges(start, stop, PADDING)
+    tiled = -(-start.shape[1] // rows) * rows
+    part, whole = block_lists(bounds[0][:, :tiled], bounds[1][:, :tiled], keys, rows, KEYS_OF_BLOCK)
+    by_rows = as_lists(part, whole)
+    lists = as_lists(part.transpose(1, 2), whole.transpose(1, 2)) if transposed else by_rows
+    order: dict[str, object] = {}
+    if ordered:
+        of_part, of_whole = compute_dq_write_order(*by_rows, *lists)
+        order = {"dq_write_order": of_part, "dq_write_order_full": of_whole, "spt": False}
+    return list(bounds), BlockSparseTensorsTorch(*lists, block_size=(rows, KEYS_OF_BLOCK), **order)

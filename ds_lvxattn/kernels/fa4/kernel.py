@@ -1,0 +1,67 @@
+"""FlashAttention-4 as a ``Kernel``: the fastest on Hopper and Blackwell where many rows see many keys."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from ds_lvxattn.kernels.base import Call
+
+
+@functools.cache
+def installed() -> bool:
+    """Whether the extra ``fa4`` is installed."""
+    try:
+        return all(importlib.util.find_spec(name) is not None for name in ("cutlass", "flash_attn.cute"))
+    except ModuleNotFoundError:  # no ``flash_attn`` at all
+        return False
+
+
+class FlashAttention4Kernel:
+    """FlashAttention-4 with intervals, bf16 and fp16, head sizes to 128; its backward pass takes ``delta``."""
+
+    name = "fa4"
+    needs_out = False
+    splits_keys = False
+
+    def unsupported(self, call: Call) -> str | None:
+        if call.device != "cuda":
+            return f"it does not run on {call.device}"
+        if not installed():
+            return "flash-attn-4 is not installed (pip install 'ds-lvxattn[fa4]')"
+        if call.dtype not in (torch.bfloat16, torch.float16):
+            return f"it takes bfloat16 or float16, not {call.dtype}"
+        if call.head_dim % 8 or not 16 <= call.head_dim <= 128:
+            return f"it takes head sizes in multiples of 8, 16 to 128, not {call.head_dim}"
+        major, minor = torch.cuda.get_device_capability()
+        if major not in (9, 10, 11):
+            return f"it has no kernels for compute capability {major}.{minor}, but for 9 to 11"
+        return None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        from ds_lvxattn.kernels.fa4.attention import fa4_forward
+
+        return fa4_forward(q, k, v, start, stop, scale)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor | None,
+        lse: Tensor,
+        delta: Tensor | None,
+        start: Tensor | None,
+        stop: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from ds_lvxattn.kernels.fa4.attention import fa4_backward
+
+        assert delta is not None
+        return fa4_backward(dout, q, k, v, lse, delta, start, stop, scale)

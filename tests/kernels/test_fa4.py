@@ -1,0 +1,212 @@
+"""FlashAttention-4: block lists against dense masks anywhere; on a GPU that has it, both passes against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.derived import derived_of
+from ds_lvxattn.kernels.fa4.block_lists import as_lists, block_lists, padded_ranges
+from ds_lvxattn.kernels.fa4.kernel import FlashAttention4Kernel
+from ds_lvxattn.kernels.triton.delta import attention_delta
+
+MASKS = ("visible", "growing", "sliding", "frame", "random")
+HEAD_SIZES = (64, 72, 80, 88, 96, 128)
+GRADS = ("dq", "dk", "dv")
+HALVES = (torch.bfloat16, torch.float16)
+KERNEL = FlashAttention4Kernel()
+CALL = Call("cuda", torch.bfloat16, 4, 2, 128, True)
+REASON = KERNEL.unsupported(CALL) if torch.cuda.is_available() else "there is no GPU"
+on_gpu = pytest.mark.skipif(REASON is not None, reason=f"fa4: {REASON}")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 70),
+    keys=st.integers(1, 90),
+    mask=st.sampled_from(MASKS[1:]),
+    tile=st.sampled_from((4, 16)),
+    block=st.sampled_from((8, 16)),
+    seed=st.integers(0, 1000),
+)
+def test_block_lists(make_problem, rows, keys, mask, tile, block, seed):
+    """Every visible pair lies in one listed block, whole blocks hold no hidden pair, none is visited in vain."""
+    p = make_problem(batch=2, rows=rows, keys=keys, mask=mask, seed=seed)
+    part, whole = block_lists(*padded_ranges(p.start, p.stop, tile), keys, tile, block)
+    key = torch.arange(keys, device=p.start.device)
+    seen = (key >= p.start[..., None]) & (key < p.stop[..., None])
+    missing = (0, -keys % block, 0, -rows % tile)
+    pairs = torch.nn.functional.pad(seen, missing).unflatten(2, (-1, block)).unflatten(1, (-1, tile))
+    hidden = torch.nn.functional.pad(~seen, (0, -keys % block), value=True)
+    hidden = torch.nn.functional.pad(hidden, (0, 0, 0, -rows % tile)).unflatten(2, (-1, block)).unflatten(1, (-1, tile))
+    some, all_ = pairs.any(2).any(3), ~hidden.any(2).any(3)
+    assert torch.equal(whole, all_)
+    # The rows of a tile may see ranges apart from each other, with blocks between them that no row sees.
+    assert not (some & ~part & ~whole).any() and not (part & whole).any()
+    if mask != "random":
+        assert torch.equal(part | whole, some)
+    lists = as_lists(part, whole)
+    for count, blocks, marked in ((*lists[:2], part), (*lists[2:], whole)):
+        assert count.dtype == blocks.dtype == torch.int32
+        for sequence in range(2):
+            for line in range(marked.shape[1]):
+                visited = blocks[sequence, 0, line, : count[sequence, 0, line]]
+                assert torch.equal(visited.long(), marked[sequence, line].nonzero()[:, 0])
+
+
+def test_derived_once_for_the_layers_of_a_batch():
+    start, stop = torch.zeros(2, 3, 4, dtype=torch.int32, device="cuda" if REASON is None else "cpu")
+    made = []
+
+    def make() -> int:
+        made.append(0)
+        return len(made)
+
+    assert [derived_of(start, stop, "a", make) for _ in range(3)] == [1, 1, 1]
+    assert derived_of(start, stop, "b", make) == 2
+    assert derived_of(start, stop.clone(), "a", make) == 3  # other ends
+    start += 1
+    assert derived_of(start, stop, "a", make) == 4  # other contents
+    with torch.inference_mode():
+        inference = torch.zeros(3, 4, dtype=torch.int32)
+    assert [derived_of(inference, inference, "a", make) for _ in range(2)] == [5, 6]
+
+
+def run(p, exact=None, with_dlse=True):
+    """``out, lse`` and, given the exact results, gradients."""
+    result = dict(zip(("out", "lse"), KERNEL.forward(p.q, p.k, p.v, p.start, p.stop, p.scale), strict=True))
+    if exact is not None:
+        dlse = p.dlse.masked_fill(p.hidden, 0.0) if with_dlse else None
+        delta = attention_delta(p.dout.double(), exact["out"], dlse).float()
+        lse = exact["lse"].float()
+        grads = KERNEL.backward(p.dout, p.q, p.k, p.v, None, lse, delta, p.start, p.stop, p.scale)
+        result.update(zip(GRADS, grads, strict=True))
+    return result
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("head_dim", HEAD_SIZES)
+@pytest.mark.parametrize("mask", MASKS)
+def test_no_less_exact_than_pytorch(make_problem, error, mask, head_dim, dtype):
+    p = make_problem(batch=2, heads=4, kv_heads=2, rows=800, keys=2400, head_dim=head_dim, dtype=dtype, mask=mask)
+    p.dlse.zero_()  # PyTorch's attention does not return the log-sum-exp
+    p.dout[p.hidden.expand(-1, 4, -1)] = 0  # nor does it take rows that see nothing
+    exact = p.exact()
+    mine, theirs = run(p, exact, with_dlse=False), p.pytorch()
+    assert error(mine["lse"], exact["lse"]) < 1e-5
+    for name in ("out", *GRADS):
+        assert error(mine[name], exact[name]) <= 1.5 * error(theirs[name], exact[name]), name
+
+
+@on_gpu
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 1400),
+    keys=st.integers(1, 4000),
+    heads=st.sampled_from(((1, 1), (4, 2), (3, 1), (7, 1))),
+    head_dim=st.sampled_from((64, 80, 128)),
+    mask=st.sampled_from(MASKS),
+    sequence_first=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_length(make_problem, error, rows, keys, heads, head_dim, mask, sequence_first, seed):
+    p = make_problem(
+        heads=heads[0], kv_heads=heads[1], rows=rows, keys=keys, head_dim=head_dim, mask=mask, seed=seed,
+        dtype=torch.bfloat16, sequence_first=sequence_first,
+    )  # fmt: skip
+    exact = p.exact()
+    results = run(p, exact)
+    assert error(results["out"], exact["out"]) < 1e-2
+    assert error(results["lse"], exact["lse"]) < 1e-4
+    assert results["out"].stride() == p.q.stride()
+    for name in GRADS:
+        assert results[name].isfinite().all()
+        # A row that sees one key has a gradient of 0 in q, so the error is taken against the inputs' size too.
+        assert (results[name].double() - exact[name]).norm() < 1e-2 * (exact[name].norm() + p.dout.norm()), name
+
+
+@on_gpu
+def test_log_sum_exp_over_keys_elsewhere(make_problem, error):
+    """Two shards, each with the global row terms: ``dK``, ``dV`` concatenate and ``dQ`` adds up."""
+    p = make_problem(heads=4, kv_heads=2, rows=450, keys=1600, head_dim=128, mask="random", dtype=torch.bfloat16)
+    exact = p.exact()
+    delta = attention_delta(p.dout.double(), exact["out"], p.dlse.masked_fill(p.hidden, 0.0)).float()
+    shards = []
+    for a, b in ((0, 500), (500, 1600)):
+        bounds = (p.start.clamp(a, b) - a, p.stop.clamp(a, b) - a)
+        own = (p.q, p.k[:, :, a:b], p.v[:, :, a:b], None, exact["lse"].float(), delta)
+        shards.append(KERNEL.backward(p.dout, *own, *bounds, p.scale))
+    assert error(shards[0][0].float() + shards[1][0].float(), exact["dq"]) < 1e-2
+    assert error(torch.cat((shards[0][1], shards[1][1]), 2), exact["dk"]) < 1e-2
+    assert error(torch.cat((shards[0][2], shards[1][2]), 2), exact["dv"]) < 1e-2
+
+
+@on_gpu
+def test_rows_that_see_nothing(make_problem):
+    p = make_problem(rows=300, keys=700, head_dim=128, mask="growing", dtype=torch.bfloat16)
+    p.start[:], p.stop[:] = 7, 7
+    results = run(p, {"out": p.q.double() * 0, "lse": torch.full_like(p.dlse, float("-inf"))})
+    assert torch.all(results["lse"] == float("-inf"))
+    assert not any(results[name].any() for name in ("out", *GRADS))
+
+
+@on_gpu
+@pytest.mark.parametrize("head_dim", (80, 128))
+@pytest.mark.parametrize("mask", ("visible", "random"))
+def test_same_bits_every_time_where_asked_for(make_problem, error, mask, head_dim):
+    p = make_problem(
+        heads=8, kv_heads=2, rows=1000, keys=3000, head_dim=head_dim, dtype=torch.bfloat16, mask=mask
+    )  # fmt: skip
+    exact = p.exact()
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = run(p, exact), run(p, exact)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name in GRADS:
+        assert torch.equal(first[name], second[name])
+        assert error(first[name], exact[name]) < 1e-2
+
+
+@on_gpu
+def test_captured_in_a_cuda_graph(make_problem):
+    """The lists of a captured call follow the ranges that are written before a replay."""
+    p = make_problem(rows=500, keys=900, head_dim=128, mask="growing", dtype=torch.bfloat16)
+    run(p)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(p)
+    p.start += 100
+    p.stop.copy_((p.stop + 200).clamp(max=900))
+    p.start.copy_(torch.minimum(p.start, p.stop))
+    graph.replay()
+    torch.testing.assert_close(captured, run(p))
+
+
+@pytest.mark.parametrize(
+    "call, reason",
+    (
+        (Call("cpu", torch.bfloat16, 4, 2, 128, True), "does not run on cpu"),
+        (Call("cuda", torch.float32, 4, 2, 128, True), "torch.float32"),
+        (Call("cuda", torch.bfloat16, 4, 2, 256, True), "16 to 128, not 256"),
+        (Call("cuda", torch.bfloat16, 4, 2, 100, True), "not 100"),
+    ),
+)
+def test_unsupported_names_what_is_wrong(monkeypatch, call, reason):
+    monkeypatch.setattr("ds_lvxattn.kernels.fa4.kernel.installed", lambda: True)
+    assert reason in KERNEL.unsupported(call)
+
+
+def test_unsupported_where_it_is_not_installed_and_on_older_chips(monkeypatch):
+    monkeypatch.setattr("ds_lvxattn.kernels.fa4.kernel.installed", lambda: False)
+    assert "ds-lvxattn[fa4]" in KERNEL.unsupported(CALL)
+    monkeypatch.setattr("ds_lvxattn.kernels.fa4.kernel.installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert "compute capability 8.0" in KERNEL.unsupported(CALL)
