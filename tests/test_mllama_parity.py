@@ -135,7 +135,7 @@ def test_the_one_rank_inputs_are_those_of_transformers() -> None:
     batches = tiny_batches(tiny_model())
     loaded = batches.load(samples)
     inputs = batches.prepare(loaded).inputs
-    theirs = tiny_processor()(loaded.images, return_tensors="pt")
+    theirs = tiny_processor()([sample.load_frames(range(sample.num_frames)) for sample in samples], return_tensors="pt")
     masks = [get_cross_attention_token_mask(sample.input_ids, IMAGE_TOKEN) for sample in samples]
     length = inputs["input_ids"].shape[1]
     dense = convert_sparse_cross_attention_mask_to_dense(masks, [[1] * len(mask) for mask in masks], 1, length)

@@ -27,6 +27,7 @@ from ds_lvxattn.runtime.layer_times import LayerTimes
 from ds_lvxattn.runtime.visual_rows import VisualRows
 
 Images = list[list[np.ndarray]]  # per sample, the frames that this rank loaded
+Pixels = dict[str, Any]  # the model's pixel arguments, made of them on the host
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,19 @@ class Collator:
             )  # fmt: skip
         return shapes
 
+    def pixels(self, layout: BatchLayout, images: Images) -> Pixels:
+        """What ``collate`` would make of ``images``, so that a loader can do it ahead: it takes the host long.
+
+        In the training dtype, and for a GPU in pinned memory.
+        """
+        return {
+            key: self._on_host(x) if isinstance(x, Tensor) else x for key, x in self._visual(layout, images).items()
+        }
+
     def collate(
         self,
         layout: BatchLayout,
-        images: Images,
+        images: Images | Pixels,
         plans: Mapping[nn.Module, LayerPlan],
         most_frames: int | None = None,
         times: LayerTimes | None = None,
@@ -154,7 +164,7 @@ class Collator:
         """This rank's micro-batch.
 
         Args:
-            images: the frames that lie on this rank.
+            images: the frames that lie on this rank, or what ``pixels`` made of them.
             plans: what each attention module runs with, by the planner's word for ``sizes(layout)``; without division
                 none.
             most_frames: ``layout.most_frames`` over all groups of the run; None: there is one group.
@@ -175,7 +185,7 @@ class Collator:
             "shift_labels": labels,
             "num_items_in_batch": max(layout.supervised_tokens, 1) * shares,
         }
-        inputs |= self._visual(layout, images)
+        inputs |= images if isinstance(images, dict) else self.pixels(layout, images)
         inputs = {key: self._to_device(value) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         if self.division:
             inputs["sequence_parallel"] = self._exchange(layout, own, plans, most_frames or layout.most_frames, times)
@@ -188,8 +198,12 @@ class Collator:
             sum(layout.frames),
         )
 
+    def _on_host(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype) if x.is_floating_point() else x
+        return x.pin_memory() if self.device.type == "cuda" else x
+
     def _to_device(self, x: Tensor) -> Tensor:
-        return x.to(self.device, dtype=self.dtype if x.is_floating_point() else None)
+        return x.to(self.device, dtype=self.dtype if x.is_floating_point() else None, non_blocking=True)
 
     def _visual(self, layout: BatchLayout, images: Images) -> dict[str, Tensor]:
         family = self.family

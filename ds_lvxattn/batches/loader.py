@@ -79,7 +79,7 @@ class Loader:
             images = [_attempt(s.load_frames, frames) for s, frames in zip(samples, own, strict=True)]
             broken = self._compare([i if isinstance(i, SampleError) else "" for i in images])
             if not any(broken):
-                return Loaded(layout, images, skipped, self._most_frames(layout))
+                return Loaded(layout, self.batches.collator.pixels(layout, images), skipped, self._most_frames(layout))
             # Without them other frames lie on this rank, which may be broken too.
             samples = [nothing if bad else s for s, bad in zip(samples, broken, strict=True)]
             skipped += sum(broken)

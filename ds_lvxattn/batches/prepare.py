@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_lvxattn.batches.collate import Collator, Division, Images, MicroBatch
+from ds_lvxattn.batches.collate import Collator, Division, MicroBatch, Pixels
 from ds_lvxattn.batches.layout import BatchLayout
 from ds_lvxattn.batches.planning import planner_for
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
@@ -22,14 +22,14 @@ from ds_lvxattn.runtime.layer_times import LayerTimes
 
 @dataclass(frozen=True)
 class Loaded:
-    """Samples, their layout and the frames that this rank decoded; ``skipped`` of them were replaced.
+    """Samples, their layout and the frames that this rank decoded, as pixels; ``skipped`` of them were replaced.
 
     ``most_frames`` is that of the layouts of all groups: all ranks call the vision encoder equally often, since
     ZeRO-3 gathers its parameters over all of them.
     """
 
     layout: BatchLayout
-    images: Images
+    pixels: Pixels
     skipped: int
     most_frames: int
 
@@ -105,7 +105,8 @@ class Batches:
                 verdict for all ranks.
         """
         layout = layout or self.layout(samples)
-        return Loaded(layout, self.collator.load(samples, layout), 0, layout.most_frames)
+        pixels = self.collator.pixels(layout, self.collator.load(samples, layout))
+        return Loaded(layout, pixels, 0, layout.most_frames)
 
     def prepare(self, batch: Loaded | Sequence[Sample], times: LayerTimes | None = None) -> MicroBatch:
         """This rank's micro-batch, planned for; every rank of the group calls it for the same batches.
@@ -117,7 +118,7 @@ class Batches:
         if not isinstance(batch, Loaded):
             batch = self.load(batch)
         plans = self.plans(batch.layout)
-        return self.collator.collate(batch.layout, batch.images, plans, batch.most_frames, times)
+        return self.collator.collate(batch.layout, batch.pixels, plans, batch.most_frames, times)
 
     def note_times(self, plan: Plan, times: LayerTimes) -> Plan:
         """``plan``, one of the planner's, with what was measured."""
