@@ -7,13 +7,14 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ds_lvxattn.data.chat import Message, encode
-from ds_lvxattn.data.media import Media, load_frames, probe_image, probe_video, sample_frames, sample_indices
+from ds_lvxattn.data.media import Media, load_frames, probe_image, probe_video, sample_indices, sample_times
 from ds_lvxattn.data.rows import MediaRef, Turn, read_row, unknown_keys
 from ds_lvxattn.data.sample import Sample, SampleError
 from ds_lvxattn.data.table import open_table
@@ -180,12 +181,15 @@ def open_media(found: Sequence[MediaRef], max_frames: int, root: str) -> list[Me
             for source in sources:
                 probe_image(source)
             frames = [0] if medium.kind == "image" else sample_indices(len(sources), next(shares))
+            times: list[Fraction] = []
         else:
             room, asked = next(shares), medium.sampling
             room = min(room, max(int(asked.get("frames", room)), 1))
             span = {key: asked.get(key) for key in ("fps", "start", "end")}
-            frames = sample_frames(probe_video(first), room, **span)
-        media.append(Media(medium.kind, sources, tuple(frames)))
+            info = probe_video(first)
+            times = sample_times(info, room, **span)
+            frames = [info.frame_at(time) for time in times]
+        media.append(Media(medium.kind, sources, tuple(frames), tuple(map(float, times))))
     return media
 
 

@@ -75,6 +75,7 @@ class Media:
         kind: ``image`` or ``video``.
         sources: its path or encoded image; of a video that is given as its frames, one for each.
         frames: frame numbers in the file, or in ``sources``; ``(0,)`` for an image.
+        times: when each of them was looked for, in seconds after the video's first frame; none where it has no times.
         size: of the decoded frames.
         upright: whether images are turned by their EXIF orientation; videos always are.
     """
@@ -82,6 +83,7 @@ class Media:
     kind: MediaKind
     sources: tuple[Source, ...]
     frames: tuple[int, ...]
+    times: tuple[float, ...] = ()
     size: Size = None
     upright: bool = True
 
