@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -188,7 +188,8 @@ class Collator:
         inputs |= images if isinstance(images, dict) else self.pixels(layout, images)
         inputs = {key: self._to_device(value) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         if self.division:
-            inputs["sequence_parallel"] = self._exchange(layout, own, plans, most_frames or layout.most_frames, times)
+            batch = self._exchange(layout, own, plans, most_frames or layout.most_frames, times)
+            inputs["sequence_parallel"] = replace(batch, position_ids=inputs["position_ids"])
         return MicroBatch(
             inputs,
             inputs["labels"],

@@ -17,7 +17,7 @@ from ds_lvxattn.families.rotary import check_positions
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.runtime.recompute import Recomputation
-from ds_lvxattn.runtime.registration import IMPLEMENTATION, register_with_transformers
+from ds_lvxattn.runtime.registration import IMPLEMENTATION, refuse_other_masks, register_with_transformers
 
 # transformers chooses these by itself; any other implementation is somebody's wish, which is not overruled.
 REPLACEABLE = ("sdpa", "eager", IMPLEMENTATION)
@@ -66,6 +66,7 @@ class SequenceParallel:
         register_with_transformers()
         if self.family.attention_config is not None:
             model.set_attn_implementation({self.family.attention_config: IMPLEMENTATION})
+        model.register_forward_pre_hook(refuse_other_masks, with_kwargs=True)
         self.family.reach_attention(model)
         self.recomputation = Recomputation(
             model,

@@ -18,21 +18,19 @@ from ds_lvxattn.families.llava import Llava
 from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
-from ds_lvxattn.families.text_only import Llama, Mistral, Qwen2
+from ds_lvxattn.families.text_only import TextOnly
 
 FAMILIES: tuple[type[Family], ...] = (
     Mllama,
     Idefics,
     OpenFlamingo,
-    MPlugOwl3,  # ahead of Qwen2, whose config its own extends
+    MPlugOwl3,  # its config extends that of Qwen2
     Llava,
     Blip2,
     Idefics2,
     Aria,
     Qwen25VL,
-    Llama,
-    Mistral,
-    Qwen2,
+    TextOnly,  # last: any causal language model of transformers
 )
 
 __all__ = ["FAMILIES", "Family", "VisualFamily", "family_of", "family_of_config"]

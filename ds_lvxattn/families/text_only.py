@@ -1,22 +1,47 @@
-"""Language models without images: causal self-attention over a text that is divided over the ranks."""
+"""Language models without images: causal self-attention over a text that is divided over the ranks.
+
+Any causal language model of transformers whose attention goes through transformers' registry is of this family. What
+it is like is read off its config and its modules; where division over ranks would change what it computes, it is
+refused, with the reason.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.family import Family
 from ds_lvxattn.families.rotary import self_attention_role, self_attention_sizes, self_attention_window
+from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.runtime.recompute import Recomputation
+
+# Types of layers, by transformers' names, whose attention is intervals.
+INTERVALS = ("full_attention", "sliding_attention")
+# Modules that hand something from one token to the next besides attention; a rank has only its part of the tokens.
+RECURRENT = ("mamba", "rwkv", "recurrent", "lightningattention", "gateddeltanet", "shortconv")
 
 
 class TextOnly(Family):
     """Causal language models of transformers; see ``Family``. Samples with frames are refused."""
 
+    name = "text only"
+    model_class = PreTrainedModel
     keys_in_text = True
+
+    @classmethod
+    def has_model(cls, model: nn.Module) -> bool:
+        return isinstance(model, PreTrainedModel) and cls.has_config(model.config) and model.can_generate()
+
+    @classmethod
+    def has_config(cls, config: Any) -> bool:
+        return isinstance(config, PreTrainedConfig) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
 
     def role_of(self, module: nn.Module) -> str | None:
         return self_attention_role(module)
@@ -26,6 +51,17 @@ class TextOnly(Family):
 
     def window_of(self, module: Any) -> int | None:
         return self_attention_window(module)
+
+    def attention_layers(self, model: nn.Module) -> dict[nn.Module, AttentionLayer]:
+        """See ``Family``. A model that would be wrong on a part of its text is refused, with the reason."""
+        for hinders in OBSTACLES:
+            reason = hinders(model)
+            if reason is not None:
+                raise ConfigError(
+                    f"{type(model).__name__} cannot be sequence-parallel: {reason}. Set 'sequence_parallel_size' to 1, "
+                    "or write a family for it (docs/adding-a-family.md)"
+                )
+        return super().attention_layers(model)
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         """Nothing: the model takes the rank's tokens and positions as they are."""
@@ -37,13 +73,58 @@ class TextOnly(Family):
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
 
 
-class Llama(TextOnly):
-    name, model_class = "Llama", LlamaForCausalLM
+def _registry(model: Any) -> str | None:
+    if not model._supports_attention_backend:
+        return "its attention does not look up transformers' registry of attention functions"
+    return None
 
 
-class Mistral(TextOnly):
-    name, model_class = "Mistral", MistralForCausalLM
+def _arguments(model: Any) -> str | None:
+    parameters = inspect.signature(model.forward).parameters
+    if "position_ids" not in parameters:
+        return "its forward takes no position_ids, so a rank cannot tell it where its tokens stand"
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return "its forward takes no further arguments, so none reach its attention"
+    return None
 
 
-class Qwen2(TextOnly):
-    name, model_class = "Qwen2", Qwen2ForCausalLM
+def _kinds_of_layers(model: Any) -> str | None:
+    kinds = sorted({*(getattr(model.config, "layer_types", None) or ())} - {*INTERVALS})
+    return f"it has layers of the types {kinds}, and only {list(INTERVALS)} are supported" if kinds else None
+
+
+def _recurrence(model: nn.Module) -> str | None:
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.Conv1d) or any(word in kind.lower() for word in RECURRENT):
+            return f"module {name} ({kind}) mixes neighbouring tokens outside attention, and a rank has a part of them"
+    return None
+
+
+def _scores(model: Any) -> str | None:
+    softcap = getattr(model.config, "attn_logit_softcapping", None)
+    return None if softcap is None else f"its attention scores have a soft cap ('attn_logit_softcapping' {softcap})"
+
+
+def _causality(model: Any) -> str | None:
+    config = model.config
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+        return "its attention is not causal"
+    return None
+
+
+def _value_heads(model: Any) -> str | None:
+    config = model.config
+    value, key = getattr(config, "v_head_dim", None), getattr(config, "qk_head_dim", None)
+    return None if value == key or key is None else f"its values have heads of {value}, its keys of {key}"
+
+
+def _auxiliary_loss(model: Any) -> str | None:
+    if getattr(model.config, "output_router_logits", False):
+        return "its loss balances experts over all tokens ('output_router_logits' is true; set it to false)"
+    return None
+
+
+OBSTACLES: tuple[Callable[[Any], str | None], ...] = (
+    _registry, _arguments, _kinds_of_layers, _recurrence, _scores, _causality, _value_heads, _auxiliary_loss,
+)  # fmt: skip

@@ -58,8 +58,10 @@ class Exchanging(Protocol):
     def sees_frame(self) -> Tensor:
         """``[B, 1, s_q, 1]`` in the model's dtype, 1 for the rows that see a frame."""
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Attention of ``module``, ``[B, H_q, s_q, D]``."""
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of ``module``: ``out [B, H_q, s_q, D]`` and its log-sum-exp ``[B, H_q, s_q]``."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class SequenceParallelBatch:
         portions: how often the vision encoder is called; the same on all ranks of the run.
         sees_frame: ``[B, 1, s_q, 1]`` in the model's dtype, 1 for the rank's text rows that see a frame.
         visual_rows: how visual tokens come to their rows, where all keys are in the text; None elsewhere.
+        position_ids: the argument of the model's forward that belongs to the batch; None: not looked at.
         visual: collects the rank's visual keys and values of each cross-attention module, in the prefill of a
             generation; None in training.
     """
@@ -93,15 +96,12 @@ class SequenceParallelBatch:
     portions: int
     sees_frame: Tensor
     visual_rows: VisualRows | None = None
+    position_ids: Tensor | None = None
     visual: KeyCache | None = None
 
     brings_frames: ClassVar[bool] = True
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Attention of ``module`` as ``exchange`` computes it, without the log-sum-exp."""
-        return self.exchange(module, query, key, value, scale)[0]
-
-    def exchange(
+    def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
     ) -> tuple[Tensor, Tensor]:
         """``sp_attention`` as ``module`` is planned, for the rank's own ``query [B, H_q, s_q, D]``, keys and values.

@@ -71,8 +71,10 @@ class DecodingStep:
 
     brings_frames: ClassVar[bool] = False
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Attention of the new tokens, ``query [B, H_q, 1, D]``.
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of the new tokens, ``query [B, H_q, 1, D]``, and its log-sum-exp.
 
         Args:
             key, value: ``[B, H_kv, s, D]``: in cross-attention not read; in self-attention of the whole text, or of
@@ -85,7 +87,7 @@ class DecodingStep:
             raise ValueError(f"a decoding step has {query.shape[2]} new tokens a sample; generate one at a time")
         plan = self.plans[module]
         if plan.role == "cross":
-            return self._over_divided(module, query, self.interval, scale)[0]
+            return self._over_divided(module, query, self.interval, scale)
         if module not in self.divided:
             return self._over_text(query, key, value, plan.window, scale)
         interval = self.interval
@@ -95,7 +97,7 @@ class DecodingStep:
             interval = KVInterval(start, interval.stop)
             key, value = key[:, :, -plan.window :], value[:, :, -plan.window :]
         before = self._over_divided(module, query, interval, scale)
-        return merge_attention([before, sp_attention(query, key, value, scale=scale, kernel=self.kernel)])[0]
+        return merge_attention([before, sp_attention(query, key, value, scale=scale, kernel=self.kernel)])
 
     def _over_divided(
         self, module: nn.Module, query: Tensor, interval: KVInterval | None, scale: float | None
@@ -106,11 +108,13 @@ class DecodingStep:
             kernel=self.kernel, shards=self.layout,
         )  # fmt: skip
 
-    def _over_text(self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None) -> Tensor:
+    def _over_text(
+        self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None
+    ) -> tuple[Tensor, Tensor]:
         out_of_sight = 0 if window is None else max(key.shape[2] - window, 0)
         key, value = key[:, :, out_of_sight:], value[:, :, out_of_sight:]
         interval = None
         if self.text_start is not None:
             start = (self.text_start - out_of_sight).clamp(min=0)
             interval = KVInterval(start, torch.full_like(start, key.shape[2]))
-        return sp_attention(query, key, value, interval=interval, scale=scale, kernel=self.kernel)[0]
+        return sp_attention(query, key, value, interval=interval, scale=scale, kernel=self.kernel)

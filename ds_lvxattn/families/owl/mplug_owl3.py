@@ -213,12 +213,12 @@ def exchanged_hyper_attention(
         raise ValueError("a dense attention mask was given; sequence-parallel attention takes intervals")
     angles = position_embeddings or hyper_qwen2.rotary(position_ids, module, hidden_states.dtype)
     q, k, v = hyper_qwen2.text_projections(module, hidden_states, angles)
-    out, lse = sequence_parallel.exchange(module, q, k, v)
+    out, lse = sequence_parallel.attend(module, q, k, v)
     if media_offset is None:
         return module.o_proj(out.transpose(1, 2).flatten(2)), None, None
     projected = module.v_kv_proj(_normalised(norm, media_offset))
     visual_k, visual_v = hyper_qwen2.visual_keys(module, projected, sequence_parallel.places)
-    visual, visual_lse = sequence_parallel.exchange(module.v_kv_proj, q, visual_k, visual_v)
+    visual, visual_lse = sequence_parallel.attend(module.v_kv_proj, q, visual_k, visual_v)
     if hyper_qwen2.is_fused(module):
         out, _ = merge_attention([(out, lse), (visual, visual_lse)])
         context = out.transpose(1, 2)

@@ -1,0 +1,49 @@
+"""Small random language models of transformers, each with what sets its attention apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from tests.support.tiny_model import IMAGE_TOKEN
+
+SIZES = {
+    "vocab_size": IMAGE_TOKEN, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_hidden_layers": 3, "head_dim": 8, "max_position_embeddings": 64,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+ONE_WINDOW = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 16}
+
+# model type: what its config has beside SIZES
+TEXT_MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 5},
+    "qwen3": {"use_sliding_window": True, **ONE_WINDOW},  # norms of queries and keys
+    "gemma2": {"attn_logit_softcapping": None, "query_pre_attn_scalar": 6, **ONE_WINDOW},
+    "gemma3_text": {"query_pre_attn_scalar": 6, **ONE_WINDOW},  # two rotary embeddings
+    "gpt_oss": {**EXPERTS, "experts_implementation": "eager", **ONE_WINDOW},  # sinks
+    "phi3": {"sliding_window": 6},  # one projection for queries, keys and values
+    "qwen3_moe": {**EXPERTS, "experts_implementation": "eager", "decoder_sparse_step": 2},
+    "olmo2": {},  # norms over all heads
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_inner": 48, "n_positions": 64, "attn_pdrop": 0.0,
+             "resid_pdrop": 0.0, "embd_pdrop": 0.0},  # learned positions
+    "cohere2": ONE_WINDOW,  # attention beside the feed-forward part
+}  # fmt: skip
+
+
+def text_model(kind: str, dtype: torch.dtype = torch.float32, **others: Any) -> nn.Module:
+    """A model of the type ``kind``, with the same random weights at every call."""
+    others = {**({} if kind == "gpt2" else SIZES), **TEXT_MODELS.get(kind, {}), **others}
+    if kind == "gpt2":
+        others = {key: SIZES[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")} | others
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(3)
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**others))
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn_like(parameter))
+    return nn.Module.to(model, dtype)

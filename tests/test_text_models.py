@@ -1,0 +1,158 @@
+"""Language models that have no family of their own, divided over ranks, against themselves on one rank."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.families import family_of
+from ds_lvxattn.families.text_only import TextOnly
+from ds_lvxattn.runtime.registration import exchanged_attention
+from ds_lvxattn.training.loading import parameter_groups, partition_over_all_ranks
+from tests.support.distributed import run
+from tests.support.parity import TEXT, Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
+from tests.support.text_models import SIZES, TEXT_MODELS, text_model
+from tests.support.tiny_model import ADAMW, CLIPPING, attach, ds_config, groups_of, loss_of, tiny_collator
+
+MODES = (("lv_xattn", "gather", "contiguous"), ("ulysses", "auto", "striped"), ("ring", "ring", "contiguous"))
+
+
+def on_one_rank(kind: str, patterns: tuple[str, ...]) -> tuple[float, Gradients]:
+    model = text_model(kind, torch.float64)
+    loss = loss_of(model, samples_of(patterns))
+    loss.backward()
+    return loss.item(), gradients_of(model)
+
+
+def on_all_ranks(kind: str) -> list[tuple[float, Gradients]]:
+    results = []
+    for patterns, mode in zip((TEXT[0], TEXT[4], TEXT[1]), MODES, strict=True):
+        samples, model = samples_of(patterns), text_model(kind, torch.float64).train()
+        loss = loss_of(model, samples, attach(model, dist.get_world_size(), mode, samples))
+        loss.backward()
+        results.append(sum_over_ranks(loss, gradients_of(model)))
+    return results
+
+
+@pytest.mark.parametrize("kind", TEXT_MODELS)
+def test_loss_and_gradients(kind: str) -> None:
+    for patterns, got in zip((TEXT[0], TEXT[4], TEXT[1]), run(2, on_all_ranks, kind)[0], strict=True):
+        loss, gradient = largest_differences(got, on_one_rank(kind, patterns))
+        assert loss < 1e-12 and gradient < 1e-10, (patterns, loss, gradient)
+
+
+STEPS = 2
+
+
+def train(kind: str, ranks: int) -> list[float]:
+    """Losses of a few steps: under ZeRO-3 on several ranks, with torch's AdamW on one."""
+    samples, model = samples_of(TEXT[4]), text_model(kind).train()
+    parallel = attach(model, ranks, MODES[0], samples) if ranks > 1 else None
+    collator = tiny_collator(model, parallel)
+    layout = collator.layout(samples)
+    inputs = collator.collate(layout, collator.load(samples, layout)).inputs
+    losses = []
+    if parallel is None:
+        optimizer = torch.optim.AdamW(parameter_groups(model), **ADAMW)
+        for _ in range(STEPS):
+            loss = model(**inputs).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+    config = ds_config(3, len(samples), len(samples), ranks)
+    partition_over_all_ranks(model, config, groups_of(ranks))
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=parameter_groups(model), config=config, mpu=groups_of(ranks)
+    )
+    for _ in range(STEPS):
+        loss = engine(**inputs).loss
+        engine.backward(loss)
+        engine.step()
+        whole = loss.detach().clone()
+        dist.all_reduce(whole)
+        losses.append(whole.item())
+    engine.destroy()
+    return losses
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "gemma3_text"])
+def test_losses_under_zero3(kind: str) -> None:
+    assert run(2, train, kind, 2)[0] == pytest.approx(train(kind, 1), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "others", "reason"),
+    [
+        ("gemma2", {"attn_logit_softcapping": 50.0}, r"soft cap \('attn_logit_softcapping' 50.0\)"),
+        ("llama4_text", {"intermediate_size_mlp": 32, "num_local_experts": 2}, r"types \['chunked_attention'\]"),
+        ("qwen3_moe", {"output_router_logits": True}, "'output_router_logits' is true"),
+        ("mamba", {"state_size": 4}, "does not look up transformers' registry"),
+        ("lfm2", {"layer_types": ["conv", "full_attention", "full_attention"]}, r"layers of the types \['conv'\]"),
+        ("deepseek_v3", {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+                         "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 4, "kv_lora_rank": 8,
+                         "q_lora_rank": 8}, "its values have heads of 4, its keys of 16"),
+        ("bloom", {}, "does not look up transformers' registry|ALiBi"),
+    ],
+)  # fmt: skip
+def test_models_that_would_be_wrong_are_refused_by_reason(kind: str, others: dict[str, Any], reason: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**SIZES, **others}))
+    family = family_of(model)
+    assert isinstance(family, TextOnly)
+    with pytest.raises(ConfigError, match=reason):
+        family.attention_layers(model)
+
+
+def test_a_sink_takes_its_share_of_the_weights() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 4, dtype=torch.float64) for _ in range(3))
+    sink = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    module: nn.Module = nn.Identity()
+
+    def attend(*tensors: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = q @ k.mT / 2
+        return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+    batch: Any = SimpleNamespace(plans={module: SimpleNamespace(window=None)}, attend=attend)
+    out, _ = exchanged_attention(module, q, k, v, None, s_aux=sink, sequence_parallel=batch)
+    scores = torch.cat([q @ k.mT / 2, sink[None, :, None, None].expand(2, 3, 5, 1)], dim=-1)
+    want = (scores.softmax(-1)[..., :-1] @ v).transpose(1, 2)
+    torch.testing.assert_close(out, want)
+    got, expected = (torch.autograd.grad(x.square().sum(), sink)[0] for x in (out, want))
+    torch.testing.assert_close(got, expected)
+
+
+def with_other_masks() -> list[str]:
+    """What is said of a padding mask and of restarting positions beside a batch."""
+    samples, model = samples_of(TEXT[0]), text_model("llama")
+    parallel = attach(model, dist.get_world_size(), MODES[0], samples)
+    collator = tiny_collator(model, parallel)
+    layout = collator.layout(samples)
+    inputs = collator.collate(layout, collator.load(samples, layout)).inputs
+    said = []
+    for others in (
+        {"attention_mask": torch.ones_like(inputs["input_ids"])},
+        {"position_ids": inputs["position_ids"] % 4},
+    ):
+        try:
+            model(**{**inputs, **others})
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_masks_beside_the_batch_are_refused() -> None:
+    mask, positions = run(2, with_other_masks)[0]
+    assert "attention_mask was given beside sequence_parallel" in mask
+    assert "position_ids were given that are not those of the batch" in positions
