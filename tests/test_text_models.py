@@ -22,6 +22,8 @@ from tests.support.parity import TEXT, Gradients, gradients_of, largest_differen
 from tests.support.text_models import SIZES, TEXT_MODELS, text_model
 from tests.support.tiny_model import ADAMW, CLIPPING, attach, ds_config, groups_of, loss_of, tiny_collator
 
+# Their norms compute in float32, whatever the model.
+SINGLE = ("gemma2", "gemma3_text", "gpt_oss")
 MODES = (("lv_xattn", "gather", "contiguous"), ("ulysses", "auto", "striped"), ("ring", "ring", "contiguous"))
 
 
@@ -46,7 +48,8 @@ def on_all_ranks(kind: str) -> list[tuple[float, Gradients]]:
 def test_loss_and_gradients(kind: str) -> None:
     for patterns, got in zip((TEXT[0], TEXT[4], TEXT[1]), run(2, on_all_ranks, kind)[0], strict=True):
         loss, gradient = largest_differences(got, on_one_rank(kind, patterns))
-        assert loss < 1e-12 and gradient < 1e-10, (patterns, loss, gradient)
+        limits = (1e-7, 1e-5) if kind in SINGLE else (1e-12, 1e-10)
+        assert loss < limits[0] and gradient < limits[1], (patterns, loss, gradient)
 
 
 STEPS = 2
