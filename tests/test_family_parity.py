@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
 
 from ds_lvxattn.families import family_of
-from ds_lvxattn.training.loading import parameter_groups, partition_over_all_ranks
 from tests.support.distributed import run
 from tests.support.parity import (
     BATCHES,
@@ -18,12 +16,13 @@ from tests.support.parity import (
     batches_of,
     gradients_of,
     largest_differences,
+    losses_of_steps,
     on_one_rank,
     samples_of,
     sum_over_ranks,
 )
 from tests.support.tiny_families import FAMILIES, tiny
-from tests.support.tiny_model import ADAMW, CLIPPING, MODES, attach, ds_config, groups_of, loss_of, tiny_batches
+from tests.support.tiny_model import MODES, attach, loss_of
 
 ZERO3 = (
     "idefics, perceiver, norms",
@@ -92,35 +91,7 @@ STEPS = 3
 
 
 def train(family: str, ranks: int) -> list[float]:
-    """Losses of a few steps on one batch: under ZeRO-3 on several ranks, with torch's AdamW on one."""
-    samples, model = samples_of(BATCHES[4]), tiny(family).train()
-    batches = attach(model, ranks, MODES[0], samples) if ranks > 1 else tiny_batches(model)
-    inputs = batches.prepare(samples).inputs
-    losses = []
-    if batches.parallel is None:
-        optimizer = torch.optim.AdamW(parameter_groups(model), **ADAMW)
-        for _ in range(STEPS):
-            loss = model(**inputs).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
-    config = ds_config(3, len(samples), len(samples), ranks)
-    partition_over_all_ranks(model, config, groups_of(ranks))
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=parameter_groups(model), config=config, mpu=groups_of(ranks)
-    )
-    for _ in range(STEPS):
-        loss = engine(**inputs).loss
-        engine.backward(loss)
-        engine.step()
-        whole = loss.detach().clone()
-        dist.all_reduce(whole)
-        losses.append(whole.item())
-    engine.destroy()
-    return losses
+    return losses_of_steps(tiny(family), samples_of(BATCHES[4]), ranks, STEPS)
 
 
 @pytest.mark.slow

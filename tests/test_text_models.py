@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,11 +15,18 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import family_of
 from ds_lvxattn.families.text_only import TextOnly
 from ds_lvxattn.runtime.registration import exchanged_attention
-from ds_lvxattn.training.loading import parameter_groups, partition_over_all_ranks
 from tests.support.distributed import run
-from tests.support.parity import TEXT, Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
+from tests.support.parity import (
+    TEXT,
+    Gradients,
+    gradients_of,
+    largest_differences,
+    losses_of_steps,
+    samples_of,
+    sum_over_ranks,
+)
 from tests.support.text_models import SIZES, TEXT_MODELS, text_model
-from tests.support.tiny_model import ADAMW, CLIPPING, attach, ds_config, groups_of, loss_of, tiny_collator
+from tests.support.tiny_model import attach, loss_of
 
 # Their norms compute in float32, whatever the model.
 SINGLE = ("gemma2", "gemma3_text", "gpt_oss")
@@ -52,41 +58,8 @@ def test_loss_and_gradients(kind: str) -> None:
         assert loss < limits[0] and gradient < limits[1], (patterns, loss, gradient)
 
 
-STEPS = 2
-
-
 def train(kind: str, ranks: int) -> list[float]:
-    """Losses of a few steps: under ZeRO-3 on several ranks, with torch's AdamW on one."""
-    samples, model = samples_of(TEXT[4]), text_model(kind).train()
-    parallel = attach(model, ranks, MODES[0], samples) if ranks > 1 else None
-    collator = tiny_collator(model, parallel)
-    layout = collator.layout(samples)
-    inputs = collator.collate(layout, collator.load(samples, layout)).inputs
-    losses = []
-    if parallel is None:
-        optimizer = torch.optim.AdamW(parameter_groups(model), **ADAMW)
-        for _ in range(STEPS):
-            loss = model(**inputs).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
-    config = ds_config(3, len(samples), len(samples), ranks)
-    partition_over_all_ranks(model, config, groups_of(ranks))
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=parameter_groups(model), config=config, mpu=groups_of(ranks)
-    )
-    for _ in range(STEPS):
-        loss = engine(**inputs).loss
-        engine.backward(loss)
-        engine.step()
-        whole = loss.detach().clone()
-        dist.all_reduce(whole)
-        losses.append(whole.item())
-    engine.destroy()
-    return losses
+    return losses_of_steps(text_model(kind), samples_of(TEXT[4]), ranks, 2)
 
 
 @pytest.mark.parametrize("kind", ["gpt_oss", "gemma3_text"])
@@ -139,10 +112,7 @@ def test_a_sink_takes_its_share_of_the_weights() -> None:
 def with_other_masks() -> list[str]:
     """What is said of a padding mask and of restarting positions beside a batch."""
     samples, model = samples_of(TEXT[0]), text_model("llama")
-    parallel = attach(model, dist.get_world_size(), MODES[0], samples)
-    collator = tiny_collator(model, parallel)
-    layout = collator.layout(samples)
-    inputs = collator.collate(layout, collator.load(samples, layout)).inputs
+    inputs = attach(model, dist.get_world_size(), MODES[0], samples).prepare(samples).inputs
     said = []
     for others in (
         {"attention_mask": torch.ones_like(inputs["input_ids"])},

@@ -5,13 +5,25 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ds_lvxattn.data.sample import Sample
+from ds_lvxattn.training.loading import parameter_groups, partition_over_all_ranks
 from tests.support.tiny_families import tiny
-from tests.support.tiny_model import loss_of, tiny_sample
+from tests.support.tiny_model import (
+    ADAMW,
+    CLIPPING,
+    MODES,
+    attach,
+    ds_config,
+    groups_of,
+    loss_of,
+    tiny_batches,
+    tiny_sample,
+)
 
 Gradients = dict[str, Tensor]
 
@@ -69,3 +81,35 @@ def on_one_rank(family: str, patterns: tuple[str, ...], dtype: torch.dtype) -> t
     value = loss_of(model, samples_of(patterns))
     value.backward()
     return value.item(), gradients_of(model)
+
+
+def losses_of_steps(model: torch.nn.Module, samples: Sequence[Sample], ranks: int, steps: int) -> list[float]:
+    """Losses of a few steps on one batch: under ZeRO-3 on several ranks, with torch's AdamW on one."""
+    model = model.train()
+    batches = attach(model, ranks, MODES[0], samples) if ranks > 1 else tiny_batches(model)
+    inputs = batches.prepare(samples).inputs
+    losses = []
+    if batches.parallel is None:
+        optimizer = torch.optim.AdamW(parameter_groups(model), **ADAMW)
+        for _ in range(steps):
+            loss = model(**inputs).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+    config = ds_config(3, len(samples), len(samples), ranks)
+    partition_over_all_ranks(model, config, groups_of(ranks))
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=parameter_groups(model), config=config, mpu=groups_of(ranks)
+    )
+    for _ in range(steps):
+        loss = engine(**inputs).loss
+        engine.backward(loss)
+        engine.step()
+        whole = loss.detach().clone()
+        dist.all_reduce(whole)
+        losses.append(whole.item())
+    engine.destroy()
+    return losses
