@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import Blip2Config, OPTConfig, T5Config
+from transformers import Blip2Config, GPT2Config, LlamaConfig, OPTConfig, Qwen3Config, T5Config
 from transformers.models.idefics.processing_idefics import (
     image_attention_mask_for_packed_input_ids_pt,
     incremental_to_binary_attention_mask,
@@ -33,6 +33,7 @@ from ds_lvxattn.families.blip2 import Blip2
 from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingo, OpenFlamingoConfig, OpenFlamingoModel
 from ds_lvxattn.families.idefics import Idefics
 from ds_lvxattn.families.rotary import check_positions, self_attention_role
+from ds_lvxattn.families.text_only import TextOnly
 from ds_lvxattn.needle.small_models import SMALL_MODELS
 from ds_lvxattn.needle.task import IMAGE, build_tokenizer
 from ds_lvxattn.runtime.registration import exchanged_attention
@@ -151,7 +152,7 @@ def test_rotary_frequencies_that_follow_the_length_are_refused(layers: bool) -> 
     check_positions(SimpleNamespace(rope_parameters={"rope_type": "llama3", "factor": 8.0}))
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux"])
+@pytest.mark.parametrize("name", ["softcap", "position_bias"])
 def test_scores_that_no_kernel_computes_are_refused(name: str) -> None:
     q = torch.zeros(1, 1, 1, 4)
     batch: Any = object()
@@ -172,8 +173,10 @@ def test_a_model_of_no_family_lists_those_there_are() -> None:
 
 
 def test_the_family_of_a_config() -> None:
-    for family in FAMILIES:
+    for family in FAMILIES[:-1]:
         assert type(family_of_config(family.model_class.config_class())) is family
+    for text in (LlamaConfig(), Qwen3Config(), GPT2Config()):
+        assert type(family_of_config(text)) is FAMILIES[-1] is TextOnly
 
 
 def test_open_flamingo_says_how_to_install_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

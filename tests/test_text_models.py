@@ -29,7 +29,7 @@ from tests.support.text_models import SIZES, TEXT_MODELS, text_model
 from tests.support.tiny_model import attach, loss_of
 
 # Their norms compute in float32, whatever the model.
-SINGLE = ("gemma2", "gemma3_text", "gpt_oss")
+SINGLE = ("gemma2", "gemma3_text", "gpt_oss", "cohere2")
 MODES = (("lv_xattn", "gather", "contiguous"), ("ulysses", "auto", "striped"), ("ring", "ring", "contiguous"))
 
 
