@@ -25,10 +25,10 @@ from attention_layer import Figure, Layer, Shape, Step, measure
 from ds_lvxattn import SequenceShards, ShardLayout, sp_attention
 from ds_lvxattn.calibrate import calibrated
 from ds_lvxattn.calibration.extent import HeadLayout
-from ds_lvxattn.exchange.strategies import strategy_named
 from ds_lvxattn.kernels.operator import local_attention
 from ds_lvxattn.plan.choice import candidates as plan_candidates
 from ds_lvxattn.plan.choice import choose
+from ds_lvxattn.plan.modes import Mode, eligible_modes, schedules
 from ds_lvxattn.plan.profile import Profile
 
 GRAPH = "lv_xattn gather, one CUDA graph"
@@ -57,15 +57,13 @@ def candidates(layer: Layer, profile: Profile, sweep: bool) -> dict[str, Step]:
     chosen = layer.costed.head_groups(profile)
     steps = {
         "floor": layer.floor(),
-        f"lv_xattn gather {chosen[0]}/{chosen[1]}": layer.exchange(schedule="gather", head_groups=chosen),
         GRAPH: captured(layer.exchange(schedule="gather", head_groups=chosen)),
-        "lv_xattn ring": layer.exchange(schedule="ring"),
     }
-    if shape.mask != "none":
-        steps["lv_xattn routed"] = layer.exchange(schedule="routed")
-    for strategy in ("ulysses", "ring"):
-        if strategy_named(strategy).unsupported(shape.heads, shape.kv_heads, ranks, False) is None:
-            steps[strategy] = layer.exchange(strategy=strategy)
+    for mode in eligible_modes():
+        possible = mode.obstacle(shape.heads, shape.kv_heads, ranks) is None
+        if possible and not (mode.routes_by_mask and shape.mask == "none"):
+            pipeline = {"head_groups": chosen} if mode.pipelines_heads else {}
+            steps[named(mode, chosen)] = layer.exchange(strategy=mode.strategy, schedule=mode.schedule, **pipeline)
     if sweep:
         divisors = [count for count in (1, 2, 4, 8) if shape.kv_heads % count == 0]
         for groups in ((f, b) for f in divisors for b in divisors if f == b or 1 in (f, b)):
@@ -79,14 +77,17 @@ def candidates(layer: Layer, profile: Profile, sweep: bool) -> dict[str, Step]:
     return steps
 
 
+def named(mode: Mode, groups: tuple[int, int]) -> str:
+    """A mode as the table shows it: schedules only where a strategy has several."""
+    name = f"{mode.strategy} {mode.schedule}" if len(schedules(mode.strategy)) > 1 else mode.strategy
+    return f"{name} {groups[0]}/{groups[1]}" if mode.pipelines_heads else name
+
+
 def choice(layer: Layer, profile: Profile, figures: list[Figure]) -> Choice:
     """What the planner takes for ``layer``, judged by ``figures``."""
     chosen = choose(plan_candidates(layer.costed, profile))
     assert chosen is not None
-    strategy, schedule = chosen.mode
-    name = f"{strategy} {schedule}" if strategy == "lv_xattn" else strategy
-    if schedule == "gather":
-        name += " {}/{}".format(*layer.costed.head_groups(profile))
+    name = named(chosen.mode, layer.costed.head_groups(profile))
     ms = {figure.candidate: figure.ms for figure in figures if figure.candidate not in ("floor", GRAPH)}
     return Choice(str(layer.shape), name, round(ms[name] / min(ms.values()), 4))
 

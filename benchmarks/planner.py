@@ -24,13 +24,13 @@ from typing import Any
 from ds_lvxattn.plan.choice import candidates, choose
 from ds_lvxattn.plan.cluster.model_sizes import model_sizes
 from ds_lvxattn.plan.cluster.plots import Panel, choice_map
-from ds_lvxattn.plan.cluster.step import Job
-from ds_lvxattn.plan.cost import Layer, layer_cost, obstacle
+from ds_lvxattn.plan.cluster.step import ClusterJob
+from ds_lvxattn.plan.cost import Layer
+from ds_lvxattn.plan.modes import LOCAL, Mode, eligible_modes, mode_named
 from ds_lvxattn.plan.profile import Profile, load_profile, profile_from_json, profile_to_json, write_profile
-from ds_lvxattn.plan.traffic import TRAFFIC, LayerShape
+from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.plan.visibility import FULL, Visibility, of_mask
 
-MODES = tuple(TRAFFIC)
 FEATURES = 4096
 LAYOUTS = ((32, 8, 128), (28, 4, 128), (8, 8, 64))
 
@@ -125,17 +125,17 @@ def measure(cases: Sequence[Case], profile: Profile, device: Any, dtype: Any, se
         if spent.item() > seconds:
             break
         row: dict[str, Any] = {"case": asdict(case), "ranks": ranks, "element": dtype.itemsize, "ms": {}}
-        for mode in MODES:
-            possible = obstacle(mode[0], case.heads, case.kv_heads, ranks) is None and (ranks > 1 or mode == MODES[0])
-            if possible and (mode != ("lv_xattn", "routed") or case.mask is not None):
-                row["ms"]["/".join(mode)] = measure_layer(case, mode, device, dtype)
+        for mode in eligible_modes() if ranks > 1 else (mode_named("lv_xattn"),):
+            possible = mode.obstacle(case.heads, case.kv_heads, ranks) is None
+            if possible and (not mode.routes_by_mask or case.mask is not None):
+                row["ms"][mode.name] = measure_layer(case, mode, device, dtype)
         rows.append(row)
         if dist.get_rank() == 0:
             print(line(row, profile), flush=True)
     return rows
 
 
-def measure_layer(case: Case, mode: tuple[str, str], device: Any, dtype: Any) -> float | None:
+def measure_layer(case: Case, mode: Mode, device: Any, dtype: Any) -> float | None:
     """Median milliseconds of a forward and backward pass; None where it does not fit the memory."""
     import torch
     import torch.distributed as dist
@@ -171,7 +171,7 @@ def measure_layer(case: Case, mode: tuple[str, str], device: Any, dtype: Any) ->
     return slowest.item() * 1e3
 
 
-def training_step(case: Case, mode: tuple[str, str], device: Any, dtype: Any) -> Callable[[], None]:
+def training_step(case: Case, mode: Mode, device: Any, dtype: Any) -> Callable[[], None]:
     """Forward and backward pass of the case's layer on this rank."""
     import torch
     import torch.distributed as dist
@@ -188,10 +188,10 @@ def training_step(case: Case, mode: tuple[str, str], device: Any, dtype: Any) ->
         row = torch.arange(case.text, dtype=torch.int64).reshape(ranks, 1, -1)
         start, stop = (bound.int() for bound in case.bounds(row))
         interval = KVInterval(start.to(device), stop.to(device))
-        if mode[1] == "routed":
+        if mode.routes_by_mask:
             routes = Routes.build(start, stop, shards, rank, device)
     attend = functools.partial(
-        sp_attention, group=dist.group.WORLD if ranks > 1 else None, strategy=mode[0], schedule=mode[1],
+        sp_attention, group=dist.group.WORLD if ranks > 1 else None, strategy=mode.strategy, schedule=mode.schedule,
         interval=interval, shards=shards, routes=routes,
     )  # fmt: skip
     make = {"device": device, "dtype": dtype}
@@ -213,10 +213,8 @@ def _synchronize(device: Any) -> None:
 
 def predicted_ms(row: dict[str, Any], profile: Profile) -> dict[str, float]:
     layer = Case(**row["case"]).layer(row["ranks"], row["element"])
-    modes = {"/".join(mode): mode for mode in MODES}
-    if row["ranks"] == 1:
-        return {name: layer_cost(layer, ("local", "auto"), profile).total * 1e3 for name in row["ms"]}
-    return {name: layer_cost(layer, modes[name], profile).total * 1e3 for name in row["ms"]}
+    modes = {name: LOCAL if row["ranks"] == 1 else mode_named(*name.split("/")) for name in row["ms"]}
+    return {name: mode.cost(layer, profile).total * 1e3 for name, mode in modes.items()}
 
 
 def line(row: dict[str, Any], profile: Profile) -> str:
@@ -271,7 +269,7 @@ def compare(files: Sequence[Path], name: str | None, picture: Path | None) -> No
         panels.append(Panel(profile, f"{profile.intra.bandwidth / 1e9:.0f} GB/s", fastest))
     if picture:
         ranks = saved["rows"][0]["ranks"]
-        choice_map(Job(model_sizes("Llama-3.2-11B-Vision"), 2048, 64, ranks, "kv"), panels, picture)
+        choice_map(ClusterJob(model_sizes("Llama-3.2-11B-Vision"), 2048, 64, ranks, "kv"), panels, picture)
 
 
 def _choice(row: dict[str, Any], measured: Mapping[str, float], profile: Profile) -> str:
@@ -279,9 +277,9 @@ def _choice(row: dict[str, Any], measured: Mapping[str, float], profile: Profile
     if row["ranks"] == 1:
         return next(iter(measured))
     found = candidates(Case(**row["case"]).layer(row["ranks"], row["element"]), profile)
-    chosen = choose([candidate for candidate in found if "/".join(candidate.mode) in measured])
+    chosen = choose([candidate for candidate in found if candidate.mode.name in measured])
     assert chosen is not None
-    return "/".join(chosen.mode)
+    return chosen.mode.name
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:

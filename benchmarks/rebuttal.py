@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 from ds_lvxattn.plan import network
 from ds_lvxattn.plan.cluster.model_sizes import SHIPPED
-from ds_lvxattn.plan.cluster.step import ELEMENT, Job, vision_seconds
-from ds_lvxattn.plan.cost import Cost, Layer, Mode, layer_cost
+from ds_lvxattn.plan.cluster.step import ELEMENT, ClusterJob, vision_seconds
+from ds_lvxattn.plan.cost import Cost, Layer
+from ds_lvxattn.plan.modes import Mode, mode_named
 from ds_lvxattn.plan.profile import Profile, load_profile
 from ds_lvxattn.plan.traffic import LayerShape
 
@@ -54,20 +55,20 @@ def attention_seconds(row: Row, mode: Mode, profile: Profile) -> float:
     shape = LayerShape(
         1, model.cross_heads, REPEATED_HEADS, model.cross_head_dim, (row.text // GPUS,) * GPUS, (keys,) * GPUS, ELEMENT
     )
-    cost: Cost = layer_cost(Layer(shape), mode, profile)
+    cost: Cost = mode.cost(Layer(shape), profile)
     return model.cross_layers * sum(part.kernel + part.exchange for part in (cost.forward, cost.backward))
 
 
 def other_seconds(row: Row, profile: Profile) -> dict[str, float]:
     """The rest of a step, by parts."""
     model = replace(SHIPPED["Llama-3.2-11B-Vision"], frame_tokens=FRAME_TOKENS)
-    job = Job(model, row.text, row.frames, GPUS, features_train=False)
+    job = ClusterJob(model, row.text, row.frames, GPUS, features_train=False)
     projection = Layer(job.cross().shape, features=model.features)
     gathered = network.all_gather(profile, GPUS, model.parameters * ELEMENT / GPUS)
-    cost = layer_cost(projection, ("lv_xattn", "ring"), profile)
+    cost = mode_named("lv_xattn", "ring").cost(projection, profile)
     return {
         "vision encoder": vision_seconds(job, profile),
-        "K and V projected": model.cross_layers * (cost.projection + cost.projection_again),
+        "K and V projected": model.cross_layers * (cost.projection + cost.projection_repeated),
         "parameters and gradients": PARAMETER_PASSES * gathered,
         "fixed": FIXED_SECONDS,
     }
@@ -75,8 +76,8 @@ def other_seconds(row: Row, profile: Profile) -> dict[str, float]:
 
 def recomputed(row: Row, profile: Profile) -> Row:
     """``row`` as predicted."""
-    ring = attention_seconds(row, ("ring", "ring"), profile)
-    lv = attention_seconds(row, ("lv_xattn", "ring"), profile)
+    ring = attention_seconds(row, mode_named("ring", "ring"), profile)
+    lv = attention_seconds(row, mode_named("lv_xattn", "ring"), profile)
     others = sum(other_seconds(row, profile).values())
     return Row(row.text, row.frames, ring, ring + others, lv, lv + others)
 

@@ -26,9 +26,8 @@ import torch
 import torch.distributed as dist
 from attention_layer import Figure, Layer, Shape, Step, link_speed, measure
 
-from ds_lvxattn.exchange.strategies import strategy_named
 from ds_lvxattn.plan.cost import Layer as CostedLayer
-from ds_lvxattn.plan.cost import layer_cost
+from ds_lvxattn.plan.modes import Mode, eligible_modes, mode_named
 from ds_lvxattn.plan.pipeline import head_groups
 from ds_lvxattn.plan.profile import Profile, load_profile
 from ds_lvxattn.plan.traffic import LayerShape
@@ -37,12 +36,6 @@ from ds_lvxattn.plan.traffic import LayerShape
 HEADS = ((32, 8, 128), (28, 4, 128), (16, 4, 128))
 TEXT = (384, 2_048, 8_192)
 WEAK, STRONG = 65_536, 1_048_576
-PLANNED = {
-    "lv_xattn gather": ("lv_xattn", "gather"),
-    "lv_xattn ring": ("lv_xattn", "ring"),
-    "ulysses": ("ulysses", "auto"),
-    "ring": ("ring", "ring"),
-}
 CPU_SCALE = 1_024  # visual tokens are divided by this without a GPU
 
 
@@ -73,11 +66,11 @@ def candidates(layer: Layer, link: float) -> dict[str, Step]:
     groups = head_groups(1, shape.heads, shape.kv_heads, shape.head_dim, 2, *lengths, link)
     steps = {"floor": layer.floor()}
     if layer.comm.ranks > 1:
-        steps["lv_xattn gather"] = layer.exchange(schedule="gather", head_groups=groups)
-        steps["lv_xattn ring"] = layer.exchange(schedule="ring")
-        for name in ("ulysses", "ring"):
-            if strategy_named(name).unsupported(shape.heads, shape.kv_heads, layer.comm.ranks, False) is None:
-                steps[name] = layer.exchange(strategy=name)
+        for mode in eligible_modes():
+            possible = mode.obstacle(shape.heads, shape.kv_heads, layer.comm.ranks) is None
+            if possible and not mode.routes_by_mask:
+                pipeline = {"head_groups": groups} if mode.pipelines_heads else {}
+                steps[mode.name] = layer.exchange(strategy=mode.strategy, schedule=mode.schedule, **pipeline)
     return steps
 
 
@@ -105,6 +98,11 @@ def report(points: list[Point]) -> None:
         print(f"{point.figure.candidate:20s}{point.figure.ms:10.3f} ms, efficiency {point.efficiency:.3f}", flush=True)
 
 
+def mode_of(candidate: str) -> Mode:
+    """The mode of a figure's candidate; earlier files have a blank between strategy and schedule, or no schedule."""
+    return mode_named(*candidate.replace(" ", "/").split("/"))
+
+
 def compare(points: list[Point], profile: Profile) -> None:
     """Predicted over measured time of every point, and how far off they are by number of ranks."""
     errors: dict[int, list[float]] = {}
@@ -114,7 +112,7 @@ def compare(points: list[Point], profile: Profile) -> None:
         shape, n = point.shape, point.ranks
         shards = (tuple([shape.queries // n] * n), tuple([shape.keys // n] * n))
         layer = CostedLayer(LayerShape(1, shape.heads, shape.kv_heads, shape.head_dim, *shards, 2))
-        predicted = layer_cost(layer, PLANNED[point.figure.candidate], profile).attention * 1e3
+        predicted = mode_of(point.figure.candidate).cost(layer, profile).attention * 1e3
         error = predicted / point.figure.ms - 1
         errors.setdefault(n, []).append(abs(error))
         print(f"{n} ranks  {point.figure.shape:40s}{point.figure.candidate:16s}{point.figure.ms:10.2f} ms {error:+.1%}")

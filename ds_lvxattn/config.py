@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from ds_lvxattn.errors import ConfigError
-
-StrategyName = Literal["lv_xattn", "ulysses", "ring"]
-StrategyChoice = Literal["auto", "lv_xattn", "ulysses", "ring"]
+from ds_lvxattn.kernels.dispatch import INTERVAL_KERNELS
+from ds_lvxattn.plan.modes import schedules, strategies
 
 SIZE_KEY = "sequence_parallel_size"
 BLOCK_KEY = "sequence_parallel"
@@ -28,6 +29,26 @@ INACTIVE = {
 BESIDE = {"size": f"set '{SIZE_KEY}' beside the block", "offload": f"set '{CHECKPOINTING_KEY}.cpu_checkpointing'"}
 
 
+def _one_of(names: Callable[[], Sequence[str]]) -> AfterValidator:
+    """Accept one of the names that are registered when the config is read."""
+
+    def check(value: Any) -> Any:
+        accepted = names()
+        if value in accepted:
+            return value
+        *most, last = map(repr, accepted)
+        # As pydantic says it of a Literal.
+        raise PydanticCustomError("literal_error", "choose {expected}", {"expected": f"{', '.join(most)} or {last}"})
+
+    return AfterValidator(check)
+
+
+StrategyName = Annotated[Any, _one_of(strategies)]
+StrategyChoice = Annotated[Any, _one_of(lambda: ("auto", *strategies()))]
+ScheduleChoice = Annotated[Any, _one_of(lambda: ("auto", *schedules()))]
+KernelChoice = Annotated[Any, _one_of(lambda: ("auto", *INTERVAL_KERNELS))]
+
+
 class SequenceParallelConfig(DeepSpeedConfigModel):
     """Keys of the ``sequence_parallel`` block.
 
@@ -35,7 +56,7 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
         strategy: how attention crosses ranks; ``auto`` chooses per layer by predicted time.
         layers: module-name patterns (``fnmatch``) to a strategy, over ``strategy``; the first match counts.
         schedule: schedule of query exchange.
-        kernel: local attention kernel.
+        kernel: local attention kernel, of those that take intervals: every layer of a run has them.
         recompute: what the backward pass computes again instead of storing: ``none``; ``kv``, the projections and
             norms of K and V in cross-attention layers; ``layer``, every text layer but its attention operator.
             ``layer`` where the DeepSpeed config has a block ``activation_checkpointing`` and the key is left out.
@@ -46,8 +67,8 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
 
     strategy: StrategyChoice = "auto"
     layers: dict[str, StrategyName] = Field(default_factory=dict)
-    schedule: Literal["auto", "gather", "ring", "routed"] = "auto"
-    kernel: Literal["auto", "fa4", "triton", "cudnn", "flash", "math"] = "auto"
+    schedule: ScheduleChoice = "auto"
+    kernel: KernelChoice = "auto"
     recompute: Literal["none", "kv", "layer"] = "kv"
     placement: Literal["contiguous", "striped"] = "contiguous"
     size: int = Field(1, ge=1)

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from ds_lvxattn.calibrate import cache_path, calibrated
 from ds_lvxattn.calibration.extent import Extent, HeadLayout
 from ds_lvxattn.exchange.comm import communicator
-from ds_lvxattn.plan.cost import Layer, layer_cost
+from ds_lvxattn.plan.cost import Layer
+from ds_lvxattn.plan.modes import eligible_modes
 from ds_lvxattn.plan.planner import BatchSizes, Plan
 from ds_lvxattn.plan.profile import profile_to_json
-from ds_lvxattn.plan.traffic import TRAFFIC, LayerShape
+from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.runtime.layer_times import LayerTimes
 from tests.support.distributed import device, run
 from tests.support.tiny_model import attach, tiny_model, tiny_sample
@@ -42,8 +43,8 @@ def measured_twice(cache: str) -> tuple[dict, dict, bool]:
     with mock.patch.dict(os.environ, XDG_CACHE_HOME=cache):
         assert calibrated(group, LAYOUTS, device(), torch.float32, SMALL).curves
     layer = Layer(LayerShape(1, 4, 2, 16, (12, 12), (30, 30), 4))
-    for mode in TRAFFIC:
-        assert 0 < layer_cost(layer, mode, first).total < 10
+    for mode in eligible_modes():
+        assert 0 < mode.cost(layer, first).total < 10
     return profile_to_json(first), profile_to_json(second), untouched
 
 

@@ -9,10 +9,11 @@ import pytest
 
 from ds_lvxattn.config import SequenceParallelConfig, load_ds_config, sequence_parallel_config
 from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.plan.modes import strategies
 from ds_lvxattn.training.settings import FinetuningConfig, finetuning_config
 
 CONFIGS = Path(__file__).parent.parent / "ds_configs"
-STRATEGIES = ("lv_xattn", "ulysses", "ring")
+STRATEGIES = strategies()
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.json")), ids=lambda file: file.stem)
@@ -38,7 +39,8 @@ def test_without_the_block_training_is_plain_deepspeed() -> None:
         ({"layers": {"*.cross_attn": "fast"}}, ("layers.*.cross_attn'", "'fast'", *STRATEGIES)),
         ({"layers": ["ring"]}, ("'sequence_parallel.layers'", "['ring']", "dict")),
         ({"schedule": "tree"}, ("'sequence_parallel.schedule'", "'tree'", "auto", "gather", "ring")),
-        ({"kernel": "xla"}, ("'sequence_parallel.kernel'", "'xla'", "auto", "cudnn", "flash", "math")),
+        ({"kernel": "xla"}, ("'sequence_parallel.kernel'", "'xla'", "auto", "triton", "math")),
+        ({"kernel": "cudnn"}, ("'sequence_parallel.kernel'", "'cudnn'", "auto", "triton", "math")),
         ({"recompute": True}, ("'sequence_parallel.recompute'", "True", "none", "kv", "layer")),
         ({"placement": "random"}, ("'sequence_parallel.placement'", "'random'", "contiguous", "striped")),
         ({"size": 2}, ("'sequence_parallel.size'", "'sequence_parallel_size'")),

@@ -7,12 +7,15 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ds_lvxattn.plan.memory import POLICIES, LayerSizes, ModelStates, frames_that_fit, kept_bytes, step_bytes
+from ds_lvxattn.plan.layer_sizes import LayerSizes
+from ds_lvxattn.plan.memory import POLICIES, ModelStates, frames_that_fit, kept_bytes, step_bytes
+from ds_lvxattn.plan.modes import eligible_modes
 from tests.support.distributed import run
 from tests.support.tiny_model import attach, loss_of, tiny_model, tiny_sample
 
 SAMPLES = ("IItaIIItItaa", "IttaIIttaIItaI")  # even shards: with uneven ones, Ulysses keeps an index too
-MODES = (("lv_xattn", "gather"), ("lv_xattn", "ring"), ("ulysses", "auto"), ("ring", "ring"))
+# What ``routed`` keeps depends on the mask.
+MODES = tuple(mode.key for mode in eligible_modes() if not mode.routes_by_mask)
 
 
 class Kept:

@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.routes import routed_rows
 from ds_lvxattn.plan.choice import HOST_TIE, HYSTERESIS, TIE, shape_class
-from ds_lvxattn.plan.layer_plan import AttentionLayer, LayerPlan, plan_layers, write_plan
+from ds_lvxattn.plan.layer_plan import AttentionLayer, LayerPlan, PlanSettings, plan_layers, write_plan
+from ds_lvxattn.plan.modes import eligible_modes, mode_named, strategies
 from ds_lvxattn.plan.pipeline import head_groups, keeps_queries
 from ds_lvxattn.plan.profile import load_profile
-from ds_lvxattn.plan.traffic import TRAFFIC, LayerShape
+from ds_lvxattn.plan.traffic import LayerShape
 from tests.support.distributed import run
 from tests.support.tiny_model import MODES, attach, loss_of, tiny_model, tiny_sample
 from tests.support.traffic import Layer, traffic_of
@@ -38,10 +38,10 @@ def test_predicted_bytes_are_the_counted_ones(layer: Layer) -> None:
         layer.batch, layer.heads, layer.kv_heads, layer.head_dim, layer.q_lengths, layer.kv_lengths,
         layer.dtype.itemsize, routed_rows(*layer.ranges, layer.shards) if layer.masked else None,
     )  # fmt: skip
-    modes = tuple((strategy, schedule, "sharded") for strategy, schedule in TRAFFIC)
+    modes = tuple((*mode.key, "sharded") for mode in eligible_modes())
     for rank, results in enumerate(run(layer.ranks, traffic_of, layer, modes)):
         for (strategy, schedule, _), counted in zip(modes, results, strict=True):
-            predicted = TRAFFIC[strategy, schedule](shape, rank)
+            predicted = mode_named(strategy, schedule).traffic(shape, rank)
             want = (counted.forward.total(), counted.backward.total())
             assert (predicted.forward, predicted.backward) == want, (strategy, schedule, rank)
 
@@ -52,7 +52,7 @@ def test_without_any_key_nothing_is_exchanged() -> None:
         "cross": LayerShape(1, 1, 1, 1, (6, 5), (0, 0), 2),
         "self": LayerShape(1, 1, 1, 1, (6, 5), (6, 5), 2),
     }
-    cross, own = plan_layers(layers, shapes, SequenceParallelConfig(size=2), load_profile("h200"))
+    cross, own = plan_layers(layers, shapes, load_profile("h200"), PlanSettings(), ranks=2)
     assert (cross.strategy, cross.predicted_bytes) == ("local", {}) and own.strategy != "local"
 
 
@@ -105,8 +105,8 @@ def plans(
     """A plan for ``model`` with so many queries and visual keys a rank."""
     cross = LayerShape(1, 1, 1, 1, (queries,) * ranks, (keys,) * ranks, 2)
     text = LayerShape(1, 1, 1, 1, (queries,) * ranks, (queries,) * ranks, 2)
-    config = SequenceParallelConfig(size=ranks, **settings)
-    return plan_layers(model, {"cross": cross, "self": text}, config, load_profile(profile), before, room)
+    shapes = {"cross": cross, "self": text}
+    return plan_layers(model, shapes, load_profile(profile), PlanSettings(**settings), ranks, before, room)
 
 
 def test_auto_takes_what_is_predicted_fastest() -> None:
@@ -114,7 +114,7 @@ def test_auto_takes_what_is_predicted_fastest() -> None:
     assert slow.strategy == "lv_xattn"
     # Where the host sets the time, predictions are less certain, and more count as equally fast.
     for plan, tie in (*((plan, HOST_TIE) for plan in plans(64, 100_000)[:3]), (slow, TIE)):
-        assert set(plan.predicted_ms) == {"lv_xattn", "ulysses", "ring"} == set(plan.predicted_bytes)
+        assert set(plan.predicted_ms) == {*strategies()} == set(plan.predicted_bytes)
         times = [ms for ms in plan.predicted_ms.values() if ms is not None]
         assert plan.predicted_ms[plan.strategy] <= min(times) * (1 + tie)
         assert f"{plan.strategy}/{plan.schedule} " in plan.reason and " ms" in plan.reason

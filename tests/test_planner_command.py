@@ -11,7 +11,7 @@ import pytest
 
 from ds_lvxattn.plan.__main__ import main, report
 from ds_lvxattn.plan.cluster.model_sizes import SHIPPED, ModelError, model_sizes
-from ds_lvxattn.plan.cluster.step import Job, layer_candidates, steps
+from ds_lvxattn.plan.cluster.step import ClusterJob, layer_candidates, steps
 from ds_lvxattn.plan.profile import (
     ProfileError,
     load_profile,
@@ -54,25 +54,25 @@ def test_models_that_ship(model: str) -> None:
     sizes = SHIPPED[model]
     assert sizes.parameters / 1e9 == pytest.approx(billions[model], rel=0.12)
     for cluster in shipped_profiles():
-        found = report(Job(sizes, 512, 64, 8), load_profile(cluster))
+        found = report(ClusterJob(sizes, 512, 64, 8), load_profile(cluster))
         assert {"lv_xattn", "ring"} <= set(found["strategies"])
         assert found["choice"] in found["strategies"] or "nothing fits" in found["reason"]
 
 
 def test_one_gpu_and_no_memory() -> None:
     profile = load_profile("h200")
-    alone = report(Job(SHIPPED["Llama-3.2-11B-Vision"], 512, 8, 1), profile)
+    alone = report(ClusterJob(SHIPPED["Llama-3.2-11B-Vision"], 512, 8, 1), profile)
     assert alone["choice"] == "local" and alone["strategies"]["local"]["layer_received_bytes"] == 0
-    crowded = report(Job(SHIPPED["Llama-3.2-90B-Vision"], 512, 8, 2), profile)
+    crowded = report(ClusterJob(SHIPPED["Llama-3.2-90B-Vision"], 512, 8, 2), profile)
     assert crowded["choice"] is None and "nothing fits" in crowded["reason"]
 
 
 def test_frames_that_fit_fit() -> None:
     profile = load_profile("h200")
-    job = Job(SHIPPED["Llama-3.2-11B-Vision"], 512, 64, 4)
+    job = ClusterJob(SHIPPED["Llama-3.2-11B-Vision"], 512, 64, 4)
     most = report(job, profile)["strategies"]["lv_xattn"]["largest_frames"]
     for frames, fits in ((most, True), (most + 4, False)):
-        found = report(Job(job.model, job.text, frames, job.gpus), profile)
+        found = report(ClusterJob(job.model, job.text, frames, job.gpus), profile)
         assert found["strategies"]["lv_xattn"]["fits"] is fits
 
 
@@ -80,7 +80,7 @@ def test_more_of_anything_takes_longer() -> None:
     profile = load_profile("h200-slow-link")
     for change in ({"text": 16384}, {"frames": 2048}):
         base = {"text": 512, "frames": 256}
-        small, large = (Job(SHIPPED["Llama-3.2-11B-Vision"], gpus=8, **x) for x in (base, {**base, **change}))
+        small, large = (ClusterJob(SHIPPED["Llama-3.2-11B-Vision"], gpus=8, **x) for x in (base, {**base, **change}))
         for name, (_, step) in steps(small, profile).items():
             larger = steps(large, profile)[name][1]
             assert step is not None and larger is not None and step.total < larger.total, (name, change)
@@ -110,7 +110,7 @@ def test_local_configs(tmp_path: Path) -> None:
 def test_visual_tokens_in_the_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All attention is self-attention over both; saved configs leave out what is Llama's default."""
     sizes = SHIPPED["LLaVA-1.5-7B"]
-    job = Job(sizes, 1000, 100, 8)
+    job = ClusterJob(sizes, 1000, 100, 8)
     assert job.rows == (1000 + 100 * 576) // 8 and job.compared().shape.kv_lengths == (job.rows,) * 8
     profile = load_profile("h200")
     assert report(job, profile)["strategies"]["ulysses"]["step_s"]["cross"] == 0

@@ -9,7 +9,8 @@ import pytest
 from ds_lvxattn.plan import network
 from ds_lvxattn.plan.cluster import simulate
 from ds_lvxattn.plan.cluster.simulate import Cluster, Simulation, Task
-from ds_lvxattn.plan.cost import Layer, layer_cost
+from ds_lvxattn.plan.cost import Layer
+from ds_lvxattn.plan.modes import mode_named
 from ds_lvxattn.plan.profile import Profile, load_profile
 from ds_lvxattn.plan.traffic import LayerShape
 
@@ -74,7 +75,7 @@ def test_kv_ring(name: str, ranks: int) -> None:
     profile = machine(name)
     for rows in (1, 2048):
         call = layer(ranks, rows, 2048)
-        forward = layer_cost(call, ("ring", "ring"), profile).forward
+        forward = mode_named("ring", "ring").cost(call, profile).forward
         sent = 2 * 2048 * 8 * 128 * 2
         assert forward.total == pytest.approx(
             simulate.ring(Cluster(profile, ranks), forward.kernel / ranks, sent), rel=0.05
@@ -87,7 +88,7 @@ def test_query_ring(ranks: int) -> None:
         profile = machine(name)
         call = layer(ranks, 512, 4096)
         shape = call.shape
-        forward = layer_cost(call, ("lv_xattn", "ring"), profile).forward
+        forward = mode_named("lv_xattn", "ring").cost(call, profile).forward
         sent = shape.query_bytes(512)
         simulated = simulate.ring(
             Cluster(profile, ranks), forward.kernel / ranks, sent, sent + shape.statistic_bytes(512)
@@ -103,7 +104,7 @@ def test_query_gather(ranks: int, groups: int) -> None:
         for keys in (1024, 65536):
             call = layer(ranks, 64, keys, groups)
             shape = call.shape
-            forward = layer_cost(call, ("lv_xattn", "gather"), profile).forward
+            forward = mode_named("lv_xattn", "gather").cost(call, profile).forward
             rows = 64 * ranks
             simulated = simulate.query_gather(
                 Cluster(profile, ranks), groups, forward.kernel / groups, shape.query_bytes(64),
@@ -118,7 +119,7 @@ def test_head_all_to_all(ranks: int) -> None:
         profile = machine(name)
         call = layer(ranks, 256, 16384)
         shape = call.shape
-        forward = layer_cost(call, ("ulysses", "auto"), profile).forward
+        forward = mode_named("ulysses", "auto").cost(call, profile).forward
         query, key = shape.query_bytes(256), 16384 * max(8, ranks) * 128 * 2
         simulated = simulate.head_all_to_all(
             Cluster(profile, ranks), forward.kernel, (query, key, key), (query, shape.statistic_bytes(256))

@@ -16,21 +16,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, merge_attention, sp_attention
-from ds_lvxattn.exchange.strategies import strategy_named
 from ds_lvxattn.kernels.operator import local_attention
+from ds_lvxattn.plan.modes import eligible_modes
 from tests.support.distributed import device, run
 from tests.support.reference import Result, exact, loss_of, magnitudes, one_device, visible
 
 # For a longer search than the default one, which tries the same examples every time.
 EXAMPLES = int(os.environ.get("DS_LVXATTN_TEST_EXAMPLES", "0"))
 
-SHARDED = (
-    ("lv_xattn", "gather"),
-    ("lv_xattn", "ring"),
-    ("lv_xattn", "routed"),
-    ("ulysses", "auto"),
-    ("ring", "ring"),
-)
+SHARDED = tuple(mode.key for mode in eligible_modes())
 DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -62,9 +56,9 @@ class Case:
         """Strategy, schedule and query placement of every way to run it."""
         ranks = self.q.ranks
         sharded = [
-            (strategy, schedule, "sharded")
-            for strategy, schedule in SHARDED
-            if strategy_named(strategy).unsupported(self.heads, self.kv_heads, ranks, False) is None
+            (*mode.key, "sharded")
+            for mode in eligible_modes()
+            if mode.obstacle(self.heads, self.kv_heads, ranks) is None
         ]
         return [*sharded, ("lv_xattn", "auto", "replicated")]
 

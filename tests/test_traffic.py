@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
 from ds_lvxattn.exchange.comm import communicator
+from ds_lvxattn.plan.modes import eligible_modes
 from tests.support.distributed import device, run
 from tests.support.traffic import Layer, traffic_of
 
@@ -19,7 +20,7 @@ ROUTED = ("lv_xattn", "routed", "sharded")
 REPLICATED = ("lv_xattn", "auto", "replicated")
 ULYSSES = ("ulysses", "auto", "sharded")
 KV_RING = ("ring", "ring", "sharded")
-MODES = (GATHER, QUERY_RING, ROUTED, REPLICATED, ULYSSES, KV_RING)
+MODES = (*((*mode.key, "sharded") for mode in eligible_modes()), REPLICATED)
 
 
 def rows_seen(layer: Layer) -> list[list[int]]:

@@ -10,8 +10,8 @@ import torch
 
 from ds_lvxattn.plan.planner import Planner
 from ds_lvxattn.plan.profile import load_profile
+from ds_lvxattn.plan.replicated_compute import replicating_is_faster
 from ds_lvxattn.plan.traffic import LayerShape
-from ds_lvxattn.plan.undivided import whole_is_faster
 from tests.support.distributed import run
 from tests.support.parity import (
     Gradients,
@@ -84,4 +84,4 @@ def llama_11b(text: int, frames: int) -> tuple[list[LayerShape], float]:
      ("h200", 8192, 0, False), ("cpu", 64, 1, False)],
 )  # fmt: skip
 def test_small_batches_are_told_from_large_ones(profile: str, text: int, frames: int, want: bool) -> None:
-    assert whole_is_faster(*llama_11b(text, frames), load_profile(profile)) == want
+    assert replicating_is_faster(*llama_11b(text, frames), load_profile(profile)) == want

@@ -242,7 +242,7 @@ class Collator:
     ) -> SequenceParallelBatch:
         assert self.division is not None
         comm = self.division.comm if layout.text.ranks > 1 else communicator(None)
-        routed = {plan.kind for plan in plans.values() if plan.schedule == "routed"}
+        routed = {plan.kind for plan in plans.values() if plan.mode.routes_by_mask}
         roles = {
             kind: self._inputs(comm, shards, *ranges, kind in routed) for kind, shards, ranges in self._kinds(layout)
         }

@@ -13,7 +13,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.dispatch import select_kernel
-from ds_lvxattn.plan.layer_plan import LayerPlan
+from ds_lvxattn.plan.layer_plan import LayerPlan, PlanSettings
 from ds_lvxattn.plan.planner import ModelSizes, Planner
 from ds_lvxattn.plan.profile import Profile, profile_for_device
 
@@ -37,9 +37,10 @@ def planner_for(parallel: SequenceParallel, device: torch.device, dtype: torch.d
     def share(make: Callable[[], list[LayerPlan]], everyone: bool) -> list[LayerPlan]:
         return made_by_first(make, None if everyone else group)
 
+    config = parallel.config
     return Planner(
-        layers, parallel.config, model_sizes(parallel), shipped_profile(device),
-        lambda: parallel.recomputation.policy, room, share,
+        layers, PlanSettings(config.strategy, config.layers, config.schedule), parallel.comm.ranks,
+        model_sizes(parallel), shipped_profile(device), lambda: parallel.recomputation.policy, room, share,
     )  # fmt: skip
 
 

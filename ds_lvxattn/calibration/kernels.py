@@ -13,12 +13,11 @@ from torch import Tensor
 
 from ds_lvxattn.calibration.clock import Clock, slowest_of
 from ds_lvxattn.calibration.extent import Extent, HeadLayout
-from ds_lvxattn.kernels.base import Call
-from ds_lvxattn.kernels.base import Kernel as LocalKernel
+from ds_lvxattn.kernels.base import Call, Kernel
 from ds_lvxattn.kernels.dispatch import FEW_TILES, select_kernel
 from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.plan import kernel_time
-from ds_lvxattn.plan.profile import Kernel, KernelPoint, Profile
+from ds_lvxattn.plan.profile import KernelPoint, KernelRates, Profile
 
 
 class _KernelCalls(NamedTuple):
@@ -71,7 +70,7 @@ def kernel_calls(
     )
 
 
-def _tile(kernel: LocalKernel, head_dim: int, dtype: torch.dtype, masked: bool, device: torch.device) -> dict[str, Any]:
+def _tile(kernel: Kernel, head_dim: int, dtype: torch.dtype, masked: bool, device: torch.device) -> dict[str, Any]:
     """The tiles of a kernel, as far as known; what is not known the measured points correct."""
     if kernel.name == "triton":
         from ds_lvxattn.kernels.triton.forward import forward_config, is_hopper
@@ -90,7 +89,7 @@ def measured_kernels(
     extent: Extent,
     device: torch.device,
     dtype: torch.dtype,
-) -> Iterable[Kernel]:
+) -> Iterable[KernelRates]:
     """The kernels that ``auto`` takes for the layouts, with and without a mask, by head size."""
     for head_dim in sorted({layout.head_dim for layout in layouts}):
         chosen = sorted({layout for layout in layouts if layout.head_dim == head_dim})
@@ -103,7 +102,7 @@ def measured_kernels(
                     points += found
             call = Call(device.type, dtype, chosen[0].heads, chosen[0].kv_heads, head_dim, masked)
             local = select_kernel("auto", call)
-            kernel = Kernel(
+            kernel = KernelRates(
                 local.name, masked, head_dim, forward=1.0, backward=1.0, points=tuple(points),
                 **_tile(local, head_dim, dtype, masked, device),
             )  # fmt: skip
@@ -138,7 +137,7 @@ def _points(
     return points
 
 
-def with_rates(profile: Profile, kernel: Kernel, element: int) -> Kernel:
+def with_rates(profile: Profile, kernel: KernelRates, element: int) -> KernelRates:
     """Rates that make the formula right on average for the largest measured calls; points correct the rest."""
     rates = []
     for backward in (False, True):

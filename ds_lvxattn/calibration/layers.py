@@ -20,12 +20,10 @@ from ds_lvxattn.exchange.comm import communicator
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.routes import Routes
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
-from ds_lvxattn.plan.cost import obstacle, projection_seconds
+from ds_lvxattn.plan.cost import projection_seconds
+from ds_lvxattn.plan.modes import LOCAL, eligible_modes
 from ds_lvxattn.plan.profile import HostTime, Profile, Projection
-from ds_lvxattn.plan.traffic import TRAFFIC
 from ds_lvxattn.runtime.recompute import recompute
-
-LOCAL = ("local", "auto")
 
 
 class CrossAttention(nn.Module):
@@ -108,7 +106,9 @@ def host_times(
     Also of one that exchanges nothing (``local/auto``).
     """
     heads = layout.heads if layout.heads % ranks == 0 else layout.heads * ranks
-    kv_heads = layout.kv_heads if obstacle("ulysses", heads, layout.kv_heads, ranks) is None else heads
+    every = eligible_modes() if ranks > 1 else ()
+    runs = all(mode.obstacle(heads, layout.kv_heads, ranks) is None for mode in every)
+    kv_heads = layout.kv_heads if runs else heads
     sizes = HeadLayout(heads, kv_heads, layout.head_dim)
     rows, keys, features = 16, 64, 64
     make: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -120,16 +120,15 @@ def host_times(
     y = torch.randn(1, keys, features, requires_grad=True, **make)
     alone = ShardLayout(SequenceShards((rows,)), SequenceShards((keys,)))
     counts = communicator(group).received.copy()
-    modes = (LOCAL, *(TRAFFIC if ranks > 1 else ()))
     found: dict[str, HostTime] = {}
-    for (strategy, schedule), masked in itertools.product(modes, (False, True)):
-        if schedule == "routed" and not masked:
+    for mode, masked in itertools.product((LOCAL, *every), (False, True)):
+        if mode.routes_by_mask and not masked:
             continue
-        if (strategy, schedule) == LOCAL:
+        if mode is LOCAL:
             seen = KVInterval(interval.start[:1], interval.stop[:1].clamp(max=keys))
             how: dict[str, Any] = {"interval": seen if masked else None, "shards": alone}
         else:
-            how = {"group": group, "strategy": strategy, "schedule": schedule, "shards": shards}
+            how = {"group": group, "strategy": mode.strategy, "schedule": mode.schedule, "shards": shards}
             how |= {"interval": interval if masked else None, "routes": routes if masked else None}
         attend = functools.partial(sp_attention, **how)
         layer = CrossAttention(sizes, features, attend, **make)
@@ -140,7 +139,7 @@ def host_times(
 
         calls = (forward, layer_step(layer, x, y, False), layer_step(layer, x, y, True))
         one, both, again = slowest_of([_host_seconds(call, device) for call in calls], device)
-        name = f"{strategy}/{schedule}" + " masked" * masked
+        name = mode.name + " masked" * masked
         found[name] = HostTime(one, max(both - one, 0.0), max(again - both, 0.0))
     communicator(group).received = counts
     return found

@@ -9,14 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_lvxattn.exchange.base import Exchange
 from ds_lvxattn.exchange.comm import Communicator, communicator
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.routes import Routes
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
-from ds_lvxattn.exchange.strategies import Exchange, strategy_named
+from ds_lvxattn.exchange.strategies import implementation_of
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.dispatch import select_kernel
-from ds_lvxattn.kernels.operator import local_attention
+from ds_lvxattn.plan.modes import LOCAL, mode_named
 
 
 def sp_attention(
@@ -47,8 +48,8 @@ def sp_attention(
         k, v: ``[B, H_kv, s_kv, D]``, the rank's own keys and values; ``H_q`` is a multiple of ``H_kv``.
             Shards may be uneven or empty.
         group: sequence-parallel process group; None is one rank.
-        strategy: ``lv_xattn`` (queries travel), ``ulysses`` (heads are redistributed) or ``ring`` (keys and
-            values travel).
+        strategy: ``lv_xattn`` (queries travel), ``ulysses`` (heads are redistributed), ``ring`` (keys and values
+            travel), or ``local`` where no other rank holds a key.
         interval: visible range of each row in global key positions; None: every key is visible.
         scale: factor of the scores, ``1 / sqrt(D)`` by default.
         queries: ``sharded``, or ``replicated`` when every rank passes all the (same) rows; then ``out`` is the
@@ -83,11 +84,9 @@ def sp_attention(
         )
     comm = communicator(group)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    chosen = strategy_named(strategy)
-    if schedule != "auto" and schedule not in chosen.schedules:
-        raise ValueError(f"schedule is '{schedule}'; strategy '{strategy}' has {('auto', *chosen.schedules)}")
+    mode = mode_named(strategy, schedule, queries if comm.ranks > 1 else "sharded")
     replicated = queries == "replicated"
-    reason = chosen.unsupported(q.shape[1], k.shape[1], comm.ranks, replicated)
+    reason = mode.obstacle(q.shape[1], k.shape[1], comm.ranks)
     if reason is not None and comm.ranks > 1:
         raise ValueError(f"strategy '{strategy}' cannot run this attention: {reason}")
     select_kernel(kernel, Call.forward(q, k, interval is not None))
@@ -97,20 +96,14 @@ def sp_attention(
         shards = _ask_for_shards(q, k, interval, comm, options)
     _check_shards(q, k, shards, comm, replicated)
     interval = _rows_of_all_ranks(interval, q, shards, comm, replicated)
-    if comm.ranks == 1:
-        start, stop = (None, None) if interval is None else (interval.start[0], interval.stop[0])
-        return local_attention(q, k, v, start, stop, scale, kernel)
-    if not shards.kv.total:  # a batch of text alone: nothing to see on any rank, so nothing travels
-        return local_attention(q, k, v, None, None, scale, kernel)
     if head_groups is not None and any(k.shape[1] % max(count, 1) or count < 1 for count in head_groups):
         raise ValueError(f"head_groups is {head_groups}; give two divisors of the {k.shape[1]} key heads")
-    if schedule == "routed" and not replicated and routes is None and interval is not None:
-        routes = Routes.build(interval.start.cpu(), interval.stop.cpu(), shards, comm.rank, q.device)
+    if comm.ranks == 1 or not shards.kv.total:  # one rank, or a batch of text alone: nothing travels
+        mode = LOCAL
     exchange = Exchange(
-        comm, shards, interval, scale, kernel, schedule, replicated, head_groups, keep_queries, routes,
-        gradients == "parts",
+        comm, shards, interval, scale, kernel, head_groups, keep_queries, routes, gradients == "parts"
     )  # fmt: skip
-    return chosen.attention(q, k, v, exchange)
+    return implementation_of(mode)(q, k, v, exchange)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

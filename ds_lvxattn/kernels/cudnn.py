@@ -15,6 +15,7 @@ class CudnnKernel:
 
     name = "cudnn"
     needs_out = True
+    takes_intervals = False
     splits_keys = False
 
     def unsupported(self, call: Call) -> str | None:

@@ -17,6 +17,8 @@ FEW_ROWS = 1024
 # Half the multiprocessors of a Hopper chip: with fewer tiles of query rows a kernel that splits the keys is faster.
 FEW_TILES = 66
 KERNEL_NAMES = ("auto", *(kernel.name for kernel in KERNELS))
+# What a run can force: its layers all have intervals.
+INTERVAL_KERNELS = tuple(kernel.name for kernel in KERNELS if kernel.takes_intervals)
 
 
 def select_kernel(name: str, call: Call) -> Kernel:

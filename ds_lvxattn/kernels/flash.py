@@ -19,6 +19,7 @@ class FlashKernel:
 
     name = "flash"
     needs_out = True
+    takes_intervals = False
     splits_keys = False
 
     def unsupported(self, call: Call) -> str | None:

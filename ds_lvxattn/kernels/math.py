@@ -18,6 +18,7 @@ class MathKernel:
 
     name = "math"
     needs_out = False
+    takes_intervals = True
     splits_keys = False
 
     def unsupported(self, call: Call) -> str | None:

@@ -17,11 +17,11 @@ from typing import Any
 
 from ds_lvxattn.plan.choice import Candidate, choose
 from ds_lvxattn.plan.cluster.model_sizes import SHIPPED, ModelError, model_sizes
-from ds_lvxattn.plan.cluster.step import USABLE, Job, Step, frames_that_fit, layer_candidates, steps
+from ds_lvxattn.plan.cluster.step import USABLE, ClusterJob, Step, frames_that_fit, layer_candidates, steps
 from ds_lvxattn.plan.profile import Profile, ProfileError, load_profile, shipped_profiles
 
 
-def report(job: Job, profile: Profile) -> dict[str, Any]:
+def report(job: ClusterJob, profile: Profile) -> dict[str, Any]:
     """Everything that is printed, as one JSON object."""
     own = choose(layer_candidates(job.self_attention(), profile))
     assert own is not None
@@ -33,7 +33,7 @@ def report(job: Job, profile: Profile) -> dict[str, Any]:
             continue
         fits = step.memory <= USABLE * profile.memory
         strategies[name] = {
-            "schedule": candidate.mode[1],
+            "schedule": candidate.mode.schedule,
             "layer_ms": layer_milliseconds(candidate),
             "layer_received_bytes": candidate.received,
             "step_s": {"total": step.total, **seconds_by_part(step)},
@@ -54,7 +54,7 @@ def report(job: Job, profile: Profile) -> dict[str, Any]:
         "gpus": job.gpus,
         "keys_in_text": job.model.keys_in_text,
         "recompute": job.recompute,
-        "self_attention": {"strategy": own.mode[0], "schedule": own.mode[1], "layer_ms": own.seconds * 1e3},
+        "self_attention": {"strategy": own.mode.strategy, "schedule": own.mode.schedule, "layer_ms": own.seconds * 1e3},
         "strategies": strategies,
         "choice": None if best is None else best[1],
         "reason": reason(strategies, best, profile),
@@ -67,11 +67,11 @@ def layer_milliseconds(candidate: Candidate) -> dict[str, float]:
     assert cost is not None
     parts = {
         "kernels": cost.forward.kernel + cost.backward.kernel,
-        "passes": cost.forward.passes + cost.backward.passes + cost.again.passes,
-        "exchange": cost.forward.exchange + cost.backward.exchange + cost.again.exchange,
-        "projection": cost.projection + cost.projection_again,
+        "passes": cost.forward.passes + cost.backward.passes + cost.repeated.passes,
+        "exchange": cost.forward.exchange + cost.backward.exchange + cost.repeated.exchange,
+        "projection": cost.projection + cost.projection_repeated,
         "forward": cost.forward.total,
-        "backward": cost.backward.total + cost.again.total,
+        "backward": cost.backward.total + cost.repeated.total,
         "total": cost.total,
     }
     return {name: seconds * 1e3 for name, seconds in parts.items()}
@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
             if getattr(args, name) < 1:
                 raise ModelError(f"--{name} is {getattr(args, name)}; give at least 1")
         profile = load_profile(args.cluster)
-        job = Job(model_sizes(args.model), args.text, args.frames, args.gpus, args.recompute)
+        job = ClusterJob(model_sizes(args.model), args.text, args.frames, args.gpus, args.recompute)
         if args.map and job.model.keys_in_text:
             raise ModelError("--map is of cross-attention layers, which this model has not; leave it out")
     except (ModelError, ProfileError) as error:

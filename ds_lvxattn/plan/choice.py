@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from ds_lvxattn.plan.cost import Cost, Layer, Mode, layer_cost, obstacle, workspace_bytes
+from ds_lvxattn.plan.cost import Cost, Layer
+from ds_lvxattn.plan.modes import Mode, ModeKey, eligible_modes
 from ds_lvxattn.plan.profile import Profile
-from ds_lvxattn.plan.traffic import TRAFFIC, LayerShape
+from ds_lvxattn.plan.traffic import LayerShape
 
 # Predictions closer than this are a tie, which fewer bytes decide: they are exact, and what is shared with others.
 TIE = 0.01
@@ -18,15 +19,13 @@ HYSTERESIS = 0.05
 
 ShapeClass = tuple[int, int, int]  # sequences; bits of the text and the visual length
 
-STRATEGIES = ("lv_xattn", "ulysses", "ring")
-
 
 @dataclass(frozen=True)
 class Candidate:
     """What is expected of one strategy and schedule.
 
     Attributes:
-        mode: strategy and schedule.
+        mode: the strategy and schedule.
         cost: predicted seconds; None where it cannot run.
         received: bytes that the rank that receives most receives, forward and backward; exact. None as ``cost``.
         workspace: bytes that the exchange needs while it runs. None as ``cost``.
@@ -57,24 +56,23 @@ def candidates(
     """
     found = []
     shape = layer.shape
-    for mode, traffic in TRAFFIC.items():
-        strategy, schedule = mode
-        wanted = (schedules or {}).get(strategy)
-        if wanted is not None and schedule not in wanted:
+    for mode in eligible_modes():
+        wanted = (schedules or {}).get(mode.strategy)
+        if wanted is not None and mode.schedule not in wanted:
             continue
-        if wanted is None and schedule == "routed" and not layer.mask.masked:
-            continue  # without a mask every row sees keys everywhere, and there is nothing to route by
-        why = obstacle(strategy, shape.heads, shape.kv_heads, shape.ranks)
-        need = workspace_bytes(layer, mode, profile)
+        if wanted is None and mode.routes_by_mask and not layer.mask.masked:
+            continue  # every row sees keys everywhere
+        why = mode.obstacle(shape.heads, shape.kv_heads, shape.ranks)
+        need = mode.workspace(layer, profile) if why is None else 0.0
         if why is None and room is not None and need > room:
             why = f"needs {need / 1e9:.1f} GB while it runs, and {room / 1e9:.1f} GB are there"
         if why is not None:
             found.append(Candidate(mode, None, None, None, why))
             continue
-        received = max(traffic(shape, rank).total for rank in _ranks_that_differ(layer))
-        if schedule == "routed" and shape.routed_rows is None:  # no batch at hand: as the mask's summary says
+        received = max(mode.traffic(shape, rank).total for rank in _ranks_that_differ(layer))
+        if mode.routes_by_mask and shape.routed_rows is None:  # no batch at hand: as the mask's summary says
             received = round(received * layer.mask.rows_seen)
-        found.append(Candidate(mode, layer_cost(layer, mode, profile), received, need))
+        found.append(Candidate(mode, mode.cost(layer, profile), received, need))
     return found
 
 
@@ -85,7 +83,7 @@ def _ranks_that_differ(layer: Layer) -> Collection[int]:
     return (0,) if even else range(shape.ranks)
 
 
-def choose(found: Sequence[Candidate], before: Mode | None = None) -> Candidate | None:
+def choose(found: Sequence[Candidate], before: ModeKey | None = None) -> Candidate | None:
     """The fastest by prediction; ties go to fewer bytes, and ``before`` is kept unless the gain is worth a change.
 
     Returns:
@@ -96,7 +94,7 @@ def choose(found: Sequence[Candidate], before: Mode | None = None) -> Candidate 
         return None
     least = min(candidate.seconds for candidate in possible)
     for candidate in possible:
-        if candidate.mode == before and candidate.seconds <= least * (1 + HYSTERESIS):
+        if candidate.mode.key == before and candidate.seconds <= least * (1 + HYSTERESIS):
             return candidate
     tied = [candidate for candidate in possible if candidate.seconds <= least * (1 + tie(possible))]
     return min(tied, key=lambda candidate: candidate.received or 0)
@@ -110,12 +108,10 @@ def tie(possible: Sequence[Candidate]) -> float:
 
 def best_of_each(found: Sequence[Candidate]) -> dict[str, Candidate]:
     """For every strategy its best schedule, or one that says why it cannot run."""
-    best = {}
-    for strategy in STRATEGIES:
-        own = [candidate for candidate in found if candidate.mode[0] == strategy]
-        if own:
-            best[strategy] = choose(own) or own[0]
-    return best
+    own: dict[str, list[Candidate]] = {}
+    for candidate in found:
+        own.setdefault(candidate.mode.strategy, []).append(candidate)
+    return {strategy: choose(some) or some[0] for strategy, some in own.items()}
 
 
 def reason(chosen: Candidate, found: Sequence[Candidate], layer: Layer, profile: Profile, kept: bool) -> str:
@@ -126,11 +122,11 @@ def reason(chosen: Candidate, found: Sequence[Candidate], layer: Layer, profile:
     """
     shape = layer.shape
     times = sorted((c for c in best_of_each(found).values() if c.cost is not None), key=lambda c: c.seconds)
-    compared = ", ".join(f"{'/'.join(c.mode)} {c.seconds * 1e3:.3g} ms" for c in times)
+    compared = ", ".join(f"{c.mode.name} {c.seconds * 1e3:.3g} ms" for c in times)
     cost = chosen.cost
     assert cost is not None
     kernels = cost.forward.kernel + cost.backward.kernel
-    exchange = cost.forward.exchange + cost.backward.exchange + cost.again.exchange
+    exchange = cost.forward.exchange + cost.backward.exchange + cost.repeated.exchange
     if kept:
         why = f"kept: no other is predicted more than {HYSTERESIS:.0%} faster"
     elif times[0].mode != chosen.mode:
@@ -144,7 +140,7 @@ def reason(chosen: Candidate, found: Sequence[Candidate], layer: Layer, profile:
     )
     if cost.host_bound:
         text += f", less than the host takes to issue it ({cost.host * 1e3:.3g} ms)"
-    barred = [f"{'/'.join(c.mode)} not possible: {c.obstacle}" for c in found if c.obstacle is not None]
+    barred = [f"{c.mode.name} not possible: {c.obstacle}" for c in found if c.obstacle is not None]
     return "; ".join([text, *barred])
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from ds_lvxattn.plan.profile import Kernel, KernelPoint, Profile
+from ds_lvxattn.plan.profile import KernelPoint, KernelRates, Profile
 
 BACKWARD_OPERATIONS = 2.5
 KEYS_FIRST = 128  # keys of a backward program; backward passes divide the keys over programs
@@ -47,7 +47,7 @@ class AttentionCall:
         return 4.0 * self.batch * self.heads * self.rows * self.seen * self.head_dim
 
 
-def kernel_seconds(profile: Profile, kernel: Kernel, call: AttentionCall, backward: bool) -> float:
+def kernel_seconds(profile: Profile, kernel: KernelRates, call: AttentionCall, backward: bool) -> float:
     """Seconds on the device; a call without rows or keys takes none."""
     if min(call.batch, call.rows, call.keys) <= 0:
         return 0.0
@@ -69,7 +69,7 @@ class Place(NamedTuple):
     travel: float
 
 
-def _tiles(kernel: Kernel, call: AttentionCall) -> tuple[float, float]:
+def _tiles(kernel: KernelRates, call: AttentionCall) -> tuple[float, float]:
     """Row tiles of a call, and query positions that a tile covers."""
     if kernel.packed:
         group = call.heads // call.kv_heads
@@ -77,7 +77,7 @@ def _tiles(kernel: Kernel, call: AttentionCall) -> tuple[float, float]:
     return call.batch * call.heads * math.ceil(call.rows / kernel.tile_rows), kernel.tile_rows
 
 
-def _span(kernel: Kernel, call: AttentionCall) -> float:
+def _span(kernel: KernelRates, call: AttentionCall) -> float:
     """Keys that a row tile computes."""
     if not kernel.masked or kernel.name == "math" or call.seen >= call.keys:
         return call.keys  # ``math`` masks scores that it has computed
@@ -85,7 +85,7 @@ def _span(kernel: Kernel, call: AttentionCall) -> float:
     return min(call.keys, call.seen + call.drift * positions / 2 + kernel.tile_keys)
 
 
-def busy_operations(profile: Profile, kernel: Kernel, call: AttentionCall, backward: bool) -> float:
+def busy_operations(profile: Profile, kernel: KernelRates, call: AttentionCall, backward: bool) -> float:
     """Operations of a call with those that part-filled tiles and idle multiprocessors could have done meanwhile."""
     tiles, _ = _tiles(kernel, call)
     span, units = _span(kernel, call), profile.multiprocessors
@@ -98,7 +98,7 @@ def busy_operations(profile: Profile, kernel: Kernel, call: AttentionCall, backw
     return operations * min(_rounds(tiles * s, units) for s in shares)
 
 
-def _computed(profile: Profile, kernel: Kernel, call: AttentionCall, backward: bool) -> float:
+def _computed(profile: Profile, kernel: KernelRates, call: AttentionCall, backward: bool) -> float:
     """Seconds by the formula alone."""
     rate = kernel.backward if backward else kernel.forward
     seconds = busy_operations(profile, kernel, call, backward) / rate
@@ -107,7 +107,7 @@ def _computed(profile: Profile, kernel: Kernel, call: AttentionCall, backward: b
     return seconds + moved if backward else max(seconds, moved)
 
 
-def moved_bytes(kernel: Kernel, call: AttentionCall, backward: bool) -> float:
+def moved_bytes(kernel: KernelRates, call: AttentionCall, backward: bool) -> float:
     """Bytes that a call reads and writes in memory."""
     row_bytes = call.batch * call.heads * call.rows * call.head_dim * call.element
     keys = min(call.keys, call.rows * _span(kernel, call))
@@ -123,14 +123,14 @@ def _rounds(items: float, units: int) -> float:
     return math.ceil(items / units) * units / items
 
 
-def _place(kernel: Kernel, call: AttentionCall) -> Place:
+def _place(kernel: KernelRates, call: AttentionCall) -> Place:
     span = max(_span(kernel, call), 1.0)
     travel = call.drift * call.rows / max(call.seen, 1.0)
     return Place(math.log2(_tiles(kernel, call)[0]), math.log2(span), math.log2(1 + travel))
 
 
 @lru_cache(maxsize=256)
-def _ratios(profile: Profile, kernel: Kernel, element: int, backward: bool) -> tuple[tuple[Place, float], ...]:
+def _ratios(profile: Profile, kernel: KernelRates, element: int, backward: bool) -> tuple[tuple[Place, float], ...]:
     """For each measured point its place and the logarithm of measured over computed."""
     found = []
     for point in kernel.points:
@@ -141,7 +141,7 @@ def _ratios(profile: Profile, kernel: Kernel, element: int, backward: bool) -> t
     return tuple(found)
 
 
-def call_of(point: KernelPoint, kernel: Kernel, element: int) -> AttentionCall:
+def call_of(point: KernelPoint, kernel: KernelRates, element: int) -> AttentionCall:
     return AttentionCall(
         1, point.heads, point.kv_heads, kernel.head_dim, point.rows, point.keys, point.seen, point.drift, element
     )

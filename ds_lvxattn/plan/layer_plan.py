@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.errors import ConfigError
-from ds_lvxattn.exchange.strategies import STRATEGIES
 from ds_lvxattn.plan.choice import Candidate, best_of_each, candidates, choose, reason
-from ds_lvxattn.plan.cost import Layer, Mode
+from ds_lvxattn.plan.cost import Layer
+from ds_lvxattn.plan.modes import LOCAL, Mode, ModeKey, mode_named, schedules, strategies
 from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.plan.visibility import of_shape
@@ -27,7 +26,8 @@ class AttentionLayer:
         role: ``cross`` (visual keys, sharded by frames), ``self`` (text, causal, sharded by tokens) or ``local``
             (each rank its own frames, nothing exchanged).
         heads, kv_heads, head_dim: its sizes.
-        beside: whether it shares a decoder layer with another attention, with which the rest of the layer is counted.
+        shares_layer: whether it shares a decoder layer with another attention, with which the rest of the layer is
+            counted.
         window: of ``self``, the last keys that a row sees, its own included; None: all before it.
     """
 
@@ -36,7 +36,7 @@ class AttentionLayer:
     heads: int
     kv_heads: int
     head_dim: int
-    beside: bool = False
+    shares_layer: bool = False
     window: int | None = None
 
     @property
@@ -76,6 +76,11 @@ class LayerPlan:
     window: int | None = None
 
     @property
+    def mode(self) -> Mode:
+        """What it runs with; ``LOCAL`` where nothing is exchanged."""
+        return mode_named(self.strategy, self.schedule)
+
+    @property
     def kind(self) -> str:
         """See ``AttentionLayer``."""
         return kind_of(self.role, self.window)
@@ -96,12 +101,35 @@ def kind_of(role: str, window: int | None) -> str:
     return role if window is None else f"{role}, window {window}"
 
 
+@dataclass(frozen=True)
+class PlanSettings:
+    """What the user's settings prescribe of a plan; the config's keys of the same names.
+
+    Attributes:
+        strategy: for all layers, or ``auto``.
+        layers: module-name patterns to strategies, over ``strategy``; the first match counts.
+        schedule: for the strategies that have it, or ``auto``.
+        recompute: the policy in effect: ``none``, ``kv`` or ``layer``.
+    """
+
+    strategy: str = "auto"
+    layers: Mapping[str, str] = field(default_factory=dict)
+    schedule: str = "auto"
+    recompute: str = "none"
+
+    def forced(self, layer: str) -> str | None:
+        """The strategy that they prescribe for a layer, if any."""
+        matching = (name for pattern, name in self.layers.items() if fnmatchcase(layer, pattern))
+        return next(matching, None if self.strategy == "auto" else self.strategy)
+
+
 def plan_layers(
     layers: Sequence[AttentionLayer],
     shapes: Mapping[str, LayerShape],
-    config: SequenceParallelConfig,
     profile: Profile,
-    before: Mapping[str, Mode] | None = None,
+    settings: PlanSettings,
+    ranks: int,
+    before: Mapping[str, ModeKey] | None = None,
     room: float | None = None,
 ) -> list[LayerPlan]:
     """A plan for every layer.
@@ -109,17 +137,18 @@ def plan_layers(
     Args:
         layers: the model's attention layers.
         shapes: for each exchanged kind of layers, the sizes of a typical batch (heads are taken from the layer).
-        config: the sequence-parallel settings.
         profile: the machine that it runs on.
+        settings: the user's.
+        ranks: of the sequence-parallel group.
         before: strategy and schedule that layers ran with so far, by layer name.
         room: bytes that a layer's exchange may need while it runs; None: no limit.
 
     Raises:
-        ConfigError: a pattern of ``config.layers`` matches no exchanged layer, or the strategy that a setting
+        ConfigError: a pattern of ``settings.layers`` matches no exchanged layer, or the strategy that a setting
             forces cannot run a layer.
     """
     exchanged = [layer.name for layer in layers if layer.kind in shapes]
-    for pattern in config.layers:
+    for pattern in settings.layers:
         if not any(fnmatchcase(name, pattern) for name in exchanged):
             raise ConfigError(
                 f"'sequence_parallel.layers' has the pattern {pattern!r}, which matches none of the layers {exchanged}"
@@ -127,60 +156,56 @@ def plan_layers(
     known: dict[object, LayerPlan] = {}
     plans = []
     for layer in layers:
-        forced = _forced(layer, config)
+        forced = settings.forced(layer.name)
         past = (before or {}).get(layer.name)
         # Most layers of a model are alike, and so are their plans.
         key = (layer.kind, layer.heads, layer.kv_heads, layer.head_dim, forced, past)
         if key not in known:
-            known[key] = _plan_layer(layer, shapes.get(layer.kind), config, profile, forced, past, room)
+            sizes = shapes.get(layer.kind)
+            why = _nothing_to_exchange(layer, sizes, ranks)
+            if sizes is None or why is not None:
+                known[key] = LayerPlan(layer.name, layer.role, *LOCAL.key, {}, {}, why or "", window=layer.window)
+            else:
+                known[key] = _plan_layer(layer, sizes, profile, settings, forced, past, room)
         plans.append(replace(known[key], layer=layer.name))
     return plans
 
 
-def _forced(layer: AttentionLayer, config: SequenceParallelConfig) -> str | None:
-    """The strategy that the settings prescribe for a layer: the first pattern that matches, or the global one."""
-    matching = (name for pattern, name in config.layers.items() if fnmatchcase(layer.name, pattern))
-    return next(matching, None if config.strategy == "auto" else config.strategy)
+def _nothing_to_exchange(layer: AttentionLayer, sizes: LayerShape | None, ranks: int) -> str | None:
+    """Why every rank attends by itself, or None where it does not."""
+    if sizes is None or ranks == 1:
+        return "each rank attends within its own frames" if layer.role == "local" else "one rank, nothing to exchange"
+    if sizes.ranks == 1:
+        return "a small batch, which every rank computes whole: predicted faster than dividing it"
+    return None if sum(sizes.kv_lengths) else "no rank has a key, nothing to exchange"
 
 
 def _plan_layer(
     layer: AttentionLayer,
-    sizes: LayerShape | None,
-    config: SequenceParallelConfig,
+    sizes: LayerShape,
     profile: Profile,
+    settings: PlanSettings,
     forced: str | None,
-    before: Mode | None,
+    before: ModeKey | None,
     room: float | None,
 ) -> LayerPlan:
-    if sizes is None or config.size == 1:
-        why = "each rank attends within its own frames" if layer.role == "local" else "one rank, nothing to exchange"
-        return LayerPlan(layer.name, layer.role, "local", "auto", {}, {}, why, window=layer.window)
-    if sizes.ranks == 1:
-        why = "a small batch, which every rank computes whole: predicted faster than dividing it"
-        return LayerPlan(layer.name, layer.role, "local", "auto", {}, {}, why, window=layer.window)
-    if not sum(sizes.kv_lengths):
-        why = "no rank has a key, nothing to exchange"
-        return LayerPlan(layer.name, layer.role, "local", "auto", {}, {}, why, window=layer.window)
     shape = replace(
         sizes, heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim,
-        recompute=recomputed(layer.role, config.recompute),
+        recompute=recomputed(layer.role, settings.recompute),
     )  # fmt: skip
     costed = Layer(shape, of_shape(shape))
-    schedules = {}
-    for name, strategy in STRATEGIES.items():
-        if config.schedule in strategy.schedules:
-            schedules[name] = (config.schedule,)
-    found = candidates(costed, profile, schedules, room)
+    allowed = {name: (settings.schedule,) for name in strategies() if settings.schedule in schedules(name)}
+    found = candidates(costed, profile, allowed, room)
     best = best_of_each(found)
     if forced is not None:
         if best[forced].cost is None:
             # The only one there is: it may run out of memory, but the user asked for it.
-            if (unlimited := best_of_each(candidates(costed, profile, schedules))[forced]).cost is None:
+            if (unlimited := best_of_each(candidates(costed, profile, allowed))[forced]).cost is None:
                 raise ConfigError(f"strategy '{forced}' cannot run layer {layer.name}: {unlimited.obstacle}")
             best[forced] = unlimited
         chosen: Candidate | None = best[forced]
         if before is not None and before[0] == forced:
-            own = [candidate for candidate in found if candidate.mode[0] == forced]
+            own = [candidate for candidate in found if candidate.mode.strategy == forced]
             chosen = choose(own, before) or chosen
         assert chosen is not None
         why = f"set in the config: '{forced}'"
@@ -189,17 +214,17 @@ def _plan_layer(
         if chosen is None:
             raise ConfigError(
                 f"no strategy can run layer {layer.name}: "
-                + "; ".join(f"{'/'.join(candidate.mode)} {candidate.obstacle}" for candidate in found)
+                + "; ".join(f"{candidate.mode.name} {candidate.obstacle}" for candidate in found)
             )
-        why = reason(chosen, found, costed, profile, kept=chosen.mode == before)
+        why = reason(chosen, found, costed, profile, kept=chosen.mode.key == before)
     # What is written for a strategy is what would run: for the chosen one, the chosen schedule.
-    best[chosen.mode[0]] = chosen
+    best[chosen.mode.strategy] = chosen
     return LayerPlan(
-        layer.name, layer.role, *chosen.mode,
+        layer.name, layer.role, *chosen.mode.key,
         {name: None if c.cost is None else round(c.cost.attention * 1e3, 4) for name, c in best.items()},
         {name: c.received for name, c in best.items()},
         why,
-        head_groups=costed.head_groups(profile) if chosen.mode == ("lv_xattn", "gather") else None,
+        head_groups=costed.head_groups(profile) if chosen.mode.pipelines_heads else None,
         balance=round(shape.balance, 4),
         window=layer.window,
     )  # fmt: skip

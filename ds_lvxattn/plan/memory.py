@@ -11,75 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ds_lvxattn.plan.pipeline import keeps_queries
+from ds_lvxattn.plan.layer_sizes import FLOAT32, LayerSizes
+from ds_lvxattn.plan.modes import mode_named
 
 POLICIES = ("none", "kv", "layer")
-FLOAT32 = 4
-
-
-@dataclass(frozen=True)
-class LayerSizes:
-    """Sizes of one decoder layer on one rank.
-
-    Attributes:
-        role: ``cross`` or ``self``.
-        strategy, schedule: how its attention crosses the ranks; ``local`` where nothing is exchanged.
-        batch: sequences in the micro-batch.
-        ranks: ranks of the sequence-parallel group.
-        rows, longest_rows, total_rows: query rows of this rank, of the rank with most, of all ranks.
-        keys, total_keys: key rows that are projected on this rank, and on all ranks.
-        heads, kv_heads, head_dim: query heads, key heads, head size.
-        width: size of a text row (``d_model``), and of a visual feature.
-        intermediate: inner size of the feed-forward part.
-        element: bytes of an element.
-        beside: whether this attention shares a decoder layer, its queries too, with another one, with which the rest of
-            the layer is counted; its visual features pass the layer's norm.
-    """
-
-    role: str
-    strategy: str
-    schedule: str
-    batch: int
-    ranks: int
-    rows: int
-    longest_rows: int
-    total_rows: int
-    keys: int
-    total_keys: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    width: int
-    intermediate: int
-    element: int
-    beside: bool = False
-
-    @property
-    def statistic(self) -> int:
-        """Bytes of a log-sum-exp value."""
-        return 8 if self.element == 8 else FLOAT32
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a text row of each sequence."""
-        return self.batch * self.width * self.element
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of this rank's keys, as of its values."""
-        return self.batch * self.keys * self.kv_heads * self.head_dim * self.element
-
-    def query_bytes(self, rows: int) -> int:
-        """Bytes of ``rows`` query rows (as of output rows)."""
-        return self.batch * rows * self.heads * self.head_dim * self.element
-
-    def statistic_bytes(self, rows: int) -> int:
-        """Bytes of the log-sum-exp of ``rows`` query rows."""
-        return self.batch * rows * self.heads * self.statistic
-
-    def norm_bytes(self, rows: int, width: int) -> int:
-        """An RMS norm over vectors of ``width``: the float32 input, its inverse norm, the normalised input."""
-        return self.batch * rows * (width * (FLOAT32 + self.element) + FLOAT32)
 
 
 def kept_bytes(sizes: LayerSizes, policy: str) -> int:
@@ -92,8 +27,8 @@ def kept_bytes(sizes: LayerSizes, policy: str) -> int:
     """
     if policy not in POLICIES:
         raise ValueError(f"recompute policy is {policy!r}; choose one of {POLICIES}")
-    if sizes.beside:
-        return returned_bytes(sizes) + (_beside_bytes(sizes) if policy == "none" else 0)
+    if sizes.shares_layer:
+        return returned_bytes(sizes) + (_second_attention_bytes(sizes) if policy == "none" else 0)
     rows = sizes.rows * sizes.row_bytes
     if policy == "layer":
         return rows + returned_bytes(sizes)
@@ -110,40 +45,22 @@ def returned_bytes(sizes: LayerSizes) -> int:
 
     They are kept under every policy, so that nothing has to be attended to, or sent, again.
     """
-    if sizes.strategy == "ulysses":  # this rank's share of the heads, for all rows
-        return (
-            sizes.query_bytes(sizes.total_rows) // sizes.ranks + sizes.statistic_bytes(sizes.total_rows) // sizes.ranks
-        )
-    kept = sizes.query_bytes(sizes.rows) + sizes.statistic_bytes(sizes.rows)
-    return kept + (sizes.query_bytes(sizes.ranks * sizes.longest_rows) if _keeps_gathered(sizes) else 0)
-
-
-def _keeps_gathered(sizes: LayerSizes) -> bool:
-    """Whether other ranks' queries are kept; ``routed`` keeps those that it received, at most all of them."""
-    if sizes.strategy != "lv_xattn" or sizes.schedule == "ring" or sizes.ranks == 1:
-        return False
-    return keeps_queries(sizes.heads, sizes.kv_heads, (sizes.longest_rows,) * sizes.ranks, (sizes.keys,))
+    return mode_named(sizes.strategy, sizes.schedule).returned(sizes)
 
 
 def _attention_bytes(sizes: LayerSizes) -> int:
-    """An attention module: input of the projections, norms of queries and keys, the operator, queries and keys.
+    """An attention module: input of the projections, norms of queries and keys, the operator's inputs and results.
 
-    The operator's output is also the input of ``o_proj``; Ulysses' makes its way back first.
+    The operator's output is also the input of ``o_proj``.
     """
     kept = sizes.rows * sizes.row_bytes + returned_bytes(sizes)
     if sizes.role == "cross":
         kept += sizes.norm_bytes(sizes.rows * sizes.heads, sizes.head_dim)
         kept += sizes.norm_bytes(sizes.keys * sizes.kv_heads, sizes.head_dim)
-    if sizes.strategy == "ulysses":
-        # Its share of the heads; key heads are repeated until each rank has one. Two int32 a row say what it sees.
-        heads = max(sizes.kv_heads, sizes.ranks)
-        keys = sizes.batch * sizes.total_keys * heads * sizes.head_dim * sizes.element // sizes.ranks
-        kept += sizes.query_bytes(sizes.rows) + sizes.query_bytes(sizes.total_rows) // sizes.ranks
-        return kept + 2 * keys + 8 * sizes.batch * sizes.total_rows
-    return kept + 2 * sizes.kv_bytes + (0 if _keeps_gathered(sizes) else sizes.query_bytes(sizes.rows))
+    return kept + mode_named(sizes.strategy, sizes.schedule).inputs(sizes)
 
 
-def _beside_bytes(sizes: LayerSizes) -> int:
+def _second_attention_bytes(sizes: LayerSizes) -> int:
     """Keys and values; of the features, what their norm keeps and its output, which is the input of the projection."""
     normed = sizes.norm_bytes(sizes.keys, sizes.width) + sizes.batch * sizes.keys * sizes.width * sizes.element
     return 2 * sizes.kv_bytes + normed

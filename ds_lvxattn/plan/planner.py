@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from ds_lvxattn.plan.choice import ShapeClass
-from ds_lvxattn.plan.layer_plan import AttentionLayer, LayerPlan, plan_layers, recomputed
-from ds_lvxattn.plan.memory import POLICIES, LayerSizes, kept_bytes
+from ds_lvxattn.plan.layer_plan import AttentionLayer, LayerPlan, PlanSettings, plan_layers, recomputed
+from ds_lvxattn.plan.layer_sizes import LayerSizes
+from ds_lvxattn.plan.memory import POLICIES, kept_bytes
 from ds_lvxattn.plan.profile import Profile
+from ds_lvxattn.plan.replicated_compute import replicating_is_faster
 from ds_lvxattn.plan.traffic import LayerShape
-from ds_lvxattn.plan.undivided import whole_is_faster
-
-if TYPE_CHECKING:
-    from ds_lvxattn.config import SequenceParallelConfig
 
 Plan = tuple[LayerPlan, ...]  # a layer each, in the model's order
 
@@ -72,7 +70,8 @@ class Planner:
 
     Args:
         layers: the model's attention layers, in its order.
-        settings: the sequence-parallel settings.
+        settings: what the user prescribes.
+        ranks: of the sequence-parallel group.
         model: its other sizes.
         profile: the machine, as far as it is known ahead of the run. What decides on undivided batches: they are laid
             out ahead of their steps, perhaps before anything is measured, and alike on all ranks.
@@ -84,14 +83,15 @@ class Planner:
     def __init__(
         self,
         layers: Sequence[AttentionLayer],
-        settings: SequenceParallelConfig,
+        settings: PlanSettings,
+        ranks: int,
         model: ModelSizes,
         profile: Profile,
         policy: Callable[[], str],
         room: Callable[[], float | None],
         share: Share,
     ) -> None:
-        self._layers, self._settings, self._model = layers, settings, model
+        self._layers, self._settings, self._ranks, self._model = layers, settings, ranks, model
         self._shipped, self._policy, self._room, self._share = profile, policy, room, share
         self.profile = profile
         self.plan: Plan = ()
@@ -117,7 +117,7 @@ class Planner:
                 if layer.kind in shapes
             ]  # fmt: skip
             dense = sizes.rows * self._model.row_operations + sizes.encoded * self._model.token_operations
-            self._undivided[sizes.shape_class] = whole_is_faster(layers, dense, self._shipped)
+            self._undivided[sizes.shape_class] = replicating_is_faster(layers, dense, self._shipped)
         return self._undivided[sizes.shape_class]
 
     def start(self, sizes: BatchSizes, profile: Profile | None = None) -> Plan:
@@ -155,8 +155,8 @@ class Planner:
         before = {plan.layer: (plan.strategy, plan.schedule) for plan in self.plan}
 
         def decide() -> list[LayerPlan]:
-            settings = self._settings.model_copy(update={"recompute": self._policy()})
-            return plan_layers(self._layers, shapes, settings, self.profile, before, self._room())
+            settings = replace(self._settings, recompute=self._policy())
+            return plan_layers(self._layers, shapes, self.profile, settings, self._ranks, before, self._room())
 
         self.plan = tuple(
             replace(plan, kept_bytes={policy: kept_bytes(kept, policy) for policy in POLICIES}) if kept else plan
@@ -198,5 +198,5 @@ def _layer_sizes(plan: LayerPlan, layer: AttentionLayer, shape: LayerShape, mode
     return LayerSizes(
         layer.role, plan.strategy, plan.schedule, shape.batch, shape.ranks,
         rows, rows, sum(shape.q_lengths), keys, max(sum(shape.kv_lengths), keys),
-        layer.heads, layer.kv_heads, layer.head_dim, model.width, model.intermediate, shape.element, layer.beside,
+        layer.heads, layer.kv_heads, layer.head_dim, model.width, model.intermediate, shape.element, layer.shares_layer,
     )  # fmt: skip

@@ -78,7 +78,7 @@ class KernelPoint:
 
 
 @dataclass(frozen=True, eq=False)  # known by identity: hashing its points would cost more than using them
-class Kernel:
+class KernelRates:
     """An attention kernel at one head size: its rate, its tiles and measured points that correct both.
 
     Attributes:
@@ -111,12 +111,12 @@ class HostTime:
 
     Attributes:
         forward, backward: of the layer, projections of K and V among it.
-        again: what recomputing K and V adds.
+        repeated: what recomputing K and V adds.
     """
 
     forward: float
     backward: float
-    again: float
+    repeated: float
 
 
 @dataclass(frozen=True)
@@ -169,13 +169,13 @@ class Profile:
     gpus_per_node: int
     intra: Link
     inter: Link
-    kernels: tuple[Kernel, ...]
+    kernels: tuple[KernelRates, ...]
     curves: tuple[Curve, ...] = ()
     host: Mapping[str, HostTime] = field(default_factory=dict)
     host_ranks: int = 1
     projections: tuple[Projection, ...] = ()
 
-    def kernel(self, head_dim: int, masked: bool) -> Kernel:
+    def kernel(self, head_dim: int, masked: bool) -> KernelRates:
         """The kernel for a head size: of the nearest size measured, with a mask if asked for and if known."""
         return min(self.kernels, key=lambda k: (k.masked != masked, abs(k.head_dim - head_dim)))
 
@@ -277,9 +277,9 @@ PROJECTION_KEYS = ("width", "head_dim", "forward_over_computed", "backward_over_
 POINT_KEYS = ("rows", "keys", "heads", "kv_heads", "seen", "drift", "forward_ms", "backward_ms")
 
 
-def _kernel(data: Mapping[str, Any]) -> Kernel:
+def _kernel(data: Mapping[str, Any]) -> KernelRates:
     points = data.get("points", ())
-    return Kernel(
+    return KernelRates(
         name=data["kernel"],
         masked=data["masked"],
         head_dim=data["head_dim"],
@@ -308,7 +308,7 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
             **shared,
         }
 
-    def kernel(x: Kernel) -> dict[str, Any]:
+    def kernel(x: KernelRates) -> dict[str, Any]:
         return {
             "kernel": x.name,
             "masked": x.masked,
@@ -343,7 +343,7 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
         "inter": link(profile.inter),
         "host_ranks": profile.host_ranks,
         "host_ms": {
-            name: [_short(x / MS) for x in (t.forward, t.backward, t.again)] for name, t in profile.host.items()
+            name: [_short(x / MS) for x in (t.forward, t.backward, t.repeated)] for name, t in profile.host.items()
         },
         "projection_keys": list(PROJECTION_KEYS),
         "projections": [[p.width, p.head_dim, _short(p.forward), _short(p.backward)] for p in profile.projections],

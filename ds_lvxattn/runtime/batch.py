@@ -125,7 +125,7 @@ class SequenceParallelBatch:
             key,
             value,
             group=self.comm.group,
-            strategy=plan.strategy if plan.strategy != "local" else "lv_xattn",
+            strategy=plan.strategy,
             interval=inputs.interval,
             scale=scale,
             schedule=plan.schedule,

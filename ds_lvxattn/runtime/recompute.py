@@ -27,9 +27,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ds_lvxattn.plan.modes import modes
+
 logger = logging.getLogger(__name__)
 
-ATTENTION_OPERATORS = ("local_attention", "query_gather", "query_ring", "query_routed", "query_replicated", "kv_ring")
 RECOMPUTATION = "recomputation"
 
 
@@ -185,10 +186,11 @@ class _Keep(TorchDispatchMode):
     def __init__(self, kept: _Kept) -> None:
         super().__init__()
         self.kept = kept
+        self.operators = _attention_operators()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = func(*args, **(kwargs or {}))
-        if _is_attention(func):
+        if func._schema.name in self.operators:
             # Detached: autograd gives the returned tensors a history, which would keep the graph alive through itself.
             self.kept.fresh.append(tuple(x.detach() for x in returned))
         return returned
@@ -216,6 +218,7 @@ class _Reuse(TorchDispatchMode):
         super().__init__()
         self.kept = kept
         self.in_use = _InUse(module)
+        self.operators = _attention_operators()
         self.outputs: list[tuple[Tensor, ...]] = []
 
     def __enter__(self) -> Any:
@@ -229,7 +232,7 @@ class _Reuse(TorchDispatchMode):
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.outputs.pop(0) if _is_attention(func) else func(*args, **(kwargs or {}))
+        return self.outputs.pop(0) if func._schema.name in self.operators else func(*args, **(kwargs or {}))
 
 
 def _zero3_users(module: nn.Module) -> list[set[Any]]:
@@ -243,8 +246,9 @@ def _zero3_users(module: nn.Module) -> list[set[Any]]:
     return [p.ds_active_sub_modules for p in module.parameters() if hasattr(p, "ds_active_sub_modules")]
 
 
-def _is_attention(operator: Any) -> bool:
-    return operator.namespace == "ds_lvxattn" and operator._opname in ATTENTION_OPERATORS
+def _attention_operators() -> frozenset[str]:
+    """Registered names of the operators whose results are kept."""
+    return frozenset(name for mode in modes() for name in mode.operators)
 
 
 class _OnCPU(saved_tensors_hooks):

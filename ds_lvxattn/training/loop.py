@@ -24,7 +24,7 @@ from ds_lvxattn.data.sample import SampleSource
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily
 from ds_lvxattn.groups import SequenceParallelGroups, set_timeouts
-from ds_lvxattn.plan.layer_plan import plan_layers
+from ds_lvxattn.plan.layer_plan import PlanSettings, plan_layers
 from ds_lvxattn.plan.planner import Plan
 from ds_lvxattn.plan.profile import profile_for_device
 from ds_lvxattn.runtime.layer_times import LayerTimes
@@ -198,7 +198,7 @@ class Trainer:
         collator, planner, model = self.batches.collator, self.batches.planner, self.job.loaded.model
         if self.parallel is None or planner is None:
             layers = collator.family.attention_layers(model).values()
-            log.plan(plan_layers(list(layers), {}, self.job.parallel, profile_for_device(self.device.type)))
+            log.plan(plan_layers(list(layers), {}, profile_for_device(self.device.type), PlanSettings(), ranks=1))
             return
         profile = None
         if self.parallel.config.strategy == "auto":

@@ -11,14 +11,8 @@ import torch
 from torch import nn
 
 from ds_lvxattn.batches.layout import BatchLayout
-from ds_lvxattn.plan.memory import (
-    POLICIES,
-    LayerSizes,
-    ModelStates,
-    frames_that_fit,
-    kept_bytes,
-    step_bytes,
-)
+from ds_lvxattn.plan.layer_sizes import LayerSizes
+from ds_lvxattn.plan.memory import POLICIES, ModelStates, frames_that_fit, kept_bytes, step_bytes
 
 
 @dataclass(frozen=True)

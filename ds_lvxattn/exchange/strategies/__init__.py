@@ -1,23 +1,23 @@
-"""The sequence-parallel strategies, one file (or, with several schedules, one folder) each."""
+"""The torch side of the modes, one file each, found by the reference that a ``plan.modes.Mode`` holds."""
 
 from __future__ import annotations
 
-from ds_lvxattn.exchange.base import Exchange, Strategy
-from ds_lvxattn.exchange.strategies.kv_ring import RingAttention
-from ds_lvxattn.exchange.strategies.lv_xattn import LVXAttn
-from ds_lvxattn.exchange.strategies.ulysses import Ulysses
+import importlib
 
-STRATEGIES: dict[str, Strategy] = {s.name: s for s in (LVXAttn(), Ulysses(), RingAttention())}
+from ds_lvxattn.exchange.base import Attention
+from ds_lvxattn.plan.modes import Mode, modes
 
-__all__ = ["STRATEGIES", "Exchange", "Strategy", "strategy_named"]
+_resolved: dict[str, Attention] = {}
 
 
-def strategy_named(name: str) -> Strategy:
-    """The strategy called ``name``.
+def implementation_of(mode: Mode) -> Attention:
+    """The attention function of ``mode``."""
+    if mode.implementation not in _resolved:
+        module, name = mode.implementation.split(":")
+        _resolved[mode.implementation] = getattr(importlib.import_module(module), name)
+    return _resolved[mode.implementation]
 
-    Raises:
-        ValueError: there is none of that name.
-    """
-    if name not in STRATEGIES:
-        raise ValueError(f"strategy is '{name}'; choose one of {sorted(STRATEGIES)}")
-    return STRATEGIES[name]
+
+# Imported now, not at the first call, which torch.compile may trace; importing them registers their operators.
+for _mode in modes():
+    implementation_of(_mode)

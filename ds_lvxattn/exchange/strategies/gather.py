@@ -27,7 +27,7 @@ from ds_lvxattn.plan.pipeline import head_groups, keeps_queries
 
 
 def gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-    """Attention of the rank's rows over the keys of all ranks; see ``Strategy.attention``."""
+    """Attention of the rank's rows over the keys of all ranks; see ``exchange.base``."""
     layout = exchange.layout
     batch, heads, _, head_dim = q.shape
     kv_heads, lengths = k.shape[1], (layout.q.lengths, layout.kv.lengths)

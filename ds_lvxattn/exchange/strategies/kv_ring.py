@@ -20,25 +20,17 @@ from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.kernels.triton.merge import merge_partials
 
 
-class RingAttention:
-    """Keys and values travel. Works for any head counts; traffic grows with the visual length."""
-
-    name = "ring"
-    schedules = ("ring",)
-
-    def unsupported(self, heads: int, kv_heads: int, ranks: int, replicated: bool) -> str | None:
-        return "it shards the queries; use lv_xattn for replicated queries" if replicated else None
-
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-        layout = exchange.layout
-        start, stop = exchange.bounds
-        if start is not None and stop is not None:
-            own = (exchange.comm.rank, slice(None), slice(q.shape[2]))
-            start, stop = start[own], stop[own]
-        return torch.ops.ds_lvxattn.kv_ring(
-            q, k, v, start, stop, exchange.scale, exchange.kernel,
-            exchange.comm.name, layout.kv.lengths, layout.kv.deal,
-        )  # fmt: skip
+def kv_ring_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """Attention of the rank's rows over the keys of all ranks; see ``exchange.base``."""
+    layout = exchange.layout
+    start, stop = exchange.bounds
+    if start is not None and stop is not None:
+        own = (exchange.comm.rank, slice(None), slice(q.shape[2]))
+        start, stop = start[own], stop[own]
+    return torch.ops.ds_lvxattn.kv_ring(
+        q, k, v, start, stop, exchange.scale, exchange.kernel,
+        exchange.comm.name, layout.kv.lengths, layout.kv.deal,
+    )  # fmt: skip
 
 
 def _pass_on(comm: Communicator, held: Sequence[Tensor], lengths: Sequence[int], owner: int, what: str):

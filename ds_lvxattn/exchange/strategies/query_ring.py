@@ -22,7 +22,7 @@ from ds_lvxattn.kernels.triton.merge import merge_partials
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-    """Attention of the rank's rows over the keys of all ranks; see ``Strategy.attention``."""
+    """Attention of the rank's rows over the keys of all ranks; see ``exchange.base``."""
     layout = exchange.layout
     return torch.ops.ds_lvxattn.query_ring(
         q, k, v, *exchange.bounds, exchange.scale, exchange.kernel,

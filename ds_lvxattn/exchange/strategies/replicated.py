@@ -27,7 +27,7 @@ ALIGNMENT = 8  # bytes: each rank's message holds values of up to so many
 
 
 def replicated_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-    """Attention of the shared rows over the keys of all ranks, on every rank; see ``Strategy.attention``."""
+    """Attention of the shared rows over the keys of all ranks, on every rank; see ``exchange.base``."""
     first, last = exchange.local_ranges
     return torch.ops.ds_lvxattn.query_replicated(
         q, k, v, first, last, exchange.scale, exchange.kernel, exchange.comm.name, exchange.gradient_parts

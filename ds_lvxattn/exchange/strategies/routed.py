@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ds_lvxattn.exchange.base import Exchange
 from ds_lvxattn.exchange.comm import Communicator, Part, communicator_by_name
+from ds_lvxattn.exchange.routes import Routes
+from ds_lvxattn.exchange.strategies.gather import gather_attention
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.differentiable import attention_operator, empty_results
 from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
@@ -21,9 +23,12 @@ from ds_lvxattn.plan.pipeline import keeps_queries
 
 
 def routed_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-    """Attention of the rank's rows over the keys of all ranks; see ``Strategy.attention``."""
-    routes, layout = exchange.routes, exchange.layout
-    assert routes is not None
+    """Attention of the rank's rows over the keys of all ranks; see ``exchange.base``."""
+    layout, interval, routes = exchange.layout, exchange.interval, exchange.routes
+    if interval is None:  # every row sees keys of every rank: what is routed is all that there is to gather
+        return gather_attention(q, k, v, exchange)
+    if routes is None:
+        routes = Routes.build(interval.start.cpu(), interval.stop.cpu(), layout, exchange.comm.rank, q.device)
     keep = exchange.keep_queries
     if keep is None:
         keep = keeps_queries(q.shape[1], k.shape[1], layout.q.lengths, layout.kv.lengths)

@@ -15,36 +15,23 @@ from ds_lvxattn.exchange.base import Exchange
 from ds_lvxattn.exchange.comm import Communicator
 from ds_lvxattn.exchange.shards import SequenceShards
 from ds_lvxattn.kernels.operator import local_attention
-from ds_lvxattn.plan.cost import obstacle
 
 
-class Ulysses:
-    """Head all-to-all. Needs query heads that the ranks divide, and key heads that they divide or multiply."""
-
-    name = "ulysses"
-    schedules = ()
-
-    def unsupported(self, heads: int, kv_heads: int, ranks: int, replicated: bool) -> str | None:
-        if replicated:
-            return "it shards the queries; use lv_xattn for replicated queries"
-        return obstacle(self.name, heads, kv_heads, ranks)
-
-    # Never part of a compiled graph: DeepSpeed's exchange and the count of its bytes, in the backward pass too, are of
-    # tensors with data. ``torch.compiler.disable`` is the same, but imports the compiler together with this module.
-    @torch._disable_dynamo
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-        comm, layout = exchange.comm, exchange.layout
-        if k.shape[1] < comm.ranks:
-            # Each rank needs a key head of its own: the group's heads are sent to every rank that shares one.
-            k, v = (x.repeat_interleave(comm.ranks // k.shape[1], dim=1) for x in (k, v))
-        own = q.shape[2]
-        local = _HeadShard(exchange)
-        context = _distributed_attention(comm, local)(
-            _padded(q, layout.q), _padded(k, layout.kv), _padded(v, layout.kv), 0
-        )
-        out = comm.account(context, "outputs")
-        lse = comm.account(_sequence_shard(local.lse, comm), "lse")
-        return out[:, :own].transpose(1, 2), lse[:, :own, :, 0].transpose(1, 2).contiguous()
+# Never part of a compiled graph: DeepSpeed's exchange and the count of its bytes, in the backward pass too, are of
+# tensors with data. ``torch.compiler.disable`` is the same, but imports the compiler together with this module.
+@torch._disable_dynamo
+def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """Attention of the rank's rows over the keys of all ranks; see ``exchange.base``."""
+    comm, layout = exchange.comm, exchange.layout
+    if k.shape[1] < comm.ranks:
+        # Each rank needs a key head of its own: the group's heads are sent to every rank that shares one.
+        k, v = (x.repeat_interleave(comm.ranks // k.shape[1], dim=1) for x in (k, v))
+    own = q.shape[2]
+    local = _HeadShard(exchange)
+    context = _distributed_attention(comm, local)(_padded(q, layout.q), _padded(k, layout.kv), _padded(v, layout.kv), 0)
+    out = comm.account(context, "outputs")
+    lse = comm.account(_sequence_shard(local.lse, comm), "lse")
+    return out[:, :own].transpose(1, 2), lse[:, :own, :, 0].transpose(1, 2).contiguous()
 
 
 class _HeadShard:

@@ -80,7 +80,7 @@ class MPlugOwl3(VisualFamily):
             layers[module] = layer
             projection: Any = getattr(module, "v_kv_proj", None)
             if projection is not None:
-                layers[projection] = replace(layer, name=f"{layer.name}.v_kv_proj", role="cross", beside=True)
+                layers[projection] = replace(layer, name=f"{layer.name}.v_kv_proj", role="cross", shares_layer=True)
         return layers
 
     def recomputed(self, layers: Mapping[nn.Module, AttentionLayer]) -> list[nn.Module]:

@@ -17,6 +17,7 @@ class TritonKernel:
 
     name = "triton"
     needs_out = False
+    takes_intervals = True
     splits_keys = True
 
     def unsupported(self, call: Call) -> str | None:

@@ -8,18 +8,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ds_lvxattn.plan.choice import best_of_each, candidates
-from ds_lvxattn.plan.cluster.step import USABLE, Job, steps
+from ds_lvxattn.plan.cluster.step import USABLE, ClusterJob, steps
 from ds_lvxattn.plan.cost import Layer
+from ds_lvxattn.plan.modes import mode_named, strategies
 from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.plan.visibility import of_mask
 
-COLOURS = {"lv_xattn": "#1b7837", "ulysses": "#2166ac", "ring": "#b2182b", "local": "#555555"}
 MOST_GPUS = 4096
 MOST_TOKENS = 10_000_000
 
 
-def scaling(job: Job, profile: Profile, path: Path) -> None:
+def colour_of(strategy: str) -> str:
+    """Colour of a strategy: that of its first schedule."""
+    return mode_named(strategy).colour
+
+
+def scaling(job: ClusterJob, profile: Profile, path: Path) -> None:
     """Step time over GPUs, for the job's sample, and over frames, on the job's GPUs; dotted where memory lacks."""
     import matplotlib
 
@@ -45,16 +50,16 @@ def scaling(job: Job, profile: Profile, path: Path) -> None:
     plt.close(figure)
 
 
-def _curves(axes, places: Sequence[int], jobs: Sequence[Job], profile: Profile) -> None:
+def _curves(axes, places: Sequence[int], jobs: Sequence[ClusterJob], profile: Profile) -> None:
     found = [steps(job, profile) for job in jobs]
-    for name in ("lv_xattn", "ulysses", "ring"):
+    for name in strategies():
         points = [(x, s[name][1]) for x, s in zip(places, found, strict=True) if name in s]
         there = [(x, step.total, step.memory) for x, step in points if step is not None]
         if not there:
             continue
-        axes.plot([x for x, _, _ in there], [t for _, t, _ in there], ":", color=COLOURS[name])
+        axes.plot([x for x, _, _ in there], [t for _, t, _ in there], ":", color=colour_of(name))
         fits = [(x, t) for x, t, memory in there if memory <= USABLE * profile.memory]
-        axes.plot([x for x, _ in fits], [t for _, t in fits], "o-", ms=3, color=COLOURS[name], label=name)
+        axes.plot([x for x, _ in fits], [t for _, t in fits], "o-", ms=3, color=colour_of(name), label=name)
 
 
 class Panel(NamedTuple):
@@ -65,7 +70,7 @@ class Panel(NamedTuple):
     measured: Mapping[tuple[int, int], str]
 
 
-def slower_links(job: Job, profile: Profile) -> list[Panel]:
+def slower_links(job: ClusterJob, profile: Profile) -> list[Panel]:
     """Panels of the machine, and of ones with a quarter and a sixteenth of its bandwidth."""
     link = profile.intra if job.gpus <= profile.gpus_per_node else profile.inter
     panels = [Panel(profile, f"{link.bandwidth / 1e9:.0f} GB/s, as in the profile", {})]
@@ -74,7 +79,7 @@ def slower_links(job: Job, profile: Profile) -> list[Panel]:
     return panels
 
 
-def choice_map(job: Job, panels: Sequence[Panel], path: Path) -> None:
+def choice_map(job: ClusterJob, panels: Sequence[Panel], path: Path) -> None:
     """The fastest strategy of a cross-attention layer by text and visual tokens, a panel for each machine.
 
     Args:
@@ -92,13 +97,13 @@ def choice_map(job: Job, panels: Sequence[Panel], path: Path) -> None:
         for text in texts:
             for visual in visuals:
                 name, gain = _fastest(job, machine, round(text), round(visual))
-                axes.plot(text, visual, "s", ms=7, color=COLOURS[name], alpha=0.35 + 0.65 * min(gain / 0.3, 1.0))
+                axes.plot(text, visual, "s", ms=7, color=colour_of(name), alpha=0.35 + 0.65 * min(gain / 0.3, 1.0))
         for (text, visual), name in measured.items():
-            axes.plot(text, visual, "o", ms=9, mfc=COLOURS[name], mec="black")
+            axes.plot(text, visual, "o", ms=9, mfc=colour_of(name), mec="black")
         axes.set(xscale="log", yscale="log", xlabel="text tokens", title=title)
     all_axes[0].set_ylabel("visual tokens")
-    for name in ("lv_xattn", "ulysses", "ring"):
-        all_axes[-1].plot([], [], "s", color=COLOURS[name], label=name)
+    for name in strategies():
+        all_axes[-1].plot([], [], "s", color=colour_of(name), label=name)
     if any(panel.measured for panel in panels):
         all_axes[-1].plot([], [], "o", mfc="white", mec="black", label="measured fastest")
     all_axes[-1].legend(loc="upper right")
@@ -111,7 +116,7 @@ def choice_map(job: Job, panels: Sequence[Panel], path: Path) -> None:
     plt.close(figure)
 
 
-def _fastest(job: Job, profile: Profile, text: int, visual: int) -> tuple[str, float]:
+def _fastest(job: ClusterJob, profile: Profile, text: int, visual: int) -> tuple[str, float]:
     """The fastest strategy, and by what share the next one is slower."""
     m = job.model
     rows, keys = max(text // job.gpus, 1), max(visual // job.gpus, 1)

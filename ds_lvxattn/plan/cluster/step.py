@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from ds_lvxattn.plan import memory, network
 from ds_lvxattn.plan.choice import Candidate, best_of_each, candidates, choose
 from ds_lvxattn.plan.cluster.model_sizes import ModelSizes
-from ds_lvxattn.plan.cost import Layer, Mode, layer_cost, workspace_bytes
-from ds_lvxattn.plan.memory import LayerSizes, ModelStates
+from ds_lvxattn.plan.cost import Layer
+from ds_lvxattn.plan.layer_sizes import LayerSizes
+from ds_lvxattn.plan.memory import ModelStates
+from ds_lvxattn.plan.modes import LOCAL, Mode
 from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.plan.visibility import of_mask
@@ -23,7 +25,7 @@ ENCODER_RATE = 0.35  # rate of a vision encoder over that of a matrix product: L
 
 
 @dataclass(frozen=True)
-class Job:
+class ClusterJob:
     """One training job: all GPUs are one sequence-parallel group, and work on one sample at a time.
 
     Attributes:
@@ -110,17 +112,14 @@ class Step:
         return self.cross + self.self_attention + self.text + self.vision + self.zero + self.optimizer
 
 
-LOCAL: Mode = ("local", "auto")
-
-
 def layer_candidates(layer: Layer, profile: Profile) -> list[Candidate]:
     """Candidates of a layer; on one rank its own attention."""
     if layer.shape.ranks == 1:
-        return [Candidate(LOCAL, layer_cost(layer, LOCAL, profile), 0, 0.0)]
+        return [Candidate(LOCAL, LOCAL.cost(layer, profile), 0, 0.0)]
     return candidates(layer, profile)
 
 
-def step_of(job: Job, compared: Candidate, profile: Profile) -> Step:
+def step_of(job: ClusterJob, compared: Candidate, profile: Profile) -> Step:
     """The step when every layer that attends to visual tokens runs as ``compared``."""
     m, cross = job.model, compared
     own = compared if m.keys_in_text else choose(layer_candidates(job.self_attention(), profile))
@@ -136,10 +135,10 @@ def step_of(job: Job, compared: Candidate, profile: Profile) -> Step:
     return Step(cross_seconds, self_seconds, text, vision, zero, optimizer, received, used)
 
 
-def steps(job: Job, profile: Profile) -> dict[str, tuple[Candidate, Step | None]]:
+def steps(job: ClusterJob, profile: Profile) -> dict[str, tuple[Candidate, Step | None]]:
     """For every strategy its best schedule and the step with it (None where it cannot run)."""
     every = layer_candidates(job.compared(), profile)
-    found = best_of_each(every) or {"local": every[0]}
+    found = best_of_each(every)
     return {
         name: (candidate, step_of(job, candidate, profile) if candidate.cost is not None else None)
         for name, candidate in found.items()
@@ -151,7 +150,7 @@ def _product(profile: Profile, rows: float, parameters: float) -> float:
     return max(2 * rows * parameters / profile.matmul, parameters * ELEMENT / profile.memory_bandwidth)
 
 
-def _text_seconds(job: Job, profile: Profile) -> float:
+def _text_seconds(job: ClusterJob, profile: Profile) -> float:
     m = job.model
     keys = 2 * m.features * m.cross_kv_heads * m.cross_head_dim  # counted with cross-attention
     own = _product(profile, job.rows, m.self_parameters)
@@ -163,7 +162,7 @@ def _text_seconds(job: Job, profile: Profile) -> float:
     return m.self_layers * passes_self * own + m.cross_layers * passes_cross * across + 2 * words
 
 
-def vision_seconds(job: Job, profile: Profile) -> float:
+def vision_seconds(job: ClusterJob, profile: Profile) -> float:
     """The frozen encoder's forward pass, and the projector's three."""
     m, frames = job.model, job.keys / job.model.frame_tokens
     tokens = frames * m.vision_tokens
@@ -173,23 +172,23 @@ def vision_seconds(job: Job, profile: Profile) -> float:
     return encoder + (projector if job.features_train else projector / 3)
 
 
-def _zero_seconds(job: Job, profile: Profile) -> float:
+def _zero_seconds(job: ClusterJob, profile: Profile) -> float:
     """ZeRO-3: parameters gathered forward and backward, gradients of what trains reduced."""
     gathered = network.all_gather(profile, job.gpus, job.model.parameters * ELEMENT / job.gpus)
     reduced = network.all_gather(profile, job.gpus, job.model.trainable * ELEMENT / job.gpus)
     return 2 * gathered + reduced
 
 
-def memory_bytes(job: Job, cross: Mode, own: Mode, profile: Profile) -> float:
+def memory_bytes(job: ClusterJob, cross: Mode, own: Mode, profile: Profile) -> float:
     """Peak bytes of a rank; ``cross`` is the mode of all layers where visual tokens stand in the text."""
     m = job.model
     own = cross if m.keys_in_text else own
     sizes = LayerSizes(
-        "cross", *cross, 1, job.gpus, job.rows, job.rows, job.rows * job.gpus, job.keys, job.keys * job.gpus,
+        "cross", *cross.key, 1, job.gpus, job.rows, job.rows, job.rows * job.gpus, job.keys, job.keys * job.gpus,
         m.cross_heads, m.cross_kv_heads, m.cross_head_dim, m.width, max(m.cross_intermediate, 1), ELEMENT,
     )  # fmt: skip
     text = replace(
-        sizes, role="self", strategy=own[0], schedule=own[1], keys=job.rows, total_keys=job.rows * job.gpus,
+        sizes, role="self", strategy=own.strategy, schedule=own.schedule, keys=job.rows, total_keys=job.rows * job.gpus,
         heads=m.heads, kv_heads=m.kv_heads, head_dim=m.head_dim, intermediate=m.intermediate,
     )  # fmt: skip
     states = ModelStates(m.parameters, m.trainable, ELEMENT, 3, job.gpus)
@@ -199,10 +198,10 @@ def memory_bytes(job: Job, cross: Mode, own: Mode, profile: Profile) -> float:
     # A layer's parameters are gathered while it runs, and those of the next one ahead of it.
     gathered = 2 * max(m.self_parameters, m.cross_parameters, m.vocabulary * m.width) * ELEMENT
     logits = 6 * job.rows * m.vocabulary  # in bf16 and float32
-    return kept + gathered + logits + workspace_bytes(job.compared(), cross, profile)
+    return kept + gathered + logits + cross.workspace(job.compared(), profile)
 
 
-def frames_that_fit(job: Job, cross: Mode, own: Mode, profile: Profile) -> int:
+def frames_that_fit(job: ClusterJob, cross: Mode, own: Mode, profile: Profile) -> int:
     """The largest number of frames whose step fits the memory."""
 
     def step(frames: int) -> int:

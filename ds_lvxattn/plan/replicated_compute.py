@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ds_lvxattn.plan.choice import candidates
-from ds_lvxattn.plan.cost import Layer, layer_cost
+from ds_lvxattn.plan.cost import Layer
+from ds_lvxattn.plan.modes import LOCAL
 from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.plan.visibility import of_shape
@@ -22,7 +23,7 @@ DENSE_SHARE = 0.3
 MARGIN = 0.2
 
 
-def whole_is_faster(layers: Iterable[LayerShape], dense_operations: float, profile: Profile) -> bool:
+def replicating_is_faster(layers: Iterable[LayerShape], dense_operations: float, profile: Profile) -> bool:
     """Whether a step is predicted faster if every rank computes all of it.
 
     Args:
@@ -30,7 +31,7 @@ def whole_is_faster(layers: Iterable[LayerShape], dense_operations: float, profi
         dense_operations: forward and backward operations of everything else, over all ranks.
         profile: the machine. Where the host's times are not known, nothing is gained for certain.
     """
-    if "local/auto masked" not in profile.host:
+    if f"{LOCAL.name} masked" not in profile.host:
         return False
     divided = whole = 0.0
     ranks = 1
@@ -45,6 +46,6 @@ def whole_is_faster(layers: Iterable[LayerShape], dense_operations: float, profi
             visible_work=None,
         )  # fmt: skip
         seen = replace(mask, busiest_keys=1.0, busiest_step=1.0, rows_seen=1.0)
-        whole += count * layer_cost(Layer(alone, seen), ("local", "auto"), profile).total
+        whole += count * LOCAL.cost(Layer(alone, seen), profile).total
     more = (1 - 1 / ranks) * dense_operations / (DENSE_SHARE * profile.matmul)
     return whole + more < (1 - MARGIN) * divided

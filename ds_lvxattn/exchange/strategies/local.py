@@ -1,0 +1,24 @@
+"""A rank attends to its own keys: one rank, or no key on any other."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ds_lvxattn.exchange.base import Exchange
+from ds_lvxattn.kernels.operator import local_attention
+
+
+def attend_locally(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """Attention of the rank's rows over its own keys, which are all that there are; nothing is sent.
+
+    Raises:
+        ValueError: other ranks hold keys.
+    """
+    comm, keys = exchange.comm, exchange.layout.kv
+    if keys.total > keys.lengths[comm.rank]:
+        raise ValueError("strategy 'local' exchanges nothing, and other ranks hold keys; choose another strategy")
+    start, stop = exchange.bounds
+    if start is not None and stop is not None:
+        own = 0 if start.shape[0] == 1 else comm.rank
+        start, stop = start[own, :, : q.shape[2]], stop[own, :, : q.shape[2]]
+    return local_attention(q, k, v, start, stop, exchange.scale, exchange.kernel)

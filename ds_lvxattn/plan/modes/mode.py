@@ -1,0 +1,99 @@
+"""What there is to know of one way for attention to cross the ranks: a strategy with one of its schedules. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from ds_lvxattn.plan.cost import Cost, Layer, Pass, Passes, projection_passes
+from ds_lvxattn.plan.layer_sizes import LayerSizes
+from ds_lvxattn.plan.profile import Profile
+from ds_lvxattn.plan.traffic import LayerShape, Traffic
+
+LOCAL_OPERATOR = "ds_lvxattn::local_attention"
+ModeKey = tuple[str, str]  # strategy, schedule
+
+
+def _runs_anywhere(heads: int, kv_heads: int, ranks: int) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A strategy and schedule. Config values, choice, memory, recomputation, pictures and tests derive from it.
+
+    Attributes:
+        strategy: its value of the config key ``strategy``.
+        schedule: its value of the config key ``schedule``; ``auto`` where a strategy has but one way.
+        implementation: ``module:function`` of the torch side, imported where it runs. The function takes
+            ``(q, k, v, exchange)``, see ``exchange.base``.
+        operators: registered names of its forward operators, whose results recomputation keeps.
+        traffic: ``(shape, rank)``, bytes that ``rank`` receives; exact, of uneven shards too.
+        passes: ``(layer, profile)``, predicted seconds of attention and exchange on the slowest rank.
+        workspace: ``(layer, profile)``, most bytes that the exchange needs on a rank while it runs, besides q, k, v,
+            out and their gradients.
+        returned: ``(sizes)``, bytes that the operators return and that every recompute policy keeps.
+        inputs: ``(sizes)``, further bytes that they save for the backward pass where nothing is recomputed.
+        colour: of its lines and marks in pictures.
+        obstacle: ``(heads, kv_heads, ranks)``, why it cannot run and what to use instead, or None.
+        queries: ``sharded``, or ``replicated`` where every rank holds all of them.
+        routes_by_mask: rows travel only to where they see something: without a mask there is nothing to route by.
+        pipelines_heads: cut into groups of key heads that follow each other; see ``plan.pipeline``.
+        step_a_rank: the host issues a step for every rank, so that its time grows with them.
+        eligible: whether a config may name it and the planner may choose it.
+    """
+
+    strategy: str
+    schedule: str
+    implementation: str
+    operators: tuple[str, ...]
+    traffic: Callable[[LayerShape, int], Traffic]
+    passes: Callable[[Layer, Profile], Passes]
+    workspace: Callable[[Layer, Profile], float]
+    returned: Callable[[LayerSizes], int]
+    inputs: Callable[[LayerSizes], int]
+    colour: str
+    obstacle: Callable[[int, int, int], str | None] = _runs_anywhere
+    queries: Literal["sharded", "replicated"] = "sharded"
+    routes_by_mask: bool = False
+    pipelines_heads: bool = False
+    step_a_rank: bool = False
+    eligible: bool = True
+
+    @property
+    def key(self) -> ModeKey:
+        """Strategy and schedule."""
+        return self.strategy, self.schedule
+
+    @property
+    def name(self) -> str:
+        """``strategy/schedule``, as profiles and reports write it."""
+        return f"{self.strategy}/{self.schedule}"
+
+    def cost(self, layer: Layer, profile: Profile) -> Cost:
+        """Time of ``layer``, projection of K and V included."""
+        forward, backward, repeated = self.passes(layer, profile)
+        first, later, projected_again = projection_passes(layer, profile)
+        recomputes = layer.shape.recompute != "none"
+        host = profile.host.get(self.name + (" masked" if layer.mask.masked else ""))
+        host_time = 0.0
+        if host is not None:
+            scale = layer.shape.ranks / profile.host_ranks if self.step_a_rank else 1.0
+            host_time = (host.forward + host.backward + (host.repeated if recomputes else 0.0)) * scale
+        return Cost(
+            forward, backward, repeated if recomputes else Pass(), first + later, projected_again, host_time
+        )  # fmt: skip
+
+
+# What most modes' operators return and save
+
+
+def own_results(sizes: LayerSizes) -> int:
+    """Output and log-sum-exp of the rank's own rows."""
+    return sizes.query_bytes(sizes.rows) + sizes.statistic_bytes(sizes.rows)
+
+
+def own_inputs(sizes: LayerSizes) -> int:
+    """The rank's own q, k and v."""
+    return 2 * sizes.kv_bytes + sizes.query_bytes(sizes.rows)

@@ -1,0 +1,57 @@
+"""Query exchange where every rank holds all the queries; see ``exchange/strategies/replicated.py``.
+
+Decoding and learned queries, which are not planned: nothing else can run them.
+"""
+
+from __future__ import annotations
+
+from ds_lvxattn.plan import network
+from ds_lvxattn.plan.cost import Layer, Pass, Passes, moved
+from ds_lvxattn.plan.modes import local
+from ds_lvxattn.plan.modes.mode import Mode, own_inputs, own_results
+from ds_lvxattn.plan.profile import Profile
+from ds_lvxattn.plan.traffic import LayerShape, Traffic
+
+
+def traffic(shape: LayerShape, rank: int) -> Traffic:
+    """Partial results come in, their message filled up to 8 bytes; the gradient of the queries is summed as a ring."""
+    n, rows = shape.ranks, max(shape.q_lengths)
+    message = shape.query_bytes(rows) + shape.statistic_bytes(rows)
+    summed = shape.query_bytes(rows) // shape.element * shape.statistic
+    return Traffic((n - 1) * (message + -message % 8), 2 * (n - 1) * summed // n)
+
+
+def passes(layer: Layer, profile: Profile) -> Passes:
+    """All queries over the rank's own keys, one exchange of the results, one sum of the gradient."""
+    shape = layer.shape
+    rows = max(shape.q_lengths)
+    forward, backward, _ = local.passes(layer, profile)
+    result = shape.query_bytes(rows) + shape.statistic_bytes(rows)
+    summed = shape.query_bytes(rows) / shape.element * shape.statistic
+    merge = moved(profile, shape.ranks * result + shape.query_bytes(rows))
+    sum_time = 2 * network.all_gather(profile, shape.ranks, summed / shape.ranks)
+    return Passes(
+        Pass(forward.kernel, forward.passes + merge, network.all_gather(profile, shape.ranks, result)),
+        Pass(backward.kernel, backward.passes, sum_time),
+    )
+
+
+def workspace(layer: Layer, profile: Profile) -> float:
+    shape, rows = layer.shape, max(layer.shape.q_lengths)
+    return (shape.ranks + 1) * (shape.query_bytes(rows) + shape.statistic_bytes(rows))
+
+
+REPLICATED = Mode(
+    strategy="lv_xattn",
+    schedule="replicated",
+    implementation="ds_lvxattn.exchange.strategies.replicated:replicated_attention",
+    operators=("ds_lvxattn::query_replicated",),
+    traffic=traffic,
+    passes=passes,
+    workspace=workspace,
+    returned=own_results,
+    inputs=own_inputs,
+    colour="#a6dba0",
+    queries="replicated",
+    eligible=False,
+)

@@ -1,0 +1,65 @@
+"""Query exchange where a row travels only to where it sees a key; see ``exchange/strategies/routed.py``."""
+
+from __future__ import annotations
+
+from ds_lvxattn.plan import network
+from ds_lvxattn.plan.cost import Layer, Pass, Passes, kernel_times, moved, seen_on_a_rank
+from ds_lvxattn.plan.modes import gather, query_exchange
+from ds_lvxattn.plan.modes.mode import Mode
+from ds_lvxattn.plan.profile import Profile
+from ds_lvxattn.plan.traffic import LayerShape, Traffic
+
+
+def traffic(shape: LayerShape, rank: int) -> Traffic:
+    """Only rows that see something, to where they see it; without a mask it is ``gather``."""
+    rows = shape.routed_rows
+    if rows is None:
+        return gather.traffic(shape, rank)
+    sent = sum(from_rank[rank] for from_rank in rows) - rows[rank][rank]
+    returned = sum(rows[rank]) - rows[rank][rank]
+    return query_exchange.exchanged(shape, sent, returned, not shape.keeps_queries)
+
+
+def passes(layer: Layer, profile: Profile) -> Passes:
+    """One exchange each way, which nothing overlaps."""
+    shape = layer.shape
+    n, own = shape.ranks, max(shape.q_lengths)
+    rows = layer.mask.rows_seen * n * own
+    seen, drift = seen_on_a_rank(layer)
+    seen_by_those = seen / layer.mask.rows_seen if layer.mask.rows_seen else 0.0
+    kernels = kernel_times(layer, profile, rows, max(shape.kv_lengths), seen_by_those, drift)
+    travelling = shape.query_bytes(round(rows))
+    statistic = shape.statistic_bytes(round(rows))
+    again = 0 if shape.keeps_queries else travelling
+    # Each own row comes back from as many ranks as it was sent to: on average the rows that a rank computes.
+    forward = Pass(
+        kernels.forward,
+        moved(profile, 2 * travelling) + moved(profile, travelling + statistic + shape.query_bytes(own)),
+        network.all_to_all(profile, n, travelling) + network.all_to_all(profile, n, travelling + statistic),
+    )
+    backward = Pass(
+        kernels.backward,
+        moved(profile, 4 * travelling) + moved(profile, travelling + shape.query_bytes(own)),
+        network.all_to_all(profile, n, travelling + 2 * statistic + again) + network.all_to_all(profile, n, travelling),
+    )
+    return Passes(forward, backward)
+
+
+def workspace(layer: Layer, profile: Profile) -> float:
+    shape = layer.shape
+    return 5 * layer.mask.rows_seen * shape.query_bytes(shape.ranks * max(shape.q_lengths))
+
+
+ROUTED = Mode(
+    strategy="lv_xattn",
+    schedule="routed",
+    implementation="ds_lvxattn.exchange.strategies.routed:routed_attention",
+    operators=("ds_lvxattn::query_routed",),
+    traffic=traffic,
+    passes=passes,
+    workspace=workspace,
+    returned=query_exchange.returned,
+    inputs=query_exchange.inputs,
+    colour="#7fbf7b",
+    routes_by_mask=True,
+)
