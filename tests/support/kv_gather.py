@@ -1,0 +1,119 @@
+"""The torch side of the mode ``kv_gather``: keys and values of all ranks are gathered on each; queries stay."""
+
+from typing import Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from ds_lvxattn.exchange.base import Exchange
+from ds_lvxattn.exchange.comm import Communicator, Part, communicator_by_name
+from ds_lvxattn.exchange.shards import SequenceShards
+from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like, lse_dtype
+from ds_lvxattn.kernels.triton.delta import attention_delta
+
+
+def kv_gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """Attention of the rank's rows over the keys of all ranks; see ``exchange.base``."""
+    keys = exchange.layout.kv
+    start, stop = exchange.bounds
+    if start is not None and stop is not None:
+        start, stop = (x[exchange.comm.rank, :, : q.shape[2]].clamp(0, keys.total) for x in (start, stop))
+        stop = torch.maximum(start, stop)
+    return torch.ops.ds_lvxattn_tests.kv_gather(
+        q, k, v, start, stop, exchange.scale, exchange.kernel, exchange.comm.name, keys.lengths, keys.stripe
+    )
+
+
+def _order(keys: SequenceShards, device: torch.device) -> Tensor:
+    """Where each global key lies among the shards, rank by rank and padded."""
+    order = keys.order_from_padded()
+    return torch.arange(keys.total, device=device) if order is None else torch.tensor(order, device=device)
+
+
+def _gathered(k: Tensor, v: Tensor, keys: SequenceShards, comm: Communicator) -> list[Tensor]:
+    """K and V of all ranks in the global order, ``[B, H_kv, S_kv, D]``."""
+    both = torch.stack((k, v)).movedim(3, 0)  # keys first
+    padded = both.new_zeros((keys.longest, *both.shape[1:]))
+    padded[: len(both)] = both
+    whole = comm.all_gather(padded, "keys and values").flatten(0, 1)
+    return list(whole.index_select(0, _order(keys, k.device)).movedim(0, 3))
+
+
+@torch.library.custom_op("ds_lvxattn_tests::kv_gather", mutates_args=())
+def kv_gather(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Optional[Tensor],
+    stop: Optional[Tensor],
+    scale: float,
+    kernel: str,
+    group: str,
+    kv_lengths: Sequence[int],
+    kv_stripe: int,
+) -> tuple[Tensor, Tensor]:
+    """Forward pass: ``out [B, H, s_q, D]`` and ``lse [B, H, s_q]``."""
+    keys, comm = SequenceShards(tuple(kv_lengths), kv_stripe), communicator_by_name(group)
+    out, lse = forward_local(q, *_gathered(k, v, keys, comm), start, stop, scale, kernel)
+    return like(out, q), lse.contiguous()
+
+
+@kv_gather.register_fake
+def _(q, k, v, start, stop, scale, kernel, group, kv_lengths, kv_stripe):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+
+
+@torch.library.custom_op("ds_lvxattn_tests::kv_gather_backward", mutates_args=())
+def kv_gather_backward(
+    dout: Tensor,
+    dlse: Optional[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    start: Optional[Tensor],
+    stop: Optional[Tensor],
+    scale: float,
+    kernel: str,
+    group: str,
+    kv_lengths: Sequence[int],
+    kv_stripe: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward pass: gradients of other ranks' keys go home and are added up there."""
+    keys, comm = SequenceShards(tuple(kv_lengths), kv_stripe), communicator_by_name(group)
+    chosen = backward_kernel(kernel, Call.backward(q, k, start is not None), dlse is not None)
+    delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
+    whole = _gathered(k, v, keys, comm)
+    dq, *parts = backward_local(chosen, dout, q, *whole, out, lse, delta, start, stop, scale)
+    both = torch.stack(parts).to(lse.dtype).movedim(3, 0)
+    wire = both.new_zeros((keys.ranks * keys.longest, *both.shape[1:]))
+    wire[_order(keys, q.device)] = both
+    home = torch.empty_like(wire)
+    comm.start_all_to_all([Part("key and value gradients", wire, home)]).wait()
+    dk, dv = home.unflatten(0, (keys.ranks, -1)).sum(dim=0)[: k.shape[2]].movedim(0, 3)
+    return like(dq, q), like(dk, k), like(dv, v)
+
+
+@kv_gather_backward.register_fake
+def _(dout, dlse, q, k, v, *_):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, start, stop, *ctx.call = inputs
+    ctx.save_for_backward(q, k, v, *output, start, stop)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    q, k, v, out, lse, start, stop = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    grads = torch.ops.ds_lvxattn_tests.kv_gather_backward(
+        dout, dlse, q, k, v, out, lse, start, stop, *ctx.call
+    )  # fmt: skip
+    return *grads, *[None] * 7
+
+
+kv_gather.register_autograd(_backward, setup_context=_save)
