@@ -92,13 +92,14 @@ def bytes_of_a_step(recompute: str) -> tuple[float, int, int]:
     samples = [tiny_sample("IItaIItIItaaI", seed) for seed in range(2)]
     with registered():
         model = tiny_model()
-        parallel = attach(model, 2, ("kv_gather", "auto", "contiguous"), samples, recompute=recompute)
-        parallel.comm.reset()
-        loss = loss_of(model, samples, parallel)
+        batches = attach(model, 2, ("kv_gather", "auto", "contiguous"), samples, recompute=recompute)
+        comm, plan = batches.parallel.comm, [layer for layer in batches.planner.plan if layer.role != "local"]
+        assert {layer.strategy for layer in plan} == {"kv_gather"}
+        planned = sum(layer.predicted_bytes[layer.strategy] or 0 for layer in plan)
+        comm.reset()
+        loss = loss_of(model, samples, batches)
         loss.backward()
-        assert {plan.strategy for plan in parallel.plan if plan.role != "local"} == {"kv_gather"}
-        planned = sum(plan.predicted_bytes[plan.strategy] or 0 for plan in parallel.plan if plan.role != "local")
-        received = parallel.comm.bytes_received
+        received = comm.bytes_received
         dist.all_reduce(loss.detach_())
     return loss.item(), received, planned
 
@@ -115,7 +116,7 @@ LAYER = AttentionLayer("layers.3.cross_attn", "cross", 32, 8, 128)
 
 
 def plan_of(**settings: object) -> LayerPlan:
-    shape = LayerShape(1, 1, 1, 1, (500, 500), (9000, 9000), 2)
+    shape = LayerShape(1, 1, 1, 1, (500, 500), (90_000, 90_000), 2)
     [plan] = plan_layers([LAYER], {"cross": shape}, load_profile("h200"), PlanSettings(**settings), ranks=2)
     return plan
 

@@ -9,7 +9,8 @@ from ds_lvxattn.exchange.base import Exchange
 from ds_lvxattn.exchange.comm import Communicator, Part, communicator_by_name
 from ds_lvxattn.exchange.shards import SequenceShards
 from ds_lvxattn.kernels.base import Call
-from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like, lse_dtype
+from ds_lvxattn.kernels.differentiable import attention_operator
+from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
 from ds_lvxattn.kernels.triton.delta import attention_delta
 
 
@@ -20,7 +21,7 @@ def kv_gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> 
     if start is not None and stop is not None:
         start, stop = (x[exchange.comm.rank, :, : q.shape[2]].clamp(0, keys.total) for x in (start, stop))
         stop = torch.maximum(start, stop)
-    return torch.ops.ds_lvxattn_tests.kv_gather(
+    return torch.ops.ds_lvxattn.kv_gather(
         q, k, v, start, stop, exchange.scale, exchange.kernel, exchange.comm.name, keys.lengths, keys.stripe
     )
 
@@ -40,7 +41,6 @@ def _gathered(k: Tensor, v: Tensor, keys: SequenceShards, comm: Communicator) ->
     return list(whole.index_select(0, _order(keys, k.device)).movedim(0, 3))
 
 
-@torch.library.custom_op("ds_lvxattn_tests::kv_gather", mutates_args=())
 def kv_gather(
     q: Tensor,
     k: Tensor,
@@ -59,12 +59,6 @@ def kv_gather(
     return like(out, q), lse.contiguous()
 
 
-@kv_gather.register_fake
-def _(q, k, v, start, stop, scale, kernel, group, kv_lengths, kv_stripe):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
-
-
-@torch.library.custom_op("ds_lvxattn_tests::kv_gather_backward", mutates_args=())
 def kv_gather_backward(
     dout: Tensor,
     dlse: Optional[Tensor],
@@ -96,24 +90,4 @@ def kv_gather_backward(
     return like(dq, q), like(dk, k), like(dv, v)
 
 
-@kv_gather_backward.register_fake
-def _(dout, dlse, q, k, v, *_):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _save(ctx, inputs, output):
-    q, k, v, start, stop, *ctx.call = inputs
-    ctx.save_for_backward(q, k, v, *output, start, stop)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, dout, dlse):
-    q, k, v, out, lse, start, stop = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
-    grads = torch.ops.ds_lvxattn_tests.kv_gather_backward(
-        dout, dlse, q, k, v, out, lse, start, stop, *ctx.call
-    )  # fmt: skip
-    return *grads, *[None] * 7
-
-
-kv_gather.register_autograd(_backward, setup_context=_save)
+attention_operator("kv_gather", kv_gather, kv_gather_backward)
