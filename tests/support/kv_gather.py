@@ -22,7 +22,7 @@ def kv_gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> 
         start, stop = (x[exchange.comm.rank, :, : q.shape[2]].clamp(0, keys.total) for x in (start, stop))
         stop = torch.maximum(start, stop)
     return torch.ops.ds_lvxattn.kv_gather(
-        q, k, v, start, stop, exchange.scale, exchange.kernel, exchange.comm.name, keys.lengths, keys.stripe
+        q, k, v, start, stop, exchange.scale, exchange.kernel, exchange.comm.name, keys.lengths, keys.deal
     )
 
 
@@ -51,10 +51,10 @@ def kv_gather(
     kernel: str,
     group: str,
     kv_lengths: Sequence[int],
-    kv_stripe: int,
+    kv_deal: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Forward pass: ``out [B, H, s_q, D]`` and ``lse [B, H, s_q]``."""
-    keys, comm = SequenceShards(tuple(kv_lengths), kv_stripe), communicator_by_name(group)
+    keys, comm = SequenceShards.of_deal(kv_lengths, kv_deal), communicator_by_name(group)
     out, lse = forward_local(q, *_gathered(k, v, keys, comm), start, stop, scale, kernel)
     return like(out, q), lse.contiguous()
 
@@ -73,10 +73,10 @@ def kv_gather_backward(
     kernel: str,
     group: str,
     kv_lengths: Sequence[int],
-    kv_stripe: int,
+    kv_deal: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: gradients of other ranks' keys go home and are added up there."""
-    keys, comm = SequenceShards(tuple(kv_lengths), kv_stripe), communicator_by_name(group)
+    keys, comm = SequenceShards.of_deal(kv_lengths, kv_deal), communicator_by_name(group)
     chosen = backward_kernel(kernel, Call.backward(q, k, start is not None), dlse is not None)
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
     whole = _gathered(k, v, keys, comm)
