@@ -25,6 +25,7 @@ class FlashAttention4Kernel:
 
     name = "fa4"
     needs_out = False
+    takes_intervals = True
     splits_keys = False
 
     def unsupported(self, call: Call) -> str | None:
