@@ -11,7 +11,8 @@ from torch import Tensor
 from ds_lvxattn import SequenceShards, ShardLayout
 from ds_lvxattn.exchange.interval import clip_to_rank
 from ds_lvxattn.exchange.routes import Routes, routed_rows, visible_work
-from ds_lvxattn.plan.traffic import LayerShape, query_gather, query_routed
+from ds_lvxattn.plan.modes import mode_named
+from ds_lvxattn.plan.traffic import LayerShape
 
 
 @st.composite
@@ -78,7 +79,7 @@ def test_rows_that_see_one_image_travel_to_one_rank(ranks: int) -> None:
             1, 8, 8, 64, layout.q.lengths, layout.kv.lengths, 2, routed_rows=routed_rows(start, stop, layout)
         )
         for rank in range(ranks):
-            routed, gather = query_routed(shape, rank), query_gather(shape, rank)
+            routed, gather = (mode_named("lv_xattn", name).traffic(shape, rank) for name in ("routed", "gather"))
             assert routed.forward * (ranks - 1) == (gather.forward if shift else 0)
             assert routed.backward * (ranks - 1) == (gather.backward if shift else 0)
 
