@@ -82,7 +82,8 @@ class Setup:
     def batch(self, frames: int, text: int) -> dict[str, Any]:
         sample = video_sample(frames, text, self.sizes.image_token_index, self.sizes.text_config.vocab_size)
         layout = self.batches.collator.layout([sample])
-        loaded = Loaded(layout, [[None] * frames], 0, layout.most_frames)  # type: ignore[list-item]
+        pixels = self.batches.collator.pixels(layout, [[None] * frames])  # type: ignore[list-item]
+        loaded = Loaded(layout, pixels, 0, layout.most_frames)
         return self.batches.prepare(loaded).inputs
 
     def step(self, inputs: dict[str, Any], policy: str) -> float:

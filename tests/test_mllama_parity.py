@@ -140,7 +140,9 @@ def test_the_one_rank_inputs_are_those_of_transformers() -> None:
     length = inputs["input_ids"].shape[1]
     dense = convert_sparse_cross_attention_mask_to_dense(masks, [[1] * len(mask) for mask in masks], 1, length)
 
-    frames = torch.tensor([[n < sample.num_frames for n in range(max(loaded.layout.frames))] for sample in samples])
+    frames = torch.tensor(
+        [[n < sample.num_frames for n in range(max(s.num_frames for s in samples))] for sample in samples]
+    )
     for key in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
         torch.testing.assert_close(inputs[key][frames], theirs[key][frames].to(inputs[key].dtype))
     text = torch.tensor([[n < len(sample.input_ids) for n in range(length)] for sample in samples])

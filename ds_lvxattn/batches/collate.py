@@ -206,7 +206,7 @@ class Collator:
     def _to_device(self, x: Tensor) -> Tensor:
         return x.to(self.device, dtype=self.dtype if x.is_floating_point() else None, non_blocking=True)
 
-    def _visual(self, layout: BatchLayout, images: Images) -> dict[str, Tensor]:
+    def _visual(self, layout: BatchLayout, images: Images) -> dict[str, Any]:
         family = self.family
         if not isinstance(family, VisualFamily):
             return {}

@@ -6,14 +6,18 @@ ranks of the group compare what they found; a sample that failed anywhere is dro
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
+from ds_lvxattn.batches.collate import Pixels
 from ds_lvxattn.batches.layout import BatchLayout
 from ds_lvxattn.batches.prepare import Batches, Loaded
 from ds_lvxattn.data.sample import IGNORE, Sample, SampleError, SampleSource
@@ -46,18 +50,52 @@ class ControlGroups:
         return cls(twins[partition.index(own)], dist.new_group(list(range(world)), backend="gloo"))
 
 
+@dataclass
+class _Begun:
+    """A micro-batch whose frames are being decoded.
+
+    Attributes:
+        layout: of the samples.
+        own: of each sample, the frames that lie on this rank.
+        jobs: of each sample, frames that are loaded together, and when they are, a picture of each or an error.
+        skipped: samples that were replaced.
+    """
+
+    samples: list[Sample]
+    layout: BatchLayout
+    own: list[list[int]]
+    jobs: list[list[tuple[Sequence[int], Future[Any]]]]
+    skipped: int
+
+
 class Loader:
-    """Loads the micro-batches of one rank.
+    """Loads the micro-batches of one rank, ahead of their use.
+
+    Threads decode: over samples, and over the groups of pictures of each. One thread more lays out, compares verdicts
+    and makes pixels, batch after batch, so that the ranks' messages come in one order.
 
     Args:
         source: the dataset.
         batches: knows the layout.
         control: groups over which the verdicts travel.
         skip_bad: whether a broken sample is skipped with a warning (and counted) or fatal.
+        look_ahead: micro-batches that are loaded while one is used; as many are kept in memory.
+        workers: threads that decode; None: those of the host, divided over its ranks.
     """
 
-    def __init__(self, source: SampleSource, batches: Batches, control: ControlGroups, skip_bad: bool) -> None:
+    def __init__(
+        self,
+        source: SampleSource,
+        batches: Batches,
+        control: ControlGroups,
+        skip_bad: bool,
+        look_ahead: int = 1,
+        workers: int | None = None,
+    ) -> None:
         self.source, self.batches, self.control, self.skip_bad = source, batches, control, skip_bad
+        self.look_ahead = look_ahead
+        self._nothing = Sample([batches.collator.pad_token], [IGNORE])
+        self._pool = ThreadPoolExecutor(workers or default_workers(), "decode")
 
     def load(self, rows: Sequence[int | None]) -> Loaded:
         """The micro-batch of dataset ``rows``; None is a sample without content.
@@ -68,21 +106,59 @@ class Loader:
         Raises:
             SampleError: on every rank, when a sample is broken and broken samples are fatal.
         """
-        nothing = Sample([self.batches.collator.pad_token], [IGNORE])
-        found = [nothing if row is None else _attempt(self._sample, row) for row in rows]
+        return self._finish(self._begin(rows))
+
+    def _begin(self, rows: Sequence[int | None]) -> _Begun:
+        """Make the samples, and start to decode their frames."""
+        made = [None if row is None else self._pool.submit(self._attempt_sample, row) for row in rows]
+        found = [self._nothing if future is None else future.result() for future in made]
         failures = self._compare([f if isinstance(f, SampleError) else _digest(f) for f in found])
-        samples = [nothing if bad or isinstance(f, SampleError) else f for f, bad in zip(found, failures, strict=True)]
-        skipped = sum(failures)
+        usable = [
+            f if isinstance(f, Sample) and not bad else self._nothing for f, bad in zip(found, failures, strict=True)
+        ]
+        return self._decode(usable, sum(failures))
+
+    def _decode(self, samples: list[Sample], skipped: int) -> _Begun:
+        layout = self.batches.layout(samples)
+        rank = self.batches.collator.rank_in(layout)
+        own = [list(layout.own_frames(i, rank)) for i in range(len(samples))]
+        jobs = [
+            [(group, self._pool.submit(_attempt, sample.load_frames, group, sample.name)) for group in groups]
+            for sample, groups in zip(samples, map(_groups, samples, own), strict=True)
+        ]
+        return _Begun(samples, layout, own, jobs, skipped)
+
+    def _finish(self, begun: _Begun) -> Loaded:
+        """Wait for the frames of a micro-batch and make the model's arguments of them."""
         while True:
-            layout = self.batches.layout(samples)
-            own = [layout.own_frames(i, self.batches.collator.rank_in(layout)) for i in range(len(samples))]
-            images = [_attempt(s.load_frames, frames) for s, frames in zip(samples, own, strict=True)]
+            images = [_gathered(own, jobs) for own, jobs in zip(begun.own, begun.jobs, strict=True)]
+            pixels = self._pixels(begun, images)
             broken = self._compare([i if isinstance(i, SampleError) else "" for i in images])
             if not any(broken):
-                return Loaded(layout, self.batches.collator.pixels(layout, images), skipped, self._most_frames(layout))
+                return Loaded(begun.layout, pixels, begun.skipped, self._most_frames(begun.layout))
             # Without them other frames lie on this rank, which may be broken too.
-            samples = [nothing if bad else s for s, bad in zip(samples, broken, strict=True)]
-            skipped += sum(broken)
+            samples = [self._nothing if bad else s for s, bad in zip(begun.samples, broken, strict=True)]
+            begun = self._decode(samples, begun.skipped + sum(broken))
+
+    def _pixels(self, begun: _Begun, images: list[Any]) -> Pixels:
+        """What the image processor makes of the frames. Those that it does not take become errors in ``images``."""
+        collator = self.batches.collator
+        if any(isinstance(i, SampleError) for i in images):
+            return {}
+        try:
+            return collator.pixels(begun.layout, images)
+        except Exception:
+            for at, sample in enumerate(begun.samples):
+                others = [image if number == at else [] for number, image in enumerate(images)]
+                images[at] = _attempt(lambda _: collator.pixels(begun.layout, others), None, sample.name)  # noqa: B023
+                if not isinstance(images[at], SampleError):
+                    images[at] = []
+            if not any(isinstance(i, SampleError) for i in images):
+                raise
+            return {}
+
+    def _attempt_sample(self, row: int) -> Sample | SampleError:
+        return _attempt(self._sample, row, f"sample {row}")
 
     def _sample(self, row: int) -> Sample:
         return self.batches.collator.check(self.source.sample(row))
@@ -108,18 +184,38 @@ class Loader:
         return max(_gather(layout.most_frames, self.control.everyone))
 
     def stream(self, rows: Callable[[int], Sequence[int | None]], first: int, last: int) -> Iterator[Loaded]:
-        """Micro-batches ``first`` to ``last - 1``; the next one loads while the present one is used.
+        """Micro-batches ``first`` to ``last - 1``; the next ``look_ahead`` ones load while the present one is used.
 
         Args:
             rows: number of a micro-batch to its dataset rows.
         """
-        with ThreadPoolExecutor(max_workers=1) as ahead:
-            future = ahead.submit(self.load, rows(first)) if first < last else None
-            for number in range(first, last):
-                assert future is not None
-                loaded = future.result()
-                future = ahead.submit(self.load, rows(number + 1)) if number + 1 < last else None
-                yield loaded
+        numbers = iter(range(first, last))
+        begun: deque[_Begun] = deque()
+
+        def advance() -> Loaded:
+            while len(begun) < self.look_ahead and (number := next(numbers, None)) is not None:
+                begun.append(self._begin(rows(number)))
+            return self._finish(begun.popleft())
+
+        with ThreadPoolExecutor(1, "load") as ahead:
+            future = ahead.submit(advance) if first < last else None
+            try:
+                for number in range(first, last):
+                    assert future is not None
+                    loaded = future.result()
+                    future = ahead.submit(advance) if number + 1 < last else None
+                    yield loaded
+            finally:
+                if future is not None:
+                    wait([future])  # it takes part in what the other ranks compare
+                for batch in begun:
+                    for _, job in itertools.chain(*batch.jobs):
+                        job.cancel()
+
+
+def default_workers() -> int:
+    """Processors that this process may use, divided over the ranks of the host."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _gather(mine: Any, group: dist.ProcessGroup) -> list[Any]:
@@ -139,11 +235,33 @@ def _problem(verdicts: Sequence[str]) -> str:
     return ""
 
 
-def _attempt(make: Callable[..., Any], argument: Any) -> Any:
+def _attempt(make: Callable[..., Any], argument: Any, name: str) -> Any:
+    """``make(argument)``, or what is wrong with the sample: whatever is raised while one is made is its fault."""
     try:
         return make(argument)
     except SampleError as error:
-        return error
+        return error if not name or name in str(error) else SampleError(f"{name}: {error}")
+    except Exception as error:
+        logger.debug("while %s was made:", name, exc_info=error)
+        return SampleError(f"{name}: {type(error).__name__}: {error}")
+
+
+def _groups(sample: Sample, frames: list[int]) -> Sequence[Sequence[int]]:
+    if not frames:
+        return []
+    groups = _attempt(sample.frame_groups, frames, sample.name)
+    return [frames] if isinstance(groups, SampleError) else groups  # loading says what is wrong
+
+
+def _gathered(frames: list[int], jobs: Sequence[tuple[Sequence[int], Future[Any]]]) -> Any:
+    """The pictures of ``frames`` in their order, or the first error of those that loaded them."""
+    found: dict[int, Any] = {}
+    for group, job in jobs:
+        images = job.result()
+        if isinstance(images, SampleError):
+            return images
+        found.update(zip(group, images, strict=True))
+    return [found[frame] for frame in frames]
 
 
 def _digest(sample: Sample) -> str:

@@ -14,7 +14,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ds_lvxattn.data.chat import Message, encode
-from ds_lvxattn.data.media import Media, load_frames, probe_image, probe_video, sample_indices, sample_times
+from ds_lvxattn.data.media import (
+    Media,
+    frame_groups,
+    load_frames,
+    probe_image,
+    probe_video,
+    sample_indices,
+    sample_times,
+)
 from ds_lvxattn.data.rows import MediaRef, Turn, read_row, unknown_keys
 from ds_lvxattn.data.sample import Sample, SampleError
 from ds_lvxattn.data.table import open_table
@@ -149,7 +157,8 @@ class ConversationSource:
                 f"{rows} tokens, {frames * self.frame_tokens} of them for frames, but max_text_tokens is "
                 f"{self.max_text_tokens}; shorten the conversation or raise the limit, if the model has room"
             )
-        return Sample(input_ids, labels, frames, functools.partial(load_frames, media), name)
+        load, groups = functools.partial(load_frames, media), functools.partial(frame_groups, media)
+        return Sample(input_ids, labels, frames, load, name, frame_groups=groups)
 
 
 def open_media(found: Sequence[MediaRef], max_frames: int, root: str) -> list[Media]:

@@ -15,6 +15,11 @@ class SampleError(ValueError):
     """A sample that cannot be used: broken media, text that is too long. Skipped or fatal, by the config."""
 
 
+def together(frames: Sequence[int]) -> list[Sequence[int]]:
+    """``frame_groups`` of a sample whose frames are loaded in one go."""
+    return [frames] if frames else []
+
+
 def no_frames(frames: Sequence[int]) -> list[np.ndarray]:
     """``load_frames`` of a sample without frames."""
     return []
@@ -47,6 +52,7 @@ class Sample:
         load_frames: uint8 ``[H, W, 3]`` images of the frames asked for; raises ``SampleError`` (or ``MediaError``)
             for broken media.
         name: how messages call the sample.
+        frame_groups: frames by what is decoded together; groups may be loaded side by side.
     """
 
     input_ids: Sequence[int]
@@ -55,6 +61,7 @@ class Sample:
     load_frames: Callable[[Sequence[int]], list[np.ndarray]] = field(default=no_frames, repr=False)
     name: str = ""
     sizes: Sequence[FrameSize] | None = None
+    frame_groups: Callable[[Sequence[int]], Sequence[Sequence[int]]] = field(default=together, repr=False)
 
     def __post_init__(self) -> None:
         if self.sizes is not None and len(self.sizes) != self.num_frames:

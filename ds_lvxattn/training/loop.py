@@ -146,7 +146,9 @@ class Trainer:
 
     def _loader(self, source: SampleSource) -> Loader:
         control = ControlGroups.beside(self.groups)
-        return Loader(source, self.batches, control, self.job.finetuning.on_bad_sample == "skip")
+        settings = self.job.finetuning
+        skip = settings.on_bad_sample == "skip"
+        return Loader(source, self.batches, control, skip, settings.look_ahead, settings.decode_workers)
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, evaluate, save and export. Returns the evaluation."""
@@ -248,10 +250,13 @@ class Trainer:
         began = time.perf_counter()
         total = torch.zeros((), device=self.device)
         text_tokens = frames = 0
+        waited = 0.0
         rate = self.engine.get_lr()[0]
         for _ in range(accumulation):
             self.watchdog.tick()
+            asked = time.perf_counter()
             loaded = next(batches)
+            waited += time.perf_counter() - asked
             self.skipped += loaded.skipped
             batch = self.batches.prepare(loaded, self._times)
             self._compare_plan()
@@ -272,6 +277,7 @@ class Trainer:
             "grad_norm": float(norm) if norm is not None else None,
             "lr": rate,
             "step_time_s": seconds,
+            "data_wait_s": waited,
             "text_tokens_per_s": text_tokens * data_ranks / seconds,
             "frames_per_s": frames * data_ranks / seconds,
             "comm_bytes": self.parallel.comm.bytes_received if self.parallel else 0,

@@ -122,8 +122,9 @@ class RunLog:
             self._metrics.write(json.dumps(metrics) + "\n")
             self._metrics.flush()
         self._run.log({f"train/{key}": value for key, value in metrics.items() if key != "step"}, metrics["step"])
-        loss, seconds, frames = (metrics[key] for key in ("loss", "step_time_s", "frames_per_s"))
-        note = f"loss {loss:.4f}  {seconds:.3f} s/step  {frames:.0f} frames/s"
+        keys = ("loss", "step_time_s", "data_wait_s", "frames_per_s")
+        loss, seconds, waited, frames = (metrics[key] for key in keys)
+        note = f"loss {loss:.4f}  {seconds:.3f} s/step ({waited:.3f} s for data)  {frames:.0f} frames/s"
         self._progress.update(self._task, completed=metrics["step"], note=note)
         if not self.console.is_terminal and (metrics["step"] % 20 == 0 or metrics["step"] == 1):
             self.console.print(f"step {metrics['step']}  {note}")

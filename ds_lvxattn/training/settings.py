@@ -22,6 +22,8 @@ class FinetuningConfig(DeepSpeedConfigModel):
         frames: frames sampled from a video, at most.
         max_text_tokens: longest text of a sample; None: the model's limit.
         on_bad_sample: ``skip`` broken media or overlong text with a warning, or ``fail``.
+        look_ahead: micro-batches that are loaded while one trains; as many are kept in memory.
+        decode_workers: threads of a rank that decode; None: the host's processors divided over its ranks.
         media_root: folder that relative media paths start from; None: the folder of the data file.
         eval_data: a dataset of its own to evaluate on; None: a held-out share of the training data.
         eval_share: that share.
@@ -36,6 +38,8 @@ class FinetuningConfig(DeepSpeedConfigModel):
     frames: int = Field(64, ge=1)
     max_text_tokens: int | None = Field(None, ge=2)
     on_bad_sample: Literal["skip", "fail"] = "skip"
+    look_ahead: int = Field(2, ge=1)
+    decode_workers: int | None = Field(None, ge=1)
     media_root: str | None = None
     eval_data: str | None = None
     eval_share: float = Field(0.05, gt=0, lt=1)

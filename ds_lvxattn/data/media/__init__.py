@@ -6,7 +6,7 @@ a player shows; ``images`` reads still and animated images; ``medium`` is a row'
 """
 
 from ds_lvxattn.data.media.files import MediaError
-from ds_lvxattn.data.media.medium import Media, decode_frames, load_frames, probe_image, probe_video
+from ds_lvxattn.data.media.medium import Media, decode_frames, frame_groups, load_frames, probe_image, probe_video
 from ds_lvxattn.data.media.sampling import sample_frames, sample_indices, sample_times
 from ds_lvxattn.data.media.timeline import VideoInfo
 
@@ -15,6 +15,7 @@ __all__ = [
     "MediaError",
     "VideoInfo",
     "decode_frames",
+    "frame_groups",
     "load_frames",
     "probe_image",
     "probe_video",

@@ -10,7 +10,7 @@ import numpy as np
 
 from ds_lvxattn.data.media.files import MAX_PIXELS, MediaError, open_film
 from ds_lvxattn.data.media.index import FilmIndex, film_index, is_frame_by_packet
-from ds_lvxattn.data.media.picture import Size, as_shown
+from ds_lvxattn.data.media.picture import Size, as_shown, fitted
 
 # Errors are told instead of concealed: a picture made up from its neighbours is not what the file holds.
 STRICT = {"err_detect": "crccheck+bitstream+buffer+explode", "max_pixels": str(MAX_PIXELS)}
@@ -35,6 +35,8 @@ def decode_film(path: str, numbers: Sequence[int], size: Size = None) -> dict[in
         MediaError: the file is missing or broken, or what these frames are decoded from is damaged.
     """
     index = film_index(path)
+    # One size for all, as a player's window has, also where the stored one changes along the film.
+    size = fitted(index.info.width, index.info.height, size)
     frames: dict[int, np.ndarray] = {}
     for run in groups(index, numbers):
         frames |= _decode_group(path, index, run, size)

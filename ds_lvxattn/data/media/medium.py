@@ -96,6 +96,11 @@ class Media:
             return [self._image(source)] * len(frames)
         return decode_frames(source, frames, self.size)
 
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return next((source for source in self.sources if isinstance(source, str)), "an embedded image")
+
     def _image(self, source: Source) -> np.ndarray:
         return images.decode_image(source, [0], self.size, self.upright)[0]
 
@@ -111,12 +116,39 @@ class Media:
 
 
 def load_frames(media: Sequence[Media], frames: Sequence[int]) -> list[np.ndarray]:
-    """Decode ``frames``, numbered over all ``media`` in order, to uint8 ``[H, W, 3]``, in the order given."""
-    places = [(m, frame) for m, medium in enumerate(media) for frame in medium.frames]
+    """Decode ``frames``, numbered over all ``media`` in order, to uint8 ``[H, W, 3]``, in the order given.
+
+    Raises:
+        MediaError: naming the file: it is broken, or whatever else its decoder raises.
+    """
     found: dict[int, np.ndarray] = {}
-    for m, medium in enumerate(media):
-        own = [number for number in frames if places[number][0] == m]
-        if own:  # another file is not touched
-            decoded = medium.decode([places[number][1] for number in own])
-            found.update(zip(own, decoded, strict=True))
-    return [found[number] for number in frames]
+    for medium, own in _by_medium(media, frames):  # another file is not touched
+        try:
+            decoded = medium.decode([number for _, number in own])
+        except MediaError:
+            raise
+        except Exception as error:
+            raise MediaError(f"{medium.name}: {type(error).__name__}: {error}") from error
+        found.update(zip((frame for frame, _ in own), decoded, strict=True))
+    return [found[frame] for frame in frames]
+
+
+def frame_groups(media: Sequence[Media], frames: Sequence[int]) -> list[list[int]]:
+    """``frames``, numbered over all ``media`` in order, without repeats, by what is decoded together."""
+    groups = []
+    for medium, own in _by_medium(media, frames):
+        places: dict[int, list[int]] = {}
+        for frame, number in own:
+            places.setdefault(number, []).append(frame)
+        groups += [[frame for number in group for frame in places[number]] for group in medium.groups(list(places))]
+    return groups
+
+
+def _by_medium(media: Sequence[Media], frames: Sequence[int]) -> list[tuple[Media, list[tuple[int, int]]]]:
+    """Each medium of which there are ``frames``, with those and their numbers in it."""
+    places = [(m, number) for m, medium in enumerate(media) for number in medium.frames]
+    own: dict[int, list[tuple[int, int]]] = {}
+    for frame in sorted(set(frames)):
+        m, number = places[frame]
+        own.setdefault(m, []).append((frame, number))
+    return [(media[m], pairs) for m, pairs in own.items()]

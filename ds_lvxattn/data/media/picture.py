@@ -71,13 +71,12 @@ def _deinterlaced(frame: av.VideoFrame) -> av.VideoFrame:
     """Both fields as one picture of the first. From this frame alone: a frame looks the same however it is reached."""
     graph = av.filter.Graph()
     graph.threads = 1
-    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000))
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
+    )
     graph.link_nodes(source, graph.add("estdif", "mode=frame"), graph.add("buffersink")).configure()
-    for time in range(
-        2
-    ):  # the filter gives out a frame when the next one comes, and looks at neither before nor behind
-        frame.pts, frame.time_base = time, Fraction(1, 1000)
-        graph.push(frame)
+    graph.push(frame)
+    graph.push(None)
     picture = graph.pull()
     assert isinstance(picture, av.VideoFrame)
     return picture
