@@ -148,7 +148,7 @@ def _by_medium(media: Sequence[Media], frames: Sequence[int]) -> list[tuple[Medi
     """Each medium of which there are ``frames``, with those and their numbers in it."""
     places = [(m, number) for m, medium in enumerate(media) for number in medium.frames]
     own: dict[int, list[tuple[int, int]]] = {}
-    for frame in sorted(set(frames)):
+    for frame in dict.fromkeys(frames):
         m, number = places[frame]
         own.setdefault(m, []).append((frame, number))
     return [(media[m], pairs) for m, pairs in own.items()]
