@@ -112,8 +112,8 @@ def check_files(folder: Path) -> None:
     assert len(metrics_in(folder)) == STEPS
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         assert set(json.loads(line)) >= {
-            "step", "loss", "grad_norm", "lr", "step_time_s", "data_wait_s", "text_tokens_per_s", "frames_per_s", "comm_bytes",
-            "peak_memory_bytes",
+            "step", "loss", "grad_norm", "lr", "step_time_s", "data_wait_s", "text_tokens_per_s",
+            "frames_per_s", "comm_bytes", "peak_memory_bytes",
         }  # fmt: skip
     plan = json.loads((folder / "plan.json").read_text())
     assert [layer["role"] for layer in plan if layer["role"] != "local"] == ["self", "cross", "self", "cross"]
