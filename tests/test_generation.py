@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import deepspeed
@@ -24,6 +21,7 @@ from ds_lvxattn.data.media import MediaError
 from ds_lvxattn.data.question import question_sample
 from ds_lvxattn.data.sample import Sample, SampleError
 from ds_lvxattn.runtime.decoding import DecodingStep
+from ds_lvxattn.training import generate as command
 from ds_lvxattn.training.loading import partition_over_all_ranks
 from tests.support.conversations import IMAGE, TOKENIZER, write_video
 from tests.support.distributed import run
@@ -305,18 +303,8 @@ def test_questions_that_cannot_be_asked(tmp_path: Path) -> None:
             question(text, path, **changes)
 
 
-def command() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_generate", Path(__file__).parents[1] / "train/generate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def run_command(arguments: list[str]) -> str:
-    module = command()
-    args: Namespace = module.parse(arguments)
-    return module.answer(args)
+    return command.answer(command.parse(arguments))
 
 
 @pytest.mark.slow

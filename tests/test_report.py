@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,8 @@ import pytest
 from PIL import Image
 
 from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.training.compare import runs
+from ds_lvxattn.training.compare.command import main
 from ds_lvxattn.training.compare.report import (
     compare,
     loss_differences,
@@ -24,19 +24,9 @@ from ds_lvxattn.training.compare.report import (
     readable_bytes,
     write_report,
 )
+from ds_lvxattn.training.compare.variants import Variant, derive_config, parse_variants
 
-COMPARE = Path(__file__).parents[1] / "train" / "compare.py"
 LOSSES = [2.0, 1.0, 0.5, 0.25, 0.125, 0.0625]
-
-
-@pytest.fixture(scope="module")
-def script() -> Any:
-    """``train/compare.py`` as a module."""
-    spec = importlib.util.spec_from_file_location("compare_script", COMPARE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_run(folder: Path, losses: list[float], **metrics: Any) -> Path:
@@ -179,8 +169,8 @@ BASE = {
 }
 
 
-def test_parse_variants(script):
-    variants = script.parse_variants("lv_xattn, lv_xattn:ring,single")
+def test_parse_variants():
+    variants = parse_variants("lv_xattn, lv_xattn:ring,single")
     assert [variant.name for variant in variants] == ["lv_xattn", "lv_xattn-ring", "single"]
     for text, message in (
         ("", "has ''; choose from"),
@@ -189,21 +179,21 @@ def test_parse_variants(script):
         ("ring,ring", "twice"),
     ):
         with pytest.raises(ConfigError, match=message):
-            script.parse_variants(text)
+            parse_variants(text)
 
 
-def test_strategy_config(script):
-    derived = script.derive_config(BASE, script.Variant("lv_xattn", "ring"), 4)
+def test_strategy_config():
+    derived = derive_config(BASE, Variant("lv_xattn", "ring"), 4)
     assert derived["sequence_parallel"] == {"strategy": "lv_xattn", "schedule": "ring", "kernel": "math"}
     assert derived["gradient_accumulation_steps"] == 2  # 16 = 4 a micro-batch, two groups of two ranks
-    assert script.derive_config(BASE, script.Variant("auto"), 4)["sequence_parallel"] == BASE["sequence_parallel"]
+    assert derive_config(BASE, Variant("auto"), 4)["sequence_parallel"] == BASE["sequence_parallel"]
     assert "gradient_accumulation_steps" not in BASE and "layers" in BASE["sequence_parallel"]
 
 
 @pytest.mark.parametrize("gpus", [2, 4, 8])
-def test_single_keeps_micro_batches_and_global_batch(script, gpus):
+def test_single_keeps_micro_batches_and_global_batch(gpus):
     base = BASE | {"train_batch_size": 32}
-    single = script.derive_config(base, script.Variant("single"), gpus)
+    single = derive_config(base, Variant("single"), gpus)
     assert "sequence_parallel" not in single and "sequence_parallel_size" not in single
     assert (single["train_batch_size"], single["train_micro_batch_size_per_gpu"]) == (32, 4)
     assert single["gradient_accumulation_steps"] == 8
@@ -219,9 +209,9 @@ def test_single_keeps_micro_batches_and_global_batch(script, gpus):
         ({"train_batch_size": 16, "gradient_accumulation_steps": 4}, (16, 2)),
     ],
 )
-def test_batch_sizes_as_deepspeed_infers_them(script, sizes, expected):
+def test_batch_sizes_as_deepspeed_infers_them(sizes, expected):
     base = {"sequence_parallel_size": 2, **sizes}
-    derived = script.derive_config(base, script.Variant("ring"), 4)
+    derived = derive_config(base, Variant("ring"), 4)
     assert (derived["train_batch_size"], derived["train_micro_batch_size_per_gpu"]) == expected
 
 
@@ -235,25 +225,25 @@ def test_batch_sizes_as_deepspeed_infers_them(script, sizes, expected):
         {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4},
     ],
 )
-def test_impossible_batch_sizes(script, sizes):
+def test_impossible_batch_sizes(sizes):
     with pytest.raises(ConfigError, match="2 data-parallel ranks"):
-        script.derive_config({"sequence_parallel_size": 2, **sizes}, script.Variant("ring"), 4)
+        derive_config({"sequence_parallel_size": 2, **sizes}, Variant("ring"), 4)
 
 
-def test_impossible_settings(script, tmp_path, capsys):
+def test_impossible_settings(tmp_path, capsys):
     with pytest.raises(ConfigError, match="there is no strategy to compare"):
-        script.derive_config({"train_batch_size": 4}, script.Variant("ring"), 2)
+        derive_config({"train_batch_size": 4}, Variant("ring"), 2)
     with pytest.raises(ConfigError, match="does not divide"):
-        script.derive_config(BASE, script.Variant("ring"), 3)
+        derive_config(BASE, Variant("ring"), 3)
     with pytest.raises(ConfigError, match="schedule"):
-        script.derive_config(BASE, script.Variant("ring", "backwards"), 2)
+        derive_config(BASE, Variant("ring", "backwards"), 2)
 
     config, out = tmp_path / "ds.json", tmp_path / "out"
     config.write_text(json.dumps(BASE))
     arguments = ["--ds_config", str(config), "--output_dir", str(out), "--num_gpus", "2"]
-    assert script.main([*arguments, "--steps", "0"]) == 2
+    assert main([*arguments, "--steps", "0"]) == 2
     (out / "ring").mkdir(parents=True)
-    assert script.main([*arguments, "--steps", "1"]) == 2
+    assert main([*arguments, "--steps", "1"]) == 2
     assert "--steps is 0" in (message := capsys.readouterr().err) and "holds a run ring" in message
 
 
@@ -281,15 +271,15 @@ if os.environ["RANK"] == "0":
 
 
 @pytest.mark.slow
-def test_runs_through_the_launcher_and_goes_on_after_a_failure(script, tmp_path, monkeypatch, capfd):
+def test_runs_through_the_launcher_and_goes_on_after_a_failure(tmp_path, monkeypatch, capfd):
     stub, config, out = tmp_path / "stub.py", tmp_path / "ds.json", tmp_path / "out"
     stub.write_text(STUB)
     config.write_text(json.dumps(BASE))
-    monkeypatch.setattr(script, "FINETUNE", stub)
-    monkeypatch.setattr(script, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(runs, "FINETUNE", [str(stub)])
+    monkeypatch.setattr(runs, "POLL_SECONDS", 0.2)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     arguments = ["--ds_config", str(config), "--steps", "4", "--output_dir", str(out), "--num_gpus", "2"]
-    assert script.main([*arguments, "--strategies", "ring:ring,single", "--seed", "3"]) == 1
+    assert main([*arguments, "--strategies", "ring:ring,single", "--seed", "3"]) == 1
 
     ring, single = (json.loads((out / name / "seen.json").read_text()) for name in ("ring-ring", "single"))
     assert (ring[:2], single[:2]) == (["2", "ring-ring"], ["1", "single"])

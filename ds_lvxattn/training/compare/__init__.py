@@ -1,1 +1,1 @@
-"""The comparison of strategies: its runs and its report."""
+"""Several runs of one job under different strategies, and the report that compares them."""

@@ -1,0 +1,36 @@
+"""Start ranks through the DeepSpeed launcher, on a port that is free."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+
+import torch
+
+PORT = "--master_port"
+
+
+def launch_command(program: Sequence[str], options: Sequence[str]) -> list[str]:
+    """The launcher's command line for a ``program``, a script or ``--module`` and a module, with its arguments.
+
+    Args:
+        options: the launcher's own; without a port among them, one that is free on this machine is chosen.
+    """
+    port = [] if any(word.split("=")[0] == PORT for word in options) else [PORT, str(free_port())]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", *options, *port, *program]
+
+
+def launch_environment() -> dict[str, str]:
+    """The environment of the ranks: on a machine without a GPU, DeepSpeed's CPU accelerator and a thread a rank."""
+    if torch.cuda.is_available():
+        return dict(os.environ)
+    return {"OMP_NUM_THREADS": "1", **os.environ, "DS_ACCELERATOR": "cpu"}
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
