@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -150,7 +151,7 @@ def calibrate(
     return profile_from_json(answer[0], "calibration")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("profile.json"), help="(default: %(default)s)")
     parser.add_argument(
@@ -169,6 +170,7 @@ def main() -> None:
         write_profile(profile, args.output)
         print(f"{profile.source}\nwritten to {args.output}")
     dist.destroy_process_group()
+    return 0
 
 
 def start_on_device(local_rank: int) -> torch.device:
@@ -183,4 +185,4 @@ def start_on_device(local_rank: int) -> torch.device:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -79,35 +80,76 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
         super().__init__(strict=True, **data)
 
 
-def load_ds_config(path: str | Path) -> dict[str, Any]:
-    """A DeepSpeed config file as a dict.
+def load_ds_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A DeepSpeed config file, JSON or YAML by its name, as a dict.
+
+    Args:
+        overrides: settings that replace those of the file, as ``key=value`` with dots between the keys.
 
     Raises:
-        ConfigError: the file is missing, is not a JSON object, or names a key twice.
+        ConfigError: the file is missing, is not one object, or names a key twice; an override that cannot be set.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise ConfigError(
-                    f"--ds_config {path}: '{key}' stands twice in one object, with {found[key]!r} and {value!r}; "
-                    "leave one of them"
-                )
-            found[key] = value
-        return found
-
+    kind = "YAML" if Path(path).suffix.lower() in (".yaml", ".yml") else "JSON"
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
+        text = Path(path).read_text(encoding="utf-8-sig")
+        config = _read_yaml(text) if kind == "YAML" else json.loads(text, object_pairs_hook=_unique)
     except OSError as error:
         raise ConfigError(f"--ds_config {path}: cannot be read ({error.strerror})") from error
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        raise ConfigError(f"--ds_config {path}: {error}") from None
     except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, and a NUL in the path
-        raise ConfigError(f"--ds_config {path}: not valid JSON ({error})") from error
+        raise ConfigError(f"--ds_config {path}: not valid {kind} ({error})") from error
     if not isinstance(config, dict):
         raise ConfigError(f"--ds_config {path}: holds a {type(config).__name__}, not an object")
+    for override in overrides:
+        _override(config, override)
     return config
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ConfigError(
+                f"'{key}' stands twice in one object, with {found[key]!r} and {value!r}; leave one of them"
+            )
+        found[key] = value
+    return found
+
+
+def _read_yaml(text: str) -> Any:
+    """YAML as JSON would have it: no key twice, and ``1e-5`` is a number, which YAML 1.1 takes for a text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            _unique((key.value, value.value) for key, value in node.value)  # before what "<<" merges comes to it
+            return super().construct_mapping(node, deep)
+
+    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, [*"-+0123456789"])
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(error) from error
+
+
+def _override(config: dict[str, Any], override: str) -> None:
+    """Set what ``key.key=value`` says; the value as in JSON, or else a text."""
+    path, equals, text = override.partition("=")
+    *outer, last = path.split(".")
+    if not equals or not all((*outer, last)):
+        raise ConfigError(f"{override!r} is not a setting; give key=value, such as sequence_parallel.strategy=ring")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    block = config
+    for key in outer:
+        block = block.setdefault(key, {})
+        if not isinstance(block, dict):
+            raise ConfigError(f"{override!r}: '{key}' is {block!r} in the config, which has no keys inside")
+    block[last] = value
 
 
 def sequence_parallel_config(ds_config: dict[str, Any], world_size: int) -> SequenceParallelConfig:

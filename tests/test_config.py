@@ -93,6 +93,46 @@ def test_unreadable_files(tmp_path: Path, content: str | None, message: str) -> 
         load_ds_config(file)
 
 
+def test_yaml_says_what_json_says(tmp_path: Path) -> None:
+    text = """
+    optimizer: &common
+      params: {lr: 1e-5, betas: [0.9, 0.95]}
+    other:
+      <<: *common
+      params: null
+    sequence_parallel: {strategy: ring, layers: {"*.3.*": ulysses}}
+    """
+    (tmp_path / "ds.yaml").write_text(text)
+    config = load_ds_config(tmp_path / "ds.yaml")
+    assert config == {
+        "optimizer": {"params": {"lr": 1e-5, "betas": [0.9, 0.95]}}, "other": {"params": None},
+        "sequence_parallel": {"strategy": "ring", "layers": {"*.3.*": "ulysses"}},
+    }  # fmt: skip
+    for content, message in (("a: 1\na: 2", "'a' stands twice"), ("a: [", "not valid YAML"), ("- a", "holds a list")):
+        (tmp_path / "bad.yml").write_text(content)
+        with pytest.raises(ConfigError, match=f"bad.yml: {message}"):
+            load_ds_config(tmp_path / "bad.yml")
+
+
+def test_settings_over_a_config(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"sequence_parallel": {"strategy": "auto"}, "steps": 3}')
+    words = [
+        "sequence_parallel.strategy=ring",
+        "bf16.enabled=true",
+        "optimizer.params.lr=1e-5",
+        'a={"b": [1]}',
+        "x=a=b",
+    ]
+    assert load_ds_config(file, words) == {
+        "sequence_parallel": {"strategy": "ring"}, "steps": 3, "bf16": {"enabled": True},
+        "optimizer": {"params": {"lr": 1e-5}}, "a": {"b": [1]}, "x": "a=b",
+    }  # fmt: skip
+    for word, message in (("steps", "give key=value"), (".a=1", "give key=value"), ("steps.more=1", "'steps' is 3")):
+        with pytest.raises(ConfigError, match=message):
+            load_ds_config(file, [word])
+
+
 @pytest.mark.parametrize(
     ("block", "named", "recompute", "offload"),
     [

@@ -1,78 +1,8 @@
-"""Fine-tune a cross-attention video-language model under DeepSpeed, with sequence-parallel attention.
+"""``ds-lvxattn finetune``, from a checkout of the repository: deepspeed train/finetune.py --help"""
 
-deepspeed train/finetune.py --ds_config ds_configs/quickstart.json
-"""
-
-from __future__ import annotations
-
-import argparse
-import functools
-import logging
-import os
 import sys
-from pathlib import Path
 
-from deepspeed.accelerator import get_accelerator
-from transformers import set_seed
-
-from ds_lvxattn.groups import launched_ranks, start_distributed
-from ds_lvxattn.training.build_locks import await_builds
-from ds_lvxattn.training.dataset import load_sources
-from ds_lvxattn.training.ds_config import fill_model_sizes
-from ds_lvxattn.training.launcher import follow_launcher
-from ds_lvxattn.training.loading import QUICKSTART, load_model, select_trainable
-from ds_lvxattn.training.loop import Job, Trainer
-from ds_lvxattn.training.rank import run_rank
-from ds_lvxattn.training.run_settings import read_settings
-from ds_lvxattn.training.watchdog import Watchdog, group_timeout
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ds_config", required=True, help="DeepSpeed config file")
-    parser.add_argument("--model", default=QUICKSTART, help="local path or hub name (default: %(default)s)")
-    parser.add_argument("--data", default="needle", help="'needle', a JSONL file or a hub dataset (%(default)s)")
-    parser.add_argument("--steps", type=int, help="stop after so many steps (default: finetuning.steps of the config)")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/finetune"), help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in --output_dir")
-    parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
-    return parser.parse_args(arguments)
-
-
-def finetune(args: argparse.Namespace, watchdog: Watchdog | None = None) -> None:
-    """Set up and run one job on this rank."""
-    settings = read_settings(args.ds_config, args.steps, args.seed, launched_ranks())
-    timeout = settings.finetuning.timeout_s
-    start_distributed(timeout=group_timeout(timeout))
-    watchdog = watchdog or Watchdog()
-    watchdog.start(timeout)
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        accelerator.set_device(int(os.environ.get("LOCAL_RANK", args.local_rank)))
-    await_builds()
-    set_seed(args.seed)
-    watchdog.enter("loading the model")
-    ds_config = settings.ds_config
-    loaded = load_model(args.model, ds_config, args.seed)
-    fill_model_sizes(ds_config, loaded.model.config)
-    select_trainable(loaded.model, args.model, settings.finetuning.trainable)
-    watchdog.enter("reading the data")
-    rows = settings.length * ds_config["train_batch_size"]
-    train, evaluation = load_sources(args.data, loaded, settings.finetuning, rows, args.seed)
-    job = Job(
-        ds_config, settings.parallel, settings.finetuning, loaded, train, evaluation, settings.steps, args.seed,
-        args.output_dir, args.resume, watchdog,
-    )  # fmt: skip
-    Trainer(job).run()
-
-
-def main() -> int:
-    args = parse()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    follow_launcher()
-    return run_rank("finetune", functools.partial(finetune, args))
-
+from ds_lvxattn.training.finetune import main
 
 if __name__ == "__main__":
     sys.exit(main())

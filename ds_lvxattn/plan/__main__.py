@@ -136,7 +136,7 @@ def show(found: dict[str, Any]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m ds_lvxattn.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="ds-lvxattn plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help=f"one of {', '.join(SHIPPED)}, or a local config.json")
     parser.add_argument("--text", type=int, required=True, help="text tokens of a sample")

@@ -1,7 +1,9 @@
 """Answer a question about a video, with the video divided over the ranks.
 
-deepspeed train/generate.py --ds_config ds_configs/quickstart.json --model runs/mine/model --video clip.mp4 \
-  --question "What happens?"
+    ds-lvxattn generate --num_gpus 2 --ds_config ds_configs/zero3.json --model runs/mine/model --video clip.mp4 \
+      --question "What happens?"
+
+From a checkout, ``deepspeed train/generate.py`` does the same.
 
 All ranks share the one video, whatever the config's sequence_parallel_size; without the launcher it is one rank.
 """
@@ -30,6 +32,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
 from ds_lvxattn.training.dataset import frames_in_text, text_limit
 from ds_lvxattn.training.loading import LoadedModel, load_model, model_dtype, partition_over_all_ranks
+from ds_lvxattn.training.run_settings import add_overrides
 from ds_lvxattn.training.settings import finetuning_config
 
 # What of the DeepSpeed config says how the weights are held.
@@ -38,7 +41,7 @@ WEIGHTS = ("zero_optimization", "bf16", "fp16")
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ds_config", required=True, help="DeepSpeed config file, as for train/finetune.py")
+    parser.add_argument("--ds_config", required=True, help="DeepSpeed config file, as of finetuning")
     parser.add_argument("--model", required=True, help="local path (OUTPUT_DIR/model of a fine-tuning) or hub name")
     parser.add_argument("--video", help="video or image file; without it the question is text alone")
     parser.add_argument("--question", required=True)
@@ -46,7 +49,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     parser.add_argument("--seed", type=int, default=0, help="of the draws, where --temperature is above 0")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
-    return parser.parse_args(arguments)
+    add_overrides(parser)
+    return parser.parse_intermixed_args(arguments)
 
 
 def answer(args: argparse.Namespace) -> str:
@@ -61,7 +65,7 @@ def answer(args: argparse.Namespace) -> str:
         if accelerator.device_name() != "cpu":
             accelerator.set_device(int(os.environ.get("LOCAL_RANK", args.local_rank)))
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    ds_config = load_ds_config(args.ds_config)
+    ds_config = load_ds_config(args.ds_config, args.overrides)
     config = sequence_parallel_config({**ds_config, SIZE_KEY: ranks}, ranks)
     max_frames = finetuning_config(ds_config).frames
     # DeepSpeed wants a batch size, though nothing is trained.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +37,20 @@ class RunSettings:
     length: int
 
 
-def read_settings(path: str | Path, steps: int | None, seed: int, ranks: int) -> RunSettings:
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Let a command take settings of its config as ``key=value``; parse with ``parse_intermixed_args``."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the config, such as bf16.enabled=true")
+
+
+def read_settings(
+    path: str | Path, steps: int | None, seed: int, ranks: int, overrides: Sequence[str] = ()
+) -> RunSettings:
     """The settings of a config file and of the command line for a run of ``ranks`` ranks.
 
     Raises:
         ConfigError: something cannot work; the same on every rank.
     """
-    ds_config = load_ds_config(path)
+    ds_config = load_ds_config(path, overrides)
     finetuning = finetuning_config(ds_config)
     if steps is not None and steps < 1:
         raise ConfigError(f"--steps is {steps}; give at least 1")

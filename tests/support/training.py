@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from ds_lvxattn.config import sequence_parallel_config
 from ds_lvxattn.data.sample import SampleError, SampleSource
 from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.training import finetune as command
 from ds_lvxattn.training.loop import Job, Trainer
 from ds_lvxattn.training.settings import FinetuningConfig
 from tests.support.processes import REPOSITORY
@@ -106,12 +106,8 @@ def finetune(arguments: list[str]) -> str:
     """The command's body on this rank; the error that it would print, or nothing."""
     os.environ["WANDB_MODE"] = "disabled"
     start_deepspeed()
-    specification = importlib.util.spec_from_file_location("finetune", FINETUNE)
-    assert specification is not None and specification.loader is not None
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
     try:
-        script.finetune(script.parse(arguments))
+        command.finetune(command.parse(arguments))
     except (ConfigError, SampleError) as error:
         return str(error)
     return ""

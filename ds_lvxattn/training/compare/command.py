@@ -1,6 +1,6 @@
 """Train the same model on the same data with several sequence-parallel strategies, and compare the runs.
 
-    python train/compare.py --ds_config ds_configs/quickstart.json --steps 20 --output_dir runs/compare
+    ds-lvxattn compare --ds_config ds_configs/quickstart.json --steps 20 --output_dir runs/compare
 
 The runs follow each other, each through the DeepSpeed launcher, and ``report.md`` tells the result. Of the
 strategies, ``single`` is one rank without sequence parallelism and with the same global batch, and
@@ -27,6 +27,7 @@ from ds_lvxattn.training.compare.report import COLUMNS, SINGLE, Run, compare, re
 from ds_lvxattn.training.compare.runs import train
 from ds_lvxattn.training.compare.variants import derive_config, parse_variants
 from ds_lvxattn.training.run_log import start_wandb
+from ds_lvxattn.training.run_settings import add_overrides
 
 
 def log_summary(runs: Sequence[Run], pictures: Sequence[Path], folder: Path, group: str) -> None:
@@ -46,10 +47,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, required=True, help="optimizer steps of each run")
     parser.add_argument("--output_dir", type=Path, required=True, help="a folder a run, and the report")
     parser.add_argument("--num_gpus", type=int, help="ranks (default: all GPUs; on CPU one group)")
-    parser.add_argument("--model", default="quickstart", help="as in finetune.py (default: %(default)s)")
-    parser.add_argument("--data", default="needle", help="as in finetune.py (default: %(default)s)")
+    parser.add_argument("--model", default="quickstart", help="as of finetuning (default: %(default)s)")
+    parser.add_argument("--data", default="needle", help="as of finetuning (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    add_overrides(parser)
+    return parser.parse_intermixed_args(arguments)
 
 
 def run_all(args: argparse.Namespace) -> list[Run]:
@@ -59,7 +61,7 @@ def run_all(args: argparse.Namespace) -> list[Run]:
         ConfigError: a setting that cannot work, before anything runs.
     """
     console = Console()
-    ds_config = load_ds_config(args.ds_config)
+    ds_config = load_ds_config(args.ds_config, args.overrides)
     if args.steps < 1:
         raise ConfigError(f"--steps is {args.steps}; give at least 1")
     if args.num_gpus is None:

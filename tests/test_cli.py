@@ -1,0 +1,87 @@
+"""The command ``ds-lvxattn``: what it starts, what it tells, and that the built wheel holds all it needs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from ds_lvxattn import cli
+from tests.support.processes import REPOSITORY, finish
+
+SETTINGS = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+
+
+def test_help_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"ds-lvxattn {name} " in told for name in cli.COMMANDS)  # with an example of each
+    assert cli.main(["finetun"]) == 2
+    assert "no command 'finetun'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_each_command_explains_itself_without_starting_ranks(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [])
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    told = capsys.readouterr().out
+    assert ended.value.code == 0 and "usage:" in told and f"ds-lvxattn {name} " in told
+
+
+def test_ranks_are_started_by_the_launcher_on_a_free_port(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started = []
+    monkeypatch.setattr(cli.os, "execvpe", lambda file, words, environment: started.append(words) or sys.exit(0))
+    monkeypatch.delenv("RANK", raising=False)
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"sequence_parallel_size": 2}))
+    rest = ["--ds_config", str(config), "sequence_parallel_size=4", "--steps", "3"]
+    for options in ([], ["--num_gpus", "3", "--master_port", "7777"]):
+        with pytest.raises(SystemExit):
+            cli.main(["finetune", *options, *rest])
+    free, given = started
+    assert free[1:5] == ["-m", "deepspeed.launcher.runner", "--num_gpus", "4"]
+    assert free[5] == "--master_port" and free[7:] == ["--module", "ds_lvxattn.training.finetune", *rest]
+    assert given[3:7] == ["--num_gpus", "3", "--master_port", "7777"]
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_all_that_the_commands_need(tmp_path: Path) -> None:
+    """Built from the repository, and run from an empty folder with nothing of the repository on the path."""
+    built = finish(
+        [sys.executable, "-m", "pip", "wheel", REPOSITORY, "--no-deps", "--no-build-isolation", "-w", tmp_path],
+        cwd=tmp_path, PYTHONPATH=None,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    installed, empty = tmp_path / "installed", tmp_path / "empty"
+    empty.mkdir()
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(installed)
+    assert "ds_lvxattn/py.typed" in names and any(name.endswith("licenses/LICENSE") for name in names)
+    assert not any(name.startswith(("tests", "train/", "benchmarks")) for name in names)
+    settings = SETTINGS | {"PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
+    where = [sys.executable, "-c", "import ds_lvxattn; print(ds_lvxattn.__file__)"]
+    assert str(installed) in finish(where, cwd=empty, **settings).stdout
+
+    def command(*words: object) -> str:
+        done = finish([sys.executable, "-m", "ds_lvxattn.cli", *words], cwd=empty, **settings)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    plan = command("plan", "--model", "Llama-3.2-11B-Vision", "--text", 512, "--frames", 64, "--gpus", 8, "--json")
+    assert json.loads(plan)["choice"]
+    config = REPOSITORY / "ds_configs" / "quickstart.json"
+    command("finetune", "--ds_config", config, "--steps", 2, "--output_dir", "run", "finetuning.steps=2",
+            "finetuning.eval_examples=0", "sequence_parallel.strategy=lv_xattn")  # fmt: skip
+    assert len((empty / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert json.loads((empty / "run" / "plan.json").read_text())[1]["strategy"] == "lv_xattn"
+    said = command("generate", "--ds_config", config, "--model", "run/model", "--question", "which digit ?",
+                   "--num_gpus", 1, "--max_new_tokens", 2)  # fmt: skip
+    assert said is not None
