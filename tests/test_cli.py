@@ -81,7 +81,8 @@ def test_the_wheel_holds_all_that_the_commands_need(tmp_path: Path) -> None:
     command("finetune", "--ds_config", config, "--steps", 2, "--output_dir", "run", "finetuning.steps=2",
             "finetuning.eval_examples=0", "sequence_parallel.strategy=lv_xattn")  # fmt: skip
     assert len((empty / "run" / "metrics.jsonl").read_text().splitlines()) == 2
-    assert json.loads((empty / "run" / "plan.json").read_text())[1]["strategy"] == "lv_xattn"
+    layers = json.loads((empty / "run" / "plan.json").read_text())
+    assert {layer["strategy"] for layer in layers if layer["role"] != "local"} == {"lv_xattn"}
     said = command("generate", "--ds_config", config, "--model", "run/model", "--question", "which digit ?",
                    "--num_gpus", 1, "--max_new_tokens", 2)  # fmt: skip
     assert said is not None
