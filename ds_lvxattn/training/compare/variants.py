@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
-from ds_lvxattn.config import BLOCK_KEY, SIZE_KEY, StrategyChoice, sequence_parallel_config
+from ds_lvxattn.config import BLOCK_KEY, SIZE_KEY, sequence_parallel_config
 from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.plan.modes import strategies
 from ds_lvxattn.training.compare.report import SINGLE
 
 
@@ -33,7 +34,7 @@ def parse_variants(text: str) -> list[Variant]:
     Raises:
         ConfigError: an unknown strategy, one given twice, or a schedule for ``single``.
     """
-    accepted = [*get_args(StrategyChoice), SINGLE]
+    accepted = ["auto", *strategies(), SINGLE]
     variants = []
     for item in text.split(","):
         strategy, _, schedule = item.strip().partition(":")
