@@ -73,7 +73,7 @@ def kernel_calls(
 def _tile(kernel: Kernel, head_dim: int, dtype: torch.dtype, masked: bool, device: torch.device) -> dict[str, Any]:
     """The tiles of a kernel, as far as known; what is not known the measured points correct."""
     if kernel.name == "triton":
-        from ds_lvxattn.kernels.triton.forward import forward_config, is_hopper
+        from ds_lvxattn.kernels.triton.tiles import forward_config, is_hopper
 
         config = forward_config(head_dim, dtype.itemsize, masked, is_hopper(device))
         return {"tile_rows": config.block_m, "tile_keys": config.block_n, "packed": True, "splits_below": 1 << 30}

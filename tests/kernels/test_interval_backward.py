@@ -32,7 +32,7 @@ def run(p, exact, with_dlse=True, workspace=2**30):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workspace", (ONE_BLOCK, 2**30))
-@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("head_dim", (64, 80, 128))
 @pytest.mark.parametrize("mask", MASKS)
 def test_exact_in_float32(make_problem, error, mask, head_dim, workspace):
     p = make_problem(batch=2, heads=3, kv_heads=1, rows=29, keys=90, head_dim=head_dim, mask=mask)
@@ -56,7 +56,7 @@ def test_no_less_exact_than_pytorch(make_problem, error, mask, head_dim, dtype):
         assert error(grads[name], exact[name]) <= 1.5 * error(theirs[name], exact[name]), name
 
 
-@pytest.mark.parametrize("head_dim", (16, 32, 80, 96, 256))
+@pytest.mark.parametrize("head_dim", (16, 32, 72, 80, 88, 96, 256))
 def test_head_sizes(make_problem, error, head_dim):
     p = make_problem(rows=30 * LONG, keys=70 * LONG, head_dim=head_dim, dtype=HALVES[-1])
     exact = p.exact()

@@ -24,8 +24,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ds_lvxattn.kernels.triton.backward_plan import (
     WORKSPACE_BYTES,
-    BackwardConfig,
-    backward_config,
     plan_dense,
     plan_masked,
     rows_at_once,
@@ -33,22 +31,22 @@ from ds_lvxattn.kernels.triton.backward_plan import (
 from ds_lvxattn.kernels.triton.backward_rows import pack_rows_kernel, seen_tiles_kernel
 from ds_lvxattn.kernels.triton.forward import (
     LOG2_E,
-    is_hopper,
     lead,
     multiprocessors,
-    row_descriptor,
+    row_descriptors,
     rows_for_copy_engine,
 )
+from ds_lvxattn.kernels.triton.tiles import BackwardConfig, backward_config, is_hopper, split_head
 
 _LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
 def _visit_rows(
-    dk, dv, k, v, q_desc, dout_desc, ds_desc, terms_ptr, start_ptr, stop_ptr,
-    batch, head, row, seq_rows, key_first, ds_row, ds_column, seq_kv, scale_log2,
+    dk, dk_2, dv, dv_2, k, k_2, v, v_2, q_desc, q_2_desc, dout_desc, dout_2_desc, ds_desc, terms_ptr, start_ptr,
+    stop_ptr, batch, head, row, seq_rows, key_first, ds_row, ds_column, seq_kv, scale_log2,
     MASKED: tl.constexpr, HAS_INTERVAL: tl.constexpr, KEEP_DS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D_2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the rows ``[row, row + BLOCK_M)`` add to ``dK`` and ``dV``; keys along the first axis throughout,
     so that ``P`` and ``dS`` feed the next product from registers.
@@ -58,7 +56,11 @@ def _visit_rows(
     rows = row + tl.arange(0, BLOCK_M)
     q = q_desc.load([batch, head, row, 0]).reshape(BLOCK_M, BLOCK_D)
     lse = tl.load(terms_ptr + rows)
-    scores = tl.dot(k, q.T, input_precision=PRECISION) * scale_log2
+    scores = tl.dot(k, q.T, input_precision=PRECISION)
+    if BLOCK_D_2 > 0:
+        q_2 = q_2_desc.load([batch, head, row, BLOCK_D]).reshape(BLOCK_M, BLOCK_D_2)
+        scores = tl.dot(k_2, q_2.T, scores, input_precision=PRECISION)
+    scores *= scale_log2
     if MASKED:
         key = key_first + tl.arange(0, BLOCK_N)
         if HAS_INTERVAL:
@@ -73,23 +75,29 @@ def _visit_rows(
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
     delta = tl.load(terms_ptr + seq_rows + rows)
     dp = tl.dot(v, dout.T, input_precision=PRECISION)
+    if BLOCK_D_2 > 0:
+        dout_2 = dout_2_desc.load([batch, head, row, BLOCK_D]).reshape(BLOCK_M, BLOCK_D_2)
+        dv_2 = tl.dot(p.to(dout.dtype), dout_2, dv_2, input_precision=PRECISION)
+        dp = tl.dot(v_2, dout_2.T, dp, input_precision=PRECISION)
     ds = (p * (dp - delta[None, :])).to(q.dtype)
     dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+    if BLOCK_D_2 > 0:
+        dk_2 = tl.dot(ds, q_2, dk_2, input_precision=PRECISION)
     if KEEP_DS:
         ds_desc.store([ds_row, ds_column], ds)
-    return dk, dv
+    return dk, dk_2, dv, dv_2
 
 
 @triton.jit(do_not_specialize=["pairs", "heads_kv", "seq_kv", "tiles", "blocks", "chunk", "chunk_blocks", "slots"])
 def _key_grads_kernel(
-    q_desc, dout_desc, k_desc, v_desc, ds_desc, terms_ptr, start_ptr, stop_ptr, seen_ptr, count_ptr, edge_ptr,
-    base_ptr, k_ptr, v_ptr, dk_ptr, dv_ptr,
+    q_desc, q_2_desc, dout_desc, dout_2_desc, k_desc, k_2_desc, v_desc, v_2_desc, ds_desc, terms_ptr, start_ptr,
+    stop_ptr, seen_ptr, count_ptr, edge_ptr, base_ptr, k_ptr, v_ptr, dk_ptr, dv_ptr,
     k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s,
     pairs, heads_kv, seq_kv, tiles, blocks, chunk, chunk_blocks, slots, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_INTERVAL: tl.constexpr, KEEP_DS: tl.constexpr, ADD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D_2: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_INTERVAL: tl.constexpr, KEEP_DS: tl.constexpr,
+    ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dK``, ``dV`` of one chunk's key blocks, and their ``dS`` against all rows that see them.
 
@@ -145,6 +153,15 @@ def _key_grads_kernel(
             v = tl.load(v_rows + key.to(tl.int64)[:, None] * v_stride_s + dim[None, :], mask=mask, other=0.0)
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        k_2 = 0.0
+        v_2 = 0.0
+        dk_2 = 0.0
+        dv_2 = 0.0
+        if BLOCK_D_2 > 0:  # a head size between powers of two: its last columns
+            k_2 = k_2_desc.load([batch, head, key_first, BLOCK_D]).reshape(BLOCK_N, BLOCK_D_2)
+            v_2 = v_2_desc.load([batch, head, key_first, BLOCK_D]).reshape(BLOCK_N, BLOCK_D_2)
+            dk_2 = tl.zeros([BLOCK_N, BLOCK_D_2], tl.float32)
+            dv_2 = tl.zeros([BLOCK_N, BLOCK_D_2], tl.float32)
         for step in tl.range(0, whole * STEPS):
             tile = step // STEPS
             if HAS_INTERVAL:
@@ -154,11 +171,11 @@ def _key_grads_kernel(
             else:
                 slot = (batch * tiles + tile) * chunk_blocks + block - first_block
             column = step % STEPS * BLOCK_M
-            dk, dv = _visit_rows(
-                dk, dv, k, v, q_desc, dout_desc, ds_desc, terms, rows_start, rows_stop,
-                batch, head, tile * TILE + column, tiles * TILE, key_first, (head * slots + slot) * BLOCK_N,
-                column, seq_kv, scale * _LOG2_E, False, HAS_INTERVAL, KEEP_DS, BLOCK_M, BLOCK_N, BLOCK_D,
-                PRECISION,
+            dk, dk_2, dv, dv_2 = _visit_rows(
+                dk, dk_2, dv, dv_2, k, k_2, v, v_2, q_desc, q_2_desc, dout_desc, dout_2_desc, ds_desc, terms,
+                rows_start, rows_stop, batch, head, tile * TILE + column, tiles * TILE, key_first,
+                (head * slots + slot) * BLOCK_N, column, seq_kv, scale * _LOG2_E, False, HAS_INTERVAL, KEEP_DS,
+                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_D_2, PRECISION,
             )  # fmt: skip
         for step in tl.range(0, part * STEPS):
             tile = step // STEPS
@@ -169,11 +186,11 @@ def _key_grads_kernel(
             else:
                 slot = (batch * tiles + tile) * chunk_blocks + block - first_block
             column = step % STEPS * BLOCK_M
-            dk, dv = _visit_rows(
-                dk, dv, k, v, q_desc, dout_desc, ds_desc, terms, rows_start, rows_stop,
-                batch, head, tile * TILE + column, tiles * TILE, key_first, (head * slots + slot) * BLOCK_N,
-                column, seq_kv, scale * _LOG2_E, True, HAS_INTERVAL, KEEP_DS, BLOCK_M, BLOCK_N, BLOCK_D,
-                PRECISION,
+            dk, dk_2, dv, dv_2 = _visit_rows(
+                dk, dk_2, dv, dv_2, k, k_2, v, v_2, q_desc, q_2_desc, dout_desc, dout_2_desc, ds_desc, terms,
+                rows_start, rows_stop, batch, head, tile * TILE + column, tiles * TILE, key_first,
+                (head * slots + slot) * BLOCK_N, column, seq_kv, scale * _LOG2_E, True, HAS_INTERVAL, KEEP_DS,
+                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_D_2, PRECISION,
             )  # fmt: skip
 
         key = key.to(tl.int64)[:, None]
@@ -185,14 +202,23 @@ def _key_grads_kernel(
             dv += tl.load(dv_rows + dim[None, :], mask=mask, other=0.0)
         tl.store(dk_rows + dim[None, :], dk.to(dk_ptr.dtype.element_ty), mask=mask)
         tl.store(dv_rows + dim[None, :], dv.to(dv_ptr.dtype.element_ty), mask=mask)
+        if BLOCK_D_2 > 0:
+            dim_2 = BLOCK_D + tl.arange(0, BLOCK_D_2)
+            mask_2 = (key < seq_kv) & (dim_2 < HEAD_DIM)[None, :]
+            dk_2 *= scale
+            if ADD:
+                dk_2 += tl.load(dk_rows + dim_2[None, :], mask=mask_2, other=0.0)
+                dv_2 += tl.load(dv_rows + dim_2[None, :], mask=mask_2, other=0.0)
+            tl.store(dk_rows + dim_2[None, :], dk_2.to(dk_ptr.dtype.element_ty), mask=mask_2)
+            tl.store(dv_rows + dim_2[None, :], dv_2.to(dv_ptr.dtype.element_ty), mask=mask_2)
 
 
 @triton.jit(do_not_specialize=["heads_kv", "tiles", "blocks", "chunk", "chunk_blocks", "slots"])
 def _query_grads_kernel(
-    ds_desc, k_desc, bounds_ptr, edge_ptr, base_ptr, dq_ptr,
+    ds_desc, k_desc, k_2_desc, bounds_ptr, edge_ptr, base_ptr, dq_ptr,
     heads_kv, tiles, blocks, chunk, chunk_blocks, slots,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_INTERVAL: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D_2: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_INTERVAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds ``dS K`` of one chunk of keys to the float32 ``dQ / scale`` of one tile; the first chunk sets it.
 
@@ -219,8 +245,16 @@ def _query_grads_kernel(
         dq = dq_ptr + row[:, None] * HEAD_DIM + dim[None, :]
         mask = (dim < HEAD_DIM)[None, :] & (row >= 0)[:, None]
         acc = tl.zeros([TILE, BLOCK_D], tl.float32)
+        acc_2 = 0.0
+        if BLOCK_D_2 > 0:
+            dim_2 = BLOCK_D + tl.arange(0, BLOCK_D_2)
+            dq_2 = dq_ptr + row[:, None] * HEAD_DIM + dim_2[None, :]
+            mask_2 = (dim_2 < HEAD_DIM)[None, :] & (row >= 0)[:, None]
+            acc_2 = tl.zeros([TILE, BLOCK_D_2], tl.float32)
         if chunk > 0:
             acc = tl.load(dq, mask=mask, other=0.0)
+            if BLOCK_D_2 > 0:
+                acc_2 = tl.load(dq_2, mask=mask_2, other=0.0)
         ahead = 0
         if HAS_INTERVAL:
             ahead = lead(high - low, low * BLOCK_N, BLOCK_N)
@@ -229,7 +263,12 @@ def _query_grads_kernel(
             ds = ds_desc.load([(head * slots + base + block) * BLOCK_N, 0])
             k = k_desc.load([batch, head, block * BLOCK_N, 0]).reshape(BLOCK_N, BLOCK_D)
             acc = tl.dot(ds.T, k, acc, input_precision=PRECISION)
+            if BLOCK_D_2 > 0:
+                k_2 = k_2_desc.load([batch, head, block * BLOCK_N, BLOCK_D]).reshape(BLOCK_N, BLOCK_D_2)
+                acc_2 = tl.dot(ds.T, k_2, acc_2, input_precision=PRECISION)
         tl.store(dq, acc, mask=mask)
+        if BLOCK_D_2 > 0:
+            tl.store(dq_2, acc_2, mask=mask_2)
 
 
 @triton.jit
@@ -309,6 +348,7 @@ def interval_backward(
     stop: Tensor | None,
     scale: float,
     workspace_bytes: int = WORKSPACE_BYTES,
+    config: BackwardConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of attention over the keys at hand, given row terms over all ranks' keys. Deterministic.
 
@@ -324,6 +364,7 @@ def interval_backward(
         scale: positive factor of the scores.
         workspace_bytes: upper bound of the ``dS`` workspace (one block of keys at the least); more means
             fewer and fuller launches.
+        config: other tiles than the tuned ones.
 
     Returns:
         ``dq`` (the part from these keys), ``dk``, ``dv`` in the dtypes and dense strides of the inputs.
@@ -340,7 +381,7 @@ def interval_backward(
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
 
-    config = backward_config(head_dim, q.element_size(), start is not None, is_hopper(q.device))
+    config = config or backward_config(head_dim, q.element_size(), start is not None, is_hopper(q.device))
     room = workspace_bytes // (heads_kv * config.block_n * config.tile * q.element_size())
     run = seq_q
     if config.keep_ds or start is None:
@@ -412,17 +453,16 @@ def _backward_of_rows(
     q_rows, dout_rows = (
         rows_for_copy_engine(x.unflatten(1, (heads_kv, group)).transpose(2, 3).flatten(2, 3)) for x in (q, dout)
     )
-    q_desc = row_descriptor(q_rows, config.block_m)
-    dout_desc = row_descriptor(dout_rows, config.block_m)
-    k_desc = row_descriptor(rows_for_copy_engine(k), config.block_n)
-    v_desc = row_descriptor(rows_for_copy_engine(v), config.block_n)
+    row_tiles = (*row_descriptors(q_rows, config.block_m), *row_descriptors(dout_rows, config.block_m))
+    k_tiles, v_tiles = (row_descriptors(rows_for_copy_engine(x), config.block_n) for x in (k, v))
+    block_d, block_d_2 = split_head(head_dim)
     dq_rows = torch.empty((batch, heads_kv, rows, head_dim), dtype=torch.float32, device=q.device)
     tile_args = dict(
-        HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), TILE=config.tile, BLOCK_N=config.block_n,
+        HEAD_DIM=head_dim, BLOCK_D=block_d, TILE=config.tile, BLOCK_N=config.block_n,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     key_args = dict(
-        BLOCK_M=config.block_m, HAS_INTERVAL=has_interval, ADD=add, num_warps=config.num_warps,
+        BLOCK_D_2=block_d_2, BLOCK_M=config.block_m, HAS_INTERVAL=has_interval, ADD=add, num_warps=config.num_warps,
         num_stages=config.num_stages, maxnreg=config.max_registers, **tile_args,
     )  # fmt: skip
     query_args = dict(num_warps=config.query_warps, num_stages=config.query_stages, **tile_args)
@@ -430,12 +470,12 @@ def _backward_of_rows(
 
     if has_interval and not config.keep_ds:
         _key_grads_kernel[(blocks * pairs,)](
-            q_desc, dout_desc, k_desc, v_desc, None, terms, packed_start, packed_stop, seen, count, None,
+            *row_tiles, *k_tiles, *v_tiles, None, terms, packed_start, packed_stop, seen, count, None,
             None, *key_tensors, pairs, heads_kv, seq_kv, tiles, blocks, 0, blocks, 0, scale, KEEP_DS=False,
             **key_args,
         )  # fmt: skip
         _query_grads_again_kernel[(tiles, pairs)](
-            row_descriptor(q_rows, config.tile), row_descriptor(dout_rows, config.tile), k_desc, v_desc,
+            row_descriptors(q_rows, config.tile)[0], row_descriptors(dout_rows, config.tile)[0], k_tiles[0], v_tiles[0],
             terms, packed_start, packed_stop, bounds,
             dq_rows, heads_kv, tiles, scale, **query_args,
         )  # fmt: skip
@@ -449,13 +489,13 @@ def _backward_of_rows(
         ds_in = TensorDescriptor.from_tensor(ds, [config.block_n, config.tile])
         for chunk in range(plan.chunks):
             _key_grads_kernel[(plan.launched_blocks(chunk, blocks) * pairs,)](
-                q_desc, dout_desc, k_desc, v_desc, ds_out, terms, packed_start, packed_stop, seen, count,
-                plan.edges, plan.base, *key_tensors, pairs, heads_kv, seq_kv, tiles, blocks, chunk,
+                *row_tiles, *k_tiles, *v_tiles, ds_out, terms, packed_start, packed_stop, seen, count, plan.edges,
+                plan.base, *key_tensors, pairs, heads_kv, seq_kv, tiles, blocks, chunk,
                 plan.blocks, plan.slots, scale, KEEP_DS=True, **key_args,
             )  # fmt: skip
             _query_grads_kernel[(tiles, pairs)](
-                ds_in, k_desc, bounds, plan.edges, plan.base, dq_rows, heads_kv, tiles, blocks, chunk,
-                plan.blocks, plan.slots, HAS_INTERVAL=has_interval, **query_args,
+                ds_in, *k_tiles, bounds, plan.edges, plan.base, dq_rows, heads_kv, tiles, blocks, chunk,
+                plan.blocks, plan.slots, BLOCK_D_2=block_d_2, HAS_INTERVAL=has_interval, **query_args,
             )  # fmt: skip
     dq_groups = dq_rows[:, :, : seq_q * group].unflatten(2, (seq_q, group)).transpose(2, 3)
     torch.mul(dq_groups, scale, out=dq.unflatten(1, (heads_kv, group)))

@@ -1,4 +1,4 @@
-"""How the backward pass divides its work: tiles by head size, chunks of keys, runs of query rows.
+"""How the backward pass divides its work: chunks of keys, runs of query rows.
 
 ``dS`` of a chunk of keys against a run of rows has to fit a bounded workspace, and a chunk has to have key blocks
 enough to fill the chip. The longer the run, the fewer key blocks fit: many rows are therefore taken in several runs,
@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ds_lvxattn.kernels.triton.tiles import BackwardConfig
+
 WORKSPACE_BYTES = 2 << 30
 # Full rounds of programs that a chunk should have: with fewer, the last round leaves too much of the chip idle.
 ROUNDS = 2
@@ -19,50 +21,6 @@ ROUNDS = 2
 RUN_OPERATIONS = 1e12
 LEAST_TILES = 2  # of rows at once, however small the workspace
 RUN_GRANULE = 64  # runs begin at addresses that the compiler takes for aligned, as it does the whole tensors'
-
-
-class BackwardConfig(NamedTuple):
-    """Tiles of the kernels.
-
-    Args:
-        tile: rows that the mask is resolved to, a multiple of ``block_m``; also the rows of a ``dQ`` program.
-        block_m, block_n: rows and keys of one step.
-        num_warps, num_stages, max_registers: of the kernel that owns keys.
-        resident: its programs that a multiprocessor holds at once.
-        query_warps, query_stages: of the kernel that owns rows.
-        keep_ds: with a mask, whether ``dQ`` comes from the workspace or from scores computed again.
-    """
-
-    tile: int
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    resident: int
-    query_warps: int
-    query_stages: int
-    max_registers: int | None = None
-    keep_ds: bool = True
-
-
-def backward_config(head_dim: int, itemsize: int, masked: bool, hopper: bool) -> BackwardConfig:
-    """Tile sizes by head size, chosen by measurement on an H200; nothing is tuned at run time."""
-    if itemsize == 4:
-        return BackwardConfig(32, 32, 32, 4, 1, 1, 4, 1, keep_ds=head_dim > 64)
-    if not hopper:
-        if head_dim <= 64:
-            return BackwardConfig(64, 32, 64, 8, 2, 1, 8, 2, keep_ds=False)
-        if head_dim <= 128:
-            return BackwardConfig(64, 32, 64, 8, 2, 1, 8, 2)
-        return BackwardConfig(32, 32, 32, 8, 1, 1, 8, 1)
-    if head_dim <= 64:
-        if masked:
-            # 168 registers let three programs share a multiprocessor, which hides the start of short visits.
-            return BackwardConfig(64, 64, 64, 4, 2, 3, 4, 3, max_registers=168, keep_ds=False)
-        return BackwardConfig(128, 64, 64, 4, 2, 3, 8, 4, max_registers=168)
-    if head_dim <= 128:
-        return BackwardConfig(128, 64, 64, 4, 2, 2, 8, 4)
-    return BackwardConfig(64, 32, 64, 8, 1, 1, 8, 2)
 
 
 class ChunkPlan(NamedTuple):

@@ -7,8 +7,6 @@ after Flash-Decoding. The mask is the interval of LV-XAttn's workloads: row ``i`
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ds_lvxattn.kernels.triton.merge import merge_partials_triton
+from ds_lvxattn.kernels.triton.tiles import ForwardConfig, forward_config, is_hopper, split_head
 
 LOG2_E = 1.4426950408889634
 MAX_HEAD_DIM = 256
@@ -28,13 +27,17 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _attend(
-    acc, row_max, row_sum, q, k_desc, v_desc, batch, head, first_key, row_start, row_stop, seq_kv, scale_log2,
+    acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, first_key, row_start,
+    row_stop, seq_kv, scale_log2,
     MASKED: tl.constexpr, HAS_INTERVAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_D_2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over the keys ``[first_key, first_key + BLOCK_N)``, in base 2."""
     k = k_desc.load([batch, head, first_key, 0]).reshape(BLOCK_N, BLOCK_D)
     scores = tl.dot(q, k.T, input_precision=PRECISION)
+    if BLOCK_D_2 > 0:
+        k_2 = k_2_desc.load([batch, head, first_key, BLOCK_D]).reshape(BLOCK_N, BLOCK_D_2)
+        scores = tl.dot(q_2, k_2.T, scores, input_precision=PRECISION)
     if MASKED:
         key = first_key + tl.arange(0, BLOCK_N)
         if HAS_INTERVAL:
@@ -49,7 +52,11 @@ def _attend(
     acc = acc * shrink[:, None]
     v = v_desc.load([batch, head, first_key, 0]).reshape(BLOCK_N, BLOCK_D)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    return acc, new_max, row_sum
+    if BLOCK_D_2 > 0:
+        acc_2 = acc_2 * shrink[:, None]
+        v_2 = v_2_desc.load([batch, head, first_key, BLOCK_D]).reshape(BLOCK_N, BLOCK_D_2)
+        acc_2 = tl.dot(p.to(v_2.dtype), v_2, acc_2, input_precision=PRECISION)
+    return acc, acc_2, new_max, row_sum
 
 
 @triton.jit
@@ -72,12 +79,12 @@ def lead(blocks, first_key, BLOCK_N: tl.constexpr):
     ]
 )  # fmt: skip
 def _interval_forward_kernel(
-    q_ptr, k_desc, v_desc, start_ptr, stop_ptr, out_ptr, lse_ptr,
+    q_ptr, k_desc, k_2_desc, v_desc, v_2_desc, start_ptr, stop_ptr, out_ptr, lse_ptr,
     q_stride_b, q_stride_h, q_stride_s, bound_stride_b,
     out_stride_split, out_stride_b, out_stride_h, out_stride_s, lse_stride_split,
     pairs, tiles, heads_kv, seq_q, seq_kv, splits, scale_log2,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_INTERVAL: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D_2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_INTERVAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M rows of one key/value head against one share of the keys that the tile sees.
 
@@ -105,6 +112,13 @@ def _interval_forward_kernel(
     tile_mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
     q_row = batch.to(tl.int64) * q_stride_b + q_head.to(tl.int64) * q_stride_h + query.to(tl.int64) * q_stride_s
     q = tl.load(q_ptr + q_row[:, None] + dim[None, :], mask=tile_mask, other=0.0)
+    q_2 = 0.0
+    acc_2 = 0.0
+    if BLOCK_D_2 > 0:  # a head size between powers of two: its last columns
+        dim_2 = BLOCK_D + tl.arange(0, BLOCK_D_2)
+        tile_mask_2 = inside[:, None] & (dim_2 < HEAD_DIM)[None, :]
+        q_2 = tl.load(q_ptr + q_row[:, None] + dim_2[None, :], mask=tile_mask_2, other=0.0)
+        acc_2 = tl.zeros([BLOCK_M, BLOCK_D_2], tl.float32)
 
     # [first, last): keys that some row sees. [all_first, all_last): keys that every row sees, rows that see
     # nothing aside: whatever the unmasked loop adds to those is replaced at the end.
@@ -142,29 +156,29 @@ def _interval_forward_kernel(
     row_max = tl.full([BLOCK_M], -1e30, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     for key in tl.range(enter, clear_last, BLOCK_N):
-        acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q, k_desc, v_desc, batch, head, key, row_start, row_stop, seq_kv,
-            scale_log2, False, HAS_INTERVAL, BLOCK_N, BLOCK_D, PRECISION,
+        acc, acc_2, row_max, row_sum = _attend(
+            acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, key, row_start,
+            row_stop, seq_kv, scale_log2, False, HAS_INTERVAL, BLOCK_N, BLOCK_D, BLOCK_D_2, PRECISION,
         )  # fmt: skip
     for key in tl.range(clear_last, last, BLOCK_N):
-        acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q, k_desc, v_desc, batch, head, key, row_start, row_stop, seq_kv,
-            scale_log2, True, HAS_INTERVAL, BLOCK_N, BLOCK_D, PRECISION,
+        acc, acc_2, row_max, row_sum = _attend(
+            acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, key, row_start,
+            row_stop, seq_kv, scale_log2, True, HAS_INTERVAL, BLOCK_N, BLOCK_D, BLOCK_D_2, PRECISION,
         )  # fmt: skip
     if HAS_INTERVAL:
         for key in tl.range(first, clear_first, BLOCK_N):
-            acc, row_max, row_sum = _attend(
-                acc, row_max, row_sum, q, k_desc, v_desc, batch, head, key, row_start, row_stop, seq_kv,
-                scale_log2, True, HAS_INTERVAL, BLOCK_N, BLOCK_D, PRECISION,
+            acc, acc_2, row_max, row_sum = _attend(
+                acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, key, row_start,
+                row_stop, seq_kv, scale_log2, True, HAS_INTERVAL, BLOCK_N, BLOCK_D, BLOCK_D_2, PRECISION,
             )  # fmt: skip
         for key in tl.range(clear_first, enter, BLOCK_N):
-            acc, row_max, row_sum = _attend(
-                acc, row_max, row_sum, q, k_desc, v_desc, batch, head, key, row_start, row_stop, seq_kv,
-                scale_log2, False, HAS_INTERVAL, BLOCK_N, BLOCK_D, PRECISION,
+            acc, acc_2, row_max, row_sum = _attend(
+                acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, key, row_start,
+                row_stop, seq_kv, scale_log2, False, HAS_INTERVAL, BLOCK_N, BLOCK_D, BLOCK_D_2, PRECISION,
             )  # fmt: skip
 
     sees = sees & (row_sum > 0)
-    out = acc * tl.where(sees, 1.0 / row_sum, 0.0)[:, None]
+    weight = tl.where(sees, 1.0 / row_sum, 0.0)[:, None]
     lse = tl.where(sees, (row_max + tl.log2(row_sum)) * _LN_2, float("-inf"))
     out_row = (
         split.to(tl.int64) * out_stride_split
@@ -172,34 +186,12 @@ def _interval_forward_kernel(
         + q_head.to(tl.int64) * out_stride_h
         + query.to(tl.int64) * out_stride_s
     )
-    tl.store(out_ptr + out_row[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=tile_mask)
+    out = out_ptr + out_row[:, None]
+    tl.store(out + dim[None, :], (acc * weight).to(out_ptr.dtype.element_ty), mask=tile_mask)
+    if BLOCK_D_2 > 0:
+        tl.store(out + dim_2[None, :], (acc_2 * weight).to(out_ptr.dtype.element_ty), mask=tile_mask_2)
     lse_row = split.to(tl.int64) * lse_stride_split + (batch * heads_kv * GROUP + q_head).to(tl.int64) * seq_q + query
     tl.store(lse_ptr + lse_row, lse, mask=inside)
-
-
-class ForwardConfig(NamedTuple):
-    """Tile of one program and how many programs a multiprocessor holds at once."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    resident: int
-
-
-def forward_config(head_dim: int, itemsize: int, masked: bool, hopper: bool) -> ForwardConfig:
-    """Tile sizes by head size, chosen by measurement on an H200; nothing is tuned at run time."""
-    if itemsize == 4:
-        return ForwardConfig(32, 32, 4, 1, 1)
-    if not hopper:
-        if head_dim <= 64:
-            return ForwardConfig(128, 64, 8, 2, 1)
-        return ForwardConfig(128, 32, 8, 2, 1) if head_dim <= 128 else ForwardConfig(64, 32, 8, 1, 1)
-    if head_dim <= 64:
-        return ForwardConfig(64, 128, 4, 2, 2) if masked else ForwardConfig(128, 64, 4, 3, 2)
-    if head_dim <= 128:
-        return ForwardConfig(128, 64, 4, 2, 2)
-    return ForwardConfig(128, 32, 8, 2, 1)
 
 
 def interval_forward_supported(q_dtype: torch.dtype, head_dim: int, device_type: str) -> str | None:
@@ -223,15 +215,18 @@ def rows_for_copy_engine(x: Tensor) -> Tensor:
     return x if aligned and x.stride(-1) == 1 else x.contiguous()
 
 
-def row_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """Descriptor of ``x [B, H, S, D]`` for tiles of ``rows`` rows; what lies past the end reads as 0."""
-    block = [1, 1, rows, triton.next_power_of_2(x.shape[-1])]
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+def row_descriptors(x: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+    """Descriptors of ``x [B, H, S, D]`` for tiles of ``rows`` rows and the blocks of columns of ``split_head``.
 
-
-def is_hopper(device: torch.device) -> bool:
-    """Whether tiles may be sized for compute capability 9.0's matrix units and shared memory."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    What lies past the end reads as 0.
+    """
+    shape, strides = list(x.shape), list(x.stride())
+    first, second = (
+        TensorDescriptor(x, shape, strides, [1, 1, rows, columns]) if columns else None
+        for columns in split_head(x.shape[-1])
+    )
+    assert first is not None
+    return first, second
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -252,7 +247,13 @@ def key_splits(tiles: int, key_blocks: int, slots: int) -> int:
 
 
 def interval_forward(
-    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor | None,
+    stop: Tensor | None,
+    scale: float,
+    config: ForwardConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``q`` over each row's own range of the keys at hand.
 
@@ -262,6 +263,7 @@ def interval_forward(
         start, stop: int32 ``[B, S_q]``, row ``i`` sees the local key positions ``[start_i, stop_i)`` with
             ``0 <= start_i <= stop_i <= S_kv``; None for both when every row sees every key.
         scale: positive factor of the scores, usually ``D ** -0.5``.
+        config: other tiles than the tuned ones.
 
     Returns:
         ``out [B, H_q, S_q, D]`` in the dtype and, where they are dense, the strides of ``q``; float32 natural
@@ -282,7 +284,7 @@ def interval_forward(
         return out.zero_(), lse.fill_(float("-inf"))
 
     has_interval = start is not None and stop is not None
-    config = forward_config(head_dim, q.element_size(), has_interval, is_hopper(q.device))
+    config = config or forward_config(head_dim, q.element_size(), has_interval, is_hopper(q.device))
     group = heads_q // heads_kv
     tiles = triton.cdiv(seq_q * group, config.block_m)
     slots = multiprocessors(q.device) * config.resident
@@ -295,12 +297,13 @@ def interval_forward(
     if start is not None and stop is not None:
         start, stop = start.contiguous(), stop.contiguous()
 
+    block_d, block_d_2 = split_head(head_dim)
     _interval_forward_kernel[(tiles * batch * heads_kv, splits)](
-        q, row_descriptor(rows_for_copy_engine(k), config.block_n),
-        row_descriptor(rows_for_copy_engine(v), config.block_n), start, stop, part_out, part_lse,
+        q, *row_descriptors(rows_for_copy_engine(k), config.block_n),
+        *row_descriptors(rows_for_copy_engine(v), config.block_n), start, stop, part_out, part_lse,
         *q.stride()[:3], seq_q, *part_out.stride()[:4], part_lse.stride(0),
         batch * heads_kv, tiles, heads_kv, seq_q, seq_kv, splits, scale * LOG2_E,
-        GROUP=group, HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_M=config.block_m,
+        GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_D_2=block_d_2, BLOCK_M=config.block_m,
         BLOCK_N=config.block_n, HAS_INTERVAL=has_interval,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps, num_stages=config.num_stages,

@@ -1,0 +1,95 @@
+"""Tiles of the kernels by head size and chip: every number that was tuned, chosen by measurement, in one place.
+
+``benchmarks/tiles.py`` measures others. Nothing is tuned at run time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class ForwardConfig(NamedTuple):
+    """Tile of one program and how many programs a multiprocessor holds at once."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    resident: int
+
+
+class BackwardConfig(NamedTuple):
+    """Tiles of the kernels.
+
+    Args:
+        tile: rows that the mask is resolved to, a multiple of ``block_m``; also the rows of a ``dQ`` program.
+        block_m, block_n: rows and keys of one step.
+        num_warps, num_stages, max_registers: of the kernel that owns keys.
+        resident: its programs that a multiprocessor holds at once.
+        query_warps, query_stages: of the kernel that owns rows.
+        keep_ds: with a mask, whether ``dQ`` comes from the workspace or from scores computed again.
+    """
+
+    tile: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    resident: int
+    query_warps: int
+    query_stages: int
+    max_registers: int | None = None
+    keep_ds: bool = True
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether tiles may be sized for compute capability 9.0's matrix units and shared memory."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def split_head(head_dim: int) -> tuple[int, int]:
+    """A head size as two blocks of columns, powers of two that hold it; the second is 0 where one fits well.
+
+    Sizes of vision encoders: 72 and 80 are 64 + 16, 88 and 96 are 64 + 32, where 128 would compute up to 1.8 times as
+    much.
+    """
+    if 64 < head_dim <= 96:
+        return 64, 16 if head_dim <= 80 else 32
+    return 1 << (head_dim - 1).bit_length(), 0
+
+
+def forward_config(head_dim: int, itemsize: int, masked: bool, hopper: bool) -> ForwardConfig:
+    """Tiles of the forward pass."""
+    if itemsize == 4:
+        return ForwardConfig(32, 32, 4, 1, 1)
+    if not hopper:
+        if head_dim <= 64:
+            return ForwardConfig(128, 64, 8, 2, 1)
+        return ForwardConfig(128, 32, 8, 2, 1) if head_dim <= 128 else ForwardConfig(64, 32, 8, 1, 1)
+    if head_dim <= 64:
+        return ForwardConfig(64, 128, 4, 2, 2) if masked else ForwardConfig(128, 64, 4, 3, 2)
+    if head_dim <= 128:
+        return ForwardConfig(128, 64, 4, 2, 2)
+    return ForwardConfig(128, 32, 8, 2, 1)
+
+
+def backward_config(head_dim: int, itemsize: int, masked: bool, hopper: bool) -> BackwardConfig:
+    """Tiles of the backward pass."""
+    if itemsize == 4:
+        return BackwardConfig(32, 32, 32, 4, 1, 1, 4, 1, keep_ds=head_dim > 64)
+    if not hopper:
+        if head_dim <= 64:
+            return BackwardConfig(64, 32, 64, 8, 2, 1, 8, 2, keep_ds=False)
+        if head_dim <= 128:
+            return BackwardConfig(64, 32, 64, 8, 2, 1, 8, 2)
+        return BackwardConfig(32, 32, 32, 8, 1, 1, 8, 1)
+    if head_dim <= 64:
+        if masked:
+            # 168 registers let three programs share a multiprocessor, which hides the start of short visits.
+            return BackwardConfig(64, 64, 64, 4, 2, 3, 4, 3, max_registers=168, keep_ds=False)
+        return BackwardConfig(128, 64, 64, 4, 2, 3, 8, 4, max_registers=168)
+    if head_dim <= 128:
+        return BackwardConfig(128, 64, 64, 4, 2, 2, 8, 4)
+    return BackwardConfig(64, 32, 64, 8, 1, 1, 8, 2)
