@@ -1,4 +1,4 @@
-"""Errors of the Triton kernels against float64 over those of PyTorch's attention, at the sizes of the benchmarks.
+"""Errors of every installed kernel against float64 over those of PyTorch's attention, at the sizes of the benchmarks.
 
 python benchmarks/accuracy.py --output FILE.json
 """
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from attention_cases import CASES, Case
 from torch import Tensor
 
-from ds_lvxattn.kernels.triton.backward import interval_backward
+from ds_lvxattn.kernels.base import Call, Kernel
+from ds_lvxattn.kernels.dispatch import KERNELS
 from ds_lvxattn.kernels.triton.delta import attention_delta
-from ds_lvxattn.kernels.triton.forward import interval_forward
 
 TARGET = 1.5
 
@@ -43,18 +43,29 @@ def reference(case: Case, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return out, dq, dk, dv
 
 
-def error_ratios(case: Case) -> dict[str, float]:
-    """The errors of ``out, dq, dk, dv`` over those of ``scaled_dot_product_attention`` with a dense mask.
+def kernels_of(case: Case) -> list[Kernel]:
+    """Those of this project, and FlashAttention-4, that can do ``case``."""
+    q, k, *_ = case.inputs()
+    call = Call.backward(q, k, case.mask != "visible")
+    return [x for x in KERNELS if not x.needs_out and x.name != "math" and x.unsupported(call) is None]
 
-    The whole case runs; one key/value head is compared.
+
+def error_ratios(case: Case) -> dict[str, dict[str, float]]:
+    """By kernel: errors of ``out, dq, dk, dv`` over those of ``scaled_dot_product_attention`` with a dense mask.
+
+    The whole case runs; one key/value head of one sequence is compared.
     """
     q, k, v, dout = case.inputs()
     start, stop = case.interval()
     group = case.heads // case.kv_heads
-    out, lse = interval_forward(q, k, v, start, stop, case.scale)
-    grads = interval_backward(dout, q, k, v, lse, attention_delta(dout, out, None), start, stop, case.scale)
-    heads = (q[:, :group], k[:, :1], v[:, :1], dout[:, :group])
-    mine = (out[:, :group], grads[0][:, :group], grads[1][:, :1], grads[2][:, :1])
+    results = {}
+    for kernel in kernels_of(case):
+        out, lse = kernel.forward(q, k, v, start, stop, case.scale)
+        delta = attention_delta(dout, out, None)
+        grads = kernel.backward(dout, q, k, v, None, lse, delta, start, stop, case.scale)
+        heads = (group, group, 1, 1)
+        results[kernel.name] = [x[:1, :n] for x, n in zip((out, *grads), heads, strict=True)]
+    heads = (q[:1, :group], k[:1, :1], v[:1, :1], dout[:1, :group])
     exact = reference(case, heads)
     mask = None
     if start is not None:
@@ -69,19 +80,22 @@ def error_ratios(case: Case) -> dict[str, float]:
         return ((x.double() - y).norm() / y.norm()).item()
 
     return {
-        name: error(a, y) / error(b, y)
-        for name, a, b, y in zip(("out", "dq", "dk", "dv"), mine, theirs, exact, strict=True)
+        f"{kernel}: {case.name}": {
+            name: error(a, y) / error(b, y)
+            for name, a, b, y in zip(("out", "dq", "dk", "dv"), mine, theirs, exact, strict=True)
+        }
+        for kernel, mine in results.items()
     }
 
 
 def measure() -> dict[str, dict[str, float]]:
-    return {case.name: error_ratios(case) for case in CASES}
+    return {name: ratios for case in CASES for name, ratios in error_ratios(case).items()}
 
 
 def print_ratios(errors: dict[str, dict[str, float]]) -> None:
     for name, ratios in errors.items():
         text = ", ".join(f"{what} {ratio:.2f}" for what, ratio in ratios.items())
-        print(f"{name:34} error over PyTorch's: {text}{'' if max(ratios.values()) <= TARGET else ' TOO LARGE'}")
+        print(f"{name:42} error over PyTorch's: {text}{'' if max(ratios.values()) <= TARGET else ' TOO LARGE'}")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import accuracy
 import delta
-import dispatch
 import harness
-import interval_backward
-import interval_forward
+import local_attention
 import merge
 import standin
 
-OPERATORS = (interval_forward, interval_backward, merge, delta, standin, dispatch)
+OPERATORS = (local_attention, merge, delta, standin)
 
 
 if __name__ == "__main__":

@@ -209,8 +209,8 @@ def _key_grads_kernel(
             if ADD:
                 dk_2 += tl.load(dk_rows + dim_2[None, :], mask=mask_2, other=0.0)
                 dv_2 += tl.load(dv_rows + dim_2[None, :], mask=mask_2, other=0.0)
-            tl.store(dk_rows + dim_2[None, :], dk_2.to(dk_ptr.dtype.element_ty), mask=mask_2)
-            tl.store(dv_rows + dim_2[None, :], dv_2.to(dv_ptr.dtype.element_ty), mask=mask_2)
+            tl.store(dk_rows + dim_2[None, :], dk_2, mask=mask_2)
+            tl.store(dv_rows + dim_2[None, :], dv_2, mask=mask_2)
 
 
 @triton.jit(do_not_specialize=["heads_kv", "tiles", "blocks", "chunk", "chunk_blocks", "slots"])
