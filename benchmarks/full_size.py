@@ -27,7 +27,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from ds_lvxattn.batches.prepare import Batches
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.config import load_ds_config, sequence_parallel_config
-from ds_lvxattn.data.sample import IGNORE, Sample
+from ds_lvxattn.data.sample import IGNORE, FrameSize, Sample
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
 from ds_lvxattn.training.ds_config import resolve_ds_config
 from ds_lvxattn.training.loading import model_dtype, select_trainable
@@ -47,16 +47,20 @@ def model_config(text_layers: int) -> MllamaConfig:
     return config
 
 
-def video_sample(frames: int, text: int, image_token: int, vocabulary: int) -> Sample:
-    """``frames`` image tokens, then ``text`` tokens of which the last quarter are answers."""
+def video_sample(frames: int, text: int, image_token: int, vocabulary: int, side: int = IMAGE_SIZE) -> Sample:
+    """``frames`` image tokens, then ``text`` tokens of which the last quarter are answers; frames have ``side`` pixels.
+
+    Their sizes are those of images: with more than one tile they count with all their tiles.
+    """
     rng = np.random.default_rng(0)
     words = rng.integers(10, vocabulary - 10, text).tolist()
     labels = [IGNORE] * (frames + text - text // 4) + words[text - text // 4 :]
 
     def load(wanted):
-        return [rng.integers(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8) for _ in wanted]
+        return [rng.integers(0, 255, (side, side, 3), dtype=np.uint8) for _ in wanted]
 
-    return Sample([image_token] * frames + words, labels, frames, load, f"{frames} random frames")
+    sizes = [FrameSize(side, side)] * frames
+    return Sample([image_token] * frames + words, labels, frames, load, f"{frames} random frames", sizes)
 
 
 def main() -> None:

@@ -1,0 +1,81 @@
+"""The benchmark of the whole step: that it runs, and what it makes of a profile and of times."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.support.distributed import run
+from tests.support.tiny_model import start_deepspeed
+
+BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
+sys.path.insert(0, BENCHMARKS)  # as where its script is started
+import paired  # noqa: E402
+import step  # noqa: E402
+import step_parts  # noqa: E402
+
+
+def tiny_runs(stage: int) -> dict[str, Any]:
+    start_deepspeed()
+    runner = step.Runner(stage, step.tiny_config(), ("lv_xattn", "ulysses", "ring", "lv_xattn:ring"))
+    saved: list[dict[str, Any]] = []
+    found = step.measure(runner, (5, 1, 24), 0.0, 2, True, saved.append)
+    runner.engine.destroy()
+    assert len(saved) == 6  # after each round, and after each profile
+    return found
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_every_strategy_makes_the_same_step(stage: int, tmp_path: Path) -> None:
+    found = run(2, tiny_runs, stage)[0]
+    strategies = found["strategies"]
+    losses = [loss for figures in strategies.values() for loss in figures["losses"]]
+    assert losses == pytest.approx([losses[0]] * 8, rel=1e-5)
+    for figures in strategies.values():
+        # Every part of the model is marked, and attention is marked as exchange.
+        assert all(figures["parts"][part] > 0 for part in (*step.PARTS, "exchange"))
+    whole = {**found, "stage": stage, "link": "nvlink", "ranks": 2, "device": "CPU"}
+    assert all(name in step.report(whole) for name in strategies)
+    step.draw([whole], tmp_path / "step.png")
+    assert (tmp_path / "step.png").stat().st_size
+
+
+def event(name: str, begin: float, end: float) -> Any:
+    return SimpleNamespace(name=name, time_range=SimpleNamespace(start=begin, end=end), device_type="DeviceType.CUDA")
+
+
+def test_parts_of_a_profile() -> None:
+    labels = ["text", "encoder", "text", "cross-attention", "cross-attention exchange", "cross-attention", "optimizer"]
+    marks = [event("spin_kernel(long)", at, at + 0.5) for at in (0, 10, 30, 40, 50, 80, 90)]
+    kernels = [
+        event("gemm", 11, 29),
+        event("layer_norm", 20, 30),  # beside it, on another stream: one more microsecond
+        event("ncclDevKernel_AllGather", 31, 38),  # of parameters, of which six are waited for
+        event("gemm", 32, 33),
+        event("gemm", 41, 49),
+        event("ncclDevKernel_SendRecv", 52, 72),  # an exchange, half of it behind a kernel
+        event("interval_forward", 62, 79),
+        event("Memcpy HtoD (Pinned -> Device)", 1, 9),
+        event("adam", 91, 95),
+    ]
+    found = step_parts.parts_of_profile([*kernels, *marks], labels)
+    micro = {name: round(seconds * 1e6) for name, seconds in found.items() if name != "kernels"}
+    assert micro == {
+        "encoder": 19, "projection": 0, "cross-attention": 25, "text": 1, "optimizer": 4, "exchange": 10,
+        "parameters and gradients": 6, "idle": 95 - 65, "floor": 49,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="7 marks of 8"):
+        step_parts.parts_of_profile([*kernels, *marks], [*labels, "text"])
+
+
+def test_faster_is_said_only_where_the_interval_leaves_out_zero() -> None:
+    times = {"a": [1.0, 1.1, 0.9, 1.0, 1.05, 1.0], "b": [1.3, 1.4, 1.2, 1.3, 1.35, 1.3], "c": [0.8, 1.4] * 3}
+    ahead = paired.compare("a", "b", times)
+    assert ahead.verdict == "faster" and ahead.ratio == pytest.approx(1.3)
+    assert paired.compare("b", "a", times).verdict == "slower"
+    assert paired.compare("a", "c", times).verdict == "no difference shown"
+    assert paired.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == 1.0
