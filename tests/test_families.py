@@ -38,6 +38,7 @@ from ds_lvxattn.needle.small_models import SMALL_MODELS
 from ds_lvxattn.needle.task import IMAGE, build_tokenizer
 from ds_lvxattn.runtime.registration import exchanged_attention
 from ds_lvxattn.training.loading import load_model
+from tests.support.tiny_families import FAMILIES as SMALL_FAMILIES
 from tests.support.tiny_families import tiny
 from tests.support.tiny_model import IMAGE_TOKEN, tiny_batches, tiny_model, tiny_sample
 
@@ -203,6 +204,22 @@ def test_image_tokens_and_frames_must_match(pattern: str, frames: int) -> None:
     sample = Sample(whole.input_ids, whole.labels, frames, name="clip 7")
     with pytest.raises(SampleError, match=rf"clip 7: {pattern.count('I')} image tokens .* for {frames} frames"):
         tiny_batches(tiny_model()).collator.check(sample)
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL_FAMILIES if name != "text only"])
+def test_channels_are_last_however_small_a_frame(name: str) -> None:
+    batches = tiny_batches(tiny(name))
+    layout = batches.layout([tiny_sample("Ita")])
+    colour = np.array([200, 100, 10], dtype=np.uint8)
+
+    def pixels(side: int) -> dict[str, Any]:
+        return batches.collator.pixels(layout, [[np.tile(colour, (side, side, 1))]])
+
+    want = pixels(40)
+    for side in (1, 3):
+        for key, value in pixels(side).items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(value, want[key])
 
 
 # Models by name

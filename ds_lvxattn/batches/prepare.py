@@ -15,6 +15,7 @@ from ds_lvxattn.batches.planning import planner_for
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.data.sample import Sample
 from ds_lvxattn.families import family_of
+from ds_lvxattn.families.processors import ChannelsLast
 from ds_lvxattn.plan.layer_plan import LayerPlan
 from ds_lvxattn.plan.planner import Plan, Planner
 from ds_lvxattn.runtime.layer_times import LayerTimes
@@ -64,6 +65,7 @@ class Batches:
         parallel: SequenceParallel | None,
     ) -> None:
         self.parallel = parallel
+        processor = ChannelsLast(processor)
         division: Division | None = None
         self.planner: Planner | None = None
         if parallel is not None:
