@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ds_lvxattn.batches.loader import ControlGroups, Loader
-from ds_lvxattn.data.sample import IGNORE, Sample
+from ds_lvxattn.data.sample import IGNORE, Sample, SampleError
 from ds_lvxattn.training.evaluation import evaluate
 from ds_lvxattn.training.order import Order
 from tests.support.distributed import run
@@ -91,6 +92,68 @@ def test_one_micro_batch_loads_ahead_and_a_rank_loads_only_its_frames(placement:
     for rank, (ahead, asked, loaded) in enumerate(run(2, load_ahead, placement)):
         assert ahead == [1, 2] and asked == [1, 2, 3]
         assert loaded == [frames[rank]] * 3
+
+
+def look_ahead(micro_batches: int) -> list[int]:
+    """What was asked for while the first micro-batch was in use."""
+    source = WatchedSource([tiny_sample("IIIta", seed) for seed in range(8)])
+    control = ControlGroups.beside(groups_of(1))
+    loader = Loader(source, tiny_batches(tiny_model()), control, skip_bad=False, look_ahead=micro_batches)
+    stream = loader.stream(lambda number: [number], 0, 8)
+    next(stream)
+    with source.changed:
+        assert source.changed.wait_for(lambda: len(source.asked) >= micro_batches + 1, timeout=60)
+        ahead = list(source.asked)
+    assert len(list(stream)) == 7 and source.asked == [*range(8)]
+    return ahead
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_as_many_micro_batches_load_ahead_as_asked_for(micro_batches: int) -> None:
+    assert run(1, look_ahead, micro_batches) == [[*range(micro_batches + 1)]]
+
+
+class RaisingSource(ListSource):
+    """Row ``n`` raises an error of a kind of its own: while it is made, while its frames load, or in the processor."""
+
+    def sample(self, index: int) -> Sample:
+        sample = self.samples[index]
+        if index == 1:
+            raise RuntimeError("a codec's own error")
+        if index == 2:
+            return replace(sample, load_frames=lambda wanted: {}["a key"])
+        if index == 3:
+            return replace(sample, load_frames=lambda wanted: [np.zeros((0, 5), dtype=np.uint8)] * len(wanted))
+        if index == 4:
+            return replace(sample, frame_groups=lambda wanted: [[frame] for frame in reversed(wanted)])
+        return sample
+
+
+def load_raising(skip: bool) -> tuple[int, list[str], list[bool], str]:
+    """Skipped samples, the warnings, whether a row has pixels, and the error that ended it."""
+    source = RaisingSource([replace(tiny_sample("IIta", n), name=f"clip {n}") for n in range(5)])
+    batches = attach(tiny_model(), dist.get_world_size(), MODES[0], source.samples)
+    loader = Loader(source, batches, ControlGroups.beside(groups_of(dist.get_world_size())), skip_bad=skip)
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ds_lvxattn.batches.loader").addHandler(handler)
+    try:
+        loaded = loader.load([0, 1, 2, 3, 4])
+    except SampleError as error:
+        return 0, warnings, [], str(error)
+    return loaded.skipped, warnings, [frames > 0 for frames in loaded.layout.frames], ""
+
+
+def test_whatever_is_raised_while_a_sample_is_made_is_its_fault() -> None:
+    results = run(2, load_raising, True)
+    for skipped, _, frames, _ in results:
+        assert skipped == 3 and frames == [True, False, False, False, True]
+    told = "\n".join(results[0][1])
+    for part in ("sample 1: RuntimeError: a codec's own error", "clip 2: KeyError: 'a key'", "clip 3: "):
+        assert part in told
+    for _, _, _, error in run(2, load_raising, False):
+        assert "sample 1: RuntimeError: a codec's own error (set 'finetuning.on_bad_sample'" in error
 
 
 # Evaluation
