@@ -66,6 +66,8 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
         offload: keep on the CPU what layers that recompute keep, from ``activation_checkpointing.cpu_checkpointing``.
     """
 
+    model_config = ConfigDict(strict=True)
+
     strategy: StrategyChoice = "auto"
     layers: dict[str, StrategyName] = Field(default_factory=dict)
     schedule: ScheduleChoice = "auto"

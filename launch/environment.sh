@@ -17,11 +17,8 @@ prepare_environment() {
     echo "$stamp" > .venv/.prepared
   fi
   export PATH="$PWD/.venv/bin:$PATH"
-  # DeepSpeed compiles its operators here at first use. A killed run can leave a lock on which every later run
-  # would wait for ever; no compilation takes as long as ten minutes.
+  # DeepSpeed compiles its operators here at first use.
   export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"
-  mkdir -p "$TORCH_EXTENSIONS_DIR"
-  find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +10 -delete
   if ! nvidia-smi -L >/dev/null 2>&1; then
     # Without a GPU: DeepSpeed's CPU accelerator and gloo, one thread a rank so that ranks do not fight for cores.
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -8,4 +8,5 @@ shift
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 prepare_environment quickstart
-deepspeed ${GPUS:+--num_gpus "$GPUS"} train/finetune.py --ds_config "$config" "$@"
+# exec: a signal to this script is one to the launcher, with which the ranks end.
+exec deepspeed ${GPUS:+--num_gpus "$GPUS"} train/finetune.py --ds_config "$config" "$@"

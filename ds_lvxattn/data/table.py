@@ -88,6 +88,8 @@ class Table:
 def open_table(data: str) -> Table:
     """The rows of a file, or of a dataset as ``NAME``, ``NAME:SPLIT`` or ``NAME:CONFIG:SPLIT``.
 
+    The name of a dataset on the hub may end in ``@REVISION``, a commit, tag or branch.
+
     Raises:
         ValueError: neither is there, or it cannot be read.
     """
@@ -101,7 +103,10 @@ def open_table(data: str) -> Table:
         raise ValueError(f"{data}: no such file")
     name, *selection = data.split(":")
     *config, split = selection or ["train"]
-    rows = _load(data, name, *config, split=split)
+    pinned: dict[str, str] = {}
+    if "@" in name and not os.path.isdir(name):
+        name, _, pinned["revision"] = name.rpartition("@")
+    rows = _load(data, name, *config, split=split, **pinned)
     return Table(data, rows, False, "row", name if os.path.isdir(name) else "")
 
 

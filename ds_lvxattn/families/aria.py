@@ -66,7 +66,7 @@ class Aria(Concatenation):
         return _patches(self.config.vision_config)
 
     def load_processor(self, name: str) -> Any:
-        return AutoImageProcessor.from_pretrained(name, backend="pil")
+        return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
 
     def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
         side = self.config.vision_config.image_size

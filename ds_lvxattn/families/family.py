@@ -162,7 +162,7 @@ class VisualFamily(Family):
     needs_frames: bool = False
 
     def load_model(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
-        return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+        return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)
 
     # Visual tokens
 

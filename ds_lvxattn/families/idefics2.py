@@ -58,7 +58,9 @@ class Idefics2(Concatenation):
         return _patches(self.config.vision_config)
 
     def load_processor(self, name: str) -> Any:
-        return AutoImageProcessor.from_pretrained(name, backend="pil", do_image_splitting=False)
+        return AutoImageProcessor.from_pretrained(
+            name, backend="pil", do_image_splitting=False, trust_remote_code=False
+        )
 
     def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
         processed = processor([list(frames)], return_tensors="pt", do_image_splitting=False)

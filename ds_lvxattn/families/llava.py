@@ -53,7 +53,7 @@ class Llava(Concatenation):
         return _vision_tokens(self.config.vision_config)
 
     def load_processor(self, name: str) -> Any:
-        return AutoImageProcessor.from_pretrained(name, backend="pil")
+        return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
 
     def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
         return {"pixel_values": processor(list(frames), return_tensors="pt")["pixel_values"][None]}

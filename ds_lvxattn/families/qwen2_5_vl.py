@@ -76,7 +76,7 @@ class Qwen25VL(Concatenation):
         return np.stack((first, *(np.where(is_text, first, first + place) for place in (row, column))))
 
     def load_processor(self, name: str) -> Any:
-        return AutoImageProcessor.from_pretrained(name, backend="pil")
+        return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
 
     def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
         size = (_image_size(self.config.vision_config),) * 2

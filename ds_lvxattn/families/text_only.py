@@ -70,7 +70,7 @@ class TextOnly(Family):
         return ("*",)
 
     def load_model(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
 
 
 def _registry(model: Any) -> str | None:

@@ -115,14 +115,18 @@ class CheckpointFiles(TorchCheckpointEngine):
             return
         if "ds_config" in state_dict:
             state_dict = {**state_dict, "ds_config": without_secrets(state_dict["ds_config"])}
-        target = Path(path)
+        target, digesting = Path(path), None
         try:
             with target.open("wb") as file:
-                digesting: Any = DigestingFile(file, self.progress)
-                torch.save(state_dict, digesting, _use_new_zipfile_serialization=self.zipfile_serialization)
+                digesting = DigestingFile(file, self.progress)
+                torch.save(state_dict, digesting, _use_new_zipfile_serialization=self.zipfile_serialization)  # type: ignore[arg-type]
                 sync(file)
-        except OSError as error:
-            self.problem = storage_problem(error, path)
+        except (OSError, RuntimeError) as error:
+            # torch's writer covers the error of a file with its own.
+            cause = error if isinstance(error, OSError) else digesting and digesting.error
+            if not isinstance(cause, OSError):
+                raise
+            self.problem = storage_problem(cause, path)
             target.unlink(missing_ok=True)  # room for the rank that writes something small beside it
         else:
             self.written[target] = digesting.digest

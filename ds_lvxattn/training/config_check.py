@@ -36,6 +36,8 @@ from ds_lvxattn.training.ds_config import ACCUMULATION, AUTO, BATCH, MICRO_BATCH
 
 # Blocks and keys that are checked where they are used.
 OURS = (SIZE_KEY, BLOCK_KEY, settings.BLOCK_KEY, CHECKPOINTING_KEY, BATCH, MICRO_BATCH, ACCUMULATION)
+# Blocks that the loop reads too, and for which DeepSpeed takes other values from older configs.
+OBJECTS = ("zero_optimization", "bf16", "fp16")
 # What DeepSpeed knows and this loop does not do: the values that ask for nothing, and what to do instead.
 NOT_DONE: dict[str, tuple[tuple[Any, ...], str]] = {
     "autotuning.enabled": ((False,), "the loop does not restart itself; leave the block out"),
@@ -63,6 +65,7 @@ STEPS = ("total_num_steps", "warmup_num_steps")
 # Numbers whose default is a tensor, a sequence or None in some optimizer or schedule.
 NUMBERS = ("lr", "betas", "eps", "weight_decay", "total_num_steps", "warmup_max_lr", "warmup_min_lr", "momentum")
 CLOSE = 0.75  # likeness above which another key is suggested
+SCALARS = {bool, int, float, str, type(None)}
 WORDS = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
 
 OPTIMIZERS: dict[str, tuple[Callable[..., Any], ...]] = {
@@ -76,18 +79,21 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Any], ...]] = {
 ADAM_SWITCHES = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")
 
 
-def check_ds_config(ds_config: Mapping[str, Any]) -> None:
+def check_ds_config(ds_config: Mapping[str, Any], trains: bool = True) -> None:
     """Check a config that ``resolve_ds_config`` gave. No rank needs another for it, and no device is touched.
+
+    Args:
+        trains: whether optimizer and schedule count.
 
     Raises:
         ConfigError: keys that nothing reads, values that cannot work or that DeepSpeed refuses; one message that
             names each with its value and the remedy.
     """
     block = _Block({key: value for key, value in ds_config.items() if key not in OURS})
-    problems = [*_not_done(block), *_values(block, "")]
+    problems = [*_objects(ds_config), *_forms(ds_config), *_not_done(block), *_values(block, "")]
     if not problems:
         problems = _deepspeed_says(block) or [*_unread(block), *_types(block)]
-    if not problems:
+    if not problems and trains:
         problems = [*_optimizer(ds_config), *_scheduler(ds_config)]
     if problems:
         raise ConfigError("; ".join(problems))
@@ -159,6 +165,47 @@ def _leaves(block: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any
             yield from _leaves({f"{key}[{i}]": item for i, item in enumerate(value)}, path)
         else:
             yield path + key, value
+
+
+def check_names(ds_config: Mapping[str, Any]) -> None:
+    """Check the names at the top of a config, before anything is made of the values.
+
+    Raises:
+        ConfigError: one is not known.
+    """
+    known = [*OURS, *_known_names()]
+    problems = [_unknown(key, value, known) for key, value in ds_config.items() if key not in known]
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+@functools.cache
+def _known_names() -> tuple[str, ...]:
+    """What DeepSpeed's reader asks a config for."""
+    block = _Block({MICRO_BATCH: 1})
+    reader.DeepSpeedConfig(block, mpu=_Groups())
+    return tuple(block.asked)
+
+
+def _forms(ds_config: Mapping[str, Any]) -> Iterator[str]:
+    for key in ("optimizer", "scheduler"):
+        if key in ds_config and (problem := _type_and_params(key, ds_config[key])):
+            yield problem
+
+
+def _objects(ds_config: Mapping[str, Any]) -> Iterator[str]:
+    for key in OBJECTS:
+        if not isinstance(ds_config.get(key, {}), dict):
+            yield f"'{key}' is {ds_config[key]!r}; give an object, or leave it out"
+
+
+def _nodes(block: _Block) -> Iterator[tuple[str, Any]]:
+    """Every key with its value; what is in an object comes after it."""
+    for key in block:
+        value = dict.__getitem__(block, key)
+        yield block.path + key, value
+        if isinstance(value, _Block):
+            yield from _nodes(value)
 
 
 def _not_done(block: _Block) -> Iterator[str]:
@@ -317,8 +364,8 @@ def _kinds(annotation: Any) -> set[type]:
 
 def _types(block: _Block) -> Iterator[str]:
     """Values whose type is not that of the key, though DeepSpeed would take them: 1 for true, true for 1."""
-    for path, value in _leaves(block):
-        if path.startswith(("optimizer.", "scheduler.")) or "[" in path:
+    for path, value in _nodes(block):
+        if path.startswith(("optimizer.", "scheduler.")):
             continue
         if value == AUTO and path in AUTO_STAYS:
             continue
@@ -349,7 +396,14 @@ def _one_of(path: str, value: Any, accepted: list[str]) -> Iterator[str]:
 
 def _of_kind(path: str, value: Any, kinds: set[type], negative: bool) -> Iterator[str]:
     number = type(value) in (int, float)
+    if path in POSITIVE and not number:
+        yield f"'{path}' is {value!r}; give a number"
+        return
     if object not in kinds:
+        if isinstance(value, (dict, list)) and kinds <= SCALARS:
+            what = "number" if kinds & {int, float} else "text" if str in kinds else "true or false"
+            yield f"'{path}' is {value!r}; give {'' if what.startswith('true') else 'a '}{what}"
+            return
         if number and kinds <= {str, type(None)}:
             yield f"'{path}' is {value!r}; give a text"
             return
@@ -370,10 +424,6 @@ def _optimizer(ds_config: Mapping[str, Any]) -> Iterator[str]:
     block = ds_config.get("optimizer")
     if block is None:
         yield '\'optimizer\' is missing; give {"type": "AdamW", "params": {"lr": ...}}'
-        return
-    problem = _type_and_params("optimizer", block)
-    if problem:
-        yield problem
         return
     name, params = block["type"], dict(block.get("params") or {})
     makers: tuple[Callable[..., Any], ...]
@@ -415,10 +465,6 @@ def _call(maker: Callable[..., Any], params: Mapping[str, Any], *first: Any) -> 
 def _scheduler(ds_config: Mapping[str, Any]) -> Iterator[str]:
     block = ds_config.get("scheduler")
     if block is None:
-        return
-    problem = _type_and_params("scheduler", block)
-    if problem:
-        yield problem
         return
     name, params = block["type"], dict(block.get("params") or {})
     maker = getattr(lr_schedules, name, None) if name in lr_schedules.VALID_LR_SCHEDULES else None
@@ -499,6 +545,9 @@ def _arguments(path: str, makers: Iterable[Callable[..., Any]], params: Mapping[
         if not kinds or type(None) in kinds or not kinds <= {bool, int, float, str}:
             kinds = {object}
         below = any(isinstance(default, (int, float)) and default < 0 for default in defaults)
+        if isinstance(value, (dict, list)) and kinds <= SCALARS:
+            problems += _of_kind(f"{path}.{key}", value, kinds, below)
+            continue
         for item_path, item in _leaves({key: value}, f"{path}."):
             if isinstance(item, bool) and kinds == {object} and key not in ADAM_SWITCHES and key in NUMBERS:
                 problems.append(f"'{item_path}' is {item!r}; give a number")

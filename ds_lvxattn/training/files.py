@@ -21,6 +21,7 @@ CHUNK = 1 << 22  # bytes read at a time
 NAMES = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than allowed",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "no permission to write there",
     errno.EPERM: "no permission to write there",
@@ -116,16 +117,24 @@ class DigestingFile:
 
     Args:
         progress: called whenever something is written.
+
+    Attributes:
+        error: what the file system said, since a caller may hide it behind an error of its own.
     """
 
     def __init__(self, file: IO[bytes], progress: Callable[[], None]) -> None:
         self._file, self._progress, self._size, self._checksum = file, progress, 0, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         view = memoryview(data).cast("B")
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.error = error
+            raise
         self._size += len(view)
         self._checksum.update(view)
-        self._file.write(view)
         self._progress()
         return len(view)
 

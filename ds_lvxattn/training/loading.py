@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from deepspeed import zero
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.integrations import HfDeepSpeedConfig
@@ -21,6 +22,8 @@ from ds_lvxattn.needle.small_models import SMALL_MODELS, small_model
 from ds_lvxattn.needle.task import IMAGE, build_tokenizer
 
 QUICKSTART = "quickstart"
+# Weights in formats of other libraries, which a repository may hold besides.
+OTHER_FORMATS = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "original/*"]
 
 
 @dataclass
@@ -57,7 +60,9 @@ class LoadedModel:
 def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
     """Load a model from a local path or hub name, or build a small one by its name in ``SMALL_MODELS``.
 
-    Under ZeRO-3 a pretrained model is partitioned while it loads, so that it need not fit one rank.
+    Code that a repository brings along is not run, and nobody is asked whether to. A hub name may end in
+    ``@REVISION``, a commit, tag or branch. Under ZeRO-3 a pretrained model is partitioned while it loads, so that it
+    need not fit one rank.
 
     Raises:
         ConfigError: nothing loads under ``name``, or no family knows it.
@@ -69,9 +74,10 @@ def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
     # Alive while the model loads: transformers partitions what it loads when a ZeRO-3 config is.
     zero3 = HfDeepSpeedConfig(ds_config) if ds_config.get("zero_optimization", {}).get("stage") == 3 else None
     try:
-        family = family_of_config(AutoConfig.from_pretrained(name))
+        name = at_revision(name)
+        family = family_of_config(AutoConfig.from_pretrained(name, trust_remote_code=False))
         model = family.load_model(name, model_dtype(ds_config))
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         processor = family.load_processor(name) if isinstance(family, VisualFamily) else None
     except ConfigError as error:
         raise ConfigError(f"--model {name}: {error}") from error
@@ -89,6 +95,18 @@ def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
             f"--model {name}: its tokenizer has no token {family.image_token!r}, which stands for a frame; add it"
         )
     return LoadedModel(model, tokenizer, processor, image_token)
+
+
+def at_revision(name: str) -> str:
+    """A folder with the files of ``REPOSITORY@REVISION``; any other name as it is.
+
+    Raises:
+        OSError, ValueError: the hub does not have it, or cannot be reached.
+    """
+    repository, at, revision = name.rpartition("@")
+    if not at or Path(name).exists():
+        return name
+    return str(snapshot_download(repository, revision=revision, ignore_patterns=OTHER_FORMATS))
 
 
 def model_dtype(ds_config: dict[str, Any]) -> torch.dtype:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ds_lvxattn.config import SequenceParallelConfig, load_ds_config, sequence_parallel_config
 from ds_lvxattn.errors import ConfigError
-from ds_lvxattn.training.config_check import check_ds_config
+from ds_lvxattn.training.config_check import check_ds_config, check_names
 from ds_lvxattn.training.ds_config import resolve_ds_config
 from ds_lvxattn.training.settings import FinetuningConfig, finetuning_config
 

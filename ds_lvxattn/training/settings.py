@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from ds_lvxattn.errors import ConfigError
 
@@ -32,6 +32,8 @@ class FinetuningConfig(DeepSpeedConfigModel):
         save_every: steps between checkpoints; 0: only at the end.
         timeout_s: seconds that ranks may wait for one of them before the run ends: the timeout of every process group.
     """
+
+    model_config = ConfigDict(strict=True)
 
     steps: int = Field(200, ge=1)
     trainable: Literal["default", "all"] | list[str] = "default"

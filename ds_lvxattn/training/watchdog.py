@@ -21,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-SIGN_OF_LIFE = 120.0  # seconds; the run's timeout if that is shorter
+SIGN_OF_LIFE = 120.0  # seconds; three quarters of the timeout if that is shorter
 SECONDS_APART = 5.0  # between two signs of life
 GRACE_SECONDS = 5.0  # for a run that is ending as it should
 SHOWN = 8  # ranks of which the message tells
@@ -43,7 +43,7 @@ class Watchdog:
             timeout: seconds that a rank may stay in one place.
             store: of the process group; None: that of the default group.
         """
-        self.timeout, self.life = timeout, min(timeout, SIGN_OF_LIFE)
+        self.timeout, self.life = timeout, min(0.75 * timeout, SIGN_OF_LIFE)
         self.apart = min(SECONDS_APART, self.life / 8)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         shared: Any = store or dist.distributed_c10d._get_default_store()

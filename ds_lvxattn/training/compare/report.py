@@ -109,6 +109,15 @@ def read_run(folder: Path, name: str, failure: str | None = None) -> Run:
     return Run(name, metrics, others["plan.json"], others["eval.json"], failure or "; ".join(problems) or None)
 
 
+def unfinished(folder: Path, steps: int) -> str | None:
+    """What a run of ``steps`` steps lacks in its folder; None for one that came to its end."""
+    run = read_run(folder, folder.name)
+    done = int(run.metrics[-1]["step"]) if run.metrics else 0
+    if run.failure is None and done >= steps and (folder / "model").exists():
+        return None
+    return f"the run was ended after step {done} of {steps}, before it had saved its model"
+
+
 def loss_differences(run: Run, single: Run) -> tuple[list[int], np.ndarray, np.ndarray]:
     """The loss of ``run`` against that of ``single``.
 
