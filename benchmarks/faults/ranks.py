@@ -10,7 +10,6 @@ import contextlib
 import errno
 import functools
 import hashlib
-import importlib.util
 import json
 import os
 import signal
@@ -26,7 +25,6 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-FINETUNE = ROOT / "train" / "finetune.py"
 TIMEOUT = 10  # the timeout of the runs, seconds
 # A minute more, in which the survivors have to be out.
 LIMIT = TIMEOUT + 60.0
@@ -210,7 +208,8 @@ def serve() -> None:
     from ds_lvxattn.needle import source  # noqa: F401
 
     torch.set_num_threads(1)
-    command = finetune_command()
+    from ds_lvxattn.training import finetune
+
     for line in sys.stdin:
         request = json.loads(line)
         answer: Any = {}
@@ -221,7 +220,7 @@ def serve() -> None:
         elif request:
             answer = os.fork()
             if answer == 0:
-                _rank(command, **request)
+                _rank(finetune, **request)
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -244,15 +243,6 @@ def _rank(command: ModuleType, rank: int, ranks: int, port: int, words: list[str
     finally:
         sys.stdout.flush()
         os._exit(code)
-
-
-def finetune_command() -> ModuleType:
-    """``train/finetune.py`` as a module."""
-    specification = importlib.util.spec_from_file_location("finetune", FINETUNE)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 def free_port() -> int:

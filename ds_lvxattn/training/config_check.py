@@ -523,8 +523,10 @@ def _type_and_params(path: str, block: Any) -> str:
     """What is wrong with the form of the optimizer's or scheduler's block; empty when nothing is."""
     if not isinstance(block, dict):
         return f"'{path}' is {block!r}; give an object with the keys 'type' and 'params'"
-    if not isinstance(block.get("type"), str):
-        return f"'{path}.type' is {block.get('type')!r}; give a name"
+    if "type" not in block:
+        return f"'{path}.type' is missing; the block has the keys {list(block)}"
+    if not isinstance(block["type"], str):
+        return f"'{path}.type' is {block['type']!r}; give a name"
     if not isinstance(block.get("params", {}), dict):
         return f"'{path}.params' is {block['params']!r}; give an object"
     return ""

@@ -11,12 +11,12 @@ All ranks share the one video, whatever the config's sequence_parallel_size; wit
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import sys
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -27,13 +27,19 @@ from ds_lvxattn.batches.prepare import Batches
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.config import SIZE_KEY, load_ds_config, sequence_parallel_config
 from ds_lvxattn.data.question import question_sample
-from ds_lvxattn.data.sample import SampleError
 from ds_lvxattn.errors import ConfigError
-from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
+from ds_lvxattn.groups import SequenceParallelGroups, launched_ranks, start_distributed
+from ds_lvxattn.training.build_locks import await_builds
+from ds_lvxattn.training.config_check import check_ds_config, check_names
 from ds_lvxattn.training.dataset import frames_in_text, text_limit
+from ds_lvxattn.training.ds_config import fill_model_sizes
+from ds_lvxattn.training.engine import start_engine
+from ds_lvxattn.training.launcher import follow_launcher
 from ds_lvxattn.training.loading import LoadedModel, load_model, model_dtype, partition_over_all_ranks
+from ds_lvxattn.training.rank import run_rank
 from ds_lvxattn.training.run_settings import add_overrides
 from ds_lvxattn.training.settings import finetuning_config
+from ds_lvxattn.training.watchdog import Watchdog, group_timeout
 
 # What of the DeepSpeed config says how the weights are held.
 WEIGHTS = ("zero_optimization", "bf16", "fp16")
@@ -53,26 +59,31 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def answer(args: argparse.Namespace) -> str:
+def answer(args: argparse.Namespace, watchdog: Watchdog | None = None) -> str:
     """The answer, on every rank."""
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max_new_tokens is {args.max_new_tokens}; give at least 1")
     if args.temperature < 0:
         raise ConfigError(f"--temperature is {args.temperature}; give 0 or more")
-    accelerator = get_accelerator()
-    if "WORLD_SIZE" in os.environ:
-        start_distributed()
-        if accelerator.device_name() != "cpu":
-            accelerator.set_device(int(os.environ.get("LOCAL_RANK", args.local_rank)))
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    ranks = launched_ranks()
     ds_config = load_ds_config(args.ds_config, args.overrides)
+    check_names(ds_config)
     config = sequence_parallel_config({**ds_config, SIZE_KEY: ranks}, ranks)
-    max_frames = finetuning_config(ds_config).frames
+    finetuning = finetuning_config(ds_config)
     # DeepSpeed wants a batch size, though nothing is trained.
     ds_config = {"train_micro_batch_size_per_gpu": 1, **{key: ds_config[key] for key in WEIGHTS if key in ds_config}}
+    check_ds_config(ds_config, trains=False)
     if ranks == 1:
         ds_config.pop("zero_optimization", None)  # nothing to partition over
+    accelerator = get_accelerator()
+    if "WORLD_SIZE" in os.environ:
+        start_distributed(timeout=group_timeout(finetuning.timeout_s))
+        (watchdog or Watchdog()).start(finetuning.timeout_s)
+        if accelerator.device_name() != "cpu":
+            accelerator.set_device(int(os.environ.get("LOCAL_RANK", args.local_rank)))
+    await_builds()
     loaded = load_model(args.model, ds_config, args.seed)
+    fill_model_sizes(ds_config, loaded.model.config)
     groups = SequenceParallelGroups(ranks) if ranks > 1 else None
     sample = agree(
         lambda: question_sample(
@@ -80,7 +91,7 @@ def answer(args: argparse.Namespace) -> str:
             args.video,
             loaded.tokenizer,
             **frames_in_text(loaded),
-            max_frames=max_frames,
+            max_frames=finetuning.frames,
             max_text_tokens=text_limit(loaded.model) - args.max_new_tokens,
         ),
         lambda sample: f"{sample.name}: {len(sample.input_ids)} tokens, {sample.num_frames} frames",
@@ -106,25 +117,21 @@ def place(
     if groups is None or ds_config.get("zero_optimization", {}).get("stage") != 3:
         return torch.nn.Module.to(loaded.model, device)
     partition_over_all_ranks(loaded.model, ds_config, groups)
-    engine, *_ = deepspeed.initialize(model=loaded.model, config=ds_config, mpu=groups)
-    return engine.module
+    return start_engine(model=loaded.model, config=ds_config, mpu=groups).module
+
+
+def say_answer(args: argparse.Namespace, watchdog: Watchdog) -> None:
+    """Print the answer, once."""
+    text = answer(args, watchdog)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text)
 
 
 def main() -> int:
     args = parse()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        text = answer(args)
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            print(text)
-    except (ConfigError, SampleError) as error:
-        # The same on every rank, before any collective can wait for a rank that has left.
-        print(f"generate: {error}", file=sys.stderr)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+    follow_launcher()
+    return run_rank("generate", functools.partial(say_answer, args))
 
 
 if __name__ == "__main__":

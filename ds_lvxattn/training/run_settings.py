@@ -51,6 +51,7 @@ def read_settings(
         ConfigError: something cannot work; the same on every rank.
     """
     ds_config = load_ds_config(path, overrides)
+    check_names(ds_config)
     finetuning = finetuning_config(ds_config)
     if steps is not None and steps < 1:
         raise ConfigError(f"--steps is {steps}; give at least 1")

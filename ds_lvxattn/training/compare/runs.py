@@ -13,11 +13,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ds_lvxattn.training.compare.report import unfinished
 from ds_lvxattn.training.compare.variants import Variant
 from ds_lvxattn.training.launch import launch_command, launch_environment
 
 FINETUNE = ("--module", "ds_lvxattn.training.finetune")
 POLL_SECONDS = 2.0
+END_SECONDS = 60.0  # for a run to end when it is told to
 LOG_TAIL = 25  # lines of a failed run's log that are shown
 
 
@@ -51,9 +53,13 @@ def train(
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
+            try:
+                process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
     if code == 0:
-        return None
+        # DeepSpeed's runner gives 0 also when the launcher that it started was killed.
+        return unfinished(folder, args.steps)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
     return f"exit code {code}; the last lines of {log}:\n{tail}"
 
