@@ -111,7 +111,7 @@ def scheduler_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
 
 def _arguments(path: str, makers: Iterable[Callable[..., Any]], params: Mapping[str, Any]) -> list[str]:
     """Arguments whose type is not that of the default, and numbers below 0."""
-    problems = []
+    problems: list[str] = []
     for key, value in params.items():
         defaults = [
             parameter.default
