@@ -1,7 +1,13 @@
 """Settings of all tests."""
 
+import os
+import tempfile
+
 from hypothesis import settings
 
 # A machine that does other work too may stop a test for any time.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+# Indices of films are kept there, and not in the home of whoever runs the tests.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ds_lvxattn-cache-")

@@ -15,7 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ds_lvxattn.data.chat import Message, encode
 from ds_lvxattn.data.media import (
+    NO_LIMITS,
     Media,
+    PixelLimits,
     frame_groups,
     load_frames,
     probe_image,
@@ -51,6 +53,8 @@ class ConversationSource:
         eval_share: share of the videos that ``eval`` holds out, in ``[0, 1)``; unused with ``eval_data``.
         eval_data: a dataset of its own for ``eval``, as ``data``.
         media_root: folder of relative paths; by default that of the data file.
+        pixels: to which larger pictures are scaled down while they are decoded.
+        upright: whether images are turned by their EXIF orientation.
         seed: of the order of an epoch.
         limit: at most so many rows, spread evenly over the dataset.
 
@@ -73,6 +77,8 @@ class ConversationSource:
         eval_share: float = 0.05,
         eval_data: str | os.PathLike[str] | None = None,
         media_root: str | os.PathLike[str] | None = None,
+        pixels: PixelLimits = NO_LIMITS,
+        upright: bool = True,
         seed: int = 0,
         limit: int | None = None,
     ) -> None:
@@ -87,6 +93,7 @@ class ConversationSource:
         self.tokenizer, self.image_token = tokenizer, image_token
         self.frame_text, self.frame_tokens = frame_text or image_token or "", frame_tokens
         self.max_frames, self.max_text_tokens, self.seed = max_frames, max_text_tokens, seed
+        self.pixels, self.upright = pixels, upright
 
         separate = eval_data is not None
         self.table = open_table(os.fspath(eval_data if eval_data is not None and split == "eval" else data))
@@ -142,7 +149,7 @@ class ConversationSource:
         found = [part for turn in turns for part in turn.parts if isinstance(part, MediaRef)]
         if self.image_token is None and found:
             raise SampleError(f"{len(found)} images and videos, and the model takes text alone")
-        media = open_media(found, self.max_frames, self.media_root)
+        media = open_media(found, self.max_frames, self.media_root, self.pixels, self.upright)
         input_ids, labels = encode(messages_of(turns, media, self.frame_text), self.tokenizer)
         frames = sum(len(m.frames) for m in media)
         image_tokens = input_ids.count(self.image_id)
@@ -161,13 +168,17 @@ class ConversationSource:
         return Sample(input_ids, labels, frames, load, name, frame_groups=groups)
 
 
-def open_media(found: Sequence[MediaRef], max_frames: int, root: str) -> list[Media]:
+def open_media(
+    found: Sequence[MediaRef], max_frames: int, root: str, pixels: PixelLimits = NO_LIMITS, upright: bool = True
+) -> list[Media]:
     """Media with the frames that are taken of them: one of an image, the rest of the budget divided over the videos.
 
     Args:
         found: media in the order of the text.
         max_frames: frames of all of them.
         root: folder of relative paths.
+        pixels: to which larger pictures are scaled down while they are decoded.
+        upright: whether images are turned by their EXIF orientation.
 
     Raises:
         SampleError: missing or broken media, or more of them than frames.
@@ -188,7 +199,7 @@ def open_media(found: Sequence[MediaRef], max_frames: int, root: str) -> list[Me
         # Every rank looks at every file of a sample: what is missing is missing on all of them.
         if medium.kind == "image" or len(sources) > 1 or isinstance(first, bytes):
             for source in sources:
-                probe_image(source)
+                probe_image(source, upright)
             frames = [0] if medium.kind == "image" else sample_indices(len(sources), next(shares))
             times: list[Fraction] = []
         else:
@@ -198,7 +209,8 @@ def open_media(found: Sequence[MediaRef], max_frames: int, root: str) -> list[Me
             info = probe_video(first)
             times = sample_times(info, room, **span)
             frames = [info.frame_at(time) for time in times]
-        media.append(Media(medium.kind, sources, tuple(frames), tuple(map(float, times))))
+        size = pixels.of(medium.kind)
+        media.append(Media(medium.kind, sources, tuple(frames), tuple(map(float, times)), size, upright))
     return media
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ds_lvxattn.data.chat import render
 from ds_lvxattn.data.conversations import messages_of, open_media
-from ds_lvxattn.data.media import load_frames
+from ds_lvxattn.data.media import DEFAULT_LIMITS, load_frames
 from ds_lvxattn.data.rows import MediaRef, read_row
 from ds_lvxattn.data.sample import IGNORE, Sample, SampleError
 
@@ -47,7 +47,7 @@ def question_sample(
     asked = {"messages": [{"role": "user", "content": question}], "video": None if video is None else os.fspath(video)}
     turns = read_row(asked, answered=False)
     found = [part for turn in turns for part in turn.parts if isinstance(part, MediaRef)]
-    media = open_media(found, max_frames, "")
+    media = open_media(found, max_frames, "", DEFAULT_LIMITS)
     text = render(messages_of(turns, media, frame_text or image_token or ""), tokenizer, prompt=True)
     input_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     frames = sum(len(medium.frames) for medium in media)

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ds_lvxattn.data.conversations import ConversationSource
+from ds_lvxattn.data.media import PixelLimits
 from ds_lvxattn.data.sample import SampleSource
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of
@@ -50,6 +51,8 @@ def load_sources(
         eval_data=finetuning.eval_data,
         eval_share=finetuning.eval_share,
         media_root=finetuning.media_root,
+        pixels=PixelLimits(finetuning.image_pixels, finetuning.video_pixels),
+        upright=finetuning.image_orientation == "upright",
         seed=seed,
     )
     try:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from pydantic import ConfigDict, Field, ValidationError
 
+from ds_lvxattn.data.media import DEFAULT_LIMITS
 from ds_lvxattn.errors import ConfigError
 
 BLOCK_KEY = "finetuning"
@@ -22,6 +23,9 @@ class FinetuningConfig(DeepSpeedConfigModel):
         frames: frames sampled from a video, at most.
         max_text_tokens: longest text of a sample; None: the model's limit.
         on_bad_sample: ``skip`` broken media or overlong text with a warning, or ``fail``.
+        image_pixels, video_pixels: pixels of an image, and of a frame of a video, at most: larger ones are scaled down
+            while they are decoded; None: no limit.
+        image_orientation: ``upright``, by the EXIF orientation, or as ``stored``.
         look_ahead: micro-batches that are loaded while one trains; as many are kept in memory.
         decode_workers: threads of a rank that decode; None: the host's processors divided over its ranks.
         media_root: folder that relative media paths start from; None: the folder of the data file.
@@ -40,6 +44,9 @@ class FinetuningConfig(DeepSpeedConfigModel):
     frames: int = Field(64, ge=1)
     max_text_tokens: int | None = Field(None, ge=2)
     on_bad_sample: Literal["skip", "fail"] = "skip"
+    image_pixels: int | None = Field(DEFAULT_LIMITS.image, ge=1)
+    video_pixels: int | None = Field(DEFAULT_LIMITS.video, ge=1)
+    image_orientation: Literal["upright", "stored"] = "upright"
     look_ahead: int = Field(2, ge=1)
     decode_workers: int | None = Field(None, ge=1)
     media_root: str | None = None

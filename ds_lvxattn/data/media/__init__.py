@@ -6,13 +6,26 @@ a player shows; ``images`` reads still and animated images; ``medium`` is a row'
 """
 
 from ds_lvxattn.data.media.files import MediaError
-from ds_lvxattn.data.media.medium import Media, decode_frames, frame_groups, load_frames, probe_image, probe_video
+from ds_lvxattn.data.media.medium import (
+    DEFAULT_LIMITS,
+    NO_LIMITS,
+    Media,
+    PixelLimits,
+    decode_frames,
+    frame_groups,
+    load_frames,
+    probe_image,
+    probe_video,
+)
 from ds_lvxattn.data.media.sampling import sample_frames, sample_indices, sample_times
 from ds_lvxattn.data.media.timeline import VideoInfo
 
 __all__ = [
+    "DEFAULT_LIMITS",
+    "NO_LIMITS",
     "Media",
     "MediaError",
+    "PixelLimits",
     "VideoInfo",
     "decode_frames",
     "frame_groups",

@@ -68,6 +68,26 @@ def decode_frames(path: str | os.PathLike[str], indices: Sequence[int], size: Si
 
 
 @dataclass(frozen=True)
+class PixelLimits:
+    """Pixels of a decoded picture, at most; None: all that it has.
+
+    Attributes:
+        image: of an image.
+        video: of a frame of a video.
+    """
+
+    image: int | None = None
+    video: int | None = None
+
+    def of(self, kind: MediaKind) -> int | None:
+        return self.image if kind == "image" else self.video
+
+
+NO_LIMITS = PixelLimits()
+DEFAULT_LIMITS = PixelLimits(image=1 << 22, video=1 << 20)  # more than most models take in
+
+
+@dataclass(frozen=True)
 class Media:
     """An image or a video, and the frames sampled from it.
 
