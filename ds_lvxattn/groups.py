@@ -10,13 +10,17 @@ over all ranks beforehand, which ``training.model.partition_over_all_ranks`` see
 from __future__ import annotations
 
 import os
+import socket
 from datetime import timedelta
 
 import deepspeed
 import torch.distributed as dist
 from deepspeed import comm as ds_comm
 
-from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.errors import ConfigError, RunError
+
+# Where launchers say how many ranks there are: those of DeepSpeed and torch, and of MPI.
+WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 class SequenceParallelGroups:
@@ -85,23 +89,40 @@ class SequenceParallelGroups:
 def start_distributed(backend: str | None = None, timeout: timedelta | None = None) -> None:
     """Start ``torch.distributed`` and DeepSpeed's front end to it, from the launcher's environment.
 
+    Without a launcher this process is the one rank of the run.
+
     DeepSpeed's shared-memory all-reduce is left out: it serves inference on CPUs, and it would be compiled at the
     first start on a machine, under a lock on which a later run waits for ever if this one is killed.
 
     Args:
         timeout: of the waiting for the other ranks; None: DeepSpeed's.
+
+    Raises:
+        RunError: the ranks do not find each other.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized() and not any(name in os.environ for name in WORLD_SIZES):
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     limit = {} if timeout is None else {"timeout": timeout}
-    deepspeed.init_distributed(backend, verbose=False, **limit)
+    try:
+        deepspeed.init_distributed(backend, verbose=False, **limit)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        why = next(iter(str(error).splitlines()), "")
+        raise RunError(f"the ranks do not find each other at {where} (MASTER_ADDR, MASTER_PORT): {why}") from error
 
 
 def launched_ranks() -> int:
     """Ranks of this run, before a process group exists: as the launcher says, and 1 without one."""
     if dist.is_initialized():
         return dist.get_world_size()
-    given = (os.environ.get(name) for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
-    return int(next(filter(None, given), 1))
+    return int(next(filter(None, map(os.environ.get, WORLD_SIZES)), 1))
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def set_timeouts(timeout: timedelta) -> None:

@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 10  # the timeout of the runs, seconds
+TIMEOUT = 20  # the timeout of the runs, seconds: a busy machine must not look like a stopped rank
 # A minute more, in which the survivors have to be out.
 LIMIT = TIMEOUT + 60.0
 STEPS, SAVE_EVERY = 4, 2

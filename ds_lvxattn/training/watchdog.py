@@ -32,7 +32,7 @@ class Watchdog:
     """What this rank does, told to the others, and what becomes of them; inert until ``start``."""
 
     def __init__(self) -> None:
-        self.phase, self._since = "starting", time.monotonic()
+        self.phase, self._since, self._beat = "starting", time.monotonic(), 0
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -95,41 +95,47 @@ class Watchdog:
 
     def _tell(self) -> None:
         """Signs of life; the first rank also reads those of the others. May block in the store for ever."""
-        beat = 0
         while not self._stopped.wait(self.apart):
-            beat += 1
-            self._try(self._exchange, beat)
+            self._beat += 1
+            self._try(self._exchange)
             if self._lost:
                 return
             self._answered = time.monotonic()
 
-    def _exchange(self, beat: int) -> None:
+    def _exchange(self) -> None:
         stalled = time.monotonic() - self._since
-        self._store.set(str(self.rank), f"{beat}|{self.phase}|{stalled:.0f}")
+        self._store.set(str(self.rank), f"{self._beat}|{self.phase}|{stalled:.0f}")
         if self._store.check(["ended"]):
             self._ended = self._store.get("ended").decode()
-        if self.rank == 0 or stalled > self.timeout / 2:
-            now = time.monotonic()
-            for rank in range(self.ranks):
-                sign = self._store.get(str(rank)).decode() if self._store.check([str(rank)]) else ""
-                if self._others.get(rank, ("?", 0.0))[0] != sign:
-                    self._others[rank] = (sign, now)
+        if self.rank != 0 and stalled <= self.timeout / 2:
+            self._others = {}  # of no interest, and old when they are again
+            return
+        now, seen = time.monotonic(), dict[int, tuple[str, float]]()
+        for rank in range(self.ranks):
+            sign = self._store.get(str(rank)).decode() if self._store.check([str(rank)]) else ""
+            before = self._others.get(rank)
+            seen[rank] = before if before is not None and before[0] == sign else (sign, now)
+        self._others = seen  # replaced as a whole: the other thread may be reading
 
     def _judge(self) -> None:
-        """Never blocks: looks at the clock, and at what the other thread found."""
+        """Never blocks."""
         while not self._stopped.wait(self.apart / 2):
-            now = time.monotonic()
-            if self._ended is not None:
-                code, _, why = self._ended.partition("|")
-                self._leave(why, int(code))
-            elif self._lost:
-                self._leave("rank 0 has ended")
-            elif now - self._answered > self.life:
-                self._leave(self._unanswered(now))
-            else:
-                silent = [r for r, (_, at) in self._others.items() if now - at > self.life and r != self.rank]
-                if silent or now - self._since > self.timeout:
-                    self._leave(self._report(now, silent), found_here=True)
+            self._look()
+
+    def _look(self) -> None:
+        """Look at the clock, and at what the other thread found; leave where it must be."""
+        now = time.monotonic()
+        if self._ended is not None:
+            code, _, why = self._ended.partition("|")
+            self._leave(why, int(code))
+        elif self._lost:
+            self._leave("rank 0 has ended")
+        elif now - self._answered > self.life:
+            self._leave(self._unanswered(now))
+        else:
+            silent = [r for r, (_, at) in self._others.items() if now - at > self.life and r != self.rank]
+            if silent or now - self._since > self.timeout:
+                self._leave(self._report(now, silent), found_here=True)
 
     def _unanswered(self, now: float) -> str:
         return (

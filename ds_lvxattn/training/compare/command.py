@@ -26,6 +26,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.training.compare.report import COLUMNS, SINGLE, Run, compare, read_run, table_cells, write_report
 from ds_lvxattn.training.compare.runs import train
 from ds_lvxattn.training.compare.variants import derive_config, parse_variants
+from ds_lvxattn.training.config_check import check_names
 from ds_lvxattn.training.run_log import start_wandb
 from ds_lvxattn.training.run_settings import add_overrides
 
@@ -62,6 +63,7 @@ def run_all(args: argparse.Namespace) -> list[Run]:
     """
     console = Console()
     ds_config = load_ds_config(args.ds_config, args.overrides)
+    check_names(ds_config)
     if args.steps < 1:
         raise ConfigError(f"--steps is {args.steps}; give at least 1")
     if args.num_gpus is None:

@@ -1,0 +1,89 @@
+"""The watchdog: which rank is named, and that a rank that is late is not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+
+from ds_lvxattn.training import watchdog
+from ds_lvxattn.training.watchdog import Watchdog
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Watchdog, Watchdog]]:
+    """The watchdogs of two ranks with one store; their threads are stepped by hand."""
+    store = dist.HashStore()
+    ranks = []
+    for rank in range(2):
+        made = Watchdog()
+        made.rank, made.ranks, made.timeout, made.life, made.apart = rank, 2, 100.0, 30.0, 5.0
+        made._store, made._answered, made._ended, made._lost, made._others = store, time.monotonic(), None, False, {}
+        ranks.append(made)
+    clock = [1000.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
+    for made in ranks:
+        made.clock = clock  # type: ignore[attr-defined]
+        made.tick()
+    yield ranks[0], ranks[1]
+
+
+def verdict(rank: Watchdog) -> str | None:
+    """What this rank finds now; None: nothing is wrong."""
+    found: list[str] = []
+    rank._leave = lambda why, code=1, found_here=False: found.append(why)  # type: ignore[method-assign]
+    rank._answered = rank.clock[0]  # type: ignore[attr-defined]
+    rank._look()
+    return found[0] if found else None
+
+
+def pass_time(seconds: float, *alive: Watchdog) -> None:
+    """Seconds in which some ranks give signs of life."""
+    for _ in range(int(seconds)):
+        alive[0].clock[0] += 1.0  # type: ignore[attr-defined]
+        for rank in alive:
+            rank._beat += 1
+            rank._exchange()
+
+
+def test_a_stopped_rank_is_named_with_its_phase(pair: tuple[Watchdog, Watchdog]) -> None:
+    first, second = pair
+    second.enter("step 3")
+    pass_time(2, first, second)
+    first.tick()
+    pass_time(29, first)
+    assert verdict(first) is None
+    pass_time(3, first)
+    assert "rank 1 gives no sign of life since 32 s" in str(verdict(first))
+    assert "its phase was 'step 3'" in str(verdict(first))
+
+
+def test_a_rank_that_does_not_get_on_is_named_though_it_lives(pair: tuple[Watchdog, Watchdog]) -> None:
+    first, second = pair
+    second.enter("loading the model")
+    first.enter("step 1")
+    pass_time(99, first, second)
+    assert verdict(first) is None and verdict(second) is None
+    pass_time(2, first, second)
+    for rank in pair:
+        assert "rank 1 is in the phase 'loading the model' since 101 s" in str(verdict(rank))
+
+
+def test_what_was_seen_of_the_others_long_ago_does_not_count(pair: tuple[Watchdog, Watchdog]) -> None:
+    first, second = pair
+    pass_time(60, first, second)  # the second looks at the others, since it does not get on
+    second.tick()
+    first.tick()
+    pass_time(45, first, second)
+    assert verdict(second) is None
+
+
+def test_an_error_of_another_rank_is_told(pair: tuple[Watchdog, Watchdog]) -> None:
+    first, second = pair
+    first._threads = [watchdog.threading.current_thread()]
+    first.enter("step 7")
+    first.failed(ValueError("a fault"))
+    pass_time(1, first, second)
+    assert verdict(second) == "rank 0 ended in the phase 'step 7': ValueError: a fault"
