@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 
@@ -53,11 +54,10 @@ def test_a_stopped_rank_is_named_with_its_phase(pair: tuple[Watchdog, Watchdog])
     second.enter("step 3")
     pass_time(2, first, second)
     first.tick()
-    pass_time(29, first)
+    pass_time(28, first)
     assert verdict(first) is None
-    pass_time(3, first)
-    assert "rank 1 gives no sign of life since 32 s" in str(verdict(first))
-    assert "its phase was 'step 3'" in str(verdict(first))
+    pass_time(5, first)
+    assert re.match("rank 1 gives no sign of life since 3[0-9] s: .*; its phase was 'step 3'", str(verdict(first)))
 
 
 def test_a_rank_that_does_not_get_on_is_named_though_it_lives(pair: tuple[Watchdog, Watchdog]) -> None:
@@ -68,7 +68,7 @@ def test_a_rank_that_does_not_get_on_is_named_though_it_lives(pair: tuple[Watchd
     assert verdict(first) is None and verdict(second) is None
     pass_time(2, first, second)
     for rank in pair:
-        assert "rank 1 is in the phase 'loading the model' since 101 s" in str(verdict(rank))
+        assert re.search("rank 1 is in the phase 'loading the model' since 10[01] s", str(verdict(rank)))
 
 
 def test_what_was_seen_of_the_others_long_ago_does_not_count(pair: tuple[Watchdog, Watchdog]) -> None:
