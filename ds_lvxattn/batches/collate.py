@@ -160,6 +160,7 @@ class Collator:
         plans: Mapping[nn.Module, LayerPlan],
         most_frames: int | None = None,
         times: LayerTimes | None = None,
+        tokens: float | None = None,
     ) -> MicroBatch:
         """This rank's micro-batch.
 
@@ -169,6 +170,7 @@ class Collator:
                 none.
             most_frames: ``layout.most_frames`` over all groups of the run; None: there is one group.
             times: measures the attention layers; None: nothing is measured.
+            tokens: what the sum of the losses of the supervised tokens is divided by; None: their number.
         """
         own = layout.text.index(self.rank_in(layout))
         # Of a batch that every rank computes whole, each counts its part of the loss and of the gradients.
@@ -180,10 +182,10 @@ class Collator:
             "input_ids": torch.from_numpy(layout.input_ids[:, own]),
             "position_ids": torch.from_numpy(np.stack([p[..., own] for p in positions], axis=-2)),
             "use_cache": False,
-            # The model's own loss: summed over its rows and divided by the count of the whole group.
+            # The model's own loss: summed over its rows and divided by a count that is the same on the whole group.
             "labels": labels,
             "shift_labels": labels,
-            "num_items_in_batch": max(layout.supervised_tokens, 1) * shares,
+            "num_items_in_batch": (tokens or max(layout.supervised_tokens, 1)) * shares,
         }
         inputs |= images if isinstance(images, dict) else self.pixels(layout, images)
         inputs = {key: self._to_device(value) if isinstance(value, Tensor) else value for key, value in inputs.items()}

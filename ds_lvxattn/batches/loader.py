@@ -49,6 +49,11 @@ class ControlGroups:
         twins = [dist.new_group(ranks, backend="gloo") for ranks in partition]
         return cls(twins[partition.index(own)], dist.new_group(list(range(world)), backend="gloo"))
 
+    def close(self) -> None:
+        """End the groups and their threads; after the last message, on every rank."""
+        for group in (self.sequence, self.everyone):
+            dist.destroy_process_group(group)
+
 
 @dataclass
 class _Begun:

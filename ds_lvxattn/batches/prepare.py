@@ -26,13 +26,15 @@ class Loaded:
     """Samples, their layout and the frames that this rank decoded, as pixels; ``skipped`` of them were replaced.
 
     ``most_frames`` is that of the layouts of all groups: all ranks call the vision encoder equally often, since
-    ZeRO-3 gathers its parameters over all of them.
+    ZeRO-3 gathers its parameters over all of them. ``tokens`` is what its loss is divided by, so that those of all
+    micro-batches of a step average to the step's loss a token; None: its own supervised tokens.
     """
 
     layout: BatchLayout
     pixels: Pixels
     skipped: int
     most_frames: int
+    tokens: float | None = None
 
 
 class Batches:
@@ -120,7 +122,7 @@ class Batches:
         if not isinstance(batch, Loaded):
             batch = self.load(batch)
         plans = self.plans(batch.layout)
-        return self.collator.collate(batch.layout, batch.pixels, plans, batch.most_frames, times)
+        return self.collator.collate(batch.layout, batch.pixels, plans, batch.most_frames, times, batch.tokens)
 
     def note_times(self, plan: Plan, times: LayerTimes) -> Plan:
         """``plan``, one of the planner's, with what was measured."""

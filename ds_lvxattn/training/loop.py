@@ -32,6 +32,7 @@ from ds_lvxattn.training import checkpoint
 from ds_lvxattn.training.divergence import FiniteLoss
 from ds_lvxattn.training.engine import start_engine
 from ds_lvxattn.training.evaluation import evaluate
+from ds_lvxattn.training.learning import Learning
 from ds_lvxattn.training.loading import (
     LoadedModel,
     loss_factor,
@@ -45,6 +46,7 @@ from ds_lvxattn.training.outcome import on_all_ranks
 from ds_lvxattn.training.run_folder import RunFolder
 from ds_lvxattn.training.run_log import RunLog
 from ds_lvxattn.training.settings import FinetuningConfig
+from ds_lvxattn.training.tokens import step_of, with_gradient
 from ds_lvxattn.training.watchdog import Watchdog, group_timeout
 
 # Steps after a plan in which its layers are measured; the first ones compile kernels and open connections.
@@ -139,6 +141,7 @@ class Trainer:
         self._at = self._first = self._planned_at = 0  # steps: the one at hand, the first, the plan's first
         self._plan: Plan = ()  # that of the last micro-batch
         self._times: LayerTimes | None = None
+        self.learning = Learning(job.finetuning.max_bad_share)
         self.skipped = 0  # broken samples of this rank's group, since the start
         self.loader = self._loader(job.train)
         self.evaluation_loader = None if job.evaluation is None else self._loader(job.evaluation)
@@ -153,9 +156,15 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the last step, evaluate, save and export. Returns the evaluation."""
         try:
-            return self._run()
+            result = self._run()
         finally:
             self.close()
+        # Not after an error: the loader's thread may be waiting for other ranks.
+        for loader in (self.loader, self.evaluation_loader):
+            if loader is not None:
+                loader.control.close()
+        dist.destroy_process_group(self.everyone)
+        return result
 
     def _run(self) -> dict[str, Any]:
         job, every = self.job, self.job.finetuning
@@ -183,6 +192,7 @@ class Trainer:
                 metrics = self._step(batches, accumulation)
                 log.step({"step": step, **metrics})
                 finite.note(step, metrics["loss"], metrics["grad_norm"])
+                self.learning.note_gradient(step, metrics["grad_norm"])
                 last = step == job.steps
                 if (last or (every.save_every and step % every.save_every == 0)) and finite.finite:
                     self.watchdog.enter(f"saving the checkpoint of step {step}")
@@ -250,23 +260,23 @@ class Trainer:
         began = time.perf_counter()
         total = torch.zeros((), device=self.device)
         text_tokens = frames = 0
-        waited = 0.0
         rate = self.engine.get_lr()[0]
-        for _ in range(accumulation):
+        # All micro-batches of the step: their tokens are counted ahead of it.
+        micro_batches, counts = step_of([self._next(batches) for _ in range(accumulation)], self.groups, self.everyone)
+        waited = time.perf_counter() - began
+        self.learning.note_samples(counts)
+        self.skipped += sum(loaded.skipped for loaded in micro_batches)
+        for loaded in micro_batches:
             self.watchdog.tick()
-            asked = time.perf_counter()
-            loaded = next(batches)
-            waited += time.perf_counter() - asked
-            self.skipped += loaded.skipped
             batch = self.batches.prepare(loaded, self._times)
             self._compare_plan()
-            loss = self.engine(**batch.inputs).loss
+            loss = with_gradient(self.engine(**batch.inputs).loss, self.engine)
             self.engine.backward(loss * self.loss_factor)
             self.engine.step()
             total += loss.detach()
             text_tokens += batch.text_tokens
             frames += batch.frames
-        # The parts of a group add up to its loss; groups are averaged, as ZeRO does with gradients.
+        # The parts of a group add up to its loss; groups and micro-batches are averaged, as ZeRO does with gradients.
         dist.all_reduce(total)
         data_ranks = self.groups.get_data_parallel_world_size()
         value = total.item() / (accumulation * data_ranks)
@@ -284,6 +294,10 @@ class Trainer:
             "peak_memory_bytes": peak_memory(),
             "skipped_samples": self.skipped,
         }
+
+    def _next(self, batches: Iterator[Loaded]) -> Loaded:
+        self.watchdog.tick()
+        return next(batches)
 
     def _evaluate(self, log: RunLog, step: int) -> dict[str, Any]:
         loader = self.evaluation_loader

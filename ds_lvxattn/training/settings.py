@@ -23,6 +23,7 @@ class FinetuningConfig(DeepSpeedConfigModel):
         frames: frames sampled from a video, at most.
         max_text_tokens: longest text of a sample; None: the model's limit.
         on_bad_sample: ``skip`` broken media or overlong text with a warning, or ``fail``.
+        max_bad_share: share of bad samples above which a run ends, though they are skipped.
         image_pixels, video_pixels: pixels of an image, and of a frame of a video, at most: larger ones are scaled down
             while they are decoded; None: no limit.
         image_orientation: ``upright``, by the EXIF orientation, or as ``stored``.
@@ -44,6 +45,7 @@ class FinetuningConfig(DeepSpeedConfigModel):
     frames: int = Field(64, ge=1)
     max_text_tokens: int | None = Field(None, ge=2)
     on_bad_sample: Literal["skip", "fail"] = "skip"
+    max_bad_share: float = Field(0.5, ge=0, le=1)
     image_pixels: int | None = Field(DEFAULT_LIMITS.image, ge=1)
     video_pixels: int | None = Field(DEFAULT_LIMITS.video, ge=1)
     image_orientation: Literal["upright", "stored"] = "upright"

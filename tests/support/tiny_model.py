@@ -197,6 +197,11 @@ def loss_of(
     return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum") / items
 
 
+def supervised(samples: Sequence[Sample]) -> int:
+    """Tokens of ``samples`` that loss is taken on."""
+    return sum(label != IGNORE for sample in samples for label in sample.labels[1:])
+
+
 def loss_of_each_alone(model: nn.Module, samples: Sequence[Sample]) -> torch.Tensor:
     """Loss of a micro-batch whose samples the unmodified model sees one at a time.
 
@@ -238,8 +243,8 @@ def steps_on_one_rank(samples: Sequence[Sample], steps: int, batch: int, micro_b
     """Training the unmodified model with plain torch AdamW, ``batch`` samples a step: losses, and norms of gradients.
 
     Norms are those before clipping. As in the loop, vectors and scalars do not decay.
-    A step averages the losses of its micro-batches, as ZeRO does. Parameters that a batch does not reach have
-    gradient zero, as in ZeRO's flat partitions.
+    A step's loss is the sum over its supervised tokens, divided by their number. Parameters that a batch does not
+    reach have gradient zero, as in ZeRO's flat partitions.
     """
     model = tiny_model().train()
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -250,9 +255,10 @@ def steps_on_one_rank(samples: Sequence[Sample], steps: int, batch: int, micro_b
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         total = 0.0
+        tokens = supervised([samples[row % len(samples)] for row in range(step * batch, (step + 1) * batch)])
         for first in range(step * batch, (step + 1) * batch, micro_batch):
             rows = [samples[row % len(samples)] for row in range(first, first + micro_batch)]
-            loss = loss_of_each_alone(model, rows) * (micro_batch / batch)
+            loss = loss_of_each_alone(model, rows) * (supervised(rows) / max(tokens, 1))
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
