@@ -151,7 +151,9 @@ class Trainer:
         control = ControlGroups.beside(self.groups)
         settings = self.job.finetuning
         skip = settings.on_bad_sample == "skip"
-        return Loader(source, self.batches, control, skip, settings.look_ahead, settings.decode_workers)
+        # A step wants all its micro-batches at once.
+        ahead = max(settings.look_ahead, self.engine.gradient_accumulation_steps())
+        return Loader(source, self.batches, control, skip, ahead, settings.decode_workers)
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, evaluate, save and export. Returns the evaluation."""
