@@ -62,7 +62,7 @@ def candidates(layer: Layer, profile: Profile, sweep: bool) -> dict[str, Step]:
     for mode in eligible_modes():
         possible = mode.obstacle(shape.heads, shape.kv_heads, ranks) is None
         if possible and not (mode.routes_by_mask and shape.mask == "none"):
-            pipeline = {"head_groups": chosen} if mode.pipelines_heads else {}
+            pipeline = {"head_groups": chosen} if mode.pipeline else {}
             steps[named(mode, chosen)] = layer.exchange(strategy=mode.strategy, schedule=mode.schedule, **pipeline)
     if sweep:
         divisors = [count for count in (1, 2, 4, 8) if shape.kv_heads % count == 0]
@@ -80,7 +80,7 @@ def candidates(layer: Layer, profile: Profile, sweep: bool) -> dict[str, Step]:
 def named(mode: Mode, groups: tuple[int, int]) -> str:
     """A mode as the table shows it: schedules only where a strategy has several."""
     name = f"{mode.strategy} {mode.schedule}" if len(schedules(mode.strategy)) > 1 else mode.strategy
-    return f"{name} {groups[0]}/{groups[1]}" if mode.pipelines_heads else name
+    return f"{name} {groups[0]}/{groups[1]}" if mode.pipeline else name
 
 
 def choice(layer: Layer, profile: Profile, figures: list[Figure]) -> Choice:

@@ -69,7 +69,7 @@ def candidates(layer: Layer, link: float) -> dict[str, Step]:
         for mode in eligible_modes():
             possible = mode.obstacle(shape.heads, shape.kv_heads, layer.comm.ranks) is None
             if possible and not mode.routes_by_mask:
-                pipeline = {"head_groups": groups} if mode.pipelines_heads else {}
+                pipeline = {"head_groups": groups} if mode.pipeline else {}
                 steps[mode.name] = layer.exchange(strategy=mode.strategy, schedule=mode.schedule, **pipeline)
     return steps
 

@@ -73,7 +73,7 @@ def opcheck_distributed(name: str, masked: bool, keep_queries: bool) -> dict[str
     if start is not None and stop is not None and name != "kv_ring":
         first, last = KVInterval(start, stop).local_to(shards.kv, comm.rank)
     call: tuple[Any, ...] = {
-        "query_gather": (first, last, 0.3, "math", comm.name, q_lengths, [2, 1], keep_queries),
+        "query_gather": (first, last, 0.3, "math", comm.name, "", q_lengths, [2, 1], keep_queries),
         "query_replicated": (first, last, 0.3, "math", comm.name, masked),
         "query_ring": (start, stop, 0.3, "math", comm.name, q_lengths, *keys),
         "kv_ring": (start, stop, 0.3, "math", comm.name, *keys),

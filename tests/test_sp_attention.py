@@ -49,7 +49,13 @@ class Case:
     transposed: bool = False
     head_groups: tuple[int, int] | None = None
     keep_queries: bool | None = None
+    inner_size: int = 1
     seed: int = 0
+
+    @property
+    def on_two_levels(self) -> bool:
+        """Whether the grid has several nodes of several ranks."""
+        return 1 < self.inner_size < self.q.ranks
 
     @property
     def modes(self) -> list[tuple[str, str, str]]:
@@ -58,7 +64,8 @@ class Case:
         sharded = [
             (*mode.key, "sharded")
             for mode in eligible_modes()
-            if mode.obstacle(self.heads, self.kv_heads, ranks) is None
+            if mode.obstacle(self.heads, self.kv_heads, ranks, self.inner_size) is None
+            and (not mode.two_levels or self.on_two_levels)
         ]
         return [*sharded, ("lv_xattn", "auto", "replicated")]
 
@@ -159,6 +166,7 @@ def attend(case: Case, mode: tuple[str, str, str], rank: int) -> list[Tensor]:
         shards=ShardLayout(q_shards, case.kv) if case.shards_given else None,
         head_groups=case.head_groups,
         keep_queries=case.keep_queries,
+        inner_size=case.inner_size,
     )
     assert out.shape == q.shape and out.dtype == q.dtype
     dout = None if data.dout is None else data.dout[:, :, rows]
@@ -287,6 +295,7 @@ def cases(draw: st.DrawFn, ranks: int) -> Case:
         transposed=draw(st.booleans()),
         head_groups=draw(st.one_of(st.none(), st.tuples(divisors, divisors))),
         keep_queries=draw(st.sampled_from([None, True, False])),
+        inner_size=draw(st.sampled_from([size for size in (2, 4, 1) if ranks % size == 0])),
         seed=draw(st.integers(0, 2**31)),
     )
 
@@ -327,6 +336,7 @@ def random_steps(ranks: int, count: int) -> list[tuple[Case, tuple[str, str, str
             interval_of_all_ranks=choose.random() < 0.8,
             head_groups=choose.choice([None, (choose.choice(divisors), choose.choice(divisors))]),
             keep_queries=choose.choice([None, True, False]),
+            inner_size=choose.choice([size for size in (1, 2, 4) if ranks % size == 0]),
             seed=seed,
         )
         steps.append((case, choose.choice(case.modes)))
@@ -376,6 +386,7 @@ def _gradcheck(case: Case, mode: tuple[str, str, str], step: float = 1e-6) -> fl
             queries=queries,
             interval=interval,
             shards=ShardLayout(q_shards, case.kv),
+            inner_size=case.inner_size,
         )
         return (out.sin() * out).sum() + lse.masked_fill(lse == float("-inf"), 0.0).sin().sum()
 
@@ -414,15 +425,19 @@ def _gradcheck(case: Case, mode: tuple[str, str, str], step: float = 1e-6) -> fl
         Case(SequenceShards((2, 1)), SequenceShards((3, 2)), heads=2, head_dim=3, lse_above_100=True),
         Case(
             SequenceShards((1, 0, 1, 1)), SequenceShards((2, 1, 0, 1)),
-            heads=4, kv_heads=1, head_dim=1, mask="blind rows", seed=2,
+            heads=4, kv_heads=1, head_dim=1, mask="blind rows", inner_size=2, seed=2,
         ),
-        Case(SequenceShards((1, 1, 0, 1)), SequenceShards.striped(5, 4, 1), heads=4, kv_heads=2, head_dim=1),
+        Case(
+            SequenceShards((1, 1, 0, 1)), SequenceShards.striped(5, 4, 1),
+            heads=4, kv_heads=2, head_dim=1, inner_size=2,
+        ),
     ],
     ids=["2 ranks, masked", "2 ranks", "4 ranks, empty shards, blind rows", "4 ranks, striped"],
 )  # fmt: skip
 def test_gradcheck(case: Case) -> None:
     for of_rank in run(case.q.ranks, gradcheck_in_all_modes, case):
-        assert set(of_rank) == set(case.modes) and len(of_rank) == len(SHARDED) + 1
+        possible = [mode for mode in eligible_modes() if case.on_two_levels or not mode.two_levels]
+        assert set(of_rank) == set(case.modes) and len(of_rank) == len(possible) + 1
         assert max(of_rank.values()) < 1e-6, of_rank
 
 
@@ -502,3 +517,25 @@ def test_merging_two_sources_is_attention_over_both(mode: tuple[str, str, str]) 
     got = Result(out, lse, dq, torch.cat((dk1, dk2), dim=2), torch.cat((dv1, dv2), dim=2))
     for (name, x), (_, y) in zip(got.items(), want.items(), strict=True):
         assert largest_error(x, y) < 1e-10, name
+
+
+def flat_twins(case: Case) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Results of every two-level mode on grids of one node, and of one rank a node, and of the flat mode that it is."""
+    pairs = []
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for mode in (mode for mode in eligible_modes() if mode.two_levels):
+        flat = {"two_level": ("lv_xattn", "gather"), "kv_ring": ("ring", "ring")}.get(mode.schedule)
+        flat = flat or ("lv_xattn", mode.schedule)
+        one_node = ("lv_xattn", "gather") if mode.strategy == "lv_xattn" else ("ulysses", "auto")
+        for inner_size, twin in ((1, flat), (ranks, one_node)):
+            grid = replace(case, inner_size=inner_size)
+            pairs.append((attend(grid, (*mode.key, "sharded"), rank), attend(grid, (*twin, "sharded"), rank)))
+    return pairs
+
+
+def test_grids_of_one_level_are_the_flat_modes_to_the_bit() -> None:
+    case = Case(SequenceShards((3, 0, 4, 2)), SequenceShards.striped(29, 4, 2), heads=4, kv_heads=4, dtype="bfloat16",
+                mask="random")  # fmt: skip
+    for pairs in run(4, flat_twins, case):
+        for two_levels, flat in pairs:
+            assert all(torch.equal(x, y) for x, y in zip(two_levels, flat, strict=True))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ds_lvxattn.exchange.base import Exchange
 from ds_lvxattn.exchange.comm import Communicator, communicator
+from ds_lvxattn.exchange.grid import grid_of, node_size
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.routes import Routes
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
@@ -37,6 +38,7 @@ def sp_attention(
     routes: Routes | None = None,
     head_groups: tuple[int, int] | None = None,
     keep_queries: bool | None = None,
+    inner_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the rank's own query rows over the keys and values of all ranks of ``group``.
 
@@ -49,7 +51,8 @@ def sp_attention(
             Shards may be uneven or empty.
         group: sequence-parallel process group; None is one rank.
         strategy: ``lv_xattn`` (queries travel), ``ulysses`` (heads are redistributed), ``ring`` (keys and values
-            travel), or ``local`` where no other rank holds a key.
+            travel), ``hybrid`` (heads are redistributed inside a node; queries, or keys and values, travel between
+            nodes), or ``local`` where no other rank holds a key.
         interval: visible range of each row in global key positions; None: every key is visible.
         scale: factor of the scores, ``1 / sqrt(D)`` by default.
         queries: ``sharded``, or ``replicated`` when every rank passes all the (same) rows; then ``out`` is the
@@ -57,7 +60,8 @@ def sp_attention(
         gradients: of ``out`` and ``q`` when the queries are replicated. ``whole``: every rank passes the same gradient
             of ``out``, as it computes the whole loss, and gets the same ``dq``. ``parts``: the ranks' losses are parts
             of one sum; what a rank passes, and the ``dq`` that it gets, add up over the ranks.
-        schedule: ``auto``, or one that the strategy has: ``gather``, ``ring`` or ``routed`` for ``lv_xattn``.
+        schedule: ``auto``, or one that the strategy has: ``gather``, ``ring``, ``routed`` or ``two_level`` for
+            ``lv_xattn``; ``gather``, ``kv_ring``, ``ring`` or ``routed`` for ``hybrid``.
         kernel: local kernel: ``auto``, or a name to force one.
         shards: lengths and placement of every rank's shard. None asks the other ranks (one small collective
             and a host synchronisation) and assumes contiguous shards in rank order.
@@ -67,6 +71,8 @@ def sp_attention(
             divisors of ``H_kv``, the same on every rank. None chooses from sizes.
         keep_queries: for ``gather`` and ``routed``, whether other ranks' queries are kept for the backward pass
             rather than sent again; the same on every rank. None keeps them while they are no larger than K and V.
+        inner_size: for ``hybrid`` and for schedule ``two_level``, ranks of a node: those of equal ``r // inner_size``;
+            divides the ranks. None asks the ranks for their hosts, once.
 
     Returns:
         ``out`` like ``q`` (0 for rows that see nothing), and ``lse [B, H_q, s_q]``, the natural
@@ -86,22 +92,25 @@ def sp_attention(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     mode = mode_named(strategy, schedule, queries if comm.ranks > 1 else "sharded")
     replicated = queries == "replicated"
-    reason = mode.obstacle(q.shape[1], k.shape[1], comm.ranks)
-    if reason is not None and comm.ranks > 1:
-        raise ValueError(f"strategy '{strategy}' cannot run this attention: {reason}")
     select_kernel(kernel, Call.forward(q, k, interval is not None))
 
     if shards is None:
-        options = (strategy, queries, gradients, schedule, kernel, scale, head_groups, keep_queries)
+        options = (strategy, queries, gradients, schedule, kernel, scale, head_groups, keep_queries, inner_size)
         shards = _ask_for_shards(q, k, interval, comm, options)
     _check_shards(q, k, shards, comm, replicated)
+    if mode.two_levels:
+        inner_size = node_size(comm) if inner_size is None else inner_size
+    reason = mode.obstacle(q.shape[1], k.shape[1], comm.ranks, inner_size or comm.ranks)
+    if reason is not None and comm.ranks > 1:
+        raise ValueError(f"strategy '{strategy}' cannot run this attention: {reason}")
+    grid = grid_of(comm, inner_size) if mode.two_levels and inner_size is not None else None
     interval = _rows_of_all_ranks(interval, q, shards, comm, replicated)
     if head_groups is not None and any(k.shape[1] % max(count, 1) or count < 1 for count in head_groups):
         raise ValueError(f"head_groups is {head_groups}; give two divisors of the {k.shape[1]} key heads")
     if comm.ranks == 1 or not shards.kv.total:  # one rank, or a batch of text alone: nothing travels
         mode = LOCAL
     exchange = Exchange(
-        comm, shards, interval, scale, kernel, head_groups, keep_queries, routes, gradients == "parts"
+        comm, shards, interval, scale, kernel, head_groups, keep_queries, routes, grid, gradients == "parts"
     )  # fmt: skip
     return implementation_of(mode)(q, k, v, exchange)
 
@@ -136,8 +145,8 @@ def _ask_for_shards(
         if theirs[2:] != everyone[0][2:]:
             raise ValueError(
                 "the ranks of the group call sp_attention with different settings; give all of them the same "
-                "[batch, query heads, key heads, head size, interval given, interval of own rows, hash of "
-                "dtype, strategy, queries, gradients, schedule, kernel, scale, head_groups and keep_queries]: "
+                "[batch, query heads, key heads, head size, interval given, interval of own rows, hash of dtype, "
+                "strategy, queries, gradients, schedule, kernel, scale, head_groups, keep_queries and inner_size]: "
                 f"rank 0 {everyone[0][2:]}, rank {rank} {theirs[2:]}"
             )
     rows, keys = zip(*(theirs[:2] for theirs in everyone), strict=True)

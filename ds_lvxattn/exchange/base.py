@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ds_lvxattn.exchange.comm import Communicator
+from ds_lvxattn.exchange.grid import Grid
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.routes import Routes
 from ds_lvxattn.exchange.shards import ShardLayout
@@ -33,6 +34,7 @@ class Exchange:
         keep_queries: whether ``gather`` and ``routed`` keep the queries of other ranks for the backward pass rather
             than have them sent again; None chooses from sizes.
         routes: which rows travel where, for ``routed``; None makes them from the interval.
+        grid: both levels of the group, for the modes that know them.
         gradient_parts: for replicated queries, gradients of output and queries are parts that add up over the ranks.
     """
 
@@ -44,6 +46,7 @@ class Exchange:
     head_groups: tuple[int, int] | None = None
     keep_queries: bool | None = None
     routes: Routes | None = None
+    grid: Grid | None = None
     gradient_parts: bool = False
 
     @property

@@ -54,28 +54,50 @@ class Communicator:
 
     Args:
         group: process group, or None for a single rank (then nothing is ever sent).
+        whole: the communicator whose group this one divides; what arrives here is counted there.
 
     Attributes:
         ranks: ranks in the group.
         rank: this process's rank in the group.
+        node_size: ranks of a node: ``r`` and ``s`` share one where ``r // node_size == s // node_size``.
         received: bytes received from *other* ranks, by what they carry (``queries``, ``outputs``, ...).
+        between: of these, bytes received from ranks on other nodes.
+        levels: the communicators of both levels of a grid, by its inner size; see ``exchange.grid``.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, whole: Communicator | None = None) -> None:
         self.group = group
         self.ranks = dist.get_world_size(group) if group is not None else 1
         self.rank = dist.get_rank(group) if group is not None else 0
         self.name = group.group_name if group is not None else ""
-        self.received: Counter[str] = Counter()
+        self.node_size = self.ranks
+        self.levels: dict[int, tuple[Communicator, Communicator]] = {}
+        self.received: Counter[str] = Counter() if whole is None else whole.received
+        self.between: Counter[str] = Counter() if whole is None else whole.between
 
     @property
     def bytes_received(self) -> int:
         """Bytes received from other ranks since the last reset."""
         return sum(self.received.values())
 
+    @property
+    def bytes_between_nodes(self) -> int:
+        """Of ``bytes_received``, those from other nodes."""
+        return sum(self.between.values())
+
     def reset(self) -> None:
         """Start counting from zero."""
         self.received.clear()
+        self.between.clear()
+
+    def _far(self, rank: int) -> bool:
+        """Whether a rank of the group is on another node."""
+        return rank // self.node_size != self.rank // self.node_size
+
+    def _count(self, what: str, from_each: int) -> None:
+        """Count as many bytes from each other rank."""
+        self.received[what] += (self.ranks - 1) * from_each
+        self.between[what] += (self.ranks - self.node_size) * from_each
 
     def all_gather(self, x: Tensor, what: str) -> Tensor:
         """Gather equal-shaped tensors of all ranks: ``[...]`` to ``[n, ...]``."""
@@ -83,7 +105,7 @@ class Communicator:
         gathered = x.new_empty((self.ranks, *x.shape))
         if x.numel():
             _all_gather(_raw(gathered), _raw(x), group=self.group)
-        self.received[what] += (self.ranks - 1) * x.nbytes
+        self._count(what, x.nbytes)
         return gathered
 
     def start_all_gather(self, buffers: Sequence[tuple[str, Tensor]]) -> Transfer:
@@ -93,7 +115,7 @@ class Communicator:
         """
         ops = []
         for what, gathered in buffers:
-            self.received[what] += gathered.nbytes // self.ranks * (self.ranks - 1)
+            self._count(what, gathered.nbytes // self.ranks)
             if gathered.numel():
                 ops.append((_raw(gathered), _raw(gathered[self.rank])))
         if len(ops) < 2 or not ops[0][0].is_cuda:
@@ -114,13 +136,14 @@ class Communicator:
         calls: list[tuple[Tensor, Tensor, list[int] | None, list[int] | None]] = []
         for what, send, receive, sizes in parts:
             if sizes is None:
-                self.received[what] += receive.nbytes // self.ranks * (self.ranks - 1)
+                self._count(what, receive.nbytes // self.ranks)
                 if send.numel():
                     calls.append((_raw(receive), _raw(send), None, None))
             else:
                 sent, arriving = sizes
                 width = math.prod(send.shape[1:]) * send.element_size()
                 self.received[what] += width * (sum(arriving) - arriving[self.rank])
+                self.between[what] += width * sum(n for rank, n in enumerate(arriving) if self._far(rank))
                 calls.append((_raw(receive), _raw(send), [n * width for n in arriving], [n * width for n in sent]))
         if len(calls) < 2 or not calls[0][0].is_cuda:
             works = [dist.all_to_all_single(*call, group=self.group, async_op=True) for call in calls]
@@ -136,6 +159,8 @@ class Communicator:
         if x.numel():
             dist.all_reduce(x, group=self.group)
         self.received[what] += 2 * x.nbytes * (self.ranks - 1) // self.ranks
+        if self._far((self.rank - 1) % self.ranks):
+            self.between[what] += 2 * x.nbytes * (self.ranks - 1) // self.ranks
         return x
 
     def broadcast(self, x: Tensor, what: str) -> Tensor:
@@ -143,6 +168,7 @@ class Communicator:
         if self.ranks > 1 and x.numel():
             dist.broadcast(_raw(x), group=self.group, group_src=0)
             self.received[what] += x.nbytes * (self.rank > 0)
+            self.between[what] += x.nbytes * self._far(0)
         return x
 
     def exchange(self, messages: Sequence[Message]) -> Transfer:
@@ -162,6 +188,7 @@ class Communicator:
         ]
         for message in messages:
             self.received[message.what] += message.receive.nbytes
+            self.between[message.what] += message.receive.nbytes * self._far(message.source)
         return Transfer(dist.batch_isend_irecv(ops) if ops else [], [message.send for message in messages])
 
     def account(self, x: Tensor, what: str) -> Tensor:
@@ -172,7 +199,7 @@ class Communicator:
         return _Account.apply(x, self, what)
 
     def count_all_to_all(self, x: Tensor, what: str) -> None:
-        self.received[what] += x.nbytes // self.ranks * (self.ranks - 1)
+        self._count(what, x.nbytes // self.ranks)
 
 
 class Transfer:
@@ -220,6 +247,12 @@ def communicator(group: dist.ProcessGroup | None) -> Communicator:
     if known is None or known.group is not group:
         known = _communicators[group.group_name] = Communicator(group)
     return known
+
+
+def communicator_of_level(group: dist.ProcessGroup, whole: Communicator) -> Communicator:
+    """The ``Communicator`` of a group that is a part of ``whole``'s, made anew and known by its name from then on."""
+    _communicators[group.group_name] = Communicator(group, whole)
+    return _communicators[group.group_name]
 
 
 def communicator_by_name(name: str) -> Communicator:

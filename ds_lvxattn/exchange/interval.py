@@ -33,6 +33,9 @@ class KVInterval:
     _local: dict[tuple[SequenceShards, int], tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _of_nodes: dict[tuple[SequenceShards, int], KVInterval] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.start.shape != self.stop.shape:
@@ -111,6 +114,31 @@ class KVInterval:
             start, stop = clip_to_rank(self.start, self.stop, kv, rank)
             self._local[kv, rank] = start.transpose(0, 1).flatten(1), stop.transpose(0, 1).flatten(1)
         return self._local[kv, rank]
+
+    def of_nodes(self, q: SequenceShards, size: int) -> KVInterval:
+        """The ranges of the rows of every node of ``size`` ranks, ``[n / size, B, rows]``, in the sequence's order.
+
+        Computed once, like ``local_to``.
+
+        Args:
+            q: shards of the query sequence; the ranges are those of all ranks.
+        """
+        if (q, size) not in self._of_nodes:
+            nodes = range(q.ranks // size)
+            rows, most = [], q.of_nodes(size).longest
+            for node in nodes:
+                members = range(node * size, (node + 1) * size)
+                order = q.order_from_padded(members, q.longest)
+                places = list(range(size * q.longest)) if order is None else order
+                # What pads a shorter node repeats a row; it must only be some row, as it adds nothing anywhere.
+                rows.append([node * size * q.longest + place for place in places + [0] * (most - len(places))])
+            index = torch.tensor(rows, dtype=torch.int64).flatten().to(self.start.device, non_blocking=True)
+            start, stop = (
+                bound.transpose(0, 1).flatten(1).index_select(1, index).unflatten(1, (len(nodes), most)).transpose(0, 1)
+                for bound in (self.start, self.stop)
+            )
+            self._of_nodes[q, size] = KVInterval(start.contiguous(), stop.contiguous())
+        return self._of_nodes[q, size]
 
 
 def clip_to_rank(start: Tensor, stop: Tensor, kv: SequenceShards, rank: int) -> tuple[Tensor, Tensor]:

@@ -7,18 +7,94 @@ by their owner.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ds_lvxattn.exchange.comm import Communicator, Part, Transfer
+from ds_lvxattn.exchange.comm import Communicator, Part, Transfer, communicator_by_name
+
+# Parts of the same rows from several ranks, ``[k, B, H, s, ...]`` of each kind, to one, ``[B, H, s, ...]``.
+Combine = Callable[[list[Tensor]], list[Tensor]]
 
 
-def gather_buffer(x: Tensor, comm: Communicator, rows: int) -> Tensor:
+class Waiting(Protocol):
+    """Something on its way; ``wait`` orders what follows on the current stream after it."""
+
+    def wait(self) -> None: ...
+
+
+class FlatRows:
+    """Rows of all ranks to every rank and results back to their owners, in one hop.
+
+    Attributes:
+        rank, ranks: in the whole group.
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        self.comm, self.rank, self.ranks = comm, comm.rank, comm.ranks
+
+    def gather(self, sent: Sequence[tuple[str, Tensor, Tensor]], rows: int) -> Waiting:
+        """Start gathering ``[B, H, s, ...]``; buffers are ``[n * rows, B, H, ...]``, rank by rank."""
+        return start_gather(sent, self.comm)
+
+    def give_back(
+        self, computed: Sequence[tuple[str, Tensor]], rows: int, own: int, combine: Combine
+    ) -> tuple[list[Tensor], Waiting]:
+        """Start sending ``[B, H, n * rows, ...]`` home; ``[k, B, H, own, ...]`` of each kind arrive."""
+        return start_return(computed, self.comm, own)
+
+
+class NodeRows:
+    """The same in two hops: rows cross to a node once and spread inside; one combined result crosses back.
+
+    The rows of all ranks lie by place in the node first, then by node: ``[inner_size, nodes, rows]``.
+    """
+
+    def __init__(self, inner: Communicator, outer: Communicator) -> None:
+        self.inner, self.outer = inner, outer
+        self.rank, self.ranks = outer.rank * inner.ranks + inner.rank, inner.ranks * outer.ranks
+
+    def gather(self, sent: Sequence[tuple[str, Tensor, Tensor]], rows: int) -> Waiting:
+        # What comes across lands where the second hop sends it from.
+        spread = [(what, buffer.unflatten(0, (self.inner.ranks, -1))) for what, _, buffer in sent]
+        across = [
+            (what, x, buffer[self.inner.rank]) for (what, x, _), (_, buffer) in zip(sent, spread, strict=True)
+        ]  # fmt: skip
+        return _Hops(start_gather(across, self.outer), lambda: self.inner.start_all_gather(spread))
+
+    def give_back(
+        self, computed: Sequence[tuple[str, Tensor]], rows: int, own: int, combine: Combine
+    ) -> tuple[list[Tensor], Waiting]:
+        # The links of a node are fast: the first hop is waited for, so that the slow one starts as early as it can.
+        parts, inside = start_return(computed, self.inner, self.outer.ranks * rows)
+        inside.wait()
+        names = [what for what, _ in computed]
+        return start_return(list(zip(names, combine(parts), strict=True)), self.outer, own)
+
+
+class _Hops:
+    """A hop that starts when the one before it has arrived."""
+
+    def __init__(self, first: Waiting, then: Callable[[], Waiting]) -> None:
+        self.first, self.then = first, then
+
+    def wait(self) -> None:
+        self.first.wait()
+        self.then().wait()
+
+
+def rows_by_name(group: str, inner: str) -> FlatRows | NodeRows:
+    """The exchange over ``group``, or over both levels of a grid: ``group`` between nodes, ``inner`` inside."""
+    outer = communicator_by_name(group)
+    return NodeRows(communicator_by_name(inner), outer) if inner else FlatRows(outer)
+
+
+def gather_buffer(x: Tensor, ranks: int, rows: int) -> Tensor:
     """Where ``[B, H, s, ...]`` of every rank is gathered, padded to ``rows``: ``[n * rows, B, H, ...]``."""
     batch, heads, _, *rest = x.shape
-    return x.new_empty((comm.ranks * rows, batch, heads, *rest))
+    return x.new_empty((ranks * rows, batch, heads, *rest))
 
 
 def start_gather(sent: Sequence[tuple[str, Tensor, Tensor]], comm: Communicator) -> Transfer:

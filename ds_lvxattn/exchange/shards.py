@@ -163,18 +163,33 @@ class SequenceShards:
         index = self.index(rank)
         return range(index.start, index.stop) if isinstance(index, slice) else index.tolist()
 
-    def order_from_padded(self) -> list[int] | None:
-        """Where each global position lies in the rank-major sequence padded to the longest shard.
+    def order_from_padded(self, members: range | None = None, width: int | None = None) -> list[int] | None:
+        """Where the tokens of some consecutive ranks, ascending, lie in their rank-major sequence with padding.
+
+        Args:
+            members: the ranks; None: all.
+            width: tokens of a padded shard; None: of the longest one of the members.
 
         Returns:
-            ``total`` indices into a sequence of ``ranks * longest`` tokens, or None when they are the identity.
+            Indices into a sequence of ``len(members) * width`` tokens, or None when they are the identity.
         """
-        if self.even and not self.stripe and not self.units:
-            return None
-        order = np.zeros(self.total, dtype=np.int64)
-        for rank in range(self.ranks):
-            order[self.index(rank)] = rank * self.longest + np.arange(self.lengths[rank])
-        return order.tolist()
+        members = members or range(self.ranks)
+        lengths = [self.lengths[rank] for rank in members]
+        width = max(lengths) if width is None else width
+        places = [place * width + np.arange(length) for place, length in enumerate(lengths)]
+        if not self.stripe and not self.units:
+            return None if set(lengths) == {width} else np.concatenate(places).tolist()
+        positions = [np.asarray(self.index(rank)) for rank in members]
+        return np.concatenate(places)[np.argsort(np.concatenate(positions))].tolist()
+
+    def of_nodes(self, size: int) -> SequenceShards:
+        """The same sequence, divided over nodes of ``size`` consecutive ranks, which hold what their ranks hold."""
+        if self.units:
+            return self.dealt([(tokens, rank // size) for tokens, rank in self.units], self.ranks // size)
+        if self.stripe:
+            # The units that the ranks of a node hold of a round lie side by side.
+            return self.striped(self.total, self.ranks // size, self.stripe * size)
+        return SequenceShards(tuple(sum(self.lengths[i : i + size]) for i in range(0, self.ranks, size)))
 
 
 @dataclass(frozen=True)
@@ -187,6 +202,10 @@ class ShardLayout:
     def __post_init__(self) -> None:
         if self.q.ranks != self.kv.ranks:
             raise ValueError(f"queries are divided over {self.q.ranks} ranks, keys over {self.kv.ranks}")
+
+    def of_nodes(self, size: int) -> ShardLayout:
+        """See ``SequenceShards.of_nodes``."""
+        return ShardLayout(self.q.of_nodes(size), self.kv.of_nodes(size))
 
 
 def _lengths(units: Sequence[tuple[int, int]], ranks: int) -> tuple[int, ...]:

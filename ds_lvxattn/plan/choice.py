@@ -30,6 +30,7 @@ class Candidate:
         received: bytes that the rank that receives most receives, forward and backward; exact. None as ``cost``.
         workspace: bytes that the exchange needs while it runs. None as ``cost``.
         obstacle: why it cannot run, or None.
+        between: of ``received``, bytes that come from other nodes. None as ``cost``.
     """
 
     mode: Mode
@@ -37,6 +38,7 @@ class Candidate:
     received: int | None
     workspace: float | None
     obstacle: str | None = None
+    between: int | None = None
 
     @property
     def seconds(self) -> float:
@@ -44,7 +46,11 @@ class Candidate:
 
 
 def candidates(
-    layer: Layer, profile: Profile, schedules: Mapping[str, Collection[str]] | None = None, room: float | None = None
+    layer: Layer,
+    profile: Profile,
+    schedules: Mapping[str, Collection[str]] | None = None,
+    room: float | None = None,
+    forced: str | None = None,
 ) -> list[Candidate]:
     """Every strategy and schedule with what is expected of it.
 
@@ -53,6 +59,7 @@ def candidates(
         profile: the machine.
         schedules: for a strategy, the schedules to look at; all for those not named.
         room: bytes that an exchange may need while it runs; None: no limit.
+        forced: a strategy of which all schedules count, even where they are those of another one.
     """
     found = []
     shape = layer.shape
@@ -60,19 +67,23 @@ def candidates(
         wanted = (schedules or {}).get(mode.strategy)
         if wanted is not None and mode.schedule not in wanted:
             continue
-        if wanted is None and mode.routes_by_mask and not layer.mask.masked:
-            continue  # every row sees keys everywhere
-        why = mode.obstacle(shape.heads, shape.kv_heads, shape.ranks)
+        if mode.strategy != forced and wanted is None:
+            if mode.routes_by_mask and not layer.mask.masked:
+                continue  # every row sees keys everywhere
+            if mode.two_levels and 1 in (shape.inner, shape.nodes):
+                continue  # there is but one level
+        why = mode.obstacle(shape.heads, shape.kv_heads, shape.ranks, shape.inner)
         need = mode.workspace(layer, profile) if why is None else 0.0
         if why is None and room is not None and need > room:
             why = f"needs {need / 1e9:.1f} GB while it runs, and {room / 1e9:.1f} GB are there"
         if why is not None:
             found.append(Candidate(mode, None, None, None, why))
             continue
-        received = max(mode.traffic(shape, rank).total for rank in _ranks_that_differ(layer))
+        most = max((mode.traffic(shape, rank) for rank in _ranks_that_differ(layer)), key=lambda each: each.total)
+        received, between = most.total, most.between
         if mode.routes_by_mask and shape.routed_rows is None:  # no batch at hand: as the mask's summary says
-            received = round(received * layer.mask.rows_seen)
-        found.append(Candidate(mode, mode.cost(layer, profile), received, need))
+            received, between = (round(size * layer.mask.rows_seen) for size in (received, between))
+        found.append(Candidate(mode, mode.cost(layer, profile), received, need, between=between))
     return found
 
 

@@ -60,6 +60,8 @@ class LayerPlan:
         balance: largest over mean visible work of a rank when queries travel; 1 is even.
         measured_ms: ``forward`` and ``backward`` of the choice as it ran, when a run has measured it.
         window: see ``AttentionLayer``.
+        bytes_between_nodes: of ``predicted_bytes``, what comes from other nodes; empty where all ranks are on one.
+        inner_size: ranks of a node where the choice tells nodes apart; None elsewhere.
     """
 
     layer: str
@@ -74,6 +76,8 @@ class LayerPlan:
     balance: float | None = None
     measured_ms: dict[str, float] = field(default_factory=dict)
     window: int | None = None
+    bytes_between_nodes: dict[str, int | None] = field(default_factory=dict)
+    inner_size: int | None = None
 
     @property
     def mode(self) -> Mode:
@@ -110,12 +114,14 @@ class PlanSettings:
         layers: module-name patterns to strategies, over ``strategy``; the first match counts.
         schedule: for the strategies that have it, or ``auto``.
         recompute: the policy in effect: ``none``, ``kv`` or ``layer``.
+        inner_size: ranks of a node; None: all are on one.
     """
 
     strategy: str = "auto"
     layers: Mapping[str, str] = field(default_factory=dict)
     schedule: str = "auto"
     recompute: str = "none"
+    inner_size: int | None = None
 
     def forced(self, layer: str) -> str | None:
         """The strategy that they prescribe for a layer, if any."""
@@ -191,16 +197,16 @@ def _plan_layer(
 ) -> LayerPlan:
     shape = replace(
         sizes, heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim,
-        recompute=recomputed(layer.role, settings.recompute),
+        recompute=recomputed(layer.role, settings.recompute), inner_size=settings.inner_size,
     )  # fmt: skip
     costed = Layer(shape, of_shape(shape))
     allowed = {name: (settings.schedule,) for name in strategies() if settings.schedule in schedules(name)}
-    found = candidates(costed, profile, allowed, room)
+    found = candidates(costed, profile, allowed, room, forced)
     best = best_of_each(found)
     if forced is not None:
         if best[forced].cost is None:
             # The only one there is: it may run out of memory, but the user asked for it.
-            if (unlimited := best_of_each(candidates(costed, profile, allowed))[forced]).cost is None:
+            if (unlimited := best_of_each(candidates(costed, profile, allowed, None, forced))[forced]).cost is None:
                 raise ConfigError(f"strategy '{forced}' cannot run layer {layer.name}: {unlimited.obstacle}")
             best[forced] = unlimited
         chosen: Candidate | None = best[forced]
@@ -224,9 +230,11 @@ def _plan_layer(
         {name: None if c.cost is None else round(c.cost.attention * 1e3, 4) for name, c in best.items()},
         {name: c.received for name, c in best.items()},
         why,
-        head_groups=costed.head_groups(profile) if chosen.mode.pipelines_heads else None,
+        head_groups=chosen.mode.pipeline(costed, profile) if chosen.mode.pipeline else None,
         balance=round(shape.balance, 4),
         window=layer.window,
+        bytes_between_nodes={name: c.between for name, c in best.items()} if shape.nodes > 1 else {},
+        inner_size=shape.inner if chosen.mode.two_levels else None,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ class LayerSizes:
         element: bytes of an element.
         shares_layer: whether this attention shares a decoder layer, its queries too, with another one, with which the
             rest of the layer is counted; its visual features pass the layer's norm.
+        inner_size: ranks of a node; None: all are on one.
     """
 
     role: str
@@ -43,6 +44,7 @@ class LayerSizes:
     intermediate: int
     element: int
     shares_layer: bool = False
+    inner_size: int | None = None
 
     @property
     def statistic(self) -> int:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 
-from ds_lvxattn.plan.profile import Link, Profile
+from ds_lvxattn.plan.profile import Curve, Link, Profile
 
 
 def all_gather(profile: Profile, ranks: int, own_bytes: float) -> float:
@@ -58,6 +60,29 @@ def send(profile: Profile, ranks: int, size: float) -> float:
         return near
     # One message crosses each border of a node, so it does not share the node's way out. All wait for the slowest.
     return max(near, profile.inter.latency + size / node_bandwidth(profile.inter, 1))
+
+
+@lru_cache(maxsize=64)
+def inner_level(profile: Profile, size: int) -> Profile:
+    """The machine as a group of ``size`` consecutive ranks sees it, while all such groups do the same."""
+    return replace(profile, curves=_curves(profile, "inner"))
+
+
+@lru_cache(maxsize=64)
+def outer_level(profile: Profile, size: int) -> Profile:
+    """The machine as a group of every ``size``-th rank sees it, while all such groups do the same.
+
+    On each node so many ranks share what comes in from other nodes.
+    """
+    near = max(profile.gpus_per_node // size, 1)
+    here = min(size, profile.gpus_per_node)
+    each = min(profile.inter.bandwidth, node_bandwidth(profile.inter, here * near) / (here * near))
+    link = replace(profile.inter, bandwidth=each, shared=None)
+    return replace(profile, gpus_per_node=near, inter=link, curves=_curves(profile, "outer"))
+
+
+def _curves(profile: Profile, level: str) -> tuple[Curve, ...]:
+    return tuple(replace(curve, level="group") for curve in profile.curves if curve.level == level)
 
 
 def nodes_of(profile: Profile, ranks: int) -> tuple[int, int]:

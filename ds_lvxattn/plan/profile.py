@@ -48,11 +48,14 @@ class Curve:
         op: ``all_gather``, ``all_to_all`` or ``send``.
         ranks: ranks of the group that was measured.
         points: ``(bytes, seconds)`` in ascending order; bytes that a rank receives from the others.
+        level: ``group`` for a group by itself; ``inner`` and ``outer`` for the groups of either level of a grid, all of
+            which do the same at the same time.
     """
 
     op: str
     ranks: int
     points: tuple[tuple[int, float], ...]
+    level: str = "group"
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ class Profile:
         )
 
     def curve(self, op: str, ranks: int) -> Curve | None:
-        return next((c for c in self.curves if c.op == op and c.ranks == ranks), None)
+        return next((c for c in self.curves if (c.op, c.ranks, c.level) == (op, ranks, "group")), None)
 
 
 def shipped_profiles() -> list[str]:
@@ -248,7 +251,7 @@ def profile_from_json(data: Any, name: str = "profile") -> Profile:
             inter=_link(data["inter"]),
             kernels=tuple(_kernel(kernel) for kernel in data["kernels"]),
             curves=tuple(
-                Curve(c["op"], c["ranks"], tuple((int(b), ms * MS) for b, ms in c["bytes_ms"]))
+                Curve(c["op"], c["ranks"], tuple((int(b), ms * MS) for b, ms in c["bytes_ms"]), c.get("level", "group"))
                 for c in data.get("collectives", ())
             ),
             host={name: HostTime(*(ms * MS for ms in times)) for name, times in data.get("host_ms", {}).items()},
@@ -349,6 +352,7 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
         "projections": [[p.width, p.head_dim, _short(p.forward), _short(p.backward)] for p in profile.projections],
         "collectives": [
             {"op": c.op, "ranks": c.ranks, "bytes_ms": [[b, _short(s / MS)] for b, s in c.points]}
+            | ({} if c.level == "group" else {"level": c.level})
             for c in profile.curves
         ],
         "kernels": [kernel(k) for k in profile.kernels],

@@ -5,6 +5,7 @@ Each mode (``plan/modes``) gives its ``Traffic`` exactly: the communicator count
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ds_lvxattn.plan.pipeline import keeps_queries
@@ -23,6 +24,8 @@ class LayerShape:
             ``[from][to]``; None where every row goes everywhere (nothing is masked).
         visible_work: pairs of a query row and a key it sees that each rank computes, for one head; None: all pairs.
         recompute: ``none``, ``kv`` or ``layer``: what the backward pass computes, and Ulysses sends, again.
+        inner_size: ranks of a node, consecutive ones; None: all are on one.
+        routed_between: as ``routed_rows``, rows that each node sends to each node; None as there, or for one node.
     """
 
     batch: int
@@ -35,6 +38,17 @@ class LayerShape:
     routed_rows: tuple[tuple[int, ...], ...] | None = None
     visible_work: tuple[int, ...] | None = None
     recompute: str = "none"
+    inner_size: int | None = None
+    routed_between: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def inner(self) -> int:
+        """Ranks of a node."""
+        return self.inner_size or self.ranks
+
+    @property
+    def nodes(self) -> int:
+        return self.ranks // self.inner
 
     @property
     def ranks(self) -> int:
@@ -71,11 +85,28 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes received by a rank from other ranks."""
+    """Bytes received by a rank from other ranks.
+
+    Attributes:
+        forward, backward: of each pass.
+        between: of both, what comes from ranks on other nodes.
+    """
 
     forward: int
     backward: int
+    between: int = 0
 
     @property
     def total(self) -> int:
         return self.forward + self.backward
+
+
+def from_sources(shape: LayerShape, rank: int, received: Callable[[Sequence[int]], tuple[int, int]]) -> Traffic:
+    """What ``rank`` receives in all, and of it from other nodes.
+
+    Args:
+        received: bytes of the forward and of the backward pass that come from some other ranks.
+    """
+    others = [source for source in range(shape.ranks) if source != rank]
+    far = [source for source in others if source // shape.inner != rank // shape.inner]
+    return Traffic(*received(others), between=sum(received(far)) if far else 0)

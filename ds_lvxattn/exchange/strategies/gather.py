@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ds_lvxattn.exchange.base import Exchange
-from ds_lvxattn.exchange.comm import Transfer, communicator_by_name
-from ds_lvxattn.exchange.query_rows import attention_layout, gather_buffer, start_gather, start_return
+from ds_lvxattn.exchange.query_rows import Waiting, attention_layout, gather_buffer, rows_by_name
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.differentiable import attention_operator, empty_results
 from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
@@ -28,6 +27,27 @@ from ds_lvxattn.plan.pipeline import head_groups, keeps_queries
 
 def gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Attention of the rank's rows over the keys of all ranks; see ``exchange.base``."""
+    return _gathered(q, k, v, exchange, exchange.comm.name, "", *exchange.local_ranges)
+
+
+def two_level_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """The same, where rows and results cross from node to node once; see ``exchange.base``."""
+    assert exchange.grid is not None
+    inner, outer = exchange.grid
+    if 1 in (inner.ranks, outer.ranks):
+        return gather_attention(q, k, v, exchange)
+    first, last = exchange.local_ranges
+    if first is not None and last is not None:
+        # From the order of the ranks to that of ``NodeRows``.
+        by_node = (outer.ranks, inner.ranks, exchange.layout.q.longest)
+        first, last = (x.unflatten(1, by_node).transpose(1, 2).flatten(1) for x in (first, last))
+    return _gathered(q, k, v, exchange, outer.name, inner.name, first, last)
+
+
+def _gathered(
+    q: Tensor, k: Tensor, v: Tensor, exchange: Exchange, group: str, inner: str,
+    first: Tensor | None, last: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     layout = exchange.layout
     batch, heads, _, head_dim = q.shape
     kv_heads, lengths = k.shape[1], (layout.q.lengths, layout.kv.lengths)
@@ -35,14 +55,13 @@ def gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tup
     keep = exchange.keep_queries
     if keep is None:
         keep = keeps_queries(heads, kv_heads, *lengths)
-    first, last = exchange.local_ranges
     out, lse, _ = torch.ops.ds_lvxattn.query_gather(
-        q, k, v, first, last, exchange.scale, exchange.kernel, exchange.comm.name, layout.q.lengths, groups, keep
+        q, k, v, first, last, exchange.scale, exchange.kernel, group, inner, layout.q.lengths, groups, keep
     )
     return out, lse
 
 
-InFlight = tuple[list[Tensor], Transfer]
+InFlight = tuple[list[Tensor], Waiting]
 
 
 def _pipeline(
@@ -87,6 +106,7 @@ def query_gather(
     scale: float,
     kernel: str,
     group: str,
+    inner: str,
     q_lengths: Sequence[int],
     head_groups: Sequence[int],
     keep_queries: bool,
@@ -94,7 +114,10 @@ def query_gather(
     """Forward pass.
 
     Args:
-        first, last: int32 ``[B, n * s_max]``, the keys of this rank that the rows of every rank see.
+        first, last: int32 ``[B, n * s_max]``, the keys of this rank that the rows of every rank see, in the order in
+            which they are gathered.
+        group, inner: see ``rows_by_name``.
+        q_lengths: query rows of every rank, in the order of the ranks.
         head_groups: groups of key heads of the forward and of the backward pass; divisors of ``H_kv``.
         keep_queries: keep the gathered queries for the backward pass.
 
@@ -102,22 +125,22 @@ def query_gather(
         ``out [B, H, s_q, D]``, ``lse [B, H, s_q]``, and the gathered queries ``[groups, n * s_max, B, H / groups, D]``
         (no group of them where they are not kept).
     """
-    comm = communicator_by_name(group)
-    rows, own = max(q_lengths), q_lengths[comm.rank]
+    exchange = rows_by_name(group, inner)
+    rows, own = max(q_lengths), q_lengths[exchange.rank]
     groups = head_groups[0]
     queries, keys = _slices(q.shape[1], groups), _slices(k.shape[1], groups)
     out, lse = empty_results(q)
-    kept = _kept(q, k, v, first, last, scale, kernel, group, q_lengths, head_groups, keep_queries)
+    kept = _kept(q, k, v, first, last, scale, kernel, group, inner, q_lengths, head_groups, keep_queries)
 
     def gather(i: int) -> InFlight:
-        q_all = kept[i] if keep_queries else gather_buffer(q[:, queries[i]], comm, rows)
-        return [q_all], start_gather([("queries", q[:, queries[i]], q_all)], comm)
+        q_all = kept[i] if keep_queries else gather_buffer(q[:, queries[i]], exchange.ranks, rows)
+        return [q_all], exchange.gather([("queries", q[:, queries[i]], q_all)], rows)
 
     def attend(i: int, arrived: list[Tensor]) -> InFlight:
         partial_out, partial_lse = forward_local(
             attention_layout(arrived[0]), k[:, keys[i]], v[:, keys[i]], first, last, scale, kernel
         )
-        return start_return([("outputs", partial_out), ("lse", partial_lse)], comm, own)
+        return exchange.give_back([("outputs", partial_out), ("lse", partial_lse)], rows, own, _merged)
 
     def merge(i: int, arrived: list[Tensor]) -> None:
         outs, lses = arrived
@@ -127,7 +150,11 @@ def query_gather(
     return out, lse, kept
 
 
-def _kept(q, k, v, first, last, scale, kernel, group, q_lengths, head_groups, keep_queries) -> Tensor:
+def _merged(parts: list[Tensor]) -> list[Tensor]:
+    return list(merge_partials(*parts))
+
+
+def _kept(q, k, v, first, last, scale, kernel, group, inner, q_lengths, head_groups, keep_queries) -> Tensor:
     batch, heads, _, head_dim = q.shape
     groups, rows = head_groups[0], len(q_lengths) * max(q_lengths)
     return q.new_empty((groups if keep_queries else 0, rows, batch, heads // groups, head_dim))
@@ -158,13 +185,14 @@ def query_gather_backward(
     scale: float,
     kernel: str,
     group: str,
+    inner: str,
     q_lengths: Sequence[int],
     head_groups: Sequence[int],
     keep_queries: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: ``dk`` and ``dv`` are complete on their rank; the parts of ``dq`` go to their owners."""
-    comm = communicator_by_name(group)
-    rows, own = max(q_lengths), q_lengths[comm.rank]
+    exchange = rows_by_name(group, inner)
+    rows, own = max(q_lengths), q_lengths[exchange.rank]
     chosen = backward_kernel(kernel, Call.backward(q, k, first is not None), dlse is not None)
     groups = head_groups[1]
     queries, keys = _slices(q.shape[1], groups), _slices(k.shape[1], groups)
@@ -178,8 +206,8 @@ def query_gather_backward(
         if not keep_queries:
             sent.append(("queries", q))
         sent = [(what, x[:, queries[i]]) for what, x in sent]
-        buffers = [gather_buffer(x, comm, rows) for _, x in sent]
-        return buffers, start_gather([(*x, buffer) for x, buffer in zip(sent, buffers, strict=True)], comm)
+        buffers = [gather_buffer(x, exchange.ranks, rows) for _, x in sent]
+        return buffers, exchange.gather([(*x, buffer) for x, buffer in zip(sent, buffers, strict=True)], rows)
 
     def attend(i: int, arrived: list[Tensor]) -> InFlight:
         nonlocal complete
@@ -194,7 +222,10 @@ def query_gather_backward(
         else:
             for whole, part in zip(complete, (group_dk, group_dv), strict=True):
                 whole[:, keys[i]] = part
-        return start_return([("query gradients", partial_dq.to(q.dtype))], comm, own)
+        return exchange.give_back([("query gradients", partial_dq.to(q.dtype))], rows, own, summed)
+
+    def summed(parts: list[Tensor]) -> list[Tensor]:
+        return [parts[0].sum(dim=0, dtype=lse.dtype).to(q.dtype)]
 
     def add_up(i: int, arrived: list[Tensor]) -> None:
         dq[:, queries[i]] = arrived[0].sum(dim=0, dtype=lse.dtype)

@@ -7,13 +7,14 @@ all-to-alls stands the registered local attention operator, so intervals and eve
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ds_lvxattn.exchange.base import Exchange
 from ds_lvxattn.exchange.comm import Communicator
-from ds_lvxattn.exchange.shards import SequenceShards
+from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
 from ds_lvxattn.kernels.operator import local_attention
 
 
@@ -22,13 +23,45 @@ from ds_lvxattn.kernels.operator import local_attention
 @torch._disable_dynamo
 def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Attention of the rank's rows over the keys of all ranks; see ``exchange.base``."""
-    comm, layout = exchange.comm, exchange.layout
+    layout = exchange.layout
+    start, stop = exchange.bounds
+    if start is not None and stop is not None:
+        order = _order(layout.q, range(layout.q.ranks), q.device)
+        start, stop = (_select(x.transpose(0, 1).flatten(1), order) for x in (start, stop))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return local_attention(q, k, v, start, stop, exchange.scale, exchange.kernel)
+
+    return redistributed_heads(q, k, v, exchange.comm, layout, range(layout.q.ranks), attend)
+
+
+def redistributed_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    comm: Communicator,
+    layout: ShardLayout,
+    members: range,
+    attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """``attend`` with this rank's share of the heads, for all rows and keys of the ranks of ``comm``.
+
+    Args:
+        q, k, v: the rank's own rows and keys with all heads.
+        layout: shards of queries and keys over ``comm`` and maybe more ranks.
+        members: the ranks of ``layout`` that ``comm`` consists of.
+        attend: takes q, k and v, ``[B, heads, rows or keys, D]`` in the order of the sequence; gives output and
+            log-sum-exp.
+
+    Returns:
+        Output and log-sum-exp of the rank's own rows with all heads.
+    """
     if k.shape[1] < comm.ranks:
         # Each rank needs a key head of its own: the group's heads are sent to every rank that shares one.
         k, v = (x.repeat_interleave(comm.ranks // k.shape[1], dim=1) for x in (k, v))
-    own = q.shape[2]
-    local = _HeadShard(exchange)
-    context = _distributed_attention(comm, local)(_padded(q, layout.q), _padded(k, layout.kv), _padded(v, layout.kv), 0)
+    own, (rows, keys) = q.shape[2], (_longest(shards, members) for shards in (layout.q, layout.kv))
+    local = _HeadShard(comm, layout, members, attend)
+    context = _distributed_attention(comm, local)(_padded(q, rows), _padded(k, keys), _padded(v, keys), 0)
     out = comm.account(context, "outputs")
     lse = comm.account(_sequence_shard(local.lse, comm), "lse")
     return out[:, :own].transpose(1, 2), lse[:, :own, :, 0].transpose(1, 2).contiguous()
@@ -37,25 +70,28 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tu
 class _HeadShard:
     """Attention of this rank's heads over the whole sequence: what DistributedAttention calls in the middle."""
 
-    def __init__(self, exchange: Exchange) -> None:
-        self.exchange = exchange
+    def __init__(
+        self,
+        comm: Communicator,
+        layout: ShardLayout,
+        members: range,
+        attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> None:
+        self.comm, self.layout, self.members, self.attend = comm, layout, members, attend
         self.lse: Tensor
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """``[B, n * s_max, heads of this rank, D]``, rank-major and padded; the result likewise."""
-        comm, layout = self.exchange.comm, self.exchange.layout
+        comm = self.comm
         q = comm.account(q, "queries")
         k, v = comm.account(k, "keys and values"), comm.account(v, "keys and values")
-        q_order, kv_order = _order(layout.q, q.device), _order(layout.kv, q.device)
-        start, stop = self.exchange.bounds
-        if start is not None and stop is not None:
-            start, stop = (_select(x.transpose(0, 1).flatten(1), q_order) for x in (start, stop))
+        q_order, kv_order = (_order(x, self.members, q.device) for x in (self.layout.q, self.layout.kv))
+        padded_rows = q.shape[1]
         q, k, v = (_select(x, order) for x, order in ((q, q_order), (k, kv_order), (v, kv_order)))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse = local_attention(q, k, v, start, stop, self.exchange.scale, self.exchange.kernel)
+        out, lse = self.attend(*(x.transpose(1, 2) for x in (q, k, v)))
         # The log-sum-exp stays float32 beside bf16 outputs, so it makes the way back on its own.
-        self.lse = _place(lse.transpose(1, 2).unsqueeze(-1), q_order, layout.q)
-        return _place(out.transpose(1, 2), q_order, layout.q)
+        self.lse = _place(lse.transpose(1, 2).unsqueeze(-1), q_order, padded_rows)
+        return _place(out.transpose(1, 2), q_order, padded_rows)
 
 
 def _distributed_attention(comm: Communicator, local: _HeadShard) -> torch.nn.Module:
@@ -83,27 +119,31 @@ def _start_deepspeed_comm() -> None:
         start_distributed(torch.distributed.get_backend())
 
 
-def _padded(x: Tensor, shards: SequenceShards) -> Tensor:
-    """``[B, H, s, D]`` to ``[B, s_max, H, D]``: DeepSpeed's exchange wants even shards."""
-    missing = shards.longest - x.shape[2]
+def _longest(shards: SequenceShards, members: range) -> int:
+    """Tokens of the longest shard of ``members``; at least one, as DeepSpeed's exchange takes no empty tensors."""
+    return max(1, *(shards.lengths[rank] for rank in members))
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    """``[B, H, s, D]`` to ``[B, length, H, D]``: DeepSpeed's exchange wants even shards."""
+    missing = length - x.shape[2]
     x = x.transpose(1, 2)
     return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
 
 
 @functools.lru_cache(maxsize=64)
-def _order(shards: SequenceShards, device: torch.device) -> Tensor | None:
-    order = shards.order_from_padded()
+def _order(shards: SequenceShards, members: range, device: torch.device) -> Tensor | None:
+    order = shards.order_from_padded(members, _longest(shards, members))
     return None if order is None else torch.tensor(order, dtype=torch.int64, device=device)
 
 
 def _select(x: Tensor, order: Tensor | None) -> Tensor:
-    """Rank-major padded tokens (dim 1) to the global order without padding."""
+    """Rank-major padded tokens (dim 1) to the order of the sequence without padding."""
     return x if order is None else x.index_select(1, order)
 
 
-def _place(x: Tensor, order: Tensor | None, shards: SequenceShards) -> Tensor:
+def _place(x: Tensor, order: Tensor | None, padded: int) -> Tensor:
     """The inverse of ``_select``; padding becomes zeros."""
     if order is None:
         return x
-    padded = x.new_zeros((x.shape[0], shards.ranks * shards.longest, *x.shape[2:]))
-    return padded.index_copy(1, order, x)
+    return x.new_zeros((x.shape[0], padded, *x.shape[2:])).index_copy(1, order, x)

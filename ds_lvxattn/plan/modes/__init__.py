@@ -6,12 +6,14 @@ A package of one's own adds its modes by ``register``, before a config that name
 from __future__ import annotations
 
 from ds_lvxattn.plan.modes.gather import GATHER
+from ds_lvxattn.plan.modes.hybrid import HYBRID_GATHER, HYBRID_KV_RING, HYBRID_RING, HYBRID_ROUTED
 from ds_lvxattn.plan.modes.kv_ring import KV_RING
 from ds_lvxattn.plan.modes.local import LOCAL
 from ds_lvxattn.plan.modes.mode import Mode, ModeKey
 from ds_lvxattn.plan.modes.query_ring import QUERY_RING
 from ds_lvxattn.plan.modes.replicated import REPLICATED
 from ds_lvxattn.plan.modes.routed import ROUTED
+from ds_lvxattn.plan.modes.two_level import TWO_LEVEL
 from ds_lvxattn.plan.modes.ulysses import ULYSSES
 
 __all__ = [
@@ -25,9 +27,14 @@ _MODES: list[Mode] = [
     GATHER,
     QUERY_RING,
     ROUTED,
+    TWO_LEVEL,
     REPLICATED,
     ULYSSES,
     KV_RING,
+    HYBRID_GATHER,
+    HYBRID_KV_RING,
+    HYBRID_RING,
+    HYBRID_ROUTED,
 ]
 
 

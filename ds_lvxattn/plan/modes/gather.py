@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ds_lvxattn.plan import network
 from ds_lvxattn.plan.cost import Layer, Pass, Passes, kernel_times, moved, overlapped, seen_on_a_rank
 from ds_lvxattn.plan.modes import query_exchange
 from ds_lvxattn.plan.modes.mode import Mode
 from ds_lvxattn.plan.profile import Profile
-from ds_lvxattn.plan.traffic import LayerShape, Traffic
+from ds_lvxattn.plan.traffic import LayerShape, Traffic, from_sources
 
 
 def traffic(shape: LayerShape, rank: int) -> Traffic:
     """Shards are padded to the longest."""
-    rows = (shape.ranks - 1) * max(shape.q_lengths)
-    return query_exchange.exchanged(shape, shape.batch * rows, shape.batch * rows, not shape.keeps_queries)
+
+    def received(sources: Sequence[int]) -> tuple[int, int]:
+        rows = shape.batch * len(sources) * max(shape.q_lengths)
+        return query_exchange.exchanged(shape, rows, rows, not shape.keeps_queries)
+
+    return from_sources(shape, rank, received)
 
 
 def passes(layer: Layer, profile: Profile) -> Passes:
@@ -66,5 +72,5 @@ GATHER = Mode(
     returned=query_exchange.returned,
     inputs=query_exchange.inputs,
     colour="#1b7837",
-    pipelines_heads=True,
+    pipeline=lambda layer, profile: layer.head_groups(profile),
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ds_lvxattn.plan import network
 from ds_lvxattn.plan.cost import Layer, Pass, Passes, kernel_times, moved, overlapped
 from ds_lvxattn.plan.modes.mode import Mode, own_inputs, own_results
 from ds_lvxattn.plan.profile import Profile
-from ds_lvxattn.plan.traffic import LayerShape, Traffic
+from ds_lvxattn.plan.traffic import LayerShape, Traffic, from_sources
 
 
 def traffic(shape: LayerShape, rank: int) -> Traffic:
@@ -16,7 +18,13 @@ def traffic(shape: LayerShape, rank: int) -> Traffic:
     others = sum(shape.kv_lengths) - shape.kv_lengths[rank]
     # Gradients come home last, so every shard but that of the rank before passes through here.
     gradients = sum(shape.kv_lengths) - shape.kv_lengths[(rank - 1) % n]
-    return Traffic(per_key * others * shape.element, per_key * (others * shape.element + gradients * shape.statistic))
+
+    def received(sources: Sequence[int]) -> tuple[int, int]:
+        if (rank - 1) % n not in sources:  # everything comes from the rank before
+            return 0, 0
+        return per_key * others * shape.element, per_key * (others * shape.element + gradients * shape.statistic)
+
+    return from_sources(shape, rank, received)
 
 
 def passes(layer: Layer, profile: Profile) -> Passes:

@@ -15,7 +15,7 @@ LOCAL_OPERATOR = "ds_lvxattn::local_attention"
 ModeKey = tuple[str, str]  # strategy, schedule
 
 
-def _runs_anywhere(heads: int, kv_heads: int, ranks: int) -> str | None:
+def _runs_anywhere(heads: int, kv_heads: int, ranks: int, inner_size: int) -> str | None:
     return None
 
 
@@ -36,10 +36,13 @@ class Mode:
         returned: ``(sizes)``, bytes that the operators return and that every recompute policy keeps.
         inputs: ``(sizes)``, further bytes that they save for the backward pass where nothing is recomputed.
         colour: of its lines and marks in pictures.
-        obstacle: ``(heads, kv_heads, ranks)``, why it cannot run and what to use instead, or None.
+        obstacle: ``(heads, kv_heads, ranks, inner_size)``, why it cannot run and what to use instead, or None.
         queries: ``sharded``, or ``replicated`` where every rank holds all of them.
         routes_by_mask: rows travel only to where they see something: without a mask there is nothing to route by.
-        pipelines_heads: cut into groups of key heads that follow each other; see ``plan.pipeline``.
+        pipeline: ``(layer, profile)``, the groups of key heads that follow each other in either pass, where the
+            exchange is cut into such; see ``plan.pipeline``.
+        two_levels: tells ranks of one node from those of others; on one node, or with one rank a node, it is another.
+        host_like: names of the modes whose host times together stand for its own where a profile lacks it.
         step_a_rank: the host issues a step for every rank, so that its time grows with them.
         eligible: whether a config may name it and the planner may choose it.
     """
@@ -54,10 +57,12 @@ class Mode:
     returned: Callable[[LayerSizes], int]
     inputs: Callable[[LayerSizes], int]
     colour: str
-    obstacle: Callable[[int, int, int], str | None] = _runs_anywhere
+    obstacle: Callable[[int, int, int, int], str | None] = _runs_anywhere
     queries: Literal["sharded", "replicated"] = "sharded"
     routes_by_mask: bool = False
-    pipelines_heads: bool = False
+    pipeline: Callable[[Layer, Profile], tuple[int, int]] | None = None
+    two_levels: bool = False
+    host_like: tuple[str, ...] = ()
     step_a_rank: bool = False
     eligible: bool = True
 
@@ -76,11 +81,12 @@ class Mode:
         forward, backward, repeated = self.passes(layer, profile)
         first, later, projected_again = projection_passes(layer, profile)
         recomputes = layer.shape.recompute != "none"
-        host = profile.host.get(self.name + (" masked" if layer.mask.masked else ""))
+        masked = " masked" if layer.mask.masked else ""
+        names = (self.name,) if self.name + masked in profile.host else self.host_like
         host_time = 0.0
-        if host is not None:
+        for host in (profile.host[name + masked] for name in names if name + masked in profile.host):
             scale = layer.shape.ranks / profile.host_ranks if self.step_a_rank else 1.0
-            host_time = (host.forward + host.backward + (host.repeated if recomputes else 0.0)) * scale
+            host_time += (host.forward + host.backward + (host.repeated if recomputes else 0.0)) * scale
         return Cost(
             forward, backward, repeated if recomputes else Pass(), first + later, projected_again, host_time
         )  # fmt: skip

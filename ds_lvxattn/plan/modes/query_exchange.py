@@ -5,11 +5,11 @@ from __future__ import annotations
 from ds_lvxattn.plan.layer_sizes import LayerSizes
 from ds_lvxattn.plan.modes.mode import own_inputs, own_results
 from ds_lvxattn.plan.pipeline import keeps_queries
-from ds_lvxattn.plan.traffic import LayerShape, Traffic
+from ds_lvxattn.plan.traffic import LayerShape
 
 
-def exchanged(shape: LayerShape, sent: int, returned: int, queries_again: bool) -> Traffic:
-    """``sent`` rows of other ranks come in; results for this rank's rows come back, ``returned`` in all.
+def exchanged(shape: LayerShape, sent: int, returned: int, queries_again: bool) -> tuple[int, int]:
+    """Bytes of both passes: ``sent`` rows of other ranks come in; results for this rank's rows come back, ``returned``.
 
     The main terms are those of LV-XAttn (arXiv 2502.02406), table 1, generalised to GQA and uneven shards.
     """
@@ -18,7 +18,7 @@ def exchanged(shape: LayerShape, sent: int, returned: int, queries_again: bool) 
     forward = sent * row + returned * (row + statistic)
     # Coming in: dO, L and delta. Coming back: dQ.
     backward = sent * (row + 2 * statistic) + returned * row
-    return Traffic(forward, backward + (sent * row if queries_again else 0))
+    return forward, backward + (sent * row if queries_again else 0)
 
 
 def keeps_gathered(sizes: LayerSizes) -> bool:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ds_lvxattn.plan import network
 from ds_lvxattn.plan.cost import Layer, Pass, Passes, kernel_times, moved, overlapped
 from ds_lvxattn.plan.modes import query_exchange
 from ds_lvxattn.plan.modes.mode import Mode, own_inputs, own_results
 from ds_lvxattn.plan.profile import Profile
-from ds_lvxattn.plan.traffic import LayerShape, Traffic
+from ds_lvxattn.plan.traffic import LayerShape, Traffic, from_sources
 
 
 def traffic(shape: LayerShape, rank: int) -> Traffic:
     """Exact lengths; the queries travel again in the backward pass."""
-    sent = sum(shape.q_lengths) - shape.q_lengths[rank]
-    returned = (shape.ranks - 1) * shape.q_lengths[rank]
-    return query_exchange.exchanged(shape, shape.batch * sent, shape.batch * returned, queries_again=True)
+
+    def received(sources: Sequence[int]) -> tuple[int, int]:
+        # The rank before hands all queries on; results come straight from those who computed them.
+        sent = sum(shape.q_lengths) - shape.q_lengths[rank] if (rank - 1) % shape.ranks in sources else 0
+        returned = len(sources) * shape.q_lengths[rank]
+        return query_exchange.exchanged(shape, shape.batch * sent, shape.batch * returned, queries_again=True)
+
+    return from_sources(shape, rank, received)
 
 
 def passes(layer: Layer, profile: Profile) -> Passes:

@@ -5,12 +5,14 @@ Decoding and learned queries, which are not planned: nothing else can run them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ds_lvxattn.plan import network
 from ds_lvxattn.plan.cost import Layer, Pass, Passes, moved
 from ds_lvxattn.plan.modes import local
 from ds_lvxattn.plan.modes.mode import Mode, own_inputs, own_results
 from ds_lvxattn.plan.profile import Profile
-from ds_lvxattn.plan.traffic import LayerShape, Traffic
+from ds_lvxattn.plan.traffic import LayerShape, Traffic, from_sources
 
 
 def traffic(shape: LayerShape, rank: int) -> Traffic:
@@ -18,7 +20,12 @@ def traffic(shape: LayerShape, rank: int) -> Traffic:
     n, rows = shape.ranks, max(shape.q_lengths)
     message = shape.query_bytes(rows) + shape.statistic_bytes(rows)
     summed = shape.query_bytes(rows) // shape.element * shape.statistic
-    return Traffic((n - 1) * (message + -message % 8), 2 * (n - 1) * summed // n)
+
+    def received(sources: Sequence[int]) -> tuple[int, int]:
+        from_before = 2 * (n - 1) * summed // n if (rank - 1) % n in sources else 0
+        return len(sources) * (message + -message % 8), from_before
+
+    return from_sources(shape, rank, received)
 
 
 def passes(layer: Layer, profile: Profile) -> Passes:

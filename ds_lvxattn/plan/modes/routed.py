@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ds_lvxattn.plan import network
 from ds_lvxattn.plan.cost import Layer, Pass, Passes, kernel_times, moved, seen_on_a_rank
 from ds_lvxattn.plan.modes import gather, query_exchange
 from ds_lvxattn.plan.modes.mode import Mode
 from ds_lvxattn.plan.profile import Profile
-from ds_lvxattn.plan.traffic import LayerShape, Traffic
+from ds_lvxattn.plan.traffic import LayerShape, Traffic, from_sources
 
 
 def traffic(shape: LayerShape, rank: int) -> Traffic:
@@ -15,9 +17,12 @@ def traffic(shape: LayerShape, rank: int) -> Traffic:
     rows = shape.routed_rows
     if rows is None:
         return gather.traffic(shape, rank)
-    sent = sum(from_rank[rank] for from_rank in rows) - rows[rank][rank]
-    returned = sum(rows[rank]) - rows[rank][rank]
-    return query_exchange.exchanged(shape, sent, returned, not shape.keeps_queries)
+
+    def received(sources: Sequence[int]) -> tuple[int, int]:
+        sent, returned = (sum(rows[source][rank] for source in sources), sum(rows[rank][source] for source in sources))
+        return query_exchange.exchanged(shape, sent, returned, not shape.keeps_queries)
+
+    return from_sources(shape, rank, received)
 
 
 def passes(layer: Layer, profile: Profile) -> Passes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ds_lvxattn.plan import network
@@ -9,10 +10,10 @@ from ds_lvxattn.plan.cost import Layer, Pass, Passes, kernel_times, moved
 from ds_lvxattn.plan.layer_sizes import LayerSizes
 from ds_lvxattn.plan.modes.mode import LOCAL_OPERATOR, Mode
 from ds_lvxattn.plan.profile import Profile
-from ds_lvxattn.plan.traffic import LayerShape, Traffic
+from ds_lvxattn.plan.traffic import LayerShape, Traffic, from_sources
 
 
-def obstacle(heads: int, kv_heads: int, ranks: int) -> str | None:
+def obstacle(heads: int, kv_heads: int, ranks: int, inner_size: int) -> str | None:
     """Query heads that the ranks divide, and key heads that they divide or multiply."""
     if heads % ranks:
         return f"{heads} query heads do not divide over {ranks} ranks; use lv_xattn, which has no such limit"
@@ -30,11 +31,15 @@ def traffic(shape: LayerShape, rank: int) -> Traffic:
     rows, keys = n * max(shape.q_lengths), n * max(shape.kv_lengths)
     kv_heads = max(shape.kv_heads, n)
     kv_bytes = shape.batch * keys * kv_heads * shape.head_dim * shape.element
-    share = (n - 1) / n**2
-    exchanged = round(share * 2 * (shape.query_bytes(rows) + kv_bytes))
-    forward = exchanged + round(share * shape.statistic_bytes(rows))
-    # DeepSpeed's exchange is no operator that checkpointing can keep: all of it runs again, whatever is recomputed.
-    return Traffic(forward, exchanged + (forward if shape.recompute != "none" else 0))
+
+    def received(sources: Sequence[int]) -> tuple[int, int]:
+        share = len(sources) / n**2
+        exchanged = round(share * 2 * (shape.query_bytes(rows) + kv_bytes))
+        forward = exchanged + round(share * shape.statistic_bytes(rows))
+        # DeepSpeed's exchange is no operator that checkpointing can keep: all of it runs again, whatever is recomputed.
+        return forward, exchanged + (forward if shape.recompute != "none" else 0)
+
+    return from_sources(shape, rank, received)
 
 
 def passes(layer: Layer, profile: Profile) -> Passes:
@@ -43,24 +48,35 @@ def passes(layer: Layer, profile: Profile) -> Passes:
     n = shape.ranks
     rows, keys = n * max(shape.q_lengths), n * max(shape.kv_lengths)
     kernels = kernel_times(layer, profile, rows, keys, mask.share * keys, mask.drift, divide=n)
+    forward, backward, repeated = redistribution(shape, profile, n)
+    delta = 0.0 if kernels.takes_out else moved(profile, 2 * shape.query_bytes(max(shape.q_lengths)))
+    return Passes(
+        replace(forward, kernel=kernels.forward),
+        replace(backward, kernel=kernels.backward, passes=backward.passes + delta),
+        repeated,
+    )
+
+
+def redistribution(shape: LayerShape, profile: Profile, ranks: int) -> Passes:
+    """Heads of a rank's rows and keys divided over ``ranks`` ranks, and the output's put together again.
+
+    What the attention operator returned is kept where layers are recomputed; this exchange is repeated.
+    """
     query = shape.query_bytes(max(shape.q_lengths))
-    copies = max(n // shape.kv_heads, 1)  # key heads fewer than ranks are repeated
+    copies = max(ranks // shape.kv_heads, 1)  # key heads fewer than ranks are repeated
     one_key = copies * shape.kv_bytes(max(shape.kv_lengths)) / 2
     statistic = shape.statistic_bytes(max(shape.q_lengths))
 
     def exchange(sizes: tuple[float, ...]) -> tuple[float, float]:
         """Transposed into parts, sent, transposed back: a copy on either side."""
         copied = sum(moved(profile, 4 * size, 2) for size in sizes)
-        return copied, sum(network.all_to_all(profile, n, size) for size in sizes)
+        return copied, sum(network.all_to_all(profile, ranks, size) for size in sizes)
 
     repeat = moved(profile, 2 * (one_key / copies + one_key), 2) if copies > 1 else 0.0
     copied, sent = exchange((query, one_key, one_key, query, statistic))
-    forward = Pass(kernels.forward, copied + repeat + moved(profile, 2 * query), sent)
+    forward = Pass(0.0, copied + repeat + moved(profile, 2 * query), sent)
     copied, sent = exchange((query, one_key, one_key, query))
-    delta = 0.0 if kernels.takes_out else moved(profile, 2 * query)
-    backward = Pass(kernels.backward, copied + repeat + delta, sent)
-    # The kernel's results are kept, the exchange is repeated.
-    return Passes(forward, backward, replace(forward, kernel=0.0))
+    return Passes(forward, Pass(0.0, copied + repeat, sent), forward)
 
 
 def workspace(layer: Layer, profile: Profile) -> float:

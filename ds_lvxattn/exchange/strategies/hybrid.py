@@ -1,0 +1,70 @@
+"""Two levels: heads are redistributed inside a node, and a flat exchange runs between the ranks of equal place.
+
+Each rank then has its share of the heads for all rows and keys of its node, and sees the other nodes as the ranks of a
+group that hold the same heads: queries, or keys and values, cross once for a node. Head counts limit the ranks of a
+node alone. Grids of one node, and of nodes of one rank, are the flat strategies.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ds_lvxattn.exchange.base import Attention, Exchange
+from ds_lvxattn.exchange.strategies.gather import gather_attention
+from ds_lvxattn.exchange.strategies.kv_ring import kv_ring_attention
+from ds_lvxattn.exchange.strategies.query_ring import ring_attention
+from ds_lvxattn.exchange.strategies.routed import routed_attention
+from ds_lvxattn.exchange.strategies.ulysses import redistributed_heads, ulysses_attention
+
+
+def gather_between_nodes(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """Queries cross by ``gather``; see ``exchange.base``."""
+    return _two_levels(q, k, v, exchange, gather_attention)
+
+
+def ring_between_nodes(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """Queries cross by a ring; see ``exchange.base``."""
+    return _two_levels(q, k, v, exchange, ring_attention)
+
+
+def routed_between_nodes(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """Queries cross to where they see something; ``routes`` are those of the outer group. See ``exchange.base``."""
+    return _two_levels(q, k, v, exchange, routed_attention)
+
+
+def kv_ring_between_nodes(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """Keys and values cross by a ring; see ``exchange.base``."""
+    return _two_levels(q, k, v, exchange, kv_ring_attention)
+
+
+@torch._disable_dynamo  # as for ``ulysses_attention``
+def _two_levels(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange, across: Attention) -> tuple[Tensor, Tensor]:
+    """``across`` between nodes, of this rank's share of the heads of its node."""
+    assert exchange.grid is not None
+    inner, outer = exchange.grid
+    if inner.ranks == 1:
+        return across(q, k, v, exchange)
+    if outer.ranks == 1:
+        return ulysses_attention(q, k, v, exchange)
+    size, layout, interval = inner.ranks, exchange.layout, exchange.interval
+    kv_heads = max(k.shape[1] // size, 1)
+    groups = exchange.head_groups
+    between = replace(
+        exchange,
+        comm=outer,
+        layout=layout.of_nodes(size),
+        interval=None if interval is None else interval.of_nodes(layout.q, size),
+        # Of the heads that are left.
+        head_groups=None if groups is None else (math.gcd(groups[0], kv_heads), math.gcd(groups[1], kv_heads)),
+        grid=None,
+    )
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return across(q, k, v, between)
+
+    members = range(outer.rank * size, (outer.rank + 1) * size)
+    return redistributed_heads(q, k, v, inner, layout, members, attend)
