@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from ds_lvxattn.calibration.clock import Clock, slowest
-from ds_lvxattn.calibration.collectives import collective_curves, with_links
+from ds_lvxattn.calibration.collectives import collective_curves, level_curves, with_links
 from ds_lvxattn.calibration.extent import CPU, DEFAULT_LAYOUTS, GPU, Extent, HeadLayout
 from ds_lvxattn.calibration.kernels import measured_kernels
 from ds_lvxattn.calibration.layers import host_times, projections
@@ -38,7 +38,7 @@ from ds_lvxattn.calibration.machine import (
     small_kernel,
     triton_version,
 )
-from ds_lvxattn.exchange.comm import Communicator
+from ds_lvxattn.exchange.comm import Communicator, communicator
 from ds_lvxattn.plan.profile import (
     FORMAT,
     Profile,
@@ -123,6 +123,7 @@ def calibrate(
     launch = slowest(clock.seconds(small_kernel(device), many=True), device)
     bandwidth = fastest_copy(clock, device)
     curves = collective_curves(comm, clock, extent, device)
+    curves += level_curves(communicator(group), clock, extent, device)
     profile = replace(
         known,
         name=f"{device_name(device)} x {dist.get_world_size()}",

@@ -62,6 +62,8 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
             norms of K and V in cross-attention layers; ``layer``, every text layer but its attention operator.
             ``layer`` where the DeepSpeed config has a block ``activation_checkpointing`` and the key is left out.
         placement: how frames lie on the ranks.
+        inner_size: consecutive ranks of a group that share a node, for ``hybrid`` and what else tells nodes apart; None
+            goes by the hosts of the ranks.
         size: ranks of a sequence-parallel group, from ``sequence_parallel_size`` beside the block.
         offload: keep on the CPU what layers that recompute keep, from ``activation_checkpointing.cpu_checkpointing``.
     """
@@ -74,6 +76,7 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
     kernel: KernelChoice = "auto"
     recompute: Literal["none", "kv", "layer"] = "kv"
     placement: Literal["contiguous", "striped"] = "contiguous"
+    inner_size: int | None = Field(None, ge=1)
     size: int = Field(1, ge=1)
     offload: bool = False
 
@@ -192,6 +195,11 @@ def sequence_parallel_config(ds_config: dict[str, Any], world_size: int) -> Sequ
         raise ConfigError(
             f"'{CHECKPOINTING_KEY}.cpu_checkpointing' is true and '{BLOCK_KEY}.recompute' is 'none': only what "
             "recomputation keeps goes to the CPU; set 'recompute' to 'kv' or 'layer'"
+        )
+    if config.inner_size is not None and size % config.inner_size:
+        raise ConfigError(
+            f"'{BLOCK_KEY}.inner_size' is {config.inner_size}, which does not divide '{SIZE_KEY}' {size}; choose one "
+            f"of {[n for n in range(1, size + 1) if size % n == 0]}, or leave the key out to go by the hosts of the ranks"
         )
     return config
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ds_lvxattn import KVInterval
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.routes import routed_rows
 from ds_lvxattn.plan.choice import HOST_TIE, HYSTERESIS, TIE, shape_class
@@ -28,22 +29,32 @@ CALLS = {
     "uneven": Layer((5, 2), (31, 8), dtype=torch.float32, lse_in_loss=False),
     "empty": Layer((0, 3), (7, 0), dtype=torch.float64, lse_in_loss=False),
     "3 ranks": Layer((4, 3, 3), (10, 5, 0), heads=6, kv_heads=3, lse_in_loss=False),
+    "2 x 2": Layer((4, 3, 3, 5), (10, 5, 0, 7), kv_heads=2, inner_size=2, lse_in_loss=False),
+    "2 x 2, masked": Layer(
+        (4, 0, 3, 5), (10, 5, 0, 30), heads=2, kv_heads=1, inner_size=2, masked=True, lse_in_loss=False, seed=4
+    ),
     "3 ranks, one key head": Layer((4, 3, 0), (10, 5, 7), heads=6, kv_heads=1, dtype=torch.float32, lse_in_loss=False),
 }
 
 
 @pytest.mark.parametrize("layer", CALLS.values(), ids=CALLS.keys())
 def test_predicted_bytes_are_the_counted_ones(layer: Layer) -> None:
+    ranges, inner = KVInterval(*layer.ranges), layer.inner_size or layer.ranks
+    between = ranges.of_nodes(layer.shards.q, inner)
     shape = LayerShape(
         layer.batch, layer.heads, layer.kv_heads, layer.head_dim, layer.q_lengths, layer.kv_lengths,
-        layer.dtype.itemsize, routed_rows(*layer.ranges, layer.shards) if layer.masked else None,
+        layer.dtype.itemsize, routed_rows(*layer.ranges, layer.shards) if layer.masked else None, inner_size=inner,
+        routed_between=routed_rows(between.start, between.stop, layer.shards.of_nodes(inner)) if layer.masked else None,
     )  # fmt: skip
-    modes = tuple((*mode.key, "sharded") for mode in eligible_modes())
+    possible = (mode for mode in eligible_modes() if not mode.obstacle(layer.heads, layer.kv_heads, layer.ranks, inner))
+    modes = tuple((*mode.key, "sharded") for mode in possible)
     for rank, results in enumerate(run(layer.ranks, traffic_of, layer, modes)):
         for (strategy, schedule, _), counted in zip(modes, results, strict=True):
             predicted = mode_named(strategy, schedule).traffic(shape, rank)
             want = (counted.forward.total(), counted.backward.total())
             assert (predicted.forward, predicted.backward) == want, (strategy, schedule, rank)
+            assert predicted.between == counted.between, (strategy, schedule, rank)
+            assert counted.measured_forward + counted.measured_backward == sum(want), (strategy, schedule, rank)
 
 
 def test_without_any_key_nothing_is_exchanged() -> None:

@@ -20,7 +20,7 @@ ROUTED = ("lv_xattn", "routed", "sharded")
 REPLICATED = ("lv_xattn", "auto", "replicated")
 ULYSSES = ("ulysses", "auto", "sharded")
 KV_RING = ("ring", "ring", "sharded")
-MODES = (*((*mode.key, "sharded") for mode in eligible_modes()), REPLICATED)
+MODES = (*((*mode.key, "sharded") for mode in eligible_modes() if not mode.two_levels), REPLICATED)
 
 
 def rows_seen(layer: Layer) -> list[list[int]]:

@@ -113,14 +113,14 @@ def check_files(folder: Path) -> None:
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         assert set(json.loads(line)) >= {
             "step", "loss", "grad_norm", "lr", "step_time_s", "data_wait_s", "text_tokens_per_s",
-            "frames_per_s", "comm_bytes", "peak_memory_bytes",
+            "frames_per_s", "comm_bytes", "comm_bytes_between_nodes", "peak_memory_bytes",
         }  # fmt: skip
     plan = json.loads((folder / "plan.json").read_text())
     assert [layer["role"] for layer in plan if layer["role"] != "local"] == ["self", "cross", "self", "cross"]
     for layer in plan:
         assert set(layer) >= {
             "layer", "role", "strategy", "schedule", "predicted_ms", "predicted_bytes", "reason", "balance",
-            "kept_bytes", "measured_ms",
+            "kept_bytes", "measured_ms", "bytes_between_nodes", "inner_size",
         }  # fmt: skip
     evaluation = json.loads((folder / "eval.json").read_text())
     assert 0 <= evaluation["accuracy"] <= 1 and evaluation["examples"] > 0

@@ -138,11 +138,22 @@ class Collator:
         batch, element = len(layout.frames), self.dtype.itemsize
         shapes = {}
         for kind, shards, ranges in self._kinds(layout):
+            size, between = self._node_size(layout), None
+            if size is not None:
+                rows = KVInterval(*ranges).of_nodes(shards.q, size)
+                between = routed_rows(rows.start, rows.stop, shards.of_nodes(size))
             shapes[kind] = LayerShape(
                 batch, 1, 1, 1, shards.q.lengths, shards.kv.lengths, element,
-                routed_rows(*ranges, shards), visible_work(*ranges, shards.kv),
+                routed_rows(*ranges, shards), visible_work(*ranges, shards.kv), inner_size=size, routed_between=between,
             )  # fmt: skip
         return shapes
+
+    def _node_size(self, layout: BatchLayout) -> int | None:
+        """Ranks of a node, where a layout is divided over several."""
+        if self.division is None or layout.text.ranks == 1:
+            return None
+        comm = self.division.comm
+        return comm.node_size if comm.node_size < comm.ranks else None
 
     def pixels(self, layout: BatchLayout, images: Images) -> Pixels:
         """What ``collate`` would make of ``images``, so that a loader can do it ahead: it takes the host long.
@@ -244,9 +255,11 @@ class Collator:
     ) -> SequenceParallelBatch:
         assert self.division is not None
         comm = self.division.comm if layout.text.ranks > 1 else communicator(None)
-        routed = {plan.kind for plan in plans.values() if plan.mode.routes_by_mask}
+        # Kinds of layers whose rows are routed: between all ranks, and between nodes.
+        routed = {(plan.kind, plan.mode.two_levels) for plan in plans.values() if plan.mode.routes_by_mask}
         roles = {
-            kind: self._inputs(comm, shards, *ranges, kind in routed) for kind, shards, ranges in self._kinds(layout)
+            kind: self._inputs(comm, shards, *ranges, [levels for of, levels in routed if of == kind])
+            for kind, shards, ranges in self._kinds(layout)
         }
         # An unused slot repeats the first frame, which no row sees.
         loaded, slots = 0, []
@@ -281,10 +294,18 @@ class Collator:
                 yield kind_of(role, window), shards, layout.ranges_of(role, window)
 
     def _inputs(
-        self, comm: Communicator, shards: ShardLayout, start: Tensor, stop: Tensor, routed: bool
+        self, comm: Communicator, shards: ShardLayout, start: Tensor, stop: Tensor, routed: Sequence[bool]
     ) -> AttentionInputs:
-        routes = Routes.build(start, stop, shards, comm.rank, self.device) if routed and comm.ranks > 1 else None
-        return AttentionInputs(shards, KVInterval(start.to(self.device), stop.to(self.device)), routes)
+        routes, between, size = None, None, comm.node_size
+        one_level = comm.ranks > 1 and size in (1, comm.ranks)  # two levels are then the flat mode
+        if comm.ranks > 1 and (False in routed or (True in routed and one_level)):
+            routes = Routes.build(start, stop, shards, comm.rank, self.device)
+        if True in routed and 1 < size < comm.ranks:
+            rows = KVInterval(start, stop).of_nodes(shards.q, size)
+            nodes = shards.of_nodes(size)
+            between = Routes.build(rows.start, rows.stop, nodes, comm.rank // size, self.device)
+        interval = KVInterval(start.to(self.device), stop.to(self.device))
+        return AttentionInputs(shards, interval, routes, routes if one_level else between)
 
 
 def _pad_frames(x: Tensor, frames: int) -> Tensor:

@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.comm import Communicator, communicator
+from ds_lvxattn.exchange.grid import node_size
 from ds_lvxattn.families import family_of
 from ds_lvxattn.families.rotary import check_positions
 from ds_lvxattn.groups import SequenceParallelGroups
@@ -47,6 +48,7 @@ class SequenceParallel:
     def __init__(self, model: PreTrainedModel, config: SequenceParallelConfig, groups: SequenceParallelGroups) -> None:
         self.model, self.config = model, config
         self.comm: Communicator = communicator(groups.get_sequence_parallel_group())
+        self.comm.node_size = config.inner_size or node_size(self.comm)
         self.family = family_of(model)
         text = self.family.text_config
         if text._attn_implementation not in REPLACEABLE:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ds_lvxattn.calibration.clock import Clock, slowest_of
 from ds_lvxattn.calibration.extent import Extent
 from ds_lvxattn.exchange.comm import Communicator, Message, Part, Transfer
+from ds_lvxattn.exchange.grid import grid_of, node_size
 from ds_lvxattn.plan.profile import Curve, Link, Profile
 
 
@@ -49,18 +50,51 @@ def collective_curves(comm: Communicator, clock: Clock, extent: Extent, device: 
     return tuple(curves)
 
 
+def level_curves(comm: Communicator, clock: Clock, extent: Extent, device: torch.device) -> tuple[Curve, ...]:
+    """The same on both levels of the group's grid, all groups of a level at once; none where it has but one level.
+
+    Args:
+        comm: the group's own communicator, whose counts stay as they are.
+    """
+    size = node_size(comm)
+    if size in (1, comm.ranks):
+        return ()
+    counts = comm.received.copy(), comm.between.copy()
+    curves = [
+        replace(curve, level=level)
+        for level, group in zip(("inner", "outer"), grid_of(comm, size), strict=True)
+        for curve in collective_curves(group, clock, extent, device)
+    ]
+    comm.reset()
+    comm.received.update(counts[0])
+    comm.between.update(counts[1])
+    return tuple(curves)
+
+
 def with_links(profile: Profile, known: Profile, curves: Sequence[Curve], ranks: int) -> Profile:
-    """The link that the group uses, from its curves, for groups of other sizes; the other link as known."""
-    if not curves:
+    """The links that the group uses, from its curves, for groups of other sizes; the other link as known."""
+    levels = {level: [curve for curve in curves if curve.level == level] for level in ("group", "inner", "outer")}
+    if not levels["group"]:
         return profile
-    gather, _, hop = curves
-    latency = min(gather.points[0][1], hop.points[0][1])
-    message = max(gather.points[0][1] - latency, 0.0) / max(ranks - 2, 1) if ranks > 2 else known.intra.message
-    (small, quick), (large, slow) = gather.points[-2:]
-    link = Link(latency, message, (large - small) / max(slow - quick, 1e-9))
+    if levels["outer"]:
+        intra = _link(levels["inner"], profile.intra)
+        inter = _link(levels["outer"], profile.inter)
+        # All ranks of a node were receiving at once.
+        node = ranks // levels["outer"][0].ranks
+        return replace(profile, intra=intra, inter=replace(inter, shared=node * inter.bandwidth), gpus_per_node=node)
+    link = _link(levels["group"], known.intra)
     if ranks <= profile.gpus_per_node:
         return replace(profile, intra=link, source=f"{profile.source}; between nodes as in '{known.name}'")
     return replace(profile, inter=link, source=f"{profile.source}; inside a node as in '{known.name}'")
+
+
+def _link(curves: Sequence[Curve], known: Link) -> Link:
+    gather, _, hop = curves
+    ranks = gather.ranks
+    latency = min(gather.points[0][1], hop.points[0][1])
+    message = max(gather.points[0][1] - latency, 0.0) / max(ranks - 2, 1) if ranks > 2 else known.message
+    (small, quick), (large, slow) = gather.points[-2:]
+    return Link(latency, message, (large - small) / max(slow - quick, 1e-9))
 
 
 def _gather(comm: Communicator, buffer: Tensor) -> Transfer:

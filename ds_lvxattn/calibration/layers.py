@@ -17,6 +17,7 @@ from ds_lvxattn.calibration.clock import Clock, slowest_of, synchronize
 from ds_lvxattn.calibration.extent import HeadLayout
 from ds_lvxattn.exchange.attention import sp_attention
 from ds_lvxattn.exchange.comm import communicator
+from ds_lvxattn.exchange.grid import node_size
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.routes import Routes
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
@@ -106,8 +107,10 @@ def host_times(
     Also of one that exchanges nothing (``local/auto``).
     """
     heads = layout.heads if layout.heads % ranks == 0 else layout.heads * ranks
-    every = eligible_modes() if ranks > 1 else ()
-    runs = all(mode.obstacle(heads, layout.kv_heads, ranks) is None for mode in every)
+    comm = communicator(group)
+    inner = node_size(comm)
+    every = [mode for mode in eligible_modes() if ranks > 1 and (not mode.two_levels or 1 < inner < ranks)]
+    runs = all(mode.obstacle(heads, layout.kv_heads, ranks, inner) is None for mode in every)
     kv_heads = layout.kv_heads if runs else heads
     sizes = HeadLayout(heads, kv_heads, layout.head_dim)
     rows, keys, features = 16, 64, 64
@@ -115,11 +118,11 @@ def host_times(
     shards = ShardLayout(SequenceShards((rows,) * ranks), SequenceShards((keys,) * ranks))
     stop = torch.full((ranks, 1, rows), keys * ranks, dtype=torch.int32, device=device)
     interval = KVInterval(torch.zeros_like(stop), stop)
-    routes = Routes.build(interval.start.cpu(), stop.cpu(), shards, communicator(group).rank, device)
+    routes = Routes.build(interval.start.cpu(), stop.cpu(), shards, comm.rank, device)
     x = torch.randn(1, rows, heads * layout.head_dim, requires_grad=True, **make)
     y = torch.randn(1, keys, features, requires_grad=True, **make)
     alone = ShardLayout(SequenceShards((rows,)), SequenceShards((keys,)))
-    counts = communicator(group).received.copy()
+    counts = comm.received.copy(), comm.between.copy()
     found: dict[str, HostTime] = {}
     for mode, masked in itertools.product((LOCAL, *every), (False, True)):
         if mode.routes_by_mask and not masked:
@@ -128,8 +131,9 @@ def host_times(
             seen = KVInterval(interval.start[:1], interval.stop[:1].clamp(max=keys))
             how: dict[str, Any] = {"interval": seen if masked else None, "shards": alone}
         else:
+            flat_routes = routes if masked and not mode.two_levels else None
             how = {"group": group, "strategy": mode.strategy, "schedule": mode.schedule, "shards": shards}
-            how |= {"interval": interval if masked else None, "routes": routes if masked else None}
+            how |= {"interval": interval if masked else None, "routes": flat_routes, "inner_size": inner}
         attend = functools.partial(sp_attention, **how)
         layer = CrossAttention(sizes, features, attend, **make)
 
@@ -141,7 +145,9 @@ def host_times(
         one, both, again = slowest_of([_host_seconds(call, device) for call in calls], device)
         name = mode.name + " masked" * masked
         found[name] = HostTime(one, max(both - one, 0.0), max(again - both, 0.0))
-    communicator(group).received = counts
+    comm.reset()
+    comm.received.update(counts[0])
+    comm.between.update(counts[1])
     return found
 
 

@@ -197,7 +197,7 @@ def _plan_layer(
 ) -> LayerPlan:
     shape = replace(
         sizes, heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim,
-        recompute=recomputed(layer.role, settings.recompute), inner_size=settings.inner_size,
+        recompute=recomputed(layer.role, settings.recompute), inner_size=settings.inner_size or sizes.inner_size,
     )  # fmt: skip
     costed = Layer(shape, of_shape(shape))
     allowed = {name: (settings.schedule,) for name in strategies() if settings.schedule in schedules(name)}

@@ -199,4 +199,5 @@ def _layer_sizes(plan: LayerPlan, layer: AttentionLayer, shape: LayerShape, mode
         layer.role, plan.strategy, plan.schedule, shape.batch, shape.ranks,
         rows, rows, sum(shape.q_lengths), keys, max(sum(shape.kv_lengths), keys),
         layer.heads, layer.kv_heads, layer.head_dim, model.width, model.intermediate, shape.element, layer.shares_layer,
+        shape.inner_size,
     )  # fmt: skip

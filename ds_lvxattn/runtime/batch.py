@@ -32,11 +32,13 @@ class AttentionInputs:
         layout: shards of queries and keys.
         interval: key ranges of the rows of every rank, ``[n, B, s_max]``.
         routes: where this rank's rows travel; None when no layer of the kind is routed.
+        routes_between: where the rows of its node travel, as ``hybrid`` routes them; None likewise.
     """
 
     layout: ShardLayout
     interval: KVInterval
     routes: Routes | None = None
+    routes_between: Routes | None = None
 
 
 class Exchanging(Protocol):
@@ -131,7 +133,8 @@ class SequenceParallelBatch:
             schedule=plan.schedule,
             kernel=self.kernel,
             shards=inputs.layout,
-            routes=inputs.routes,
+            routes=inputs.routes_between if plan.mode.two_levels else inputs.routes,
             head_groups=plan.head_groups,
+            inner_size=plan.inner_size,
         )
         return attend() if self.times is None else self.times.measure(module, (query, key, value), attend)

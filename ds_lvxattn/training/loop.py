@@ -293,6 +293,7 @@ class Trainer:
             "text_tokens_per_s": text_tokens * data_ranks / seconds,
             "frames_per_s": frames * data_ranks / seconds,
             "comm_bytes": self.parallel.comm.bytes_received if self.parallel else 0,
+            "comm_bytes_between_nodes": self.parallel.comm.bytes_between_nodes if self.parallel else 0,
             "peak_memory_bytes": peak_memory(),
             "skipped_samples": self.skipped,
         }

@@ -33,6 +33,7 @@ class Layer:
     head_groups: tuple[int, int] | None = None
     keep_queries: bool | None = None
     masked: bool = False
+    inner_size: int | None = None
     seed: int = 0
 
     @property
@@ -54,20 +55,28 @@ class Layer:
 
 @dataclass
 class Traffic:
-    """Bytes that one rank received in a forward and in a backward pass: by the count, and as measured."""
+    """Bytes that one rank received in a forward and in a backward pass: by the count, and as measured.
+
+    ``between``: of both, by the count, what came from other nodes.
+    """
 
     forward: Counter[str]
     backward: Counter[str]
     measured_forward: int
     measured_backward: int
+    between: int = 0
 
 
-def arriving_in_all_to_all(out: Tensor, _: Tensor, sizes: list[int], *rest: Any) -> int:
+def arriving_in_all_to_all(group: Any, out: Tensor, _: Tensor, sizes: list[int], *rest: Any) -> int:
     """Bytes from other ranks; ``sizes`` are the rows from each, none when they are even."""
-    ranks = dist.get_world_size()
     if not sizes:
-        return out.nbytes * (ranks - 1) // ranks
-    return out.nbytes // max(sum(sizes), 1) * (sum(sizes) - sizes[dist.get_rank()])
+        return share_of_others(group, out.nbytes)
+    return out.nbytes // max(sum(sizes), 1) * (sum(sizes) - sizes[group.rank()])
+
+
+def share_of_others(group: Any, size: int) -> int:
+    """Of ``size`` bytes that come evenly from all ranks of a group, those from others."""
+    return size * (group.size() - 1) // group.size()
 
 
 @contextmanager
@@ -77,13 +86,12 @@ def measured() -> Iterator[Counter[str]]:
     Below ``torch.distributed``, so DeepSpeed's exchanges are seen too. An all-reduce counts as a ring.
     """
     seen: Counter[str] = Counter()
-    ranks = dist.get_world_size()
     arriving = {
         "all_to_all_single": arriving_in_all_to_all,
-        "all_gather_single": lambda out, *_: out.nbytes * (ranks - 1) // ranks,
-        "allreduce": lambda tensors, *_: 2 * tensors[0].nbytes * (ranks - 1) // ranks,
-        "all_gather_single_coalesced": lambda outs, *_: sum(out.nbytes for out in outs) * (ranks - 1) // ranks,
-        "recv": lambda tensors, *_: tensors[0].nbytes,
+        "all_gather_single": lambda group, out, *_: share_of_others(group, out.nbytes),
+        "allreduce": lambda group, tensors, *_: share_of_others(group, 2 * tensors[0].nbytes),
+        "all_gather_single_coalesced": lambda group, outs, *_: share_of_others(group, sum(out.nbytes for out in outs)),
+        "recv": lambda group, tensors, *_: tensors[0].nbytes,
     }
     # Releases before torch 2.13 have other names for the same.
     arriving |= {
@@ -96,7 +104,7 @@ def measured() -> Iterator[Counter[str]]:
 
     def counting(name: str):
         def method(self, *args, **kwargs):
-            seen[name] += arriving[name](*args)
+            seen[name] += arriving[name](self, *args)
             return original[name](self, *args, **kwargs)
 
         return method
@@ -126,16 +134,22 @@ def traffic_of(layer: Layer, modes: tuple[tuple[str, str, str], ...]) -> list[Tr
         bounds = (bound.to(device()) for bound in layer.ranges)
         interval = KVInterval(*bounds) if layer.masked and not replicated else None
         # The first call of a strategy may start DeepSpeed's front end, which has traffic of its own.
-        sp_attention(q, k, v, group=comm.group, strategy=strategy, queries=queries, shards=shards)
+        inner = layer.inner_size or comm.ranks
+        sp_attention(q, k, v, group=comm.group, strategy=strategy, queries=queries, shards=shards, inner_size=inner)
         comm.reset()
+        comm.node_size = inner
         with measured() as forward:
             out, lse = sp_attention(
                 q, k, v, group=comm.group, strategy=strategy, schedule=schedule, queries=queries, kernel=layer.kernel,
                 interval=interval, shards=shards, head_groups=layer.head_groups, keep_queries=layer.keep_queries,
+                inner_size=inner,
             )  # fmt: skip
-        counted_forward = Counter(comm.received)
+        counted_forward, between = Counter(comm.received), comm.bytes_between_nodes
         comm.reset()
         with measured() as backward:
             (out.sum() + lse.sum() if layer.lse_in_loss else out.sum()).backward()
-        results.append(Traffic(counted_forward, Counter(comm.received), sum(forward.values()), sum(backward.values())))
+        counted = counted_forward, Counter(comm.received)
+        between += comm.bytes_between_nodes
+        comm.node_size = comm.ranks
+        results.append(Traffic(*counted, sum(forward.values()), sum(backward.values()), between))
     return results
