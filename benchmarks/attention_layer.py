@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
 from ds_lvxattn.exchange.comm import communicator
+from ds_lvxattn.exchange.grid import node_size
 from ds_lvxattn.exchange.routes import Routes, routed_rows, visible_work
 from ds_lvxattn.kernels.operator import local_attention
 from ds_lvxattn.plan.cost import Layer as CostedLayer
@@ -82,8 +83,9 @@ class Layer:
         self.q, self.dout = projected(shape.heads, own_rows), projected(shape.heads, own_rows).detach()
         self.q_all, self.dout_all = (projected(shape.heads, shape.queries) for _ in range(2))
         self.k, self.v = (projected(shape.kv_heads, self.shards.kv.lengths[rank]) for _ in range(2))
-        self.interval, self.routes = None, None
-        routed, work = None, None
+        self.inner_size = node_size(self.comm)
+        self.interval, self.routes, self.routes_between = None, None, None
+        routed, between, work = None, None, None
         if shape.mask != "none":
             row = torch.arange(shape.queries, dtype=torch.int64)
             seen = row * (shape.keys // FRAME) // shape.queries  # the frame before the row
@@ -92,17 +94,25 @@ class Layer:
             self.routes = Routes.build(*ranges, self.shards, rank, device)
             self.interval = KVInterval(*(x.to(device) for x in ranges))
             routed, work = routed_rows(*ranges, self.shards), visible_work(*ranges, keys)
+            rows, nodes = (
+                KVInterval(*ranges).of_nodes(self.shards.q, self.inner_size),
+                self.shards.of_nodes(self.inner_size),
+            )
+            between = routed_rows(rows.start, rows.stop, nodes)
+            self.routes_between = Routes.build(rows.start, rows.stop, nodes, rank // self.inner_size, device)
         sizes = LayerShape(
             1, shape.heads, shape.kv_heads, shape.head_dim, self.shards.q.lengths, keys.lengths, dtype.itemsize,
-            routed, work,
+            routed, work, inner_size=self.inner_size, routed_between=between,
         )  # fmt: skip
         self.costed = CostedLayer(sizes, of_shape(sizes))
 
     def exchange(self, **options: Any) -> Step:
+        two_levels = options.get("strategy") == "hybrid" and 1 < self.inner_size < self.comm.ranks
+
         def step() -> None:
             out, _ = sp_attention(
                 self.q, self.k, self.v, group=self.comm.group, interval=self.interval, shards=self.shards,
-                routes=self.routes, **options,
+                routes=self.routes_between if two_levels else self.routes, **options,
             )  # fmt: skip
             torch.autograd.grad(out, (self.q, self.k, self.v), self.dout)
 

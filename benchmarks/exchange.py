@@ -60,8 +60,7 @@ def candidates(layer: Layer, profile: Profile, sweep: bool) -> dict[str, Step]:
         GRAPH: captured(layer.exchange(schedule="gather", head_groups=chosen)),
     }
     for mode in eligible_modes():
-        possible = mode.obstacle(shape.heads, shape.kv_heads, ranks) is None
-        if possible and not (mode.routes_by_mask and shape.mask == "none"):
+        if mode.adds(layer.costed) and mode.why_not(layer.costed.shape) is None:
             pipeline = {"head_groups": chosen} if mode.pipeline else {}
             steps[named(mode, chosen)] = layer.exchange(strategy=mode.strategy, schedule=mode.schedule, **pipeline)
     if sweep:

@@ -126,8 +126,8 @@ def measure(cases: Sequence[Case], profile: Profile, device: Any, dtype: Any, se
             break
         row: dict[str, Any] = {"case": asdict(case), "ranks": ranks, "element": dtype.itemsize, "ms": {}}
         for mode in eligible_modes() if ranks > 1 else (mode_named("lv_xattn"),):
-            possible = mode.obstacle(case.heads, case.kv_heads, ranks) is None
-            if possible and (not mode.routes_by_mask or case.mask is not None):
+            layer = case.layer(ranks, dtype.itemsize)
+            if mode.adds(layer) and mode.why_not(layer.shape) is None:
                 row["ms"][mode.name] = measure_layer(case, mode, device, dtype)
         rows.append(row)
         if dist.get_rank() == 0:

@@ -67,8 +67,7 @@ def candidates(layer: Layer, link: float) -> dict[str, Step]:
     steps = {"floor": layer.floor()}
     if layer.comm.ranks > 1:
         for mode in eligible_modes():
-            possible = mode.obstacle(shape.heads, shape.kv_heads, layer.comm.ranks) is None
-            if possible and not mode.routes_by_mask:
+            if mode.adds(layer.costed) and mode.why_not(layer.costed.shape) is None:
                 pipeline = {"head_groups": groups} if mode.pipeline else {}
                 steps[mode.name] = layer.exchange(strategy=mode.strategy, schedule=mode.schedule, **pipeline)
     return steps

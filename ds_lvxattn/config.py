@@ -199,7 +199,7 @@ def sequence_parallel_config(ds_config: dict[str, Any], world_size: int) -> Sequ
     if config.inner_size is not None and size % config.inner_size:
         raise ConfigError(
             f"'{BLOCK_KEY}.inner_size' is {config.inner_size}, which does not divide '{SIZE_KEY}' {size}; choose one "
-            f"of {[n for n in range(1, size + 1) if size % n == 0]}, or leave the key out to go by the hosts of the ranks"
+            f"of {[n for n in range(1, size + 1) if size % n == 0]}, or leave it out to go by the hosts of the ranks"
         )
     return config
 

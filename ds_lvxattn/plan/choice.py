@@ -67,12 +67,9 @@ def candidates(
         wanted = (schedules or {}).get(mode.strategy)
         if wanted is not None and mode.schedule not in wanted:
             continue
-        if mode.strategy != forced and wanted is None:
-            if mode.routes_by_mask and not layer.mask.masked:
-                continue  # every row sees keys everywhere
-            if mode.two_levels and 1 in (shape.inner, shape.nodes):
-                continue  # there is but one level
-        why = mode.obstacle(shape.heads, shape.kv_heads, shape.ranks, shape.inner)
+        if mode.strategy != forced and wanted is None and not mode.adds(layer):
+            continue
+        why = mode.why_not(shape)
         need = mode.workspace(layer, profile) if why is None else 0.0
         if why is None and room is not None and need > room:
             why = f"needs {need / 1e9:.1f} GB while it runs, and {room / 1e9:.1f} GB are there"

@@ -76,6 +76,15 @@ class Mode:
         """``strategy/schedule``, as profiles and reports write it."""
         return f"{self.strategy}/{self.schedule}"
 
+    def adds(self, layer: Layer) -> bool:
+        """Whether it is more than another mode for ``layer``: there is a mask to route by, and there are two levels."""
+        one_level = 1 in (layer.shape.inner, layer.shape.nodes)
+        return not (self.routes_by_mask and not layer.mask.masked) and not (self.two_levels and one_level)
+
+    def why_not(self, shape: LayerShape) -> str | None:
+        """``obstacle`` for a layer of ``shape``."""
+        return self.obstacle(shape.heads, shape.kv_heads, shape.ranks, shape.inner)
+
     def cost(self, layer: Layer, profile: Profile) -> Cost:
         """Time of ``layer``, projection of K and V included."""
         forward, backward, repeated = self.passes(layer, profile)
