@@ -94,10 +94,8 @@ class Layer:
             self.routes = Routes.build(*ranges, self.shards, rank, device)
             self.interval = KVInterval(*(x.to(device) for x in ranges))
             routed, work = routed_rows(*ranges, self.shards), visible_work(*ranges, keys)
-            rows, nodes = (
-                KVInterval(*ranges).of_nodes(self.shards.q, self.inner_size),
-                self.shards.of_nodes(self.inner_size),
-            )
+            nodes = self.shards.of_nodes(self.inner_size)
+            rows = KVInterval(*ranges).of_nodes(self.shards.q, self.inner_size)
             between = routed_rows(rows.start, rows.stop, nodes)
             self.routes_between = Routes.build(rows.start, rows.stop, nodes, rank // self.inner_size, device)
         sizes = LayerShape(

@@ -53,7 +53,7 @@ class Choice:
 
 def candidates(layer: Layer, profile: Profile, sweep: bool) -> dict[str, Step]:
     """The floor, and every strategy and schedule."""
-    shape, ranks = layer.shape, layer.comm.ranks
+    shape = layer.shape
     chosen = layer.costed.head_groups(profile)
     steps = {
         "floor": layer.floor(),

@@ -2,9 +2,8 @@
 
     torchrun --nproc_per_node 4 benchmarks/two_levels.py --node_size 2 --output two_levels.json
 
-``--node_size`` makes NCCL take so many consecutive GPUs of one host for a node: NVLink inside, sockets between. Left out,
-nodes are hosts, as several launchers see them. Links of both levels are measured first; of every shape then each mode
-that can run, in turn. ``auto`` is what the planner would take, with its time over that of the fastest. Ends after
+``--node_size`` makes NCCL take so many consecutive GPUs of one host for a node: NVLink inside, sockets between. Left
+out, nodes are hosts. Links of both levels are measured first; of every shape then each mode that can run. ``auto`` is what the planner would take, with its time over that of the fastest. Ends after
 ``--seconds``; shapes that are left are not run. Without GPUs it runs on gloo with small sizes, which checks that
 everything runs, not how fast.
 """
@@ -12,6 +11,7 @@ everything runs, not how fast.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -76,10 +76,8 @@ def options_of(mode: Mode, layer: Layer, profile: Profile) -> dict[str, Any]:
 def milliseconds(step: Step) -> float | None:
     """Median of a few steps, of the slowest rank; None where it does not fit the memory."""
     estimate = float("inf")  # all ranks allocate alike, so that none is left alone in a collective
-    try:
+    with contextlib.suppress(torch.OutOfMemoryError):
         estimate = statistics.median(timed(step, 3))
-    except torch.OutOfMemoryError:
-        pass
     estimate = slowest(estimate)
     if estimate == float("inf"):
         return None
