@@ -3,9 +3,9 @@
     torchrun --nproc_per_node 4 benchmarks/two_levels.py --node_size 2 --output two_levels.json
 
 ``--node_size`` makes NCCL take so many consecutive GPUs of one host for a node: NVLink inside, sockets between. Left
-out, nodes are hosts. Links of both levels are measured first; of every shape then each mode that can run. ``auto`` is what the planner would take, with its time over that of the fastest. Ends after
-``--seconds``; shapes that are left are not run. Without GPUs it runs on gloo with small sizes, which checks that
-everything runs, not how fast.
+out, nodes are hosts. Links of both levels are measured first; of every shape then each mode that can run. ``auto`` is
+what the planner would take, with its time over that of the fastest. Ends after ``--seconds``; shapes that are left are
+not run. Without GPUs it runs on gloo with small sizes, which checks that everything runs, not how fast.
 """
 
 from __future__ import annotations

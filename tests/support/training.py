@@ -42,6 +42,7 @@ class Case:
     micro_batch: int = 2
     accumulation: int = 1
     recompute: str = "none"
+    inner_size: int | None = None
 
     @property
     def batch(self) -> int:
@@ -53,6 +54,7 @@ class Case:
         return ds_config(
             self.stage, self.batch, self.micro_batch, self.size,
             strategy=strategy, schedule=schedule, placement=placement, recompute=self.recompute,
+            inner_size=self.inner_size,
         )  # fmt: skip
 
 
