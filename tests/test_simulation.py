@@ -127,6 +127,29 @@ def test_head_all_to_all(ranks: int) -> None:
         assert forward.total == pytest.approx(simulated, rel=0.05), name
 
 
+@pytest.mark.parametrize("ranks", [16, 128, 1024, 4096])
+@pytest.mark.parametrize("name", ["h200", "h200-slow-link"])
+def test_two_levels(name: str, ranks: int) -> None:
+    """Heads inside the nodes, then a ring between them, each on its own links."""
+    profile = machine(name)
+    size = profile.gpus_per_node
+    call = layer(ranks, 256, 4096)
+    call = replace(call, shape=replace(call.shape, inner_size=size))
+    shape, outer = call.shape, network.outer_level(profile, size)
+    query, key = shape.query_bytes(256), shape.kv_bytes(4096) / 2
+    heads = simulate.head_all_to_all(
+        Cluster(network.inner_level(profile, size), size), 0.0, (query, key, key), (query, shape.statistic_bytes(256))
+    )
+    for schedule, sent, returned in (
+        ("kv_ring", shape.kv_bytes(4096), 0.0), ("ring", query, query + shape.statistic_bytes(256)),
+    ):  # fmt: skip
+        forward = mode_named("hybrid", schedule).cost(call, profile).forward
+        nodes = ranks // size
+        # Of a node's rows or keys each rank sends its share of the heads: as much as one rank holds.
+        between = simulate.ring(Cluster(outer, nodes), forward.kernel / nodes, sent, returned)
+        assert forward.total == pytest.approx(heads + between, rel=0.12), schedule
+
+
 def test_a_straggler_holds_up_all() -> None:
     """One rank of eight computes at half speed: every step of a ring waits for it, as the formulas say."""
     profile = machine("h200")

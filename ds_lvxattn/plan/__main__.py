@@ -36,6 +36,7 @@ def report(job: ClusterJob, profile: Profile) -> dict[str, Any]:
             "schedule": candidate.mode.schedule,
             "layer_ms": layer_milliseconds(candidate),
             "layer_received_bytes": candidate.received,
+            "layer_received_between_nodes_bytes": candidate.between,
             "step_s": {"total": step.total, **seconds_by_part(step)},
             "step_received_bytes": step.received,
             "memory_bytes": step.memory,
@@ -110,7 +111,8 @@ def show(found: dict[str, Any]) -> None:
     kind = "self" if found["keys_in_text"] else "cross"
     layer = Table(
         "strategy", "schedule", "forward", "backward", "kernels", "passes", "exchange", "projection", "total",
-        "received", title=f"one {kind}-attention layer, ms (exchange: what is not hidden); MiB a GPU",
+        "received", "from other nodes",
+        title=f"one {kind}-attention layer, ms (exchange: what is not hidden); MiB a GPU",
     )  # fmt: skip
     step = Table(
         "strategy", "cross", "self", "text", "vision", "ZeRO-3", "optimizer", "total", "received", "memory",
@@ -122,7 +124,8 @@ def show(found: dict[str, Any]) -> None:
         ms, parts = s["layer_ms"], s["step_s"]
         keys = ("forward", "backward", "kernels", "passes", "exchange", "projection", "total")
         received = f"{s['layer_received_bytes'] / 2**20:,.1f}"
-        layer.add_row(name, s["schedule"], *(f"{ms[key]:.3g}" for key in keys), received)
+        between = f"{s['layer_received_between_nodes_bytes'] / 2**20:,.1f}"
+        layer.add_row(name, s["schedule"], *(f"{ms[key]:.3g}" for key in keys), received, between)
         keys = ("cross", "self_attention", "text", "vision", "zero", "optimizer", "total")
         memory = f"{s['memory_bytes'] / 2**30:.1f}" + ("" if s["fits"] else " too large")
         step.add_row(
@@ -153,7 +156,10 @@ def main(arguments: list[str] | None = None) -> int:
             if getattr(args, name) < 1:
                 raise ModelError(f"--{name} is {getattr(args, name)}; give at least 1")
         profile = load_profile(args.cluster)
-        job = ClusterJob(model_sizes(args.model), args.text, args.frames, args.gpus, args.recompute)
+        job = ClusterJob(
+            model_sizes(args.model), args.text, args.frames, args.gpus, args.recompute,
+            gpus_per_node=profile.gpus_per_node,
+        )  # fmt: skip
         if args.map and job.model.keys_in_text:
             raise ModelError("--map is of cross-attention layers, which this model has not; leave it out")
     except (ModelError, ProfileError) as error:

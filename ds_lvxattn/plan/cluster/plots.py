@@ -122,7 +122,7 @@ def _fastest(job: ClusterJob, profile: Profile, text: int, visual: int) -> tuple
     rows, keys = max(text // job.gpus, 1), max(visual // job.gpus, 1)
     shape = LayerShape(
         1, m.cross_heads, m.cross_kv_heads, m.cross_head_dim, (rows,) * job.gpus, (keys,) * job.gpus, 2,
-        recompute=job.recompute,
+        recompute=job.recompute, inner_size=job.inner_size,
     )  # fmt: skip
     mask = of_mask(m.mask, rows * job.gpus, keys * job.gpus, job.gpus, m.frame_tokens)
     layer = Layer(shape, mask, m.features)

@@ -35,6 +35,7 @@ class ClusterJob:
         gpus: GPUs.
         recompute: ``none``, ``kv`` or ``layer``.
         features_train: whether the visual features need gradients, as with a projector that trains.
+        gpus_per_node: GPUs of a node; None: all are on one.
     """
 
     model: ModelSizes
@@ -43,6 +44,13 @@ class ClusterJob:
     gpus: int
     recompute: str = "kv"
     features_train: bool = True
+    gpus_per_node: int | None = None
+
+    @property
+    def inner_size(self) -> int | None:
+        """Ranks of a node, where nodes are equally full."""
+        size = self.gpus_per_node
+        return size if size and self.gpus > size and self.gpus % size == 0 else None
 
     @property
     def visual(self) -> int:
@@ -81,7 +89,9 @@ class ClusterJob:
 
     def _shape(self, heads: int, kv_heads: int, head_dim: int, keys: int, recompute: str) -> LayerShape:
         lengths = (self.rows,) * self.gpus, (keys,) * self.gpus
-        return LayerShape(1, heads, kv_heads, head_dim, *lengths, ELEMENT, recompute=recompute)
+        return LayerShape(
+            1, heads, kv_heads, head_dim, *lengths, ELEMENT, recompute=recompute, inner_size=self.inner_size
+        )
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ class Step:
 def layer_candidates(layer: Layer, profile: Profile) -> list[Candidate]:
     """Candidates of a layer; on one rank its own attention."""
     if layer.shape.ranks == 1:
-        return [Candidate(LOCAL, LOCAL.cost(layer, profile), 0, 0.0)]
+        return [Candidate(LOCAL, LOCAL.cost(layer, profile), 0, 0.0, between=0)]
     return candidates(layer, profile)
 
 
@@ -186,6 +196,7 @@ def memory_bytes(job: ClusterJob, cross: Mode, own: Mode, profile: Profile) -> f
     sizes = LayerSizes(
         "cross", *cross.key, 1, job.gpus, job.rows, job.rows, job.rows * job.gpus, job.keys, job.keys * job.gpus,
         m.cross_heads, m.cross_kv_heads, m.cross_head_dim, m.width, max(m.cross_intermediate, 1), ELEMENT,
+        inner_size=job.inner_size,
     )  # fmt: skip
     text = replace(
         sizes, role="self", strategy=own.strategy, schedule=own.schedule, keys=job.rows, total_keys=job.rows * job.gpus,
