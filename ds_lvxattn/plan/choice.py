@@ -92,7 +92,7 @@ def _ranks_that_differ(layer: Layer) -> Collection[int]:
 
 
 def choose(found: Sequence[Candidate], before: ModeKey | None = None) -> Candidate | None:
-    """The fastest by prediction; ties go to fewer bytes, and ``before`` is kept unless the gain is worth a change.
+    """The fastest by prediction; ties go to fewer bytes, those between nodes first, and ``before`` is kept unless the gain is worth a change.
 
     Returns:
         None when none can run.
@@ -105,7 +105,7 @@ def choose(found: Sequence[Candidate], before: ModeKey | None = None) -> Candida
         if candidate.mode.key == before and candidate.seconds <= least * (1 + HYSTERESIS):
             return candidate
     tied = [candidate for candidate in possible if candidate.seconds <= least * (1 + tie(possible))]
-    return min(tied, key=lambda candidate: candidate.received or 0)
+    return min(tied, key=lambda candidate: (candidate.between or 0, candidate.received or 0))
 
 
 def tie(possible: Sequence[Candidate]) -> float:

@@ -137,7 +137,7 @@ def two_levels(flat: Mode, schedule: str, implementation: str, colour: str) -> M
         pipeline=pipeline if flat.pipeline else None,
         step_a_rank=flat.step_a_rank,
         two_levels=True,
-        host_like=(ulysses.ULYSSES.name, flat.name),
+        host_like=(ulysses.ULYSSES, flat),
     )
 
 

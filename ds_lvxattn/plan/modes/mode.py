@@ -42,7 +42,7 @@ class Mode:
         pipeline: ``(layer, profile)``, the groups of key heads that follow each other in either pass, where the
             exchange is cut into such; see ``plan.pipeline``.
         two_levels: tells ranks of one node from those of others; on one node, or with one rank a node, it is another.
-        host_like: names of the modes whose host times together stand for its own where a profile lacks it.
+        host_like: modes whose host times together stand for its own where a profile lacks it.
         step_a_rank: the host issues a step for every rank, so that its time grows with them.
         eligible: whether a config may name it and the planner may choose it.
     """
@@ -62,7 +62,7 @@ class Mode:
     routes_by_mask: bool = False
     pipeline: Callable[[Layer, Profile], tuple[int, int]] | None = None
     two_levels: bool = False
-    host_like: tuple[str, ...] = ()
+    host_like: tuple[Mode, ...] = ()
     step_a_rank: bool = False
     eligible: bool = True
 
@@ -90,15 +90,23 @@ class Mode:
         forward, backward, repeated = self.passes(layer, profile)
         first, later, projected_again = projection_passes(layer, profile)
         recomputes = layer.shape.recompute != "none"
-        masked = " masked" if layer.mask.masked else ""
-        names = (self.name,) if self.name + masked in profile.host else self.host_like
-        host_time = 0.0
-        for host in (profile.host[name + masked] for name in names if name + masked in profile.host):
-            scale = layer.shape.ranks / profile.host_ranks if self.step_a_rank else 1.0
-            host_time += (host.forward + host.backward + (host.repeated if recomputes else 0.0)) * scale
+        host_time = self._host(layer, profile)
         return Cost(
             forward, backward, repeated if recomputes else Pass(), first + later, projected_again, host_time
         )  # fmt: skip
+
+    def _host(self, layer: Layer, profile: Profile) -> float:
+        """Seconds that the host takes to issue ``layer``, forward and backward; 0 where the profile does not say."""
+        shape, masked = layer.shape, " masked" if layer.mask.masked else ""
+        known = self.name + masked in profile.host
+        ranks = shape.nodes if self.two_levels and not known else shape.ranks
+        seconds = 0.0
+        for mode in (self,) if known else self.host_like:
+            if (host := profile.host.get(mode.name + masked)) is not None:
+                repeated = host.repeated if shape.recompute != "none" else 0.0
+                scale = ranks / profile.host_ranks if mode.step_a_rank else 1.0
+                seconds += (host.forward + host.backward + repeated) * scale
+        return seconds
 
 
 # What most modes' operators return and save

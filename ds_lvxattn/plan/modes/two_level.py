@@ -75,5 +75,5 @@ TWO_LEVEL = Mode(
     colour="#00441b",
     pipeline=lambda layer, profile: layer.head_groups(profile),
     two_levels=True,
-    host_like=(gather.GATHER.name,),
+    host_like=(gather.GATHER,),
 )
