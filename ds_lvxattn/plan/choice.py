@@ -92,7 +92,9 @@ def _ranks_that_differ(layer: Layer) -> Collection[int]:
 
 
 def choose(found: Sequence[Candidate], before: ModeKey | None = None) -> Candidate | None:
-    """The fastest by prediction; ties go to fewer bytes, those between nodes first, and ``before`` is kept unless the gain is worth a change.
+    """The fastest by prediction; ties go to fewer bytes, first of those between nodes.
+
+    ``before`` is kept unless the gain is worth a change.
 
     Returns:
         None when none can run.
