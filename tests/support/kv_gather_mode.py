@@ -5,18 +5,24 @@ Written after ``docs/adding-a-strategy.md``; its torch side is ``kv_gather.py`` 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ds_lvxattn.plan import network
 from ds_lvxattn.plan.cost import Layer, Pass, Passes, kernel_times, moved
 from ds_lvxattn.plan.modes.mode import Mode, own_inputs, own_results
 from ds_lvxattn.plan.profile import Profile
-from ds_lvxattn.plan.traffic import LayerShape, Traffic
+from ds_lvxattn.plan.traffic import LayerShape, Traffic, from_sources
 
 
 def traffic(shape: LayerShape, rank: int) -> Traffic:
     """K and V in both passes, their gradients in the dtype of the log-sum-exp; shards are padded to the longest."""
     per_key = 2 * shape.batch * shape.kv_heads * shape.head_dim
-    keys = (shape.ranks - 1) * max(shape.kv_lengths)
-    return Traffic(per_key * keys * shape.element, per_key * keys * (shape.element + shape.statistic))
+
+    def received(sources: Sequence[int]) -> tuple[int, int]:
+        keys = len(sources) * max(shape.kv_lengths)
+        return per_key * keys * shape.element, per_key * keys * (shape.element + shape.statistic)
+
+    return from_sources(shape, rank, received)
 
 
 def passes(layer: Layer, profile: Profile) -> Passes:
