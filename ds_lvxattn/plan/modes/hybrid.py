@@ -58,7 +58,7 @@ def inside_node(shape: LayerShape, rank: int) -> LayerShape:
 
 def sizes_between(sizes: LayerSizes) -> LayerSizes:
     """``between_nodes`` of what a decoder layer keeps, of even shards."""
-    inner = sizes.inner_size or sizes.ranks
+    inner = sizes.inner_size or 1
     return replace(
         sizes,
         ranks=sizes.ranks // inner,
@@ -110,10 +110,16 @@ def two_levels(flat: Mode, schedule: str, implementation: str, colour: str) -> M
         return 3 * held + flat.workspace(*outer(layer, profile))
 
     def returned(sizes: LayerSizes) -> int:
+        if sizes.inner_size in (None, sizes.ranks):
+            return ulysses.returned(sizes)
         return flat.returned(sizes_between(sizes))
 
     def inputs(sizes: LayerSizes) -> int:
         """Its share of the heads, as the flat mode saves it, and the output on its way back."""
+        if sizes.inner_size in (None, sizes.ranks):
+            return ulysses.inputs(sizes)
+        if sizes.inner_size == 1:
+            return flat.inputs(sizes)
         level = sizes_between(sizes)
         return flat.inputs(level) + level.query_bytes(level.rows)
 
