@@ -76,7 +76,7 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
     kernel: KernelChoice = "auto"
     recompute: Literal["none", "kv", "layer"] = "kv"
     placement: Literal["contiguous", "striped"] = "contiguous"
-    inner_size: int | None = Field(None, ge=1)
+    inner_size: int | None = Field(None, ge=1, strict=True)
     size: int = Field(1, ge=1)
     offload: bool = False
 
