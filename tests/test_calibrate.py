@@ -18,7 +18,7 @@ from ds_lvxattn.plan.cost import Layer
 from ds_lvxattn.plan.modes import eligible_modes
 from ds_lvxattn.plan.planner import BatchSizes, Plan
 from ds_lvxattn.plan.profile import profile_to_json
-from ds_lvxattn.plan.traffic import LayerShape
+from ds_lvxattn.plan.traffic import CallShape, LayerShape
 from ds_lvxattn.runtime.layer_times import LayerTimes
 from tests.support.distributed import device, run
 from tests.support.tiny_model import attach, tiny_model, tiny_sample
@@ -81,7 +81,7 @@ def times_and_plans() -> tuple[list[dict[str, float]], list[tuple], list[bool]]:
 
     def shapes():
         made.append(True)
-        return {role: LayerShape(1, 1, 1, 1, (64, 64), (5000, 5000), 4) for role in ("cross", "self")}
+        return {role: CallShape(1, (64, 64), (5000, 5000), 4) for role in ("cross", "self")}
 
     before, sizes = modes(planner.plan), BatchSizes((1, 7, 14), 2, 64, 0.0, shapes)
     plans = [before, *(modes(planner.follow(sizes)) for _ in range(2))]

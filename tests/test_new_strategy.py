@@ -25,7 +25,7 @@ from ds_lvxattn.plan.cost import Pass, Passes
 from ds_lvxattn.plan.layer_plan import AttentionLayer, LayerPlan, PlanSettings, plan_layers, write_plan
 from ds_lvxattn.plan.modes import Mode, modes, register, strategies, unregister
 from ds_lvxattn.plan.profile import load_profile
-from ds_lvxattn.plan.traffic import LayerShape
+from ds_lvxattn.plan.traffic import CallShape, LayerShape
 from tests.support.distributed import run
 from tests.support.kv_gather_mode import KV_GATHER
 from tests.support.reference import dense_attention, visible
@@ -116,7 +116,7 @@ LAYER = AttentionLayer("layers.3.cross_attn", "cross", 32, 8, 128)
 
 
 def plan_of(**settings: object) -> LayerPlan:
-    shape = LayerShape(1, 1, 1, 1, (500, 500), (90_000, 90_000), 2)
+    shape = CallShape(1, (500, 500), (90_000, 90_000), 2)
     [plan] = plan_layers([LAYER], {"cross": shape}, load_profile("h200"), PlanSettings(**settings), ranks=2)
     return plan
 

@@ -18,7 +18,7 @@ from ds_lvxattn.plan.layer_plan import AttentionLayer, LayerPlan, PlanSettings, 
 from ds_lvxattn.plan.modes import eligible_modes, mode_named
 from ds_lvxattn.plan.pipeline import head_groups, keeps_queries
 from ds_lvxattn.plan.profile import load_profile
-from ds_lvxattn.plan.traffic import LayerShape
+from ds_lvxattn.plan.traffic import CallShape, LayerShape
 from tests.support.distributed import run
 from tests.support.tiny_model import MODES, attach, loss_of, tiny_model, tiny_sample
 from tests.support.traffic import Layer, traffic_of
@@ -60,8 +60,8 @@ def test_predicted_bytes_are_the_counted_ones(layer: Layer) -> None:
 def test_without_any_key_nothing_is_exchanged() -> None:
     layers = [AttentionLayer("cross", "cross", 4, 2, 8), AttentionLayer("self", "self", 4, 2, 8)]
     shapes = {
-        "cross": LayerShape(1, 1, 1, 1, (6, 5), (0, 0), 2),
-        "self": LayerShape(1, 1, 1, 1, (6, 5), (6, 5), 2),
+        "cross": CallShape(1, (6, 5), (0, 0), 2),
+        "self": CallShape(1, (6, 5), (6, 5), 2),
     }
     cross, own = plan_layers(layers, shapes, load_profile("h200"), PlanSettings(), ranks=2)
     assert (cross.strategy, cross.predicted_bytes) == ("local", {}) and own.strategy != "local"
@@ -114,8 +114,8 @@ def plans(
     **settings: Any,
 ) -> list[LayerPlan]:
     """A plan for ``model`` with so many queries and visual keys a rank."""
-    cross = LayerShape(1, 1, 1, 1, (queries,) * ranks, (keys,) * ranks, 2)
-    text = LayerShape(1, 1, 1, 1, (queries,) * ranks, (queries,) * ranks, 2)
+    cross = CallShape(1, (queries,) * ranks, (keys,) * ranks, 2)
+    text = CallShape(1, (queries,) * ranks, (queries,) * ranks, 2)
     shapes = {"cross": cross, "self": text}
     return plan_layers(model, shapes, load_profile(profile), PlanSettings(**settings), ranks, before, room)
 

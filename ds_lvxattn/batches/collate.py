@@ -21,7 +21,7 @@ from ds_lvxattn.families.family import Family, VisualFamily
 from ds_lvxattn.plan.choice import shape_class
 from ds_lvxattn.plan.layer_plan import LayerPlan, kind_of
 from ds_lvxattn.plan.planner import BatchSizes
-from ds_lvxattn.plan.traffic import LayerShape
+from ds_lvxattn.plan.traffic import CallShape
 from ds_lvxattn.runtime.batch import AttentionInputs, SequenceParallelBatch
 from ds_lvxattn.runtime.layer_times import LayerTimes
 from ds_lvxattn.runtime.visual_rows import VisualRows
@@ -134,7 +134,7 @@ class Collator:
             functools.partial(self._shapes, layout),
         )
 
-    def _shapes(self, layout: BatchLayout) -> dict[str, LayerShape]:
+    def _shapes(self, layout: BatchLayout) -> dict[str, CallShape]:
         batch, element = len(layout.frames), self.dtype.itemsize
         shapes = {}
         for kind, shards, ranges in self._kinds(layout):
@@ -142,9 +142,9 @@ class Collator:
             if size is not None:
                 rows = KVInterval(*ranges).of_nodes(shards.q, size)
                 between = routed_rows(rows.start, rows.stop, shards.of_nodes(size))
-            shapes[kind] = LayerShape(
-                batch, 1, 1, 1, shards.q.lengths, shards.kv.lengths, element,
-                routed_rows(*ranges, shards), visible_work(*ranges, shards.kv), inner_size=size, routed_between=between,
+            shapes[kind] = CallShape(
+                batch, shards.q.lengths, shards.kv.lengths, element,
+                routed_rows(*ranges, shards), visible_work(*ranges, shards.kv), size, between,
             )  # fmt: skip
         return shapes
 

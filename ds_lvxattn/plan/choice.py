@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ds_lvxattn.plan.cost import Cost, Layer
 from ds_lvxattn.plan.modes import Mode, ModeKey, eligible_modes
 from ds_lvxattn.plan.profile import Profile
-from ds_lvxattn.plan.traffic import LayerShape
+from ds_lvxattn.plan.traffic import CallShape
 
 # Predictions closer than this are a tie, which fewer bytes decide: they are exact, and what is shared with others.
 TIE = 0.01
@@ -159,7 +159,7 @@ def shape_class(batch: int, queries: int, keys: int) -> ShapeClass:
     return batch, max(queries - 1, 0).bit_length(), max(keys - 1, 0).bit_length()
 
 
-def class_of(shapes: Mapping[str, LayerShape]) -> ShapeClass:
+def class_of(shapes: Mapping[str, CallShape]) -> ShapeClass:
     """The class of a batch from the sizes of its roles: its text and its visual tokens."""
     batch = max((shape.batch for shape in shapes.values()), default=0)
     queries = max((sum(shape.q_lengths) for shape in shapes.values()), default=0)

@@ -13,7 +13,7 @@ from ds_lvxattn.plan.choice import Candidate, best_of_each, candidates, choose, 
 from ds_lvxattn.plan.cost import Layer
 from ds_lvxattn.plan.modes import LOCAL, Mode, ModeKey, mode_named, schedules, strategies
 from ds_lvxattn.plan.profile import Profile
-from ds_lvxattn.plan.traffic import LayerShape
+from ds_lvxattn.plan.traffic import CallShape
 from ds_lvxattn.plan.visibility import of_shape
 
 
@@ -131,7 +131,7 @@ class PlanSettings:
 
 def plan_layers(
     layers: Sequence[AttentionLayer],
-    shapes: Mapping[str, LayerShape],
+    shapes: Mapping[str, CallShape],
     profile: Profile,
     settings: PlanSettings,
     ranks: int,
@@ -142,7 +142,7 @@ def plan_layers(
 
     Args:
         layers: the model's attention layers.
-        shapes: for each exchanged kind of layers, the sizes of a typical batch (heads are taken from the layer).
+        shapes: for each exchanged kind of layers, the sizes of a typical batch.
         profile: the machine that it runs on.
         settings: the user's.
         ranks: of the sequence-parallel group.
@@ -177,7 +177,7 @@ def plan_layers(
     return plans
 
 
-def _nothing_to_exchange(layer: AttentionLayer, sizes: LayerShape | None, ranks: int) -> str | None:
+def _nothing_to_exchange(layer: AttentionLayer, sizes: CallShape | None, ranks: int) -> str | None:
     """Why every rank attends by itself, or None where it does not."""
     if sizes is None or ranks == 1:
         return "each rank attends within its own frames" if layer.role == "local" else "one rank, nothing to exchange"
@@ -188,17 +188,16 @@ def _nothing_to_exchange(layer: AttentionLayer, sizes: LayerShape | None, ranks:
 
 def _plan_layer(
     layer: AttentionLayer,
-    sizes: LayerShape,
+    sizes: CallShape,
     profile: Profile,
     settings: PlanSettings,
     forced: str | None,
     before: ModeKey | None,
     room: float | None,
 ) -> LayerPlan:
-    shape = replace(
-        sizes, heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim,
-        recompute=recomputed(layer.role, settings.recompute), inner_size=settings.inner_size or sizes.inner_size,
-    )  # fmt: skip
+    shape = sizes.of_layer(layer.heads, layer.kv_heads, layer.head_dim, recomputed(layer.role, settings.recompute))
+    if settings.inner_size is not None:
+        shape = replace(shape, inner_size=settings.inner_size)
     costed = Layer(shape, of_shape(shape))
     allowed = {name: (settings.schedule,) for name in strategies() if settings.schedule in schedules(name)}
     found = candidates(costed, profile, allowed, room, forced)

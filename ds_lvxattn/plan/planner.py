@@ -15,7 +15,7 @@ from ds_lvxattn.plan.layer_sizes import LayerSizes
 from ds_lvxattn.plan.memory import POLICIES, kept_bytes
 from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.plan.replicated_compute import replicating_is_faster
-from ds_lvxattn.plan.traffic import LayerShape
+from ds_lvxattn.plan.traffic import CallShape
 
 Plan = tuple[LayerPlan, ...]  # a layer each, in the model's order
 
@@ -48,14 +48,14 @@ class BatchSizes:
         ranks: over which it is divided; 1 where every rank computes all of it.
         rows: text rows, over all samples.
         encoded: tokens of the vision encoder, over all samples.
-        shapes: makes the sizes of each exchanged kind of layers, heads left out; called for a new class only.
+        shapes: makes the sizes of each exchanged kind of layers; called for a new class only.
     """
 
     shape_class: ShapeClass
     ranks: int
     rows: int
     encoded: float
-    shapes: Callable[[], Mapping[str, LayerShape]]
+    shapes: Callable[[], Mapping[str, CallShape]]
 
 
 class Share(Protocol):
@@ -109,9 +109,8 @@ class Planner:
         if sizes.shape_class not in self._undivided:
             shapes, policy = sizes.shapes(), self._policy()
             layers = [
-                replace(
-                    shapes[layer.kind], heads=layer.heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim,
-                    recompute=recomputed(layer.role, policy),
+                shapes[layer.kind].of_layer(
+                    layer.heads, layer.kv_heads, layer.head_dim, recomputed(layer.role, policy)
                 )
                 for layer in self._layers
                 if layer.kind in shapes
@@ -165,12 +164,12 @@ class Planner:
         self._plan_of[sizes.shape_class, sizes.ranks] = self.plan
         return self.plan
 
-    def layer_sizes(self, shapes: Mapping[str, LayerShape]) -> list[LayerSizes]:
+    def layer_sizes(self, shapes: Mapping[str, CallShape]) -> list[LayerSizes]:
         """What the memory plan must know of each decoder layer, on the rank that holds most, by the plan at hand."""
         return [sizes for _, sizes in self._with_sizes(self.plan, shapes) if sizes is not None]
 
     def _with_sizes(
-        self, plans: Sequence[LayerPlan], shapes: Mapping[str, LayerShape]
+        self, plans: Sequence[LayerPlan], shapes: Mapping[str, CallShape]
     ) -> list[tuple[LayerPlan, LayerSizes | None]]:
         return [
             (plan, _layer_sizes(plan, layer, shapes[layer.kind], self._model) if layer.kind in shapes else None)
@@ -191,7 +190,7 @@ class Planner:
         return noted
 
 
-def _layer_sizes(plan: LayerPlan, layer: AttentionLayer, shape: LayerShape, model: ModelSizes) -> LayerSizes:
+def _layer_sizes(plan: LayerPlan, layer: AttentionLayer, shape: CallShape, model: ModelSizes) -> LayerSizes:
     rows, keys = max(shape.q_lengths), max(shape.kv_lengths)
     if layer.role == "cross":
         keys = max(keys, model.frame_tokens)  # a rank without frames has a blank one

@@ -84,6 +84,31 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
+class CallShape:
+    """What the attention calls of all layers of one kind have in common: ``LayerShape`` without heads and policy."""
+
+    batch: int
+    q_lengths: tuple[int, ...]
+    kv_lengths: tuple[int, ...]
+    element: int
+    routed_rows: tuple[tuple[int, ...], ...] | None = None
+    visible_work: tuple[int, ...] | None = None
+    inner_size: int | None = None
+    routed_between: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def ranks(self) -> int:
+        return len(self.q_lengths)
+
+    def of_layer(self, heads: int, kv_heads: int, head_dim: int, recompute: str) -> LayerShape:
+        """The call of a layer with these heads, whose policy is ``recompute``."""
+        return LayerShape(
+            self.batch, heads, kv_heads, head_dim, self.q_lengths, self.kv_lengths, self.element, self.routed_rows,
+            self.visible_work, recompute, self.inner_size, self.routed_between,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Traffic:
     """Bytes received by a rank from other ranks.
 
