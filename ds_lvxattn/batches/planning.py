@@ -38,7 +38,7 @@ def planner_for(parallel: SequenceParallel, device: torch.device, dtype: torch.d
         return made_by_first(make, None if everyone else group)
 
     config = parallel.config
-    settings = PlanSettings(config.strategy, config.layers, config.schedule, inner_size=parallel.comm.node_size)
+    settings = PlanSettings(config.strategy, config.layers, config.schedule)
     return Planner(
         layers, settings, parallel.comm.ranks,
         model_sizes(parallel), shipped_profile(device), lambda: parallel.recomputation.policy, room, share,

@@ -114,14 +114,12 @@ class PlanSettings:
         layers: module-name patterns to strategies, over ``strategy``; the first match counts.
         schedule: for the strategies that have it, or ``auto``.
         recompute: the policy in effect: ``none``, ``kv`` or ``layer``.
-        inner_size: ranks of a node; None: all are on one.
     """
 
     strategy: str = "auto"
     layers: Mapping[str, str] = field(default_factory=dict)
     schedule: str = "auto"
     recompute: str = "none"
-    inner_size: int | None = None
 
     def forced(self, layer: str) -> str | None:
         """The strategy that they prescribe for a layer, if any."""
@@ -196,8 +194,6 @@ def _plan_layer(
     room: float | None,
 ) -> LayerPlan:
     shape = sizes.of_layer(layer.heads, layer.kv_heads, layer.head_dim, recomputed(layer.role, settings.recompute))
-    if settings.inner_size is not None:
-        shape = replace(shape, inner_size=settings.inner_size)
     costed = Layer(shape, of_shape(shape))
     allowed = {name: (settings.schedule,) for name in strategies() if settings.schedule in schedules(name)}
     found = candidates(costed, profile, allowed, room, forced)
