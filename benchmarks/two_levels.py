@@ -149,6 +149,7 @@ def main() -> None:
         if slowest(time.perf_counter() - began) > args.seconds:
             break
         layer = Layer(shape, dtype, device)
+        layer.comm.node_size = layer.inner_size  # for the count of bytes between nodes
         results = of_shape(layer, profile)
         measured = {result.mode: result.ms for result in results}
         possible = [c for c in candidates(layer.costed, profile) if c.mode.name in measured]

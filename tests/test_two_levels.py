@@ -118,6 +118,21 @@ def test_places_on_a_grid() -> None:
         assert places == [(0, 1, rank, 4), (rank % 2, 2, rank // 2, 2), (rank, 4, 0, 1)]
 
 
+def grids_of_two_groups() -> list[int]:
+    """Two sequence-parallel groups of four, as data parallelism has them, each on two nodes of two."""
+    halves = [dist.new_group(list(range(first, first + 4))) for first in (0, 4)]
+    comm = communicator(halves[dist.get_rank() // 4])
+    mine = torch.tensor([dist.get_rank()])
+    return [rank for level in grid_of(comm, 2) for rank in level.all_gather(mine, "ranks").flatten().tolist()]
+
+
+@pytest.mark.slow
+def test_grids_where_the_group_is_not_the_world() -> None:
+    for rank, seen in enumerate(run(8, grids_of_two_groups)):
+        node, place = rank // 2 * 2, rank // 4 * 4 + rank % 2
+        assert seen == [node, node + 1, place, place + 2]
+
+
 @pytest.mark.parametrize("stripe", [0, 1, 3])
 def test_shards_of_nodes(stripe: int) -> None:
     for total in range(40):
