@@ -27,7 +27,9 @@ def all_gather(profile: Profile, ranks: int, own_bytes: float) -> float:
     if nodes == 1:
         return profile.intra.latency + wait + received / profile.intra.bandwidth
     wait += nodes * profile.inter.message
-    slowest = min(profile.intra.bandwidth, node_bandwidth(profile.inter, node))
+    slowest = node_bandwidth(profile.inter, node)
+    if node > 1:
+        slowest = min(slowest, profile.intra.bandwidth)
     return profile.inter.latency + wait + received / slowest
 
 
@@ -56,10 +58,12 @@ def send(profile: Profile, ranks: int, size: float) -> float:
     if curve is not None:
         return interpolate(curve.points, size)
     near = profile.intra.latency + size / profile.intra.bandwidth
-    if nodes_of(profile, ranks)[1] == 1:
+    node, nodes = nodes_of(profile, ranks)
+    if nodes == 1:
         return near
     # One message crosses each border of a node, so it does not share the node's way out. All wait for the slowest.
-    return max(near, profile.inter.latency + size / node_bandwidth(profile.inter, 1))
+    far = profile.inter.latency + size / node_bandwidth(profile.inter, 1)
+    return far if node == 1 else max(near, far)
 
 
 @lru_cache(maxsize=64)
