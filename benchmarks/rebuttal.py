@@ -8,7 +8,7 @@ does not say is assumed below; ``docs/planner.md`` has what each assumption cont
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ds_lvxattn.plan import network
 from ds_lvxattn.plan.cluster.model_sizes import SHIPPED
@@ -20,7 +20,7 @@ from ds_lvxattn.plan.traffic import LayerShape
 
 GPUS = 6
 # A frame has four tiles: 120 frames are 768,480 tokens, which the rebuttal writes as 750K (of 1,024).
-FRAME_TOKENS = 4 * 1601
+MODEL = SHIPPED["Llama-3.2-11B-Vision"].with_tiles(4)
 # The published code repeats K and V for every query head before it uses or sends them.
 REPEATED_HEADS = 32
 # Parameters are gathered for the forward and the backward pass and gradients reduced, all in 16 bits, all trained.
@@ -50,8 +50,8 @@ def attention_seconds(row: Row, mode: Mode, profile: Profile) -> float:
 
     The published kernels add dK and dV up themselves, so the float32 passes of this package's rings are left out.
     """
-    model = SHIPPED["Llama-3.2-11B-Vision"]
-    keys = row.frames // GPUS * FRAME_TOKENS
+    model = MODEL
+    keys = row.frames // GPUS * model.frame_tokens
     shape = LayerShape(
         1, model.cross_heads, REPEATED_HEADS, model.cross_head_dim, (row.text // GPUS,) * GPUS, (keys,) * GPUS, ELEMENT
     )
@@ -61,7 +61,7 @@ def attention_seconds(row: Row, mode: Mode, profile: Profile) -> float:
 
 def other_seconds(row: Row, profile: Profile) -> dict[str, float]:
     """The rest of a step, by parts."""
-    model = replace(SHIPPED["Llama-3.2-11B-Vision"], frame_tokens=FRAME_TOKENS)
+    model = MODEL
     job = ClusterJob(model, row.text, row.frames, GPUS, features_train=False)
     projection = Layer(job.cross().shape, features=model.features)
     gathered = network.all_gather(profile, GPUS, model.parameters * ELEMENT / GPUS)

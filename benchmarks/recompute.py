@@ -83,7 +83,7 @@ class Setup:
         sample = video_sample(frames, text, self.sizes.image_token_index, self.sizes.text_config.vocab_size)
         layout = self.batches.collator.layout([sample])
         pixels = self.batches.collator.pixels(layout, [[None] * frames])  # type: ignore[list-item]
-        loaded = Loaded(layout, pixels, 0, layout.most_frames)
+        loaded = Loaded(layout, pixels, 0, layout.portions)
         return self.batches.prepare(loaded).inputs
 
     def step(self, inputs: dict[str, Any], policy: str) -> float:

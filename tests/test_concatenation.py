@@ -18,6 +18,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.comm import communicator
 from ds_lvxattn.exchange.routes import visible_work
 from ds_lvxattn.families import family as encoding
+from ds_lvxattn.families.family import ANY_SIZE, VisualFamily
 from ds_lvxattn.families.llava import Llava
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.runtime.visual_rows import VisualRows
@@ -34,7 +35,13 @@ PER_FRAME = 4
 
 def layout_of(patterns: tuple[str, ...], ranks: int, placement: str) -> BatchLayout:
     model: Any = tiny("llava")
-    return lay_out(samples_of(patterns), Llava(model.config), ranks, placement, 0, IMAGE_TOKEN)
+    return layout(patterns, Llava(model.config), ranks, placement)
+
+
+def layout(patterns: tuple[str, ...], family: VisualFamily, ranks: int, placement: str) -> BatchLayout:
+    samples, shape = samples_of(patterns), family.shape_of(None, None, ANY_SIZE)
+    shapes = [[shape] * sample.num_frames for sample in samples]
+    return lay_out(samples, shapes, family, ranks, placement, 0, IMAGE_TOKEN)
 
 
 def test_a_frame_has_a_row_for_each_of_its_visual_tokens() -> None:
@@ -55,19 +62,19 @@ def test_a_frame_has_a_row_for_each_of_its_visual_tokens() -> None:
 @pytest.mark.parametrize("pattern", ["ttItItttIa", "Ita", "tta"])
 def test_positions_of_qwen_are_those_of_the_model(pattern: str) -> None:
     model: Any = tiny("qwen2.5-vl")
-    layout = lay_out(samples_of((pattern,)), Qwen25VL(model.config), 1, "contiguous", 0, IMAGE_TOKEN)
-    ids = torch.from_numpy(layout.input_ids)
+    rows = layout((pattern,), Qwen25VL(model.config), 1, "contiguous")
+    ids = torch.from_numpy(rows.input_ids)
     grid = torch.tensor([[1, 4, 4]] * pattern.count("I")).reshape(-1, 3)
     want, _ = model.model.get_rope_index(ids, (ids == IMAGE_TOKEN).int(), grid)
-    got = Qwen25VL(model.config).positions(layout.visual[0])
+    got = Qwen25VL(model.config).positions(rows.visual[0])
     assert got.tolist() == want[:, 0].tolist()
 
 
 def test_adjacent_frames_of_qwen_come_one_after_another() -> None:
     """The model's own function takes them for one image; published prompts have tokens between them."""
     model: Any = tiny("qwen2.5-vl")
-    layout = lay_out(samples_of(("tIIt",)), Qwen25VL(model.config), 1, "contiguous", 0, IMAGE_TOKEN)
-    time, row, column = Qwen25VL(model.config).positions(layout.visual[0]).tolist()
+    rows = layout(("tIIt",), Qwen25VL(model.config), 1, "contiguous")
+    time, row, column = Qwen25VL(model.config).positions(rows.visual[0]).tolist()
     assert time == [0, 1, 1, 1, 1, 3, 3, 3, 3, 5]
     assert row == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
     assert column == [0, 1, 2, 1, 2, 3, 4, 3, 4, 5]

@@ -25,11 +25,12 @@ from transformers.models.opt.modeling_opt import OPTAttention
 
 from ds_lvxattn import merge_attention, sp_attention
 from ds_lvxattn.batches.sequence_parallel import attention_dropout
-from ds_lvxattn.data.sample import Sample, SampleError
+from ds_lvxattn.data.sample import FrameShape, Sample, SampleError
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.families import FAMILIES, VisualFamily, family_of, family_of_config, idefics, mllama
 from ds_lvxattn.families.blip2 import Blip2
+from ds_lvxattn.families.family import ANY_SIZE
 from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingo, OpenFlamingoConfig, OpenFlamingoModel
 from ds_lvxattn.families.idefics import Idefics
 from ds_lvxattn.families.rotary import check_positions, self_attention_role
@@ -63,7 +64,7 @@ def test_ranges_of_idefics_are_the_mask_of_its_processor(text: list[int]) -> Non
     counted, _ = image_attention_mask_for_packed_input_ids_pt(torch.tensor([ids]), _Tokenizer())
     [theirs] = incremental_to_binary_attention_mask(counted, "pt", num_classes=images)
     ranges = Idefics(None).frame_ranges(ids, IMAGE_TOKEN)
-    ours = Idefics(None).dense_mask([ranges], images)["image_attention_mask"][0]
+    ours = Idefics(None).dense_mask([ranges], [[FrameShape(1, 1)] * images])["image_attention_mask"][0]
     torch.testing.assert_close(ours, theirs.to(ours.dtype))
 
 
@@ -237,6 +238,7 @@ def test_a_saved_small_model_loads_by_its_folder(name: str, tmp_path: Path) -> N
     frames = [np.zeros((40, 30, 3), dtype=np.uint8)]
     family = family_of(loaded.model)
     assert isinstance(family, VisualFamily)
-    for key, value in family.pixels(frames, loaded.processor).items():
+    shapes = [family.shape_of(None, loaded.processor, ANY_SIZE)]
+    for key, value in family.pixels(frames, shapes, loaded.processor).items():
         assert value.shape == family.blank_pixels()[key].shape
     assert build_tokenizer().get_vocab() == loaded.tokenizer.get_vocab()

@@ -88,11 +88,11 @@ def test_what_text_sees_and_where_images_stand() -> None:
     ids, config = [4, IMAGE_TOKEN, IMAGE_TOKEN, 4], tiny("mplug_owl3, fused").config
     ranges = MPlugOwl3(config).frame_ranges(ids, IMAGE_TOKEN)
     assert ranges == [(0, 0), (0, 1), (0, 2), (0, 2)]
-    assert MPlugOwl3(config).dense_mask([[*ranges, (0, 0)]], 2)["media_offset"][0].tolist() == [1, 2]
+    assert MPlugOwl3(config).dense_mask([[*ranges, (0, 0)]], [])["media_offset"][0].tolist() == [1, 2]
     config.hyper_attention = "gate"
     ranges = MPlugOwl3(config).frame_ranges(ids, IMAGE_TOKEN)
     assert ranges == [(0, 0), (0, 0), (0, 1), (0, 2)]
-    assert MPlugOwl3(config).dense_mask([ranges], 2)["media_offset"][0].tolist() == [2, 3]
+    assert MPlugOwl3(config).dense_mask([ranges], [])["media_offset"][0].tolist() == [2, 3]
 
 
 # Published checkpoints
@@ -136,7 +136,7 @@ def test_parameters_are_named_as_in_published_checkpoints(kind: str, tmp_path: P
         torch.testing.assert_close(value, model.state_dict()[name])
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_size": SIZE}))
     frames = [torch.zeros(40, 30, 3, dtype=torch.uint8).numpy()]
-    pixels = MPlugOwl3(loaded.config).pixels(frames, load_processor(str(tmp_path)))["pixel_values"]
+    pixels = MPlugOwl3(loaded.config).pixels(frames, [], load_processor(str(tmp_path)))["pixel_values"]
     assert pixels.shape == (1, 1, 3, SIZE, SIZE) and (pixels == -1).all()
 
 

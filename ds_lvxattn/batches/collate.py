@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvxattn.batches.layout import BatchLayout, lay_out
-from ds_lvxattn.data.sample import IGNORE, Sample, SampleError
+from ds_lvxattn.data.sample import IGNORE, FrameShape, FrameSize, Sample, SampleError
 from ds_lvxattn.exchange.comm import Communicator, communicator
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.routes import Routes, routed_rows, visible_work
 from ds_lvxattn.exchange.shards import ShardLayout
-from ds_lvxattn.families.family import Family, VisualFamily
+from ds_lvxattn.families.family import Family, FrameLimits, VisualFamily
 from ds_lvxattn.plan.choice import shape_class
 from ds_lvxattn.plan.layer_plan import LayerPlan, kind_of
 from ds_lvxattn.plan.planner import BatchSizes
@@ -78,6 +78,7 @@ class Collator:
         image_id: token id of a frame.
         device: where the tensors go.
         dtype: dtype of pixel values.
+        limits: how large frames may be.
         division: how the group of the attached model divides batches; None: the unmodified model with its own mask.
     """
 
@@ -88,6 +89,7 @@ class Collator:
     device: torch.device
     dtype: torch.dtype
     division: Division | None
+    limits: FrameLimits
 
     def layout(self, samples: Sequence[Sample]) -> BatchLayout:
         """Layout of ``samples`` over the ranks of the group, the same on each of them."""
@@ -100,7 +102,21 @@ class Collator:
         return self._layout(samples, 1, "contiguous")
 
     def _layout(self, samples: Sequence[Sample], ranks: int, placement: str) -> BatchLayout:
-        return lay_out(samples, self.family, ranks, placement, self.pad_token, self.image_id)
+        return lay_out(
+            samples,
+            [self._frame_shapes(s) for s in samples],
+            self.family,
+            ranks,
+            placement,
+            self.pad_token,
+            self.image_id,
+        )
+
+    def _frame_shapes(self, sample: Sample) -> list[FrameShape]:
+        sizes: Sequence[FrameSize | None] = sample.sizes or [None] * sample.num_frames
+        if not isinstance(self.family, VisualFamily):
+            return []
+        return [self.family.shape_of(size, self.processor, self.limits) for size in sizes]
 
     def rank_in(self, layout: BatchLayout) -> int:
         """Which rank of ``layout`` this one is; one of a single rank is that of every rank."""
@@ -130,12 +146,12 @@ class Collator:
             shape_class(len(layout.frames), layout.text.total, layout.keys.total),
             layout.text.ranks,
             len(layout.frames) * layout.text.total,
-            sum(layout.frames) * self.family.encoder_tokens() if isinstance(self.family, VisualFamily) else 0,
+            layout.encoder_tokens,
             functools.partial(self._shapes, layout),
         )
 
     def _shapes(self, layout: BatchLayout) -> dict[str, CallShape]:
-        batch, element = len(layout.frames), self.dtype.itemsize
+        element = self.dtype.itemsize
         shapes = {}
         for kind, shards, ranges in self._kinds(layout):
             size, between = self._node_size(layout), None
@@ -143,7 +159,7 @@ class Collator:
                 rows = KVInterval(*ranges).of_nodes(shards.q, size)
                 between = routed_rows(rows.start, rows.stop, shards.of_nodes(size))
             shapes[kind] = CallShape(
-                batch, shards.q.lengths, shards.kv.lengths, element,
+                ranges[0].shape[1], shards.q.lengths, shards.kv.lengths, element,
                 routed_rows(*ranges, shards), visible_work(*ranges, shards.kv), size, between,
             )  # fmt: skip
         return shapes
@@ -169,7 +185,7 @@ class Collator:
         layout: BatchLayout,
         images: Images | Pixels,
         plans: Mapping[nn.Module, LayerPlan],
-        most_frames: int | None = None,
+        portions: int | None = None,
         times: LayerTimes | None = None,
         tokens: float | None = None,
     ) -> MicroBatch:
@@ -179,7 +195,7 @@ class Collator:
             images: the frames that lie on this rank, or what ``pixels`` made of them.
             plans: what each attention module runs with, by the planner's word for ``sizes(layout)``; without division
                 none.
-            most_frames: ``layout.most_frames`` over all groups of the run; None: there is one group.
+            portions: ``layout.portions`` over all groups of the run; None: there is one group.
             times: measures the attention layers; None: nothing is measured.
             tokens: what the sum of the losses of the supervised tokens is divided by; None: their number.
         """
@@ -201,7 +217,7 @@ class Collator:
         inputs |= images if isinstance(images, dict) else self.pixels(layout, images)
         inputs = {key: self._to_device(value) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         if self.division:
-            batch = self._exchange(layout, own, plans, most_frames or layout.most_frames, times)
+            batch = self._exchange(layout, own, plans, portions or layout.portions, times)
             inputs["sequence_parallel"] = replace(batch, position_ids=inputs["position_ids"])
         return MicroBatch(
             inputs,
@@ -226,31 +242,34 @@ class Collator:
         flat = [image for sample in images for image in sample]
         if self.division:
             # A rank without frames encodes a blank one, so that every rank runs the same modules and collectives.
-            return dict(self._pixels(family, flat))
+            return dict(self._pixels(family, flat, layout.own_shapes(self.rank_in(layout))))
         frames = max(layout.frames)
         if not frames and not family.needs_frames:
             return {}  # the unmodified model skips its vision encoder
         if family.keys_in_text:
-            return dict(family.pad_tiles(self._pixels(family, flat)))
+            return dict(family.pad_tiles(self._pixels(family, flat, layout.own_shapes(0))))
         frames = max(frames, 1)
-        pixels = [family.pad_tiles(self._pixels(family, sample)) for sample in images]
+        of_samples = zip(images, layout.shapes, strict=True)
+        pixels = [family.pad_tiles(self._pixels(family, *sample)) for sample in of_samples]
         # Rows of the padding behind a sample see nothing.
         ranges = [[*rows, *[(0, 0)] * (layout.input_ids.shape[1] - len(rows))] for rows in layout.ranges]
-        dense = family.dense_mask(ranges, frames)
+        dense = family.dense_mask(ranges, layout.shapes)
         return {**{key: torch.cat([_pad_frames(p[key], frames) for p in pixels]) for key in pixels[0]}, **dense}
 
-    def _pixels(self, family: VisualFamily, frames: list[np.ndarray]) -> Mapping[str, Tensor]:
+    def _pixels(
+        self, family: VisualFamily, frames: list[np.ndarray], shapes: Sequence[FrameShape]
+    ) -> Mapping[str, Tensor]:
         """Pixel arguments of these frames, or of a blank one."""
         if not frames:
             return family.blank_pixels()
-        return family.pixels(frames, self.processor)
+        return family.pixels(frames, shapes, self.processor)
 
     def _exchange(
         self,
         layout: BatchLayout,
         own: slice | np.ndarray,
         plans: Mapping[nn.Module, LayerPlan],
-        most_frames: int,
+        portions: int,
         times: LayerTimes | None,
     ) -> SequenceParallelBatch:
         assert self.division is not None
@@ -261,14 +280,12 @@ class Collator:
             kind: self._inputs(comm, shards, *ranges, [levels for of, levels in routed if of == kind])
             for kind, shards, ranges in self._kinds(layout)
         }
-        # An unused slot repeats the first frame, which no row sees.
-        loaded, slots = 0, []
-        for frames in layout.frames:
-            for slot in layout.slots[comm.rank]:
-                slots.append(loaded if slot < frames else 0)
-                loaded += slot < frames
-        portions = -(-most_frames // self.family.frames_at_once()) if isinstance(self.family, VisualFamily) else 1
-        in_order = slots == list(range(max(loaded, portions, 1)))
+        shapes = layout.own_shapes(comm.rank)
+        if not shapes and isinstance(self.family, VisualFamily):
+            shapes = [self.family.shape_of(None, self.processor, self.limits)]
+        places = layout.places(comm.rank) if sum(layout.frames) else np.zeros(0, dtype=np.int64)
+        order = layout.key_order(comm.rank)
+        places = np.pad(places, (0, len(shapes) - len(places)))
         sees_frame = torch.from_numpy(layout.sees_frame[:, own]).to(self.dtype)
         visual_rows = None
         if layout.keys_in_text and isinstance(self.family, VisualFamily):
@@ -279,8 +296,9 @@ class Collator:
             plans,
             self.division.kernel,
             times,
-            None if in_order else torch.tensor(slots, device=self.device),
-            torch.from_numpy(layout.places(comm.rank)).to(self.device),
+            tuple(shapes),
+            None if order is None else torch.from_numpy(order).to(self.device),
+            torch.from_numpy(places)[None].to(self.device),
             portions,
             sees_frame[:, None, :, None].to(self.device),
             visual_rows,

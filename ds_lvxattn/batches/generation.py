@@ -159,9 +159,9 @@ def _on_all_ranks(model: Any, batches: Batches, samples: Sequence[Sample], setti
 def _prefill(model: Any, batches: Batches, loaded: Loaded, together: bool) -> tuple[Cache, KeyCache]:
     """One forward over the prompts. Returns the model's cache of this rank's rows, and its visual keys and values."""
     if together:
-        most = torch.tensor(loaded.most_frames, device=batches.collator.device)
+        most = torch.tensor(loaded.portions, device=batches.collator.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        loaded = replace(loaded, most_frames=int(most))
+        loaded = replace(loaded, portions=int(most))
     inputs = batches.prepare(loaded).inputs
     visual: KeyCache = {}
     batch = replace(inputs["sequence_parallel"], visual=visual)
@@ -221,7 +221,9 @@ def _step(collator: Collator, layout: BatchLayout, plans: Plans, divided: KeyCac
         keys, start, stop = layout.keys, layout.start[last], layout.stop[last]
     interval = None
     if start.any() or (stop != keys.total).any():
-        bounds = torch.from_numpy(np.stack((start, stop)).astype(np.int32)[:, None, :, None]).to(device)
+        # In cross-attention the new tokens of all samples are one sequence of rows, as the keys are one of keys.
+        shape = (2, 1, len(lengths), 1) if layout.keys_in_text else (2, 1, 1, len(lengths))
+        bounds = torch.from_numpy(np.stack((start, stop)).astype(np.int32).reshape(shape)).to(device)
         interval = KVInterval(*bounds.unbind())
     text_start = None
     if not layout.keys_in_text and lengths.min() < layout.text.total:
@@ -229,9 +231,9 @@ def _step(collator: Collator, layout: BatchLayout, plans: Plans, divided: KeyCac
     positions = (collator.family.positions(visual) for visual in layout.visual)
     position = np.stack([p[..., n - 1 : n] for p, n in zip(positions, lengths, strict=True)], axis=-2)
     sees_frame = torch.from_numpy(layout.sees_frame[last]).to(device, collator.dtype)
-    one_row = SequenceShards((1,) * division.comm.ranks)
+    rows = SequenceShards((1 if layout.keys_in_text else len(lengths),) * division.comm.ranks)
     return DecodingStep(
-        division.comm, plans, division.kernel, divided, ShardLayout(one_row, keys), interval,
+        division.comm, plans, division.kernel, divided, ShardLayout(rows, keys), interval,
         text_start, sees_frame[:, None, None, None], torch.from_numpy(position).to(device),
     )  # fmt: skip
 

@@ -140,7 +140,7 @@ class Loader:
             pixels = self._pixels(begun, images)
             broken = self._compare([i if isinstance(i, SampleError) else "" for i in images])
             if not any(broken):
-                return Loaded(begun.layout, pixels, begun.skipped, self._most_frames(begun.layout))
+                return Loaded(begun.layout, pixels, begun.skipped, self._portions(begun.layout))
             # Without them other frames lie on this rank, which may be broken too.
             samples = [self._nothing if bad else s for s, bad in zip(begun.samples, broken, strict=True)]
             begun = self._decode(samples, begun.skipped + sum(broken))
@@ -183,10 +183,10 @@ class Loader:
                 logger.warning("skipped a sample: %s", problem)
         return [bool(problem) for problem in problems]
 
-    def _most_frames(self, layout: BatchLayout) -> int:
+    def _portions(self, layout: BatchLayout) -> int:
         if dist.get_world_size(self.control.everyone) == dist.get_world_size(self.control.sequence):
-            return layout.most_frames
-        return max(_gather(layout.most_frames, self.control.everyone))
+            return layout.portions
+        return max(_gather(layout.portions, self.control.everyone))
 
     def stream(self, rows: Callable[[int], Sequence[int | None]], first: int, last: int) -> Iterator[Loaded]:
         """Micro-batches ``first`` to ``last - 1``; the next ``look_ahead`` ones load while the present one is used.

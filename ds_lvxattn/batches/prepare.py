@@ -16,6 +16,7 @@ from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.data.sample import Sample
 from ds_lvxattn.families import family_of
 from ds_lvxattn.families.processors import ChannelsLast
+from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
 from ds_lvxattn.plan.layer_plan import LayerPlan
 from ds_lvxattn.plan.planner import Plan, Planner
 from ds_lvxattn.runtime.layer_times import LayerTimes
@@ -25,7 +26,7 @@ from ds_lvxattn.runtime.layer_times import LayerTimes
 class Loaded:
     """Samples, their layout and the frames that this rank decoded, as pixels; ``skipped`` of them were replaced.
 
-    ``most_frames`` is that of the layouts of all groups: all ranks call the vision encoder equally often, since
+    ``portions`` is that of the layouts of all groups: all ranks call the vision encoder equally often, since
     ZeRO-3 gathers its parameters over all of them. ``tokens`` is what its loss is divided by, so that those of all
     micro-batches of a step average to the step's loss a token; None: its own supervised tokens.
     """
@@ -33,7 +34,7 @@ class Loaded:
     layout: BatchLayout
     pixels: Pixels
     skipped: int
-    most_frames: int
+    portions: int
     tokens: float | None = None
 
 
@@ -47,6 +48,7 @@ class Batches:
         image_id: token id of a frame.
         device, dtype: of the model's arguments.
         parallel: its sequence parallelism; None: the unmodified model.
+        limits: how large frames may be.
 
     Attributes:
         collator: makes arguments of samples.
@@ -65,6 +67,7 @@ class Batches:
         device: torch.device,
         dtype: torch.dtype,
         parallel: SequenceParallel | None,
+        limits: FrameLimits = ANY_SIZE,
     ) -> None:
         self.parallel = parallel
         processor = ChannelsLast(processor)
@@ -74,7 +77,7 @@ class Batches:
             self.planner = planner_for(parallel, device, dtype)
             config = parallel.config
             division = Division(parallel.comm, config.placement, parallel.windows, config.kernel)
-        self.collator = Collator(family_of(model), processor, pad_token, image_id, device, dtype, division)
+        self.collator = Collator(family_of(model), processor, pad_token, image_id, device, dtype, division, limits)
         self._plan: Plan = ()
         self._plans: Mapping[nn.Module, LayerPlan] = {}
 
@@ -110,7 +113,7 @@ class Batches:
         """
         layout = layout or self.layout(samples)
         pixels = self.collator.pixels(layout, self.collator.load(samples, layout))
-        return Loaded(layout, pixels, 0, layout.most_frames)
+        return Loaded(layout, pixels, 0, layout.portions)
 
     def prepare(self, batch: Loaded | Sequence[Sample], times: LayerTimes | None = None) -> MicroBatch:
         """This rank's micro-batch, planned for; every rank of the group calls it for the same batches.
@@ -122,7 +125,7 @@ class Batches:
         if not isinstance(batch, Loaded):
             batch = self.load(batch)
         plans = self.plans(batch.layout)
-        return self.collator.collate(batch.layout, batch.pixels, plans, batch.most_frames, times, batch.tokens)
+        return self.collator.collate(batch.layout, batch.pixels, plans, batch.portions, times, batch.tokens)
 
     def note_times(self, plan: Plan, times: LayerTimes) -> Plan:
         """``plan``, one of the planner's, with what was measured."""

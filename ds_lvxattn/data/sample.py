@@ -40,6 +40,23 @@ class FrameSize:
 
 
 @dataclass(frozen=True)
+class FrameShape:
+    """What a model makes of a frame.
+
+    Attributes:
+        tokens: visual tokens, as the language model sees it.
+        encoder_tokens: tokens inside the vision encoder, padding included: what encoding it costs.
+        grid: how the image processor divides the picture, in its own units (rows and columns of tiles or patches).
+        padding: further tokens, of what pads the picture, that only text sees which sees no frame.
+    """
+
+    tokens: int
+    encoder_tokens: int
+    grid: tuple[int, ...] = ()
+    padding: int = 0
+
+
+@dataclass(frozen=True)
 class Sample:
     """A tokenised conversation and its frames, which are decoded only when asked for.
 

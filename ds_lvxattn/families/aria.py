@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from transformers import AriaForConditionalGeneration, AutoImageProcessor
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionAttention
 
+from ds_lvxattn.data.sample import FrameShape
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
-from ds_lvxattn.families.frames import encode_in_portions, filled
+from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
 
@@ -33,16 +35,18 @@ class Aria(Concatenation):
     def is_local(self, module: nn.Module) -> bool:
         return isinstance(module, (Idefics3VisionAttention, nn.MultiheadAttention))
 
-    def encode(self, model: Any, pixels: Sequence[Tensor], portions: int, recomputation: Recomputation) -> Tensor:
+    def encode(
+        self, model: Any, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
+    ) -> Tensor:
         values, mask = pixels
         tower, patch = model.vision_tower, model.config.vision_config.patch_size
         # A patch counts if a pixel of it is no padding, as in the model.
         patches = mask.unfold(1, patch, patch).unfold(2, patch, patch).any(dim=-1).any(dim=-1)
         vision = functools.partial(_states, tower, model.config.vision_feature_layer)
-        states = encode_in_portions(tower, vision, [values, patches], portions, recomputation)
-        hidden = filled(~patches, states.shape[0]).flatten(1)
+        states = encode_in_portions(tower, vision, [values, patches], batch, recomputation)
+        hidden = (~patches).flatten(1)
         projector = model.multi_modal_projector
-        return encode_in_portions(projector, projector, [states, hidden], portions, recomputation)
+        return encode_in_portions(projector, projector, [states, hidden], batch, recomputation)
 
     def trainable_by_default(self) -> tuple[str, ...]:
         return (*super().trainable_by_default(), "*multi_modal_projector.*")
@@ -68,7 +72,9 @@ class Aria(Concatenation):
     def load_processor(self, name: str) -> Any:
         return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
 
-    def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
+    def pixels(
+        self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
+    ) -> Mapping[str, Tensor]:
         side = self.config.vision_config.image_size
         processed = processor(list(frames), return_tensors="pt", max_image_size=side, split_image=False)
         return {key: processed[key][None] for key in self.pixel_arguments}

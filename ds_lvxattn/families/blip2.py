@@ -20,6 +20,7 @@ from transformers.models.blip_2.modeling_blip_2 import (
     Blip2QFormerMultiHeadAttention,
 )
 
+from ds_lvxattn.data.sample import FrameShape
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.frames import encode_in_portions
@@ -64,13 +65,15 @@ class Blip2(Concatenation):
     def decoder(self, model: nn.Module) -> Any:
         return model.get_submodule("language_model")  # the model's own takes pixels alone
 
-    def encode(self, model: Any, pixels: Sequence[Tensor], portions: int, recomputation: Recomputation) -> Tensor:
+    def encode(
+        self, model: Any, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
+    ) -> Tensor:
         vision = functools.partial(_states, model.vision_model)
-        states = encode_in_portions(model.vision_model, vision, pixels, portions, recomputation)
+        states = encode_in_portions(model.vision_model, vision, pixels, batch, recomputation)
         # An input, not a part of what is computed again: ZeRO-3 knows it as a parameter of the model around.
         queries = model.query_tokens.expand(states.shape[0], -1, -1)
         read = functools.partial(_read, model.qformer)
-        tokens = encode_in_portions(model.qformer, read, [queries, states], portions, recomputation)
+        tokens = encode_in_portions(model.qformer, read, [queries, states], batch, recomputation)
         return model.language_projection(tokens.to(states.dtype))
 
     def trainable_by_default(self) -> tuple[str, ...]:
@@ -91,7 +94,9 @@ class Blip2(Concatenation):
     def load_processor(self, name: str) -> Any:
         return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
 
-    def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
+    def pixels(
+        self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
+    ) -> Mapping[str, Tensor]:
         return {"pixel_values": processor(list(frames), return_tensors="pt")["pixel_values"][None]}
 
     def blank_pixels(self) -> Mapping[str, Tensor]:
@@ -117,7 +122,7 @@ def _visual_tokens(
     if not isinstance(pixels, tuple):
         return get_image_features(pixels, **options)
     own_pixels, batch = pixels
-    tokens = family.encode(model, [own_pixels], batch.portions, recomputation)
+    tokens = family.encode(model, [own_pixels], batch, recomputation)
     in_rows = batch.visual_rows.fetch(tokens, batch.comm)
     return BaseModelOutputWithVisionQformerOutputs(pooler_output=in_rows)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ds_lvxattn.data.sample import FrameShape
 from ds_lvxattn.families.family import VisualFamily
 from ds_lvxattn.families.rotary import self_attention_role, self_attention_sizes, self_attention_window
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
@@ -34,13 +35,16 @@ class Concatenation(VisualFamily):
         """Whether a module is an attention of the vision encoder."""
 
     @abstractmethod
-    def encode(self, model: Any, pixels: Sequence[Tensor], portions: int, recomputation: Recomputation) -> Tensor:
-        """Visual tokens ``[f, tokens, d]`` of ``f`` frames.
+    def encode(
+        self, model: Any, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
+    ) -> Tensor:
+        """Visual tokens ``[f, tokens, d]`` or ``[tokens, d]`` of the rank's ``f`` frames.
 
         Args:
             model: the module inside the model for conditional generation.
             pixels: ``[f, ...]``, its ``pixel_arguments``.
-            portions, recomputation: see ``encode_in_portions``.
+            batch: says what they are and in how many portions they are encoded.
+            recomputation: see ``encode_in_portions``.
         """
 
     def role_of(self, module: nn.Module) -> str | None:
@@ -64,7 +68,9 @@ class Concatenation(VisualFamily):
     def pad_tiles(self, pixels: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {key: x[0] for key, x in pixels.items()}
 
-    def dense_mask(self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int) -> Mapping[str, Tensor]:
+    def dense_mask(
+        self, ranges: Sequence[Sequence[tuple[int, int]]], shapes: Sequence[Sequence[FrameShape]]
+    ) -> Mapping[str, Tensor]:
         return {}  # causal
 
 
@@ -82,7 +88,7 @@ def _embed(
     model: Any = module
     rest = dict(kwargs)
     pixels = [rest.pop(name)[0] for name in family.pixel_arguments]
-    visual = family.encode(model, pixels, batch.portions, recomputation)
+    visual = family.encode(model, pixels, batch, recomputation)
     text = model.get_input_embeddings()(rest.pop("input_ids"))
     assert batch.visual_rows is not None
     return args, {**rest, "inputs_embeds": batch.visual_rows.place(text, visual, batch.comm)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.runtime.recompute import Recomputation
@@ -22,6 +24,24 @@ from ds_lvxattn.runtime.recompute import Recomputation
 # Tokens that a vision encoder takes at once: some hold the hidden states of all their layers until they return, so
 # that all frames at once would be the peak of the whole step.
 TOKENS_AT_ONCE = 1 << 15
+
+
+@dataclass(frozen=True)
+class FrameLimits:
+    """How large pictures may be, in the units of the image processor; None: as the processor has it.
+
+    Attributes:
+        image_tiles, frame_tiles: tiles of an image and of a frame of a video, at most.
+        frame_padding: whether text that sees no frame sees what pads the frames of a video, as it sees the padding of
+            images, where the model has it so (Llama 3.2 Vision): it costs the keys of all tiles for every frame.
+    """
+
+    image_tiles: int | None = None
+    frame_tiles: int | None = 1
+    frame_padding: bool = False
+
+
+ANY_SIZE = FrameLimits()
 
 
 class Family(ABC):
@@ -168,15 +188,21 @@ class VisualFamily(Family):
 
     @abstractmethod
     def frame_tokens(self) -> int:
-        """Visual tokens of a frame, as the language model sees it."""
+        """Visual tokens of a frame, as the language model sees it; of the smallest one, where sizes differ."""
 
     @abstractmethod
     def encoder_tokens(self) -> int:
-        """Tokens of a frame inside the vision encoder, padding included: what encoding it costs."""
+        """Tokens of such a frame inside the vision encoder, padding included: what encoding it costs."""
 
-    def frames_at_once(self) -> int:
-        """Frames of a portion, at most: what the vision encoder takes at once."""
-        return max(TOKENS_AT_ONCE // self.encoder_tokens(), 1)
+    def shape_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> FrameShape:
+        """What the model makes of a frame. Here: of every frame the same.
+
+        Args:
+            size: of its picture; None: not known, a frame of the smallest kind.
+            processor: the image processor.
+            limits: how large frames may be.
+        """
+        return FrameShape(self.frame_tokens(), self.encoder_tokens())
 
     @abstractmethod
     def visual_widths(self) -> tuple[int, ...]:
@@ -208,8 +234,10 @@ class VisualFamily(Family):
         """The image processor of a local path or hub name; raises like ``load_model``."""
 
     @abstractmethod
-    def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
-        """The model's pixel arguments, ``[1, frames, ...]``, for uint8 ``[H, W, 3]`` frames: one tile a frame."""
+    def pixels(
+        self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
+    ) -> Mapping[str, Tensor]:
+        """The model's pixel arguments, ``[1, frames, ...]``, for uint8 ``[H, W, 3]`` frames of such shapes."""
 
     @abstractmethod
     def blank_pixels(self) -> Mapping[str, Tensor]:
@@ -233,8 +261,20 @@ class VisualFamily(Family):
         return pixels
 
     @abstractmethod
-    def dense_mask(self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int) -> Mapping[str, Tensor]:
-        """The model's own dense mask argument for ``frame_ranges`` of each sample."""
+    def dense_mask(
+        self, ranges: Sequence[Sequence[tuple[int, int]]], shapes: Sequence[Sequence[FrameShape]]
+    ) -> Mapping[str, Tensor]:
+        """The model's own dense mask argument for ``frame_ranges`` of each sample, and the shapes of its frames."""
+
+
+def portions_of(costs: Sequence[int]) -> int:
+    """In how many portions a vision encoder takes frames of such ``encoder_tokens``, in their order; at least one."""
+    portions, filled = 1, 0
+    for cost in costs:
+        if filled and filled + cost > TOKENS_AT_ONCE:
+            portions, filled = portions + 1, 0
+        filled += cost
+    return portions
 
 
 def dense_frame_mask(ranges: Sequence[Sequence[tuple[int, int]]], frames: int) -> Tensor:

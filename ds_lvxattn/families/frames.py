@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ds_lvxattn.exchange.shards import runs, split_by_size
+from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation, recompute
 
 
@@ -25,46 +28,60 @@ def encode_in_portions(
     module: nn.Module,
     encode: Callable[..., Tensor],
     inputs: Sequence[Tensor],
-    portions: int,
+    batch: SequenceParallelBatch,
     recomputation: Recomputation,
+    ragged: bool = False,
 ) -> Tensor:
     """``encode(*inputs)`` by ``module``, computed portion by portion of the frames.
 
-    Every rank makes ``portions`` calls, as ZeRO-3 needs: a rank with fewer frames than portions encodes its first one
-    again, which no row sees. Where ``module`` trains, its activations are computed again in the backward pass, a
-    portion at a time, unless the policy is ``none``.
+    Every rank makes ``batch.portions`` calls, as ZeRO-3 needs: a rank with fewer frames than portions encodes its
+    first one again, which no row sees. Portions cost about equally. Where ``module`` trains, its activations are
+    computed again in the backward pass, a portion at a time, unless the policy is ``none``.
 
     Args:
         module: holds the parameters that ``encode`` uses.
-        encode: frames of a portion, ``[f, ...]`` of each input, to ``[f, tokens, d]``.
+        encode: frames of a portion, ``[f, ...]`` of each input, to ``[f, tokens, d]``; if ``ragged``, with their shapes
+            as argument ``shapes``, to their visual tokens, each frame's padding behind its own, ``[tokens, d]``.
         inputs: ``[frames, ...]`` each.
+        batch: says what they are, and in how many portions they are encoded.
 
     Returns:
-        ``[max(frames, portions), tokens, d]``.
+        ``[frames, tokens, d]``, or ``[tokens, d]``.
     """
-    inputs = [filled(x, portions) for x in inputs]
-    parts = list(zip(*(x.tensor_split(portions) for x in inputs), strict=True))
+    shapes, portions = batch.shapes, batch.portions
+    counts = [count for count in split_by_size([shape.encoder_tokens for shape in shapes], portions) if count]
+    own = runs(counts)
+    parts = [*own, *[range(1)] * (portions - len(own))]
+    rows = [sum(shapes[i].tokens + shapes[i].padding for i in part) if ragged else len(part) for part in parts]
+
+    def encoded(part: range, again: bool = False) -> Tensor:
+        portion = [x[part.start : part.stop] for x in inputs]
+        call = functools.partial(encode, shapes=shapes[part.start : part.stop]) if ragged else encode
+        # All that a portion keeps is its inputs, views of the batch's own.
+        return recompute(module, call, *portion, keep=False) if again else call(*portion)
+
     with_graph = any(p.requires_grad for p in module.parameters()) or any(x.requires_grad for x in inputs)
     if torch.is_grad_enabled() and with_graph:
-        if recomputation.policy == "none":
-            return torch.cat([encode(*part) for part in parts])
-        # All that a portion keeps is its inputs, views of the batch's own.
-        return torch.cat([recompute(module, encode, *part, keep=False) for part in parts])
+        whole = torch.cat([encoded(part, recomputation.policy != "none") for part in parts])
+        # What is encoded again is part of the result, so that its backward pass runs on this rank too.
+        return whole if len(parts) == len(own) else whole[: sum(rows[: len(own)])]
     with torch.no_grad():
-        first = encode(*parts[0])
+        first = encoded(parts[0])
         if portions == 1:
             return first.contiguous()
-        # Frame by frame into their place: a list of portions beside the whole would take twice the memory.
-        encoded = first.new_empty(inputs[0].shape[0], *first.shape[1:])
-        places = encoded.tensor_split(portions)
-        places[0].copy_(first)
-        del first
-        for place, part in zip(places[1:], parts[1:], strict=True):
-            place.copy_(encode(*part))
-        return encoded
+        # Portion by portion into its place: a list of them beside the whole would take twice the memory.
+        whole = first.new_empty(sum(rows[: len(own)]), *first.shape[1:])
+        for number, (part, place) in enumerate(zip(parts, whole.split(rows[: len(own)]), strict=False)):
+            place.copy_(encoded(part) if number else first)
+        for part in parts[len(own) :]:
+            encoded(part)
+        return whole
 
 
-def filled(x: Tensor, count: int) -> Tensor:
-    """``x [f, ...]`` with its first frame again and again behind it, up to ``count`` frames."""
-    missing = count - x.shape[0]
-    return torch.cat((x, x[:1].expand(missing, *x.shape[1:]))) if missing > 0 else x
+def in_samples(features: Tensor, samples: int) -> Tensor:
+    """``[rows, d]`` as ``[samples, rows / samples, d]``, filled up with zeros, for a model that wants a batch.
+
+    Attention takes the rows of all samples as one sequence again (``SequenceParallelBatch.exchange``).
+    """
+    filled = nn.functional.pad(features, (0, 0, 0, -len(features) % samples))
+    return filled.unflatten(0, (samples, -1))

@@ -22,8 +22,9 @@ from transformers.models.idefics.modeling_idefics import IdeficsAttention, Idefi
 from transformers.models.idefics.perceiver import IdeficsPerceiverAttention
 from transformers.models.idefics.vision import IdeficsVisionAttention
 
+from ds_lvxattn.data.sample import FrameShape
 from ds_lvxattn.families.family import VisualFamily, dense_frame_mask
-from ds_lvxattn.families.frames import encode_in_portions, refuse_mask
+from ds_lvxattn.families.frames import encode_in_portions, in_samples, refuse_mask
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
@@ -73,15 +74,19 @@ class Idefics(VisualFamily):
     def load_processor(self, name: str) -> Any:
         return IdeficsImageProcessorPil.from_pretrained(name)
 
-    def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
+    def pixels(
+        self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
+    ) -> Mapping[str, Tensor]:
         return {"pixel_values": processor.preprocess(list(frames), return_tensors="pt")[None]}
 
     def blank_pixels(self) -> Mapping[str, Tensor]:
         vision = self.config.vision_config
         return {"pixel_values": torch.zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size)}
 
-    def dense_mask(self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int) -> Mapping[str, Tensor]:
-        return {"image_attention_mask": dense_frame_mask(ranges, frames)}
+    def dense_mask(
+        self, ranges: Sequence[Sequence[tuple[int, int]]], shapes: Sequence[Sequence[FrameShape]]
+    ) -> Mapping[str, Tensor]:
+        return {"image_attention_mask": dense_frame_mask(ranges, max(1, *map(len, shapes)))}
 
 
 def encode_frames(
@@ -108,13 +113,11 @@ def encode_frames(
         return args, {**rest, "pixel_values": None, name: feature, "image_attention_mask": seen}
     pixels = rest.pop("pixel_values")[0]
     vision = functools.partial(_vision_states, model.vision_model)
-    states = encode_in_portions(model.vision_model, vision, [pixels], batch.portions, recomputation)
+    states = encode_in_portions(model.vision_model, vision, [pixels], batch, recomputation)
     if model.config.use_resampler:
         resampler = model.perceiver_resampler
-        states = encode_in_portions(resampler, resampler, [states], batch.portions, recomputation)
-    if batch.slots is not None:
-        states = states.index_select(0, batch.slots)
-    features = states.reshape(samples, -1, 1, states.shape[-1])
+        states = encode_in_portions(resampler, resampler, [states], batch, recomputation)
+    features = in_samples(states.flatten(0, 1), samples).unsqueeze(2)
     return args, {**rest, name: features, "image_attention_mask": seen}
 
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, Idefics2ForConditionalGeneration
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverAttention, Idefics2VisionAttention
 
+from ds_lvxattn.data.sample import FrameShape
 from ds_lvxattn.families.concatenation import Concatenation
-from ds_lvxattn.families.frames import encode_in_portions, filled
+from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
 
@@ -32,15 +34,17 @@ class Idefics2(Concatenation):
     def is_local(self, module: nn.Module) -> bool:
         return isinstance(module, (Idefics2VisionAttention, Idefics2PerceiverAttention))
 
-    def encode(self, model: Any, pixels: Sequence[Tensor], portions: int, recomputation: Recomputation) -> Tensor:
+    def encode(
+        self, model: Any, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
+    ) -> Tensor:
         values, mask = pixels
         patch = model.config.vision_config.patch_size
         # A patch counts if no pixel of it is padding, as in the model.
         patches = mask.unfold(1, patch, patch).unfold(2, patch, patch).all(dim=-1).all(dim=-1)
         vision = functools.partial(_states, model.vision_model)
-        states = encode_in_portions(model.vision_model, vision, [values, patches], portions, recomputation)
-        inputs = [states, filled(patches, states.shape[0]).flatten(1)]
-        return encode_in_portions(model.connector, model.connector, inputs, portions, recomputation)
+        states = encode_in_portions(model.vision_model, vision, [values, patches], batch, recomputation)
+        inputs = [states, patches.flatten(1)]
+        return encode_in_portions(model.connector, model.connector, inputs, batch, recomputation)
 
     def trainable_by_default(self) -> tuple[str, ...]:
         head = () if self.config.tie_word_embeddings else ("*lm_head.*",)
@@ -62,7 +66,9 @@ class Idefics2(Concatenation):
             name, backend="pil", do_image_splitting=False, trust_remote_code=False
         )
 
-    def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
+    def pixels(
+        self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
+    ) -> Mapping[str, Tensor]:
         processed = processor([list(frames)], return_tensors="pt", do_image_splitting=False)
         return {key: processed[key] for key in self.pixel_arguments}
 

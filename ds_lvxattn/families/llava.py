@@ -13,9 +13,11 @@ from transformers import AutoImageProcessor, LlavaForConditionalGeneration
 from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
+from ds_lvxattn.data.sample import FrameShape
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
 # Tokens that a tower puts before those of the patches.
@@ -32,10 +34,12 @@ class Llava(Concatenation):
     def is_local(self, module: nn.Module) -> bool:
         return isinstance(module, (CLIPAttention, SiglipAttention))
 
-    def encode(self, model: Any, pixels: Sequence[Tensor], portions: int, recomputation: Recomputation) -> Tensor:
+    def encode(
+        self, model: Any, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
+    ) -> Tensor:
         tower = model.vision_tower
         select = functools.partial(_selected, model.config, tower)
-        return model.multi_modal_projector(encode_in_portions(tower, select, pixels, portions, recomputation))
+        return model.multi_modal_projector(encode_in_portions(tower, select, pixels, batch, recomputation))
 
     def trainable_by_default(self) -> tuple[str, ...]:
         return (*super().trainable_by_default(), "*multi_modal_projector.*")
@@ -55,7 +59,9 @@ class Llava(Concatenation):
     def load_processor(self, name: str) -> Any:
         return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
 
-    def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
+    def pixels(
+        self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
+    ) -> Mapping[str, Tensor]:
         return {"pixel_values": processor(list(frames), return_tensors="pt")["pixel_values"][None]}
 
     def blank_pixels(self) -> Mapping[str, Tensor]:

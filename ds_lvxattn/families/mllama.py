@@ -1,9 +1,14 @@
 """Llama 3.2 Vision: ``MllamaForConditionalGeneration`` of transformers, unmodified.
 
-Its cross-attention layers see the visual tokens of the images before a token, by groups of adjacent images. Two
-corners are kept: the tiles that pad an image up to the model's tile count are masked there, and dropped here behind
-the vision encoder (whose real tiles do see them); a token that sees no image attends to every visual token there (and
-its feed-forward output is zeroed), so its interval is the whole key sequence.
+A picture has up to four tiles, in one of the aspect ratios that the image processor chooses from. An image has as many
+as the processor gives it; a frame of a video has one, scaled into a tile.
+
+Its cross-attention layers see the visual tokens of the images before a token, by groups of adjacent images. Two corners
+are kept. A token that sees no image attends to every visual token there (and its feed-forward output is zeroed), so its
+interval is the whole key sequence of its sample. A picture is padded to the model's number of tiles, and the padding is
+masked there, but not for such tokens: here it stands behind the keys of a sample that has such tokens. That is for
+images; what pads a video's frames is dropped unless it is asked for (``FrameLimits``), as it would cost several times
+the memory of the frames for the few tokens of a conversation ahead of its video.
 """
 
 from __future__ import annotations
@@ -14,17 +19,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import MllamaForConditionalGeneration
-from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from transformers.models.mllama.image_processing_pil_mllama import (
+    MllamaImageProcessorPil,
+    get_all_supported_aspect_ratios,
+    get_image_size_fit_to_canvas,
+    get_optimal_tiled_canvas,
+)
 from transformers.models.mllama.modeling_mllama import (
     MllamaTextCrossAttention,
     MllamaTextSelfAttention,
     MllamaVisionAttention,
 )
 
-from ds_lvxattn.families.family import VisualFamily, dense_frame_mask
-from ds_lvxattn.families.frames import encode_in_portions, refuse_mask
+from ds_lvxattn.data.sample import FrameShape, FrameSize, SampleError
+from ds_lvxattn.families.family import FrameLimits, VisualFamily, dense_frame_mask
+from ds_lvxattn.families.frames import encode_in_portions, in_samples, refuse_mask
 from ds_lvxattn.families.mllama_encoder import install_encoder
 from ds_lvxattn.runtime.batch import Exchanging, SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation, recompute
@@ -69,6 +81,19 @@ class Mllama(VisualFamily):
     def load_processor(self, name: str) -> Any:
         return MllamaImageProcessorPil.from_pretrained(name)
 
+    def shape_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> FrameShape:
+        grid = (1, 1)
+        if size is not None:
+            tile, most = self.config.vision_config.image_size, processor.max_image_tiles
+            limit = limits.frame_tiles if size.video else limits.image_tiles
+            canvas = get_optimal_tiled_canvas(size.height, size.width, min(limit or most, most), tile)
+            grid = (int(canvas[0]) // tile, int(canvas[1]) // tile)
+        padding = 0
+        if size is not None and (limits.frame_padding or not size.video):
+            padding = self.config.vision_config.max_num_tiles - grid[0] * grid[1]
+        tokens = self.frame_tokens()
+        return FrameShape(grid[0] * grid[1] * tokens, self.encoder_tokens(), grid, padding * tokens)
+
     def blank_pixels(self) -> Mapping[str, Tensor]:
         vision = self.config.vision_config
         return {
@@ -77,14 +102,32 @@ class Mllama(VisualFamily):
             "aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.long),
         }
 
-    def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
-        # The frames of all samples go through the encoder as one list; a frame is one tile, as videos have many.
-        # Aspect ratio 1 x 1 has the id 1 for every tile limit, so the ids need no translation.
-        return dict(processor([list(frames)], max_image_tiles=1, return_tensors="pt"))
+    def pixels(
+        self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
+    ) -> Mapping[str, Tensor]:
+        """Those of the processor, of frames scaled into their tiles, with as many tiles as the largest frame has.
+
+        The processor numbers aspect ratios by its own limit, which has to be the model's, so it is not lowered.
+        """
+        tile, most = self.config.vision_config.image_size, self.config.vision_config.max_num_tiles
+        fitting = [_fitted(frame, shape.grid, tile, processor) for frame, shape in zip(frames, shapes, strict=True)]
+        # The frames of all samples go through the encoder as one list.
+        made = dict(processor([fitting], max_image_tiles=most, return_tensors="pt"))
+        ratios = get_all_supported_aspect_ratios(most)
+        for number, frame, shape in zip(made["aspect_ratio_ids"][0].tolist(), frames, shapes, strict=True):
+            if number != ratios.index((shape.grid[0], shape.grid[1])) + 1:
+                raise SampleError(
+                    f"a picture of {frame.shape[:2]} pixels makes {ratios[number - 1]} tiles, not {shape.grid} as its "
+                    "size told; the file says another size than it has"
+                )
+        tiles = max(height * width for height, width in (shape.grid for shape in shapes))
+        return {key: made[key] if key == "aspect_ratio_ids" else made[key][:, :, :tiles] for key in PIXELS}
 
     def pad_tiles(self, pixels: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        tiles = self.config.vision_config.max_num_tiles
-        return dict(zip(PIXELS, _with_blank_tiles(tiles, *(pixels[key] for key in PIXELS)), strict=True))
+        values, ids, mask = (pixels[key] for key in PIXELS)
+        missing = (0, self.config.vision_config.max_num_tiles - mask.shape[2])
+        values, mask = nn.functional.pad(values, (0, 0, 0, 0, 0, 0, *missing)), nn.functional.pad(mask, missing)
+        return dict(zip(PIXELS, (values, ids, mask), strict=True))
 
     def visual_widths(self) -> tuple[int, ...]:
         return (self.config.text_config.hidden_size, self.config.vision_config.vision_output_dim)
@@ -93,10 +136,15 @@ class Mllama(VisualFamily):
         padded = -(-self.frame_tokens() // 8) * 8
         return self.config.vision_config.max_num_tiles * padded
 
-    def dense_mask(self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int) -> Mapping[str, Tensor]:
-        seen = dense_frame_mask(ranges, frames)
-        tiles = (1,) + (0,) * (self.config.vision_config.max_num_tiles - 1)
-        return {"cross_attention_mask": seen[..., None] * torch.tensor(tiles)}
+    def dense_mask(
+        self, ranges: Sequence[Sequence[tuple[int, int]]], shapes: Sequence[Sequence[FrameShape]]
+    ) -> Mapping[str, Tensor]:
+        frames = max(1, *map(len, shapes))
+        tiles = torch.zeros(len(shapes), 1, frames, self.config.vision_config.max_num_tiles, dtype=torch.long)
+        for sample, of_frames in enumerate(shapes):
+            for frame, shape in enumerate(of_frames):
+                tiles[sample, 0, frame, : shape.tokens // self.frame_tokens()] = 1
+        return {"cross_attention_mask": dense_frame_mask(ranges, frames)[..., None] * tiles}
 
     def trainable_by_default(self) -> tuple[str, ...]:
         layers = self.config.text_config.cross_attention_layers
@@ -108,9 +156,8 @@ def encode_frames(
 ) -> Any:
     """Before the model: its visual features from the pixels, in the portions that the batch asks for.
 
-    The model would encode all frames at once. What its layers get is ``[B * slots * tokens, d]``, the frames of this
-    rank in the order of its keys, without padding tiles. A rank with fewer frames than portions encodes its first
-    one again, so that every rank calls the encoder as often; no row sees that.
+    The model would encode all frames at once. What its layers get is ``[keys, d]``, the frames of this rank in the
+    order of its keys.
     """
     batch: SequenceParallelBatch | None = kwargs.get("sequence_parallel")
     if batch is None or not batch.brings_frames:  # then the keys and values are in the model's cache
@@ -119,24 +166,32 @@ def encode_frames(
     rest = dict(kwargs)
     inputs = [rest.pop(key)[0] for key in PIXELS]
     vision = module.get_submodule("vision_model")
-    encoded = encode_in_portions(vision, functools.partial(_encode, vision), inputs, batch.portions, recomputation)
-    states = module.get_submodule("multi_modal_projector")(encoded)
-    if batch.slots is not None:
-        states = states.index_select(0, batch.slots)
+    encode = functools.partial(_encode, vision)
+    states = encode_in_portions(vision, encode, inputs, batch, recomputation, ragged=True)
     # Without the frames' dimension the projections are plain matrix products, whose gradients autograd adds up in
     # place: as views they would take once more the memory of the features.
-    return args, {**rest, "cross_attention_states": states.flatten(0, 1)}
+    states = module.get_submodule("multi_modal_projector")(states)
+    if batch.key_order is not None:
+        states = states.index_select(0, batch.key_order)
+    return args, {**rest, "cross_attention_states": in_samples(states, batch.sees_frame.shape[0]).flatten(0, 1)}
 
 
-def _encode(vision: Any, *inputs: Tensor) -> Tensor:
-    """Tile 0 of each frame of a portion, ``[f, tokens, d_vision]``."""
-    return vision(*inputs, tiles=1).squeeze(1)
+def _encode(vision: Any, *inputs: Tensor, shapes: Sequence[FrameShape]) -> Tensor:
+    """The tiles of the frames of a portion that are keys, ``[tokens, d_vision]``."""
+    tiles = [(shape.tokens + shape.padding) // vision.num_patches for shape in shapes]
+    encoded = vision(*inputs, tiles=max(tiles))
+    if min(tiles) == max(tiles):
+        return encoded.flatten(0, 2)
+    return torch.cat([frame[:count].flatten(0, 1) for frame, count in zip(encoded, tiles, strict=True)])
 
 
-def _with_blank_tiles(tiles: int, pixels: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``PIXELS`` with one tile a frame to as many as the model has."""
-    padding = (0, tiles - 1)
-    return nn.functional.pad(pixels, (0, 0, 0, 0, 0, 0, *padding)), ids, nn.functional.pad(mask, padding)
+def _fitted(frame: np.ndarray, grid: tuple[int, ...], tile: int, processor: Any) -> np.ndarray:
+    """``frame`` no larger than its tiles, scaled as the processor does."""
+    height, width = frame.shape[:2]
+    rows, columns = get_image_size_fit_to_canvas(height, width, grid[0] * tile, grid[1] * tile, tile)
+    if rows >= height and columns >= width:
+        return frame
+    return np.asarray(Image.fromarray(frame).resize((int(columns), int(rows)), processor.resample))
 
 
 def _norm_keys(recomputation: Recomputation, norm: nn.Module, forward: Callable[[Tensor], Tensor], k: Tensor) -> Tensor:

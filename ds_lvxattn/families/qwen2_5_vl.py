@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 
+from ds_lvxattn.data.sample import FrameShape
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
 IMAGE_SIZE = 280  # pixels: 100 tokens with the published patches
@@ -46,10 +48,10 @@ class Qwen25VL(Concatenation):
             return module.num_heads, module.num_heads, module.head_dim
         return super().sizes_of(module)
 
-    def encode(self, model: Any, pixels: Sequence[Tensor], portions: int, recomputation: Recomputation) -> Tensor:
-        return encode_in_portions(
-            model.visual, functools.partial(_encoded, model.visual), pixels, portions, recomputation
-        )
+    def encode(
+        self, model: Any, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
+    ) -> Tensor:
+        return encode_in_portions(model.visual, functools.partial(_encoded, model.visual), pixels, batch, recomputation)
 
     def trainable_by_default(self) -> tuple[str, ...]:
         return (*super().trainable_by_default(), "*visual.merger.*")
@@ -78,7 +80,9 @@ class Qwen25VL(Concatenation):
     def load_processor(self, name: str) -> Any:
         return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
 
-    def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
+    def pixels(
+        self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
+    ) -> Mapping[str, Tensor]:
         size = (_image_size(self.config.vision_config),) * 2
         squares = [np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in frames]
         made = processor(squares, do_resize=False, return_tensors="pt")

@@ -144,6 +144,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help=f"one of {', '.join(SHIPPED)}, or a local config.json")
     parser.add_argument("--text", type=int, required=True, help="text tokens of a sample")
     parser.add_argument("--frames", type=int, required=True, help="frames of a sample")
+    parser.add_argument(
+        "--tiles", type=int, help="tiles of a frame, for a model whose frames have several (default: 1)"
+    )
+    parser.add_argument(
+        "--image-size", type=int, help="pixels along a side of a frame, for a model that takes any size"
+    )
     parser.add_argument("--gpus", type=int, required=True, help="GPUs, all of one sequence-parallel group")
     parser.add_argument("--cluster", default="h200", help=f"{', '.join(shipped_profiles())} or a file (%(default)s)")
     parser.add_argument("--recompute", choices=("none", "kv", "layer"), default="kv", help="(default: %(default)s)")
@@ -156,10 +162,14 @@ def main(arguments: list[str] | None = None) -> int:
             if getattr(args, name) < 1:
                 raise ModelError(f"--{name} is {getattr(args, name)}; give at least 1")
         profile = load_profile(args.cluster)
+        model = model_sizes(args.model)
+        if args.tiles is not None:
+            model = model.with_tiles(args.tiles)
+        if args.image_size is not None:
+            model = model.with_image_size(args.image_size)
         job = ClusterJob(
-            model_sizes(args.model), args.text, args.frames, args.gpus, args.recompute,
-            gpus_per_node=profile.gpus_per_node,
-        )  # fmt: skip
+            model, args.text, args.frames, args.gpus, args.recompute, gpus_per_node=profile.gpus_per_node
+        )
         if args.map and job.model.keys_in_text:
             raise ModelError("--map is of cross-attention layers, which this model has not; leave it out")
     except (ModelError, ProfileError) as error:

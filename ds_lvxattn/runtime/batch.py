@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from ds_lvxattn.data.sample import FrameShape
 from ds_lvxattn.exchange.attention import sp_attention
 from ds_lvxattn.exchange.comm import Communicator
 from ds_lvxattn.exchange.interval import KVInterval
@@ -21,6 +22,7 @@ from ds_lvxattn.exchange.shards import ShardLayout
 from ds_lvxattn.plan.layer_plan import LayerPlan
 from ds_lvxattn.runtime.decoding import KeyCache
 from ds_lvxattn.runtime.layer_times import LayerTimes
+from ds_lvxattn.runtime.packing import packed, unpacked
 from ds_lvxattn.runtime.visual_rows import VisualRows
 
 
@@ -76,10 +78,11 @@ class SequenceParallelBatch:
         plans: what each attention module runs with.
         kernel: local attention kernel.
         times: measures the attention layers; None in the steps in which nothing is measured.
-        slots: int64 ``[B * slots]``, the frame in each of this rank's slots, in the order of its keys, as an index
-            into the frames that it encodes; None when they are those frames in their order.
-        places: int64 ``[B, slots]``, the first text token that sees the frame in each of this rank's slots; a position
-            in the text of all ranks, 0 for a slot that no sample uses.
+        shapes: of the frames that this rank encodes, sample by sample, in the order of its keys; at least one, which
+            may be blank.
+        key_order: int64 ``[keys]``, where each key of this rank is among the tokens of these frames; None: in their
+            order.
+        places: int64 ``[1, frames]``, the first token of its sample that sees each of these frames; 0 for a blank one.
         portions: how often the vision encoder is called; the same on all ranks of the run.
         sees_frame: ``[B, 1, s_q, 1]`` in the model's dtype, 1 for the rank's text rows that see a frame.
         visual_rows: how visual tokens come to their rows, where all keys are in the text; None elsewhere.
@@ -93,7 +96,8 @@ class SequenceParallelBatch:
     plans: Mapping[nn.Module, LayerPlan]
     kernel: str
     times: LayerTimes | None
-    slots: Tensor | None
+    shapes: tuple[FrameShape, ...]
+    key_order: Tensor | None
     places: Tensor
     portions: int
     sees_frame: Tensor
@@ -109,18 +113,20 @@ class SequenceParallelBatch:
         """``sp_attention`` as ``module`` is planned, for the rank's own ``query [B, H_q, s_q, D]``, keys and values.
 
         Args:
-            key, value: ``[B, H_kv, s_kv, D]``; what a blank frame adds stands behind the rank's own.
+            key, value: ``[B, H_kv, s_kv, D]``; of the role ``cross`` also ``[1, H_kv, B * s_kv, D]``, since these are
+                the keys of all samples one after another, with what fills them up, and a blank frame, behind.
 
         Returns:
             ``out [B, H_q, s_q, D]`` and its log-sum-exp ``[B, H_q, s_q]``.
         """
         plan = self.plans[module]
         inputs = self.roles[plan.kind]
-        # A rank without frames still feeds one blank frame to the model; its keys belong to no sample.
-        keys = inputs.layout.kv.lengths[self.comm.rank]
-        key, value = key[:, :, :keys], value[:, :, :keys]
-        if self.visual is not None and plan.role == "cross":
-            self.visual[module] = key, value
+        samples = query.shape[0]
+        if plan.role == "cross":
+            keys = inputs.layout.kv.lengths[self.comm.rank]
+            query, key, value = packed(query), packed(key)[:, :, :keys], packed(value)[:, :, :keys]
+            if self.visual is not None:
+                self.visual[module] = key, value
         attend = functools.partial(
             sp_attention,
             query,
@@ -137,4 +143,5 @@ class SequenceParallelBatch:
             head_groups=plan.head_groups,
             inner_size=plan.inner_size,
         )
-        return attend() if self.times is None else self.times.measure(module, (query, key, value), attend)
+        out, lse = attend() if self.times is None else self.times.measure(module, (query, key, value), attend)
+        return (unpacked(out, samples), unpacked(lse, samples)) if plan.role == "cross" else (out, lse)

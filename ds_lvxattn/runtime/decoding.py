@@ -21,6 +21,7 @@ from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.merge_attention import merge_attention
 from ds_lvxattn.exchange.shards import ShardLayout
 from ds_lvxattn.plan.layer_plan import LayerPlan
+from ds_lvxattn.runtime.packing import packed, unpacked
 
 KeyCache = dict[nn.Module, tuple[Tensor, Tensor]]
 
@@ -49,10 +50,12 @@ class DecodingStep:
         comm: communicator of the sequence-parallel group.
         plans: tells the role and the sliding window of each attention module.
         kernel: local attention kernel.
-        divided: for the modules whose keys stay divided, this rank's keys and values ``[B, H_kv, s_kv, D]``.
-        layout: one query row on every rank over the divided keys of all.
-        interval: the divided keys that the new tokens see, ``[1, B, 1]``, apart from a sliding window; None when they
-            see all.
+        divided: for the modules whose keys stay divided, this rank's keys and values ``[B, H_kv, s_kv, D]``; of
+            cross-attention ``[1, H_kv, s_kv, D]``, those of all samples.
+        layout: the query rows, the same on every rank, over the divided keys of all: one, or in cross-attention those
+            of all samples.
+        interval: the divided keys that the new tokens see, ``[1, B, 1]`` or ``[1, 1, B]``, apart from a sliding window;
+            None when they see all.
         text_start: int32 ``[B, 1]``, the first key of each sample's text in self-attention over the whole text, behind
             its padding; None without padding.
         sees_frame: ``[B, 1, 1, 1]`` in the model's dtype, 1 for samples whose new tokens see a frame.
@@ -87,7 +90,8 @@ class DecodingStep:
             raise ValueError(f"a decoding step has {query.shape[2]} new tokens a sample; generate one at a time")
         plan = self.plans[module]
         if plan.role == "cross":
-            return self._over_divided(module, query, self.interval, scale)
+            out, lse = self._over_divided(module, packed(query), self.interval, scale)
+            return unpacked(out, query.shape[0]), unpacked(lse, query.shape[0])
         if module not in self.divided:
             return self._over_text(query, key, value, plan.window, scale)
         interval = self.interval

@@ -70,6 +70,7 @@ CLIPPING = 1.0
 def tiny_config(tiles: int = 1, heads: int = 4, **text: Any) -> MllamaConfig:
     """A configuration of about 60,000 parameters for the vocabulary of the needle task."""
     config = mllama_config(FOUR_LAYERS, tiles)
+    config.vision_config.intermediate_size = 2 * FOUR_LAYERS.vision_width
     changes = {
         "num_attention_heads": heads,
         "num_key_value_heads": max(heads // 2, 1),

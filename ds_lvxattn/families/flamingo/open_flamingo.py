@@ -32,9 +32,10 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.clip.modeling_clip import CLIPAttention
 
+from ds_lvxattn.data.sample import FrameShape
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.family import VisualFamily
-from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.families.frames import encode_in_portions, in_samples
 from ds_lvxattn.families.rotary import self_attention_role, self_attention_sizes, self_attention_window
 from ds_lvxattn.runtime.batch import Exchanging, SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
@@ -255,7 +256,9 @@ class OpenFlamingo(VisualFamily):
     def load_processor(self, name: str) -> Any:
         return CLIPImageProcessorPil.from_pretrained(name)
 
-    def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
+    def pixels(
+        self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
+    ) -> Mapping[str, Tensor]:
         images = processor(list(frames), return_tensors="pt")["pixel_values"]
         return {"vision_x": images[None, :, None]}
 
@@ -263,7 +266,9 @@ class OpenFlamingo(VisualFamily):
         vision = self.config.vision_config
         return {"vision_x": torch.zeros(1, 1, 1, vision.num_channels, vision.image_size, vision.image_size)}
 
-    def dense_mask(self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int) -> Mapping[str, Tensor]:
+    def dense_mask(
+        self, ranges: Sequence[Sequence[tuple[int, int]]], shapes: Sequence[Sequence[FrameShape]]
+    ) -> Mapping[str, Tensor]:
         return {}  # the model finds the image tokens itself
 
 
@@ -275,7 +280,7 @@ def _name_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 def encode_frames(
     recomputation: Recomputation, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Before the model: features ``[B, slots, 64, d]`` of the rank's frames, in the portions the batch asks for."""
+    """Before the model: features ``[B, rows, d]`` of the rank's frames, in the portions the batch asks for."""
     batch: SequenceParallelBatch | None = kwargs.get("sequence_parallel")
     if batch is None:
         return None
@@ -284,14 +289,12 @@ def encode_frames(
     with torch.no_grad():  # as the package has it
         vision = functools.partial(_patches, flamingo.vision_encoder)
         patches = encode_in_portions(
-            flamingo.vision_encoder, vision, [rest.pop("vision_x")[0, :, 0]], batch.portions, recomputation
+            flamingo.vision_encoder, vision, [rest.pop("vision_x")[0, :, 0]], batch, recomputation
         )
     resample = functools.partial(_resample, flamingo.perceiver)
-    features = encode_in_portions(flamingo.perceiver, resample, [patches], batch.portions, recomputation)
-    if batch.slots is not None:
-        features = features.index_select(0, batch.slots)
+    features = encode_in_portions(flamingo.perceiver, resample, [patches], batch, recomputation)
     samples = batch.sees_frame.shape[0]
-    return args, {**rest, "media": (features.unflatten(0, (samples, -1)), batch)}
+    return args, {**rest, "media": (in_samples(features.flatten(0, 1), samples), batch)}
 
 
 def condition_on_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -326,7 +329,7 @@ def exchanged_cross_attention(
         # Equal scores for tokens that see nothing: they get the mean of the values, and give no other gradient.
         query = query * batch.sees_frame[:, 0]
     # Where no frames come, the keys and values of the prefill are used.
-    key, value = module.to_kv(features.flatten(1, 2)).chunk(2, dim=-1) if batch.brings_frames else (query, query)
+    key, value = module.to_kv(features).chunk(2, dim=-1) if batch.brings_frames else (query, query)
     q, k, v = (y.unflatten(-1, (module.heads, -1)).transpose(1, 2) for y in (query, key, value))
     out, _ = exchanged_attention(module, q, k, v, None, scaling=module.scale, sequence_parallel=batch)
     return module.to_out(out.flatten(2))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, SiglipPreTrainedModel
 
+from ds_lvxattn.data.sample import FrameShape
 from ds_lvxattn.exchange.merge_attention import merge_attention
 from ds_lvxattn.families.family import VisualFamily
 from ds_lvxattn.families.frames import encode_in_portions
@@ -36,7 +37,7 @@ class VisualFeatures:
     """This rank's visual tokens, as the model's layers hand them down to hyper attention.
 
     Attributes:
-        states: ``[B * slots, L, d]``, before the norm of a layer.
+        states: ``[frames, L, d]``, before the norm of a layer.
         batch: the micro-batch.
         recomputation: how layers recompute.
     """
@@ -132,14 +133,18 @@ class MPlugOwl3(VisualFamily):
     def load_processor(self, name: str) -> Any:
         return checkpoint_names.load_processor(name)
 
-    def pixels(self, frames: Sequence[np.ndarray], processor: Any) -> Mapping[str, Tensor]:
+    def pixels(
+        self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
+    ) -> Mapping[str, Tensor]:
         return {"pixel_values": processor(list(frames), return_tensors="pt")["pixel_values"][None]}
 
     def blank_pixels(self) -> Mapping[str, Tensor]:
         vision = self.config.vision_config
         return {"pixel_values": torch.zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size)}
 
-    def dense_mask(self, ranges: Sequence[Sequence[tuple[int, int]]], frames: int) -> Mapping[str, Any]:
+    def dense_mask(
+        self, ranges: Sequence[Sequence[tuple[int, int]]], shapes: Sequence[Sequence[FrameShape]]
+    ) -> Mapping[str, Any]:
         """The places of each sample's images, from which the model makes its masks and its rotary positions."""
         places = []
         for rows in ranges:
@@ -160,9 +165,7 @@ def encode_frames(
     known = isinstance(vision, SiglipPreTrainedModel)
     encode = functools.partial(hyper_qwen2.vision_states if known else published.vision_states, vision)
     pixels = rest.pop("pixel_values")[0]
-    states = projector(encode_in_portions(vision, encode, [pixels], batch.portions, recomputation))
-    if batch.slots is not None:
-        states = states.index_select(0, batch.slots)
+    states = projector(encode_in_portions(vision, encode, [pixels], batch, recomputation))
     return args, {**rest, "media_offset": VisualFeatures(states, batch, recomputation)}
 
 

@@ -31,6 +31,8 @@ class ModelSizes:
         vision_layers, vision_width, vision_intermediate: the encoder.
         vision_tokens: tokens of a frame in the encoder; more than ``frame_tokens`` where blank tiles or a resampler's
             inputs pass through it too.
+        most_tiles: tiles of a frame, at most; ``frame_tokens`` is that of one, and the encoder always takes all.
+        token_side: pixels along a side of a visual token, where a frame may have any size; 0: it has one size.
     """
 
     name: str
@@ -55,6 +57,34 @@ class ModelSizes:
     vision_width: int
     vision_intermediate: int
     vision_tokens: int
+    most_tiles: int = 1
+    token_side: int = 0
+
+    def with_tiles(self, tiles: int) -> ModelSizes:
+        """The model with frames of so many tiles.
+
+        Raises:
+            ModelError: its frames have no such number.
+        """
+        if not 1 <= tiles <= self.most_tiles:
+            frames = f"1 to {self.most_tiles} tiles" if self.most_tiles > 1 else "one tile"
+            raise ModelError(f"--tiles is {tiles}; a frame of {self.name} has {frames}")
+        return dataclasses.replace(self, frame_tokens=tiles * self.frame_tokens)
+
+    def with_image_size(self, side: int) -> ModelSizes:
+        """The model with frames scaled to squares of ``side`` pixels.
+
+        Raises:
+            ModelError: its frames have one size, or ``side`` holds no whole number of tokens.
+        """
+        if not self.token_side:
+            raise ModelError(f"--image-size is {side}, and frames of {self.name} have one size; leave it out")
+        if side < self.token_side or side % self.token_side:
+            raise ModelError(f"--image-size is {side}; give a multiple of {self.token_side}, the side of a token")
+        tokens = (side // self.token_side) ** 2
+        return dataclasses.replace(
+            self, frame_tokens=tokens, vision_tokens=tokens * self.vision_tokens // self.frame_tokens
+        )
 
     @property
     def keys_in_text(self) -> bool:
@@ -102,7 +132,7 @@ LLAMA_DEFAULTS = {
 def _llama(name: str, width: int, intermediate: int, self_layers: int, cross_layers: int, heads: int) -> ModelSizes:
     return ModelSizes(
         name, "the model's config.json", width, intermediate, 128256, self_layers, cross_layers, heads, 8, 128,
-        heads, 8, 128, intermediate, True, width, 1601, "full", 40, 1280, 5120, 4 * 1601,
+        heads, 8, 128, intermediate, True, width, 1601, "full", 40, 1280, 5120, 4 * 1601, most_tiles=4,
     )  # fmt: skip
 
 
@@ -124,6 +154,7 @@ def _concatenation(
     heads: tuple[int, int, int],
     frame_tokens: int,
     vision: tuple[int, int, int, int],
+    token_side: int = 0,
 ) -> ModelSizes:
     return ModelSizes(
         name,
@@ -141,6 +172,7 @@ def _concatenation(
         frame_tokens,
         "growing",
         *vision,
+        token_side=token_side,
     )
 
 
@@ -164,7 +196,7 @@ SHIPPED = {
         ),
         _concatenation(
             "Qwen2.5-VL-7B", "the model's config.json; frames of 280 pixels", 3584, 18944, 152064, 28, (28, 4, 128),
-            100, (32, 1280, 5130, 400),
+            100, (32, 1280, 5130, 400), token_side=28,
         ),
     )
 }  # fmt: skip
@@ -212,7 +244,7 @@ def _from_config(config: dict[str, Any], path: Path) -> ModelSizes:
             text["num_hidden_layers"] - cross, cross, heads, text["num_key_value_heads"], head_dim,
             heads, text["num_key_value_heads"], head_dim, text["intermediate_size"], True, width, per_tile, "full",
             vision["num_hidden_layers"] + vision["num_global_layers"], vision_width, vision["intermediate_size"],
-            per_tile * vision["max_num_tiles"],
+            per_tile * vision["max_num_tiles"], vision["max_num_tiles"],
         )  # fmt: skip
     if kind == "mplugowl3":
         vision = config["vision_config"]
@@ -245,11 +277,13 @@ def _from_config(config: dict[str, Any], path: Path) -> ModelSizes:
             (side // vision["spatial_merge_size"]) ** 2,
             # Its feed-forward parts have a gate: three matrices, where others have two.
             (vision["depth"], vision["hidden_size"], 3 * vision["intermediate_size"] // 2, side**2),
+            token_side=vision["patch_size"] * vision["spatial_merge_size"],
         )  # fmt: skip
     fields = {field.name for field in dataclasses.fields(ModelSizes)}
-    if fields - {"name", "source"} <= set(config):
+    optional = {"name", "source", "most_tiles", "token_side"}
+    if fields - optional <= set(config):
         return ModelSizes(**{"name": name, "source": str(path), **{key: config[key] for key in fields & set(config)}})
     raise ModelError(
         f"--model {path}: model_type is {kind!r}; the planner reads 'mllama', 'mplugowl3', 'llava' and 'qwen2_5_vl' "
-        f"configs, or a JSON object with the keys {sorted(fields - {'name', 'source'})}"
+        f"configs, or a JSON object with the keys {sorted(fields - optional)}"
     )
