@@ -27,6 +27,7 @@ from typing import Any
 os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
+import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 from full_size import IMAGE_SIZE, model_config, video_sample
@@ -40,11 +41,14 @@ from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
 from ds_lvxattn.training.loading import select_trainable
 
 POLICIES = ("none", "kv")
+BLANK = np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
 STEP = 8  # frames are tried in multiples of this; the largest number is found to within 2%
 
 
 class RandomPixels:
     """In place of the image processor: random pixels, the same for every frame, at no cost."""
+
+    max_image_tiles = 4
 
     def __call__(self, images: list[list[Any]], **unused: Any) -> dict[str, Tensor]:
         frames = len(images[0])
@@ -82,7 +86,7 @@ class Setup:
     def batch(self, frames: int, text: int) -> dict[str, Any]:
         sample = video_sample(frames, text, self.sizes.image_token_index, self.sizes.text_config.vocab_size)
         layout = self.batches.collator.layout([sample])
-        pixels = self.batches.collator.pixels(layout, [[None] * frames])  # type: ignore[list-item]
+        pixels = self.batches.collator.pixels(layout, [[BLANK] * frames])
         loaded = Loaded(layout, pixels, 0, layout.portions)
         return self.batches.prepare(loaded).inputs
 

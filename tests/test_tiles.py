@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -184,19 +185,10 @@ def test_a_frame_of_a_video_has_one_tile_without_padding() -> None:
 
 
 def test_a_file_that_says_another_size_than_it_has_is_a_bad_sample() -> None:
-    family = Mllama(tiny_config(TILES))
-    shape = family.shape_of(FrameSize(SIZE, SIZE), processor(), ANY_SIZE)
-    with pytest.raises(SampleError, match=r"picture of \(28, 112\) pixels makes \(1, 4\) tiles, not \(1, 1\)"):
-        family.pixels([np.zeros((SIZE, 4 * SIZE, 3), dtype=np.uint8)], [shape], _Unscaled())
-
-
-class _Unscaled:
-    """A processor that does not look at the tiles it was asked for."""
-
-    resample = 2
-
-    def __call__(self, images: Any, **options: Any) -> Any:
-        return processor()([[np.zeros((SIZE, 4 * SIZE, 3), dtype=np.uint8)]], return_tensors="pt")
+    whole = sample_of("Ita", RATIOS[:1])
+    sample = replace(whole, sizes=[FrameSize(SIZE, 2 * SIZE)])
+    with pytest.raises(SampleError, match="frame 0 has 28 x 28 pixels, and its file says 56 x 28"):
+        sample.pictures([0])
 
 
 # Frames to ranks by their tokens

@@ -137,8 +137,8 @@ class Collator:
         return sample
 
     def load(self, samples: Sequence[Sample], layout: BatchLayout) -> Images:
-        """Decode the frames that lie on this rank. Raises what ``Sample.load_frames`` raises."""
-        return [sample.load_frames(layout.own_frames(i, self.rank_in(layout))) for i, sample in enumerate(samples)]
+        """Decode the frames that lie on this rank. Raises what ``Sample.pictures`` raises."""
+        return [sample.pictures(layout.own_frames(i, self.rank_in(layout))) for i, sample in enumerate(samples)]
 
     def sizes(self, layout: BatchLayout) -> BatchSizes:
         """What the planner must know of the batch."""
@@ -240,21 +240,27 @@ class Collator:
         if not isinstance(family, VisualFamily):
             return {}
         flat = [image for sample in images for image in sample]
+        # A caller may leave the pictures of a sample out.
+        rank = self.rank_in(layout)
+        given = [layout.own_frames(i, rank) if some else [] for i, some in enumerate(images)]
+        shapes = [layout.shapes[i][frame] for i, frames in enumerate(given) for frame in frames]
         if self.division:
             # A rank without frames encodes a blank one, so that every rank runs the same modules and collectives.
-            return dict(self._pixels(family, flat, layout.own_shapes(self.rank_in(layout))))
+            return dict(self._pixels(family, flat, shapes))
         frames = max(layout.frames)
         if not frames and not family.needs_frames:
             return {}  # the unmodified model skips its vision encoder
         if family.keys_in_text:
-            return dict(family.pad_tiles(self._pixels(family, flat, layout.own_shapes(0))))
+            return dict(family.pad_tiles(self._pixels(family, flat, shapes)))
         frames = max(frames, 1)
-        of_samples = zip(images, layout.shapes, strict=True)
-        pixels = [family.pad_tiles(self._pixels(family, *sample)) for sample in of_samples]
+        of_samples = [
+            family.pad_tiles(self._pixels(family, some, [layout.shapes[i][frame] for frame in given[i]]))
+            for i, some in enumerate(images)
+        ]
         # Rows of the padding behind a sample see nothing.
         ranges = [[*rows, *[(0, 0)] * (layout.input_ids.shape[1] - len(rows))] for rows in layout.ranges]
         dense = family.dense_mask(ranges, layout.shapes)
-        return {**{key: torch.cat([_pad_frames(p[key], frames) for p in pixels]) for key in pixels[0]}, **dense}
+        return {**{key: torch.cat([_pad_frames(p[key], frames) for p in of_samples]) for key in of_samples[0]}, **dense}
 
     def _pixels(
         self, family: VisualFamily, frames: list[np.ndarray], shapes: Sequence[FrameShape]

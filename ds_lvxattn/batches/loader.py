@@ -128,7 +128,7 @@ class Loader:
         rank = self.batches.collator.rank_in(layout)
         own = [list(layout.own_frames(i, rank)) for i in range(len(samples))]
         jobs = [
-            [(group, self._pool.submit(_attempt, sample.load_frames, group, sample.name)) for group in groups]
+            [(group, self._pool.submit(_attempt, sample.pictures, group, sample.name)) for group in groups]
             for sample, groups in zip(samples, map(_groups, samples, own), strict=True)
         ]
         return _Begun(samples, layout, own, jobs, skipped)

@@ -151,7 +151,8 @@ class ConversationSource:
             raise SampleError(f"{len(found)} images and videos, and the model takes text alone")
         media = open_media(found, self.max_frames, self.media_root, self.pixels, self.upright)
         input_ids, labels = encode(messages_of(turns, media, self.frame_text), self.tokenizer)
-        frames = sum(len(m.frames) for m in media)
+        sizes = [size for m in media for size in m.frame_sizes]
+        frames = len(sizes)
         image_tokens = input_ids.count(self.image_id)
         if image_tokens != frames:
             raise SampleError(
@@ -165,7 +166,7 @@ class ConversationSource:
                 f"{self.max_text_tokens}; shorten the conversation or raise the limit, if the model has room"
             )
         load, groups = functools.partial(load_frames, media), functools.partial(frame_groups, media)
-        return Sample(input_ids, labels, frames, load, name, frame_groups=groups)
+        return Sample(input_ids, labels, frames, load, name, sizes, groups)
 
 
 def open_media(

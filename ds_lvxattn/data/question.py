@@ -50,11 +50,12 @@ def question_sample(
     media = open_media(found, max_frames, "", DEFAULT_LIMITS)
     text = render(messages_of(turns, media, frame_text or image_token or ""), tokenizer, prompt=True)
     input_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    frames = sum(len(medium.frames) for medium in media)
+    sizes = [size for medium in media for size in medium.frame_sizes]
+    frames = len(sizes)
     rows = len(input_ids) + frames * (frame_tokens - 1)
     if rows > max_text_tokens:
         raise SampleError(
             f"{name}: the prompt has {rows} tokens, {frames * frame_tokens} of them for frames, and there is room for "
             f"{max_text_tokens}; ask a shorter question, or take fewer frames"
         )
-    return Sample(input_ids, [IGNORE] * len(input_ids), frames, functools.partial(load_frames, media), name)
+    return Sample(input_ids, [IGNORE] * len(input_ids), frames, functools.partial(load_frames, media), name, sizes)

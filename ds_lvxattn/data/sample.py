@@ -86,6 +86,22 @@ class Sample:
         if len(self.input_ids) != len(self.labels):
             raise SampleError(f"{self.name}: {len(self.input_ids)} tokens but {len(self.labels)} labels")
 
+    def pictures(self, frames: Sequence[int]) -> list[np.ndarray]:
+        """The pictures of ``frames``, of the sizes that they are said to have.
+
+        Raises:
+            SampleError: broken media, or a picture of another size.
+        """
+        pictures = self.load_frames(frames)
+        for frame, picture in zip(frames, pictures, strict=True):
+            size = self.sizes[frame] if self.sizes is not None else None
+            if size is not None and picture.shape[:2] != (size.height, size.width):
+                raise SampleError(
+                    f"frame {frame} has {picture.shape[1]} x {picture.shape[0]} pixels, and its file says "
+                    f"{size.width} x {size.height}; write the file anew"
+                )
+        return pictures
+
 
 class SampleSource(Protocol):
     """A dataset whose rows become samples on request."""

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from transformers import MllamaForConditionalGeneration
 from transformers.models.mllama.image_processing_pil_mllama import (
     MllamaImageProcessorPil,
-    get_all_supported_aspect_ratios,
     get_image_size_fit_to_canvas,
     get_optimal_tiled_canvas,
 )
@@ -34,7 +33,7 @@ from transformers.models.mllama.modeling_mllama import (
     MllamaVisionAttention,
 )
 
-from ds_lvxattn.data.sample import FrameShape, FrameSize, SampleError
+from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.families.family import FrameLimits, VisualFamily, dense_frame_mask
 from ds_lvxattn.families.frames import encode_in_portions, in_samples, refuse_mask
 from ds_lvxattn.families.mllama_encoder import install_encoder
@@ -86,8 +85,10 @@ class Mllama(VisualFamily):
         if size is not None:
             tile, most = self.config.vision_config.image_size, processor.max_image_tiles
             limit = limits.frame_tiles if size.video else limits.image_tiles
-            canvas = get_optimal_tiled_canvas(size.height, size.width, min(limit or most, most), tile)
-            grid = (int(canvas[0]) // tile, int(canvas[1]) // tile)
+            grid = _grid(size.height, size.width, min(limit or most, most), tile)
+            # What is scaled into fewer tiles than the processor would give it may then need fewer still.
+            while limit and (shown := _grid(*_fit(size.height, size.width, grid, tile), most, tile)) != grid:
+                grid = shown
         padding = 0
         if size is not None and (limits.frame_padding or not size.video):
             padding = self.config.vision_config.max_num_tiles - grid[0] * grid[1]
@@ -113,13 +114,6 @@ class Mllama(VisualFamily):
         fitting = [_fitted(frame, shape.grid, tile, processor) for frame, shape in zip(frames, shapes, strict=True)]
         # The frames of all samples go through the encoder as one list.
         made = dict(processor([fitting], max_image_tiles=most, return_tensors="pt"))
-        ratios = get_all_supported_aspect_ratios(most)
-        for number, frame, shape in zip(made["aspect_ratio_ids"][0].tolist(), frames, shapes, strict=True):
-            if number != ratios.index((shape.grid[0], shape.grid[1])) + 1:
-                raise SampleError(
-                    f"a picture of {frame.shape[:2]} pixels makes {ratios[number - 1]} tiles, not {shape.grid} as its "
-                    "size told; the file says another size than it has"
-                )
         tiles = max(height * width for height, width in (shape.grid for shape in shapes))
         return {key: made[key] if key == "aspect_ratio_ids" else made[key][:, :, :tiles] for key in PIXELS}
 
@@ -185,13 +179,23 @@ def _encode(vision: Any, *inputs: Tensor, shapes: Sequence[FrameShape]) -> Tenso
     return torch.cat([frame[:count].flatten(0, 1) for frame, count in zip(encoded, tiles, strict=True)])
 
 
-def _fitted(frame: np.ndarray, grid: tuple[int, ...], tile: int, processor: Any) -> np.ndarray:
-    """``frame`` no larger than its tiles, scaled as the processor does."""
-    height, width = frame.shape[:2]
+def _grid(height: int, width: int, most: int, tile: int) -> tuple[int, int]:
+    """Rows and columns of tiles, at most ``most``, that the processor gives a picture."""
+    rows, columns = get_optimal_tiled_canvas(height, width, most, tile)
+    return int(rows) // tile, int(columns) // tile
+
+
+def _fit(height: int, width: int, grid: tuple[int, ...], tile: int) -> tuple[int, int]:
+    """Height and width of a picture that is no larger than its tiles, scaled down as the processor does."""
     rows, columns = get_image_size_fit_to_canvas(height, width, grid[0] * tile, grid[1] * tile, tile)
-    if rows >= height and columns >= width:
+    return (height, width) if rows >= height and columns >= width else (int(rows), int(columns))
+
+
+def _fitted(frame: np.ndarray, grid: tuple[int, ...], tile: int, processor: Any) -> np.ndarray:
+    height, width = _fit(frame.shape[0], frame.shape[1], grid, tile)
+    if (height, width) == frame.shape[:2]:
         return frame
-    return np.asarray(Image.fromarray(frame).resize((int(columns), int(rows)), processor.resample))
+    return np.asarray(Image.fromarray(frame).resize((width, height), processor.resample))
 
 
 def _norm_keys(recomputation: Recomputation, norm: nn.Module, forward: Callable[[Tensor], Tensor], k: Tensor) -> Tensor:

@@ -100,8 +100,9 @@ def answer(args: argparse.Namespace, watchdog: Watchdog | None = None) -> str:
     device = torch.device(accelerator.current_device_name())
     parallel = SequenceParallel(loaded.model, config, groups) if groups else None
     batches = Batches(
-        loaded.model, loaded.processor, loaded.pad_token, loaded.image_id, device, model_dtype(ds_config), parallel
-    )
+        loaded.model, loaded.processor, loaded.pad_token, loaded.image_id, device, model_dtype(ds_config), parallel,
+        finetuning.frame_limits,
+    )  # fmt: skip
     model = place(loaded, ds_config, groups, device)
     how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if args.temperature:

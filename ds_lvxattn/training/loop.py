@@ -118,7 +118,7 @@ class Trainer:
         self.device = torch.device(get_accelerator().current_device_name())
         self.batches = Batches(
             model, job.loaded.processor, job.loaded.pad_token, job.loaded.image_id,
-            self.device, model_dtype(job.ds_config), self.parallel,
+            self.device, model_dtype(job.ds_config), self.parallel, job.finetuning.frame_limits,
         )  # fmt: skip
         self.loss_factor = loss_factor(job.ds_config, config.size)
         partition_over_all_ranks(model, job.ds_config, self.groups)

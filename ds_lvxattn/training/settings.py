@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from ds_lvxattn.data.media import DEFAULT_LIMITS
 from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.families.family import FrameLimits
 
 BLOCK_KEY = "finetuning"
 
@@ -21,6 +22,10 @@ class FinetuningConfig(DeepSpeedConfigModel):
         trainable: ``default`` (cross-attention layers and projector of a pretrained model, everything of a
             small random one), ``all``, or parameter-name patterns (``fnmatch``).
         frames: frames sampled from a video, at most.
+        image_tiles, frame_tiles: tiles of an image and of a frame of a video, at most, for models that cut pictures
+            into tiles; None: as the image processor has it.
+        frame_padding: whether text ahead of a video sees the tiles that pad its frames, as in transformers; see
+            ``FrameLimits``.
         max_text_tokens: longest text of a sample; None: the model's limit.
         on_bad_sample: ``skip`` broken media or overlong text with a warning, or ``fail``.
         max_bad_share: share of bad samples above which a run ends, though they are skipped.
@@ -43,6 +48,9 @@ class FinetuningConfig(DeepSpeedConfigModel):
     steps: int = Field(200, ge=1)
     trainable: Literal["default", "all"] | list[str] = "default"
     frames: int = Field(64, ge=1)
+    image_tiles: int | None = Field(None, ge=1)
+    frame_tiles: int | None = Field(1, ge=1)
+    frame_padding: bool = False
     max_text_tokens: int | None = Field(None, ge=2)
     on_bad_sample: Literal["skip", "fail"] = "skip"
     max_bad_share: float = Field(0.5, ge=0, le=1)
@@ -58,6 +66,11 @@ class FinetuningConfig(DeepSpeedConfigModel):
     eval_every: int = Field(0, ge=0)
     save_every: int = Field(0, ge=0)
     timeout_s: int = Field(1800, ge=10)
+
+    @property
+    def frame_limits(self) -> FrameLimits:
+        """How large pictures may be."""
+        return FrameLimits(self.image_tiles, self.frame_tiles, self.frame_padding)
 
 
 def finetuning_config(ds_config: dict[str, Any]) -> FinetuningConfig:

@@ -11,9 +11,10 @@ import numpy as np
 from ds_lvxattn.data.media import decode, images
 from ds_lvxattn.data.media.files import MediaError
 from ds_lvxattn.data.media.index import film_index
-from ds_lvxattn.data.media.picture import Size
+from ds_lvxattn.data.media.picture import Size, fitted
 from ds_lvxattn.data.media.timeline import VideoInfo
 from ds_lvxattn.data.rows import MediaKind, Source
+from ds_lvxattn.data.sample import FrameSize
 
 
 def probe_video(path: str | os.PathLike[str]) -> VideoInfo:
@@ -106,6 +107,19 @@ class Media:
     times: tuple[float, ...] = ()
     size: Size = None
     upright: bool = True
+
+    @property
+    def frame_sizes(self) -> list[FrameSize]:
+        """Size of each of ``frames`` as it is decoded, from the headers of the files."""
+        info = [self._info(source) for source in self.sources]
+        own = [info[frame if len(info) > 1 else 0] for frame in self.frames]
+        shown = (fitted(picture.width, picture.height, self.size) for picture in own)
+        return [FrameSize(height, width, self.kind == "video") for width, height in shown]
+
+    def _info(self, source: Source) -> VideoInfo:
+        if self.kind == "image" or isinstance(source, bytes) or len(self.sources) > 1:
+            return probe_image(source, self.upright)
+        return probe_video(source)
 
     def decode(self, frames: Sequence[int]) -> list[np.ndarray]:
         """uint8 ``[H, W, 3]`` for the frame numbers asked for. Raises ``MediaError`` for broken media."""
