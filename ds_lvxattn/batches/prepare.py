@@ -15,8 +15,8 @@ from ds_lvxattn.batches.planning import planner_for
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.data.sample import Sample
 from ds_lvxattn.families import family_of
-from ds_lvxattn.families.processors import ChannelsLast
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
+from ds_lvxattn.families.processors import ChannelsLast
 from ds_lvxattn.plan.layer_plan import LayerPlan
 from ds_lvxattn.plan.planner import Plan, Planner
 from ds_lvxattn.runtime.layer_times import LayerTimes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -23,39 +24,106 @@ PLAIN_TEMPLATE = (
 )
 
 
-def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> str:
+# What a template that takes strings shows of a turn, and one that walks content parts does not.
+PROBE = "7f3a"
+
+
+def render(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, prompt: bool = False, frame_text: str = ""
+) -> str:
     """The text of a conversation; with ``prompt``, up to where the assistant's answer begins.
 
+    Args:
+        messages: with strings as content. A template that walks content parts gets parts: one for each
+            ``frame_text``, which it writes as it writes an image, and the text between them.
+        frame_text: how a frame is written.
+
     Raises:
-        SampleError: the template refuses the conversation.
+        SampleError: the template refuses the conversation, or leaves words of it out.
     """
     template = tokenizer.chat_template or PLAIN_TEMPLATE
+    shown = messages
+    if _walks_parts(tokenizer, str(template)):
+        shown = [{**message, "content": _parts(message["content"], frame_text)} for message in messages]
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
-            )
-        )
+        text = _apply(tokenizer, template, shown, prompt)
     except Exception as error:  # a template is a program of its own, which may fail in any way
         raise SampleError(f"the chat template refuses the conversation: {error or type(error).__name__}") from error
+    lost = _lost_word(messages, text, frame_text)
+    if lost is not None:
+        raise SampleError(
+            f"the chat template leaves the word {lost!r} of the conversation out; use a template that writes all turns"
+        )
+    return text
 
 
-def encode(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _apply(tokenizer: PreTrainedTokenizerBase, template: Any, messages: list[Message], prompt: bool) -> str:
+    return str(
+        tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=prompt)
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _walks_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether the tokenizer's template shows the text of content parts, and not that of a string.
+
+    Args:
+        template: the template as text, by which an answer is remembered.
+    """
+
+    def shows(content: Any) -> bool:
+        try:
+            message = [{"role": "user", "content": content}]
+            return PROBE in _apply(tokenizer, tokenizer.chat_template or PLAIN_TEMPLATE, message, False)
+        except Exception:  # it refuses such a conversation
+            return False
+
+    return not shows(PROBE) and shows([{"type": "text", "text": PROBE}])
+
+
+def _parts(content: str, frame_text: str) -> list[dict[str, str]]:
+    """``content`` as content parts."""
+    parts: list[dict[str, str]] = []
+    for number, text in enumerate(content.split(frame_text) if frame_text else [content]):
+        parts += [{"type": "image"}] * (number > 0)
+        parts += [{"type": "text", "text": text}] if text.strip() else []
+    return parts
+
+
+def _lost_word(messages: list[Message], text: str, frame_text: str) -> str | None:
+    """A word of a turn that is not found again behind the words ahead of it; None: all are there."""
+    for message in messages:
+        content, at = message["content"] or "", 0
+        for word in (content.replace(frame_text, " ") if frame_text else content).split():
+            found = text.find(word, at)
+            if found < 0:
+                return word
+            at = found + len(word)
+    return None
+
+
+def encode(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, frame_text: str = ""
+) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and labels that mask all but the answers and their end-of-turn tokens.
 
     Few chat templates mark the answers, so they are found by rendering: an answer is what a turn of the
     assistant adds to the conversation before it and its generation prompt. That is done on text and carried
     to tokens by their character offsets, so a token that spans prompt and answer does no harm: it is a label.
 
+    Args:
+        messages, frame_text: see ``render``.
+
     Raises:
-        SampleError: the template refuses the conversation, or rewrites earlier turns when later ones follow.
+        SampleError: the template refuses the conversation, leaves words of it out, or rewrites earlier turns when later
+            ones follow.
     """
     answers = []
-    text = render(messages, tokenizer)
+    text = render(messages, tokenizer, frame_text=frame_text)
     for at, message in enumerate(messages):
         if message["role"] == "assistant":
-            prompt = render(messages[:at], tokenizer, prompt=True)
-            answered = render(messages[: at + 1], tokenizer)
+            prompt = render(messages[:at], tokenizer, True, frame_text)
+            answered = render(messages[: at + 1], tokenizer, False, frame_text)
             if not (answered.startswith(prompt) and text.startswith(answered)):
                 raise SampleError(
                     f"the chat template rewrites the conversation around turn {at + 1}, so the answer "

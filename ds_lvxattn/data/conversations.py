@@ -150,7 +150,7 @@ class ConversationSource:
         if self.image_token is None and found:
             raise SampleError(f"{len(found)} images and videos, and the model takes text alone")
         media = open_media(found, self.max_frames, self.media_root, self.pixels, self.upright)
-        input_ids, labels = encode(messages_of(turns, media, self.frame_text), self.tokenizer)
+        input_ids, labels = encode(messages_of(turns, media, self.frame_text), self.tokenizer, self.frame_text)
         sizes = [size for m in media for size in m.frame_sizes]
         frames = len(sizes)
         image_tokens = input_ids.count(self.image_id)

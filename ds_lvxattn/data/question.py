@@ -48,7 +48,8 @@ def question_sample(
     turns = read_row(asked, answered=False)
     found = [part for turn in turns for part in turn.parts if isinstance(part, MediaRef)]
     media = open_media(found, max_frames, "", DEFAULT_LIMITS)
-    text = render(messages_of(turns, media, frame_text or image_token or ""), tokenizer, prompt=True)
+    frame_text = frame_text or image_token or ""
+    text = render(messages_of(turns, media, frame_text), tokenizer, True, frame_text)
     input_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     sizes = [size for medium in media for size in medium.frame_sizes]
     frames = len(sizes)

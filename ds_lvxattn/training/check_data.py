@@ -104,7 +104,7 @@ def encode_for(name: str) -> Encode:
         if visual is None and media:
             raise SampleError(f"{len(media)} images and videos, and the model takes text alone")
         text = "" if visual is None else visual.frame_text or visual.image_token
-        ids, labels = encode(messages_of(turns, media, text), tokenizer)
+        ids, labels = encode(messages_of(turns, media, text), tokenizer, text)
         frames = sum(len(medium.frames) for medium in media)
         rows = len(ids) + frames * (rows_of_a_frame - 1)
         if rows > most:

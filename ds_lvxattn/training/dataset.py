@@ -13,7 +13,7 @@ from ds_lvxattn.data.sample import SampleSource
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of
 from ds_lvxattn.needle.source import NeedleSource
-from ds_lvxattn.needle.task import NeedleTask
+from ds_lvxattn.needle.task import VOCABULARY, NeedleTask
 from ds_lvxattn.training.loading import LoadedModel
 from ds_lvxattn.training.settings import FinetuningConfig
 
@@ -57,6 +57,11 @@ def load_sources(
     )
     try:
         train = conversations(split="train")
+        if not set(loaded.tokenizer.get_vocab()) - set(VOCABULARY):
+            raise ConfigError(
+                f"--data {data}: the model's tokenizer knows the {len(VOCABULARY)} words of the needle task alone, so "
+                "it would read every word of your rows as unknown; give --model a pretrained model"
+            )
         if not finetuning.eval_examples:
             return train, None
         return train, conversations(split="eval", limit=finetuning.eval_examples)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from deepspeed import zero
+from deepspeed.utils import set_z3_leaf_modules
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
@@ -142,6 +143,11 @@ def partition_over_all_ranks(model: nn.Module, ds_config: dict[str, Any], groups
     """
     if ds_config.get("zero_optimization", {}).get("stage") != 3:
         return
+    # Experts that are computed one by one call their activation as often as tokens reach one of them, which differs
+    # between the ranks, and DeepSpeed compares what they called: it is to take them as a whole.
+    experts = {type(module) for module in model.modules() if type(module).__name__.endswith("Experts")}
+    if experts:
+        set_z3_leaf_modules(model, list(experts))
     if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         zero.Init(model, groups.get_sequence_data_parallel_group(), config_dict_or_path=ds_config, mpu=groups)
 
