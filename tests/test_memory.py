@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ds_lvxattn.exchange.strategies.ulysses import _order
 from ds_lvxattn.plan.layer_sizes import LayerSizes
 from ds_lvxattn.plan.memory import POLICIES, ModelStates, frames_that_fit, kept_bytes, step_bytes
 from ds_lvxattn.plan.modes import eligible_modes
 from tests.support.distributed import run
-from tests.support.tiny_model import attach, loss_of, tiny_model, tiny_sample
+from tests.support.tiny_model import CPU, attach, loss_of, tiny_model, tiny_sample
 
-SAMPLES = ("IItaIIItItaa", "IttaIIttaIItaI")  # even shards: with uneven ones, Ulysses keeps an index too
+SAMPLES = ("IItaIIItItaa", "IttaIIttaIItaI")
 # What ``routed`` keeps depends on the mask.
 MODES = tuple(mode.key for mode in eligible_modes() if not mode.routes_by_mask)
 
@@ -38,6 +39,8 @@ class Kept:
         for role in batch.roles.values():
             shared += [role.interval.start, role.interval.stop]
             shared += role.interval.local_to(role.layout.kv, batch.comm.rank)
+            # In which order Ulysses takes what arrives: made once for all layers.
+            shared += [_order(shards, CPU) for shards in (role.layout.q, role.layout.kv)]
         self.ignored |= {x.untyped_storage().data_ptr() for x in shared if isinstance(x, Tensor)}
 
     def _leave(self, *unused: object) -> None:
