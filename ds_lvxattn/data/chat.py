@@ -39,22 +39,16 @@ def render(
         frame_text: how a frame is written.
 
     Raises:
-        SampleError: the template refuses the conversation, or leaves words of it out.
+        SampleError: the template refuses the conversation.
     """
     template = tokenizer.chat_template or PLAIN_TEMPLATE
     shown = messages
     if _walks_parts(tokenizer, str(template)):
         shown = [{**message, "content": _parts(message["content"], frame_text)} for message in messages]
     try:
-        text = _apply(tokenizer, template, shown, prompt)
+        return _apply(tokenizer, template, shown, prompt)
     except Exception as error:  # a template is a program of its own, which may fail in any way
         raise SampleError(f"the chat template refuses the conversation: {error or type(error).__name__}") from error
-    lost = _lost_word(messages, text, frame_text)
-    if lost is not None:
-        raise SampleError(
-            f"the chat template leaves the word {lost!r} of the conversation out; use a template that writes all turns"
-        )
-    return text
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, template: Any, messages: list[Message], prompt: bool) -> str:
@@ -90,16 +84,22 @@ def _parts(content: str, frame_text: str) -> list[dict[str, str]]:
     return parts
 
 
-def _lost_word(messages: list[Message], text: str, frame_text: str) -> str | None:
-    """A word of a turn that is not found again behind the words ahead of it; None: all are there."""
+def check_words(messages: list[Message], text: str, frame_text: str = "") -> None:
+    """Check that every word of the conversation is found again in its rendered text, those of a turn in their order.
+
+    Raises:
+        SampleError: naming a word that is not.
+    """
     for message in messages:
         content, at = message["content"] or "", 0
         for word in (content.replace(frame_text, " ") if frame_text else content).split():
             found = text.find(word, at)
             if found < 0:
-                return word
+                raise SampleError(
+                    f"the chat template leaves the word {word!r} of the conversation out; use a template that writes "
+                    "all turns"
+                )
             at = found + len(word)
-    return None
 
 
 def encode(
@@ -131,6 +131,7 @@ def encode(
                 )
             # White space behind the end-of-turn token belongs to the template.
             answers.append((len(prompt), len(answered.rstrip())))
+    check_words(messages, text, frame_text)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     input_ids = encoded["input_ids"]
     begin, end = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T

@@ -7,7 +7,7 @@ import os
 
 from transformers import PreTrainedTokenizerBase
 
-from ds_lvxattn.data.chat import render
+from ds_lvxattn.data.chat import check_words, render
 from ds_lvxattn.data.conversations import messages_of, open_media
 from ds_lvxattn.data.media import DEFAULT_LIMITS, load_frames
 from ds_lvxattn.data.rows import MediaRef, read_row
@@ -49,7 +49,9 @@ def question_sample(
     found = [part for turn in turns for part in turn.parts if isinstance(part, MediaRef)]
     media = open_media(found, max_frames, "", DEFAULT_LIMITS)
     frame_text = frame_text or image_token or ""
-    text = render(messages_of(turns, media, frame_text), tokenizer, True, frame_text)
+    messages = messages_of(turns, media, frame_text)
+    text = render(messages, tokenizer, True, frame_text)
+    check_words(messages, text, frame_text)
     input_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     sizes = [size for medium in media for size in medium.frame_sizes]
     frames = len(sizes)
