@@ -167,9 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
             model = model.with_tiles(args.tiles)
         if args.image_size is not None:
             model = model.with_image_size(args.image_size)
-        job = ClusterJob(
-            model, args.text, args.frames, args.gpus, args.recompute, gpus_per_node=profile.gpus_per_node
-        )
+        job = ClusterJob(model, args.text, args.frames, args.gpus, args.recompute, gpus_per_node=profile.gpus_per_node)
         if args.map and job.model.keys_in_text:
             raise ModelError("--map is of cross-attention layers, which this model has not; leave it out")
     except (ModelError, ProfileError) as error:
