@@ -19,8 +19,8 @@ from pathlib import Path
 from benchmarks.faults.ranks import LIMIT, ROOT, Fault, ds_config, free_port, left_in, write_config
 
 VARIABLE = "CAMPAIGN_FAULT"
-AT_A_TIME = 6
-START_SECONDS = 120.0  # of the launcher, CUDA and NCCL, six at a time
+AT_A_TIME = 9
+START_SECONDS = 90.0  # of the launcher, CUDA and NCCL, many at a time
 FAULTS = [
     Fault(kind, rank, phase, 0.0)
     for kind, rank in (("kill", 1), ("stop", 0), ("raise", 1))
@@ -38,7 +38,9 @@ def gpu_trials(folder: Path) -> Iterator[tuple[str, str, float]]:
 def _trial(folder: Path, stage: int, fault: Fault) -> tuple[str, str, float]:
     name = f"ZeRO-{stage}, {fault.kind} rank {fault.rank} in {fault.phase}"
     here = folder / name.replace(" ", "-").replace(",", "")
-    config = write_config(here, {**ds_config(stage), "bf16": {"enabled": True}})
+    settings = {**ds_config(stage), "bf16": {"enabled": True}}
+    settings["sequence_parallel"]["kernel"] = "math"  # nothing to compile
+    config = write_config(here, settings)
     out = here / "out"
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port()),

@@ -16,6 +16,7 @@ import logging
 import pickle
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def check_fresh(output_dir: Path) -> None:
     Raises:
         ConfigError: the folder holds checkpoints.
     """
-    if any(_whole_names(output_dir / FOLDER)):
+    if any(not name.endswith(ASIDE) for name in _names(output_dir / FOLDER)):
         raise ConfigError(
             f"--output_dir {output_dir} holds checkpoints of an earlier run; give --resume to go on with it, "
             "or another folder"
@@ -180,19 +181,21 @@ class Checkpoints:
         name = f"step-{step}"
         partial = self.folder / (name + ASIDE)
         first = dist.get_rank() == 0
-        on_all_ranks(lambda: self._make_room(partial) if first else None, self.group)
-        self.files.begin()
-        self.engine.save_checkpoint(str(self.folder), tag=partial.name, client_state={"step": step}, save_latest=False)
         try:
-            self._check_written(partial)
-            digests = {
-                path.name: digest for found in gather(self.files.written, self.group) for path, digest in found.items()
-            }
+            on_all_ranks(lambda: self._make_room(partial) if first else None, self.group)
+            self.files.begin()
+            self.engine.save_checkpoint(
+                str(self.folder), tag=partial.name, client_state={"step": step}, save_latest=False
+            )
+            raise_first(None if self.files.problem is None else (2, self.files.problem), self.group)
+            written = gather({path.name: digest for path, digest in self.files.written.items()}, self.group)
+            digests = {file: digest for found in written for file, digest in found.items()}
             digests |= self._digests_of_others(partial, digests)
             on_all_ranks(lambda: self._finish(partial, name, step, digests) if first else None, self.group)
         except RunError as error:
             if first:
-                remove(partial)
+                with suppress(OSError):
+                    remove(partial)
             raise RunError(f"{error}; {self.newest()}") from error
 
     def newest(self) -> str:
@@ -208,9 +211,6 @@ class Checkpoints:
                     remove(left)
             partial.mkdir()
             self._copy_scripts(str(self.folder))
-
-    def _check_written(self, partial: Path) -> None:
-        raise_first(None if self.files.problem is None else (2, self.files.problem), self.group)
 
     def _digests_of_others(self, partial: Path, known: dict[str, Digest]) -> dict[str, Digest]:
         """Digests of files that DeepSpeed copied by itself (offload to NVMe): each rank reads a share."""

@@ -22,14 +22,18 @@ class FiniteLoss:
     def __init__(self, newest: Callable[[], str], steps: int = STEPS) -> None:
         self.newest, self.steps, self.count = newest, steps, 0
 
-    def note(self, step: int, loss: float, norm: float | None) -> None:
+    def note(self, step: int, loss: float, norm: float | None, last: bool = False) -> None:
         """Take note of a step.
 
+        Args:
+            norm: of the gradients; None where a step with one that is not finite is skipped (bf16, fp16).
+            last: whether it is the last step, which must be finite.
+
         Raises:
-            RunError: it is the last of too many.
+            RunError: the run has diverged.
         """
         self.count = 0 if math.isfinite(loss) and math.isfinite(norm or 0.0) else self.count + 1
-        if self.count >= self.steps:
+        if self.count >= self.steps or (last and self.count):
             raise RunError(
                 f"the loss is {loss} and the gradient norm {norm} at step {step}, and one of them has not been finite "
                 f"since step {step - self.count + 1}: the run has diverged; {self.newest()}, saved before. Resume from "

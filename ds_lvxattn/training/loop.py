@@ -193,12 +193,12 @@ class Trainer:
                 self._measure_layers(log, step)
                 metrics = self._step(batches, accumulation)
                 log.step({"step": step, **metrics})
-                finite.note(step, metrics["loss"], metrics["grad_norm"])
                 self.learning.note_gradient(step, metrics["grad_norm"])
                 last = step == job.steps
-                if (last or (every.save_every and step % every.save_every == 0)) and finite.finite:
-                    self.watchdog.enter(f"saving the checkpoint of step {step}")
-                    self.checkpoints.save(step)
+                norm = metrics["grad_norm"] if self.batches.collator.dtype == torch.float32 else None
+                finite.note(step, metrics["loss"], norm, last)
+                if last or (every.save_every and step % every.save_every == 0):
+                    self._save(log, step, finite.finite)
                 if not last and every.eval_every and step % every.eval_every == 0:
                     self._evaluate(log, step)
             result = self._evaluate(log, job.steps)
@@ -301,6 +301,13 @@ class Trainer:
     def _next(self, batches: Iterator[Loaded]) -> Loaded:
         self.watchdog.tick()
         return next(batches)
+
+    def _save(self, log: RunLog, step: int, finite: bool) -> None:
+        if not finite:
+            log.say(f"no checkpoint of step {step}: its loss or gradients are not finite")
+            return
+        self.watchdog.enter(f"saving the checkpoint of step {step}")
+        self.checkpoints.save(step)
 
     def _evaluate(self, log: RunLog, step: int) -> dict[str, Any]:
         loader = self.evaluation_loader

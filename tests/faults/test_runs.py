@@ -78,6 +78,19 @@ def test_nothing_is_lost_where_no_checkpoint_is_whole(whole: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_a_run_that_diverges_ends_and_names_its_last_checkpoint(tmp_path: Path) -> None:
+    settings = ds_config(save_every=1)
+    settings["optimizer"]["params"]["lr"] = 1e30
+    folder = tmp_path / "run"
+    ended = run(["--ds_config", write_config(tmp_path, settings), "--output_dir", folder], tmp_path / "logs")
+    assert ended.codes == (1, 1) and "Traceback" not in ended.text, ended.text
+    left = left_in(folder)
+    assert left.model is None and left.checkpoints
+    assert all("the run has diverged; the newest whole checkpoint is" in output for output in ended.output)
+    assert "no checkpoint of step 3: its loss or gradients are not finite" in ended.text
+
+
+@pytest.mark.slow
 def test_a_config_is_refused_alike_on_all_ranks(tmp_path: Path) -> None:
     config = write_config(tmp_path, {**ds_config(), "gradient_cliping": 1.0})
     ended = run(["--ds_config", config, "--output_dir", tmp_path / "run"], tmp_path / "logs")
