@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine, zero
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from safetensors import SafetensorError
 from torch import nn
 
 from ds_lvxattn.errors import ConfigError, RunError
@@ -373,7 +374,10 @@ def export(output_dir: Path, write: Callable[[Path], None]) -> Path:
     with writing(folder):
         remove(partial)
         partial.mkdir(parents=True)
-        write(partial)
+        try:
+            write(partial)
+        except SafetensorError as error:  # holds the words of the file system
+            raise RunError(f"{folder} cannot be written: {error}") from error
         for path in partial.rglob("*"):
             if path.is_file():
                 with path.open("rb+") as file:
