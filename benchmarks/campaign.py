@@ -25,7 +25,19 @@ from pathlib import Path
 from benchmarks.faults.configs import mistake, verdict
 from benchmarks.faults.damage import DAMAGES
 from benchmarks.faults.gpu import gpu_trials
-from benchmarks.faults.ranks import LIMIT, ROOT, TIMEOUT, Ended, Fault, Left, ds_config, left_in, run, write_config
+from benchmarks.faults.ranks import (
+    LIMIT,
+    PATIENCE,
+    ROOT,
+    TIMEOUT,
+    Ended,
+    Fault,
+    Left,
+    ds_config,
+    left_in,
+    run,
+    write_config,
+)
 
 PHASES = ("loading the model", "planning", "step 1", "step 2", "step 3", "step 4", "saving the checkpoint of step 2",
           "saving the checkpoint of step 4", "evaluating", "exporting")  # fmt: skip
@@ -74,7 +86,8 @@ class Campaign:
         return self.whole[stage]
 
     def train(self, folder: Path, stage: int, resume: bool = False, fault: Fault | None = None) -> Ended:
-        config = write_config(self.folder / f"zero{stage}", ds_config(stage))
+        timeout = TIMEOUT if fault is not None and fault.kind == "stop" else PATIENCE
+        config = write_config(self.folder / f"zero{stage}-{timeout}", ds_config(stage, timeout_s=timeout))
         words = ["--ds_config", config, "--output_dir", folder, *(["--resume"] if resume else [])]
         return run(words, folder.with_name(folder.name + "-logs"), fault)
 
@@ -195,7 +208,7 @@ def main() -> int:
         while time.monotonic() < end:
             trials.append(campaign.draw.choice((campaign.fault, campaign.damage))())
             print(f"{len(trials)}: {trials[-1].kind} {trials[-1].seconds:.0f} s {trials[-1].problem}", flush=True)
-    print(f"runs with a timeout of {TIMEOUT} s, survivors out within {LIMIT:.0f} s\n")
+    print(f"a timeout of {TIMEOUT} s where a rank is stopped; survivors have to be out {LIMIT - TIMEOUT:.0f} s later\n")
     print(table(trials))
     for trial in trials:
         if trial.problem:

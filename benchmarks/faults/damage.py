@@ -80,10 +80,10 @@ def latest_wrong(draw: random.Random, folder: Path) -> bool:
 
 
 def metrics_torn(draw: random.Random, folder: Path) -> bool:
-    """The last line breaks off."""
-    path = folder / "metrics.jsonl"
-    with path.open("r+b") as file:
-        file.truncate(path.stat().st_size - draw.randrange(1, 60))
+    """A line of a step after the checkpoint, which breaks off."""
+    line = '{"step": 5, "loss": 2.5, "grad_norm": 1.0'
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(line[: draw.randrange(1, len(line))])
     return False
 
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.faults.ranks import LIMIT, ROOT, Fault, ds_config, free_port, left_in, write_config
+from benchmarks.faults.ranks import LIMIT, ROOT, TIMEOUT, Fault, ds_config, free_port, left_in, write_config
 
 VARIABLE = "CAMPAIGN_FAULT"
 AT_A_TIME = 9
@@ -38,7 +38,7 @@ def gpu_trials(folder: Path) -> Iterator[tuple[str, str, float]]:
 def _trial(folder: Path, stage: int, fault: Fault) -> tuple[str, str, float]:
     name = f"ZeRO-{stage}, {fault.kind} rank {fault.rank} in {fault.phase}"
     here = folder / name.replace(" ", "-").replace(",", "")
-    settings = {**ds_config(stage), "bf16": {"enabled": True}}
+    settings = {**ds_config(stage, timeout_s=TIMEOUT), "bf16": {"enabled": True}}
     settings["sequence_parallel"]["kernel"] = "math"  # nothing to compile
     config = write_config(here, settings)
     out = here / "out"

@@ -25,9 +25,10 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 20  # the timeout of the runs, seconds: a busy machine must not look like a stopped rank
-# A minute more, in which the survivors have to be out.
-LIMIT = TIMEOUT + 60.0
+# Timeouts of the runs, seconds: of one with a stopped rank, and of others, which a busy machine must not end.
+TIMEOUT, PATIENCE = 20, 600
+# A minute more than the timeout, in which the survivors have to be out; beside it the time that a start takes.
+LIMIT, START = TIMEOUT + 60.0, 240.0
 STEPS, SAVE_EVERY = 4, 2
 
 
@@ -117,7 +118,7 @@ def ds_config(stage: int = 2, **finetuning: Any) -> dict[str, Any]:
         "sequence_parallel_size": 2,
         "sequence_parallel": {"strategy": "lv_xattn", "schedule": "gather"},
         "finetuning": {
-            "steps": STEPS, "save_every": SAVE_EVERY, "eval_examples": 2, "timeout_s": TIMEOUT, **finetuning,
+            "steps": STEPS, "save_every": SAVE_EVERY, "eval_examples": 2, "timeout_s": PATIENCE, **finetuning,
         },
     }  # fmt: skip
 
@@ -130,13 +131,12 @@ def write_config(folder: Path, config: dict[str, Any] | None = None) -> Path:
     return path
 
 
-def run(words: Sequence[object], logs: Path, fault: Fault | None = None, ranks: int = 2, limit: float = LIMIT) -> Ended:
+def run(words: Sequence[object], logs: Path, fault: Fault | None = None, ranks: int = 2) -> Ended:
     """``train/finetune.py`` with the arguments ``words`` on ``ranks`` processes.
 
     Args:
         logs: folder for what they print.
         fault: what happens to one of them.
-        limit: seconds from the fault, or the start without one, after which the ranks are killed.
     """
     logs.mkdir(parents=True, exist_ok=True)
     port, files = free_port(), [logs / f"rank-{rank}.txt" for rank in range(ranks)]
@@ -150,7 +150,7 @@ def run(words: Sequence[object], logs: Path, fault: Fault | None = None, ranks: 
     ]  # fmt: skip
     stopped = pids[fault.rank] if fault is not None and fault.kind == "stop" else None
     codes: dict[int, int] = {}
-    while len(set(pids) - set(codes) - {stopped}) and time.monotonic() - began < limit:
+    while len(set(pids) - set(codes) - {stopped}) and time.monotonic() - began < START + LIMIT:
         time.sleep(0.05)
         codes.update(nursery().ended())
     seconds = time.monotonic() - began
@@ -208,8 +208,11 @@ def serve() -> None:
     from ds_lvxattn.needle import source  # noqa: F401
 
     torch.set_num_threads(1)
+    from sklearn.datasets import load_digits
+
     from ds_lvxattn.training import finetune
 
+    load_digits()
     for line in sys.stdin:
         request = json.loads(line)
         answer: Any = {}

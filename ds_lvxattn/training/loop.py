@@ -307,6 +307,7 @@ class Trainer:
             log.say(f"no checkpoint of step {step}: its loss or gradients are not finite")
             return
         self.watchdog.enter(f"saving the checkpoint of step {step}")
+        log.sync()
         self.checkpoints.save(step)
 
     def _evaluate(self, log: RunLog, step: int) -> dict[str, Any]:

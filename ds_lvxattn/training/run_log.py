@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ds_lvxattn.plan.layer_plan import LayerPlan, write_plan
-from ds_lvxattn.training.files import aside, replace_text, writing
+from ds_lvxattn.training.files import aside, replace_text, sync, writing
 from ds_lvxattn.training.memory_plan import MemoryPlan
 from ds_lvxattn.training.secrets import without_secrets
 
@@ -128,6 +128,12 @@ class RunLog:
         self._progress.update(self._task, completed=metrics["step"], note=note)
         if not self.console.is_terminal and (metrics["step"] % 20 == 0 or metrics["step"] == 1):
             self.console.print(f"step {metrics['step']}  {note}")
+
+    def sync(self) -> None:
+        """Bring the metrics to the disk: a checkpoint must not outlive those of its steps."""
+        if self.active:
+            with writing(self._path):
+                sync(self._metrics)
 
     def evaluation(self, step: int, result: dict[str, Any]) -> None:
         """Write ``eval.json``; the last evaluation counts."""

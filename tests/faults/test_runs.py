@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.campaign import judge_end, judge_whole
 from benchmarks.faults.damage import DAMAGES
-from benchmarks.faults.ranks import Ended, Fault, ds_config, left_in, run, write_config
+from benchmarks.faults.ranks import TIMEOUT, Ended, Fault, ds_config, left_in, run, write_config
 
 
 def train(folder: Path, *words: object, stage: int = 2, fault: Fault | None = None, **finetuning: object) -> Ended:
@@ -50,7 +50,7 @@ def test_a_run_that_is_hurt_goes_on_as_if_it_had_not_been(fault: Fault, whole: P
 
 @pytest.mark.slow
 def test_a_stopped_rank_is_named_and_the_others_leave(tmp_path: Path) -> None:
-    ended = train(tmp_path / "run", fault=Fault("stop", 1, "step 3"))
+    ended = train(tmp_path / "run", fault=Fault("stop", 1, "step 3"), timeout_s=TIMEOUT)
     assert ended.codes[0] == 1 and "rank 1 gives no sign of life" in ended.output[0], ended.text
 
 
