@@ -11,6 +11,7 @@ import av
 import av.error
 import numpy as np
 
+from ds_lvxattn.data.media.complete import is_cut_off
 from ds_lvxattn.data.media.files import MAX_PIXELS, MediaError, check_file, open_film
 from ds_lvxattn.data.media.hidden import shows_frame
 from ds_lvxattn.data.media.picture import size_as_shown
@@ -53,6 +54,7 @@ class _Packet:
     is_key: bool
     shown: bool
     duration: int
+    is_corrupt: bool
 
 
 def film_index(path: str) -> FilmIndex:
@@ -76,11 +78,10 @@ def _build(path: str) -> FilmIndex:
         if stream.width * stream.height > MAX_PIXELS:
             raise MediaError(f"{path}: {stream.width} x {stream.height} pixels; at most {MAX_PIXELS:,} are decoded")
         codec = stream.codec_context.name
-        packets = [
-            _Packet(p.pts, p.dts, p.is_keyframe, not p.is_discard and shows_frame(codec, p), p.duration or 0)
-            for p in container.demux(stream)
-            if p.size
-        ]
+        packets = [_packet(codec, packet) for packet in container.demux(stream) if packet.size]
+        # The list of its frames comes first in such a file: it is shorter than it says. Streams end anywhere.
+        if is_cut_off(path) or (packets and packets[-1].is_corrupt and "mp4" in container.format.name):
+            raise MediaError(f"{path}: damaged: the file is cut off")
         # Frames ahead of the first key frame refer to data that the file does not hold.
         first = next((at for at, packet in enumerate(packets) if packet.is_key), len(packets))
         packets = packets[first:]
@@ -111,6 +112,17 @@ def _build(path: str) -> FilmIndex:
     last = last or (int(np.median(np.diff(stamps))) if len(stamps) > 1 else round(1 / rate / unit)) or 1
     info = VideoInfo(width, height, stamps - stamps[0], int(stamps[-1] - stamps[0]) + last, unit)
     return FilmIndex(info, stamps, key_of, keys)
+
+
+def _packet(codec: str, packet: av.Packet) -> _Packet:
+    return _Packet(
+        packet.pts,
+        packet.dts,
+        packet.is_keyframe,
+        not packet.is_discard and shows_frame(codec, packet),
+        packet.duration or 0,
+        packet.is_corrupt,
+    )
 
 
 def is_frame_by_packet(stream: av.VideoStream) -> bool:
