@@ -381,8 +381,11 @@ def test_half_a_picture_is_none(tmp_path: Path) -> None:
         data = encoded(Image.fromarray(noise), kind)
         (tmp_path / "half").write_bytes(data[: len(data) // 2])
         for source in (str(tmp_path / "half"), data[: len(data) // 2]):
-            with pytest.raises(MediaError, match="cannot be decoded"):
+            with pytest.raises(MediaError, match="(half|embedded image).*(cannot be decoded|damaged)"):
                 Media("image", (source,), (0,)).decode([0])
+    data = encoded(Image.fromarray(noise), "JPEG")
+    with pytest.raises(MediaError, match="an image is damaged"):  # the end is there, what is ahead of it is not
+        Media("image", (data[: len(data) // 2] + data[-2:],), (0,)).decode([0])
 
 
 def test_damage_is_told_and_not_concealed(tmp_path: Path) -> None:

@@ -8,12 +8,10 @@ import av
 import av.error
 import numpy as np
 
-from ds_lvxattn.data.media.files import MAX_PIXELS, MediaError, open_film
+from ds_lvxattn.data.media.files import STRICT, MediaError, open_film
 from ds_lvxattn.data.media.index import FilmIndex, film_index, is_frame_by_packet
 from ds_lvxattn.data.media.picture import Size, as_shown, fitted
 
-# Errors are told instead of concealed: a picture made up from its neighbours is not what the file holds.
-STRICT = {"err_detect": "crccheck+bitstream+buffer+explode", "max_pixels": str(MAX_PIXELS)}
 # Codecs whose frames say that no other refers to them; those that are not asked for are then not decoded.
 SKIPS_UNREFERENCED = frozenset(["h264", "mpeg1video", "mpeg2video", "mpeg4"])
 

@@ -6,11 +6,14 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from typing import Any
 
+import av
+import av.error
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ds_lvxattn.data.media.files import MAX_PIXELS, MediaError, check_file
+from ds_lvxattn.data.media.files import MAX_PIXELS, STRICT, MediaError, check_file
 from ds_lvxattn.data.media.picture import Size, fitted
 from ds_lvxattn.data.media.timeline import VideoInfo, still
 
@@ -44,7 +47,7 @@ def image_info(source: str | bytes, upright: bool = True) -> VideoInfo:
     Raises:
         MediaError: missing, broken or not an image.
     """
-    with _opened(source) as image:
+    with _opened(source) as (image, _):
         width, height = image.size
         turned = upright and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         if turned:
@@ -77,7 +80,9 @@ def decode_image(
         MediaError: missing, broken or not an image; pixels without an agreed range (floating point).
     """
     frames = {}
-    with _opened(source) as image:
+    with _opened(source) as (image, data):
+        if image.format in ("JPEG", "MPO"):
+            _check_jpeg(data)
         target = fitted(*image.size, size)
         if target != image.size:
             image.draft("RGB", target)  # a JPEG is decoded smaller, but no smaller than that
@@ -96,8 +101,8 @@ def decode_image(
 
 
 @contextmanager
-def _opened(source: str | bytes) -> Iterator[Image.Image]:
-    """The image, checked but not decoded. Whatever Pillow raises inside the block becomes a ``MediaError``."""
+def _opened(source: str | bytes) -> Iterator[tuple[Image.Image, bytes]]:
+    """The image, checked but not decoded, and its bytes. Whatever Pillow raises inside the block becomes a ``MediaError``."""
     name = source if isinstance(source, str) else "an embedded image"
     try:
         if isinstance(source, str):
@@ -112,13 +117,28 @@ def _opened(source: str | bytes) -> Iterator[Image.Image]:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise MediaError(f"{name}: {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded")
-            yield image
-    except MediaError:
-        raise
+            yield image, data
+    except MediaError as error:
+        raise error if name in str(error) else MediaError(f"{name}: {error}") from error
     except UnidentifiedImageError as error:
         raise MediaError(f"{name} cannot be decoded: not an image of the formats {', '.join(FORMATS)}") from error
     except Exception as error:  # decoders raise what they like
         raise MediaError(f"{name} cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Raise ``MediaError`` for a JPEG with missing or damaged data, which Pillow fills with grey in silence."""
+    decoder: Any = av.CodecContext.create("mjpeg", "r")
+    decoder.thread_count = 1
+    decoder.options = STRICT
+    try:
+        frames = [*decoder.decode(av.Packet(data)), *decoder.decode(None)]
+    except av.error.InvalidDataError as error:
+        raise MediaError(f"an image is damaged: {error.strerror}") from error
+    except av.error.FFmpegError:
+        return  # a JPEG that FFmpeg does not know
+    if any(frame.is_corrupt for frame in frames):
+        raise MediaError("an image is damaged: what is missing was made up")
 
 
 def _without_text(data: bytes) -> bytes:
