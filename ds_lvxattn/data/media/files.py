@@ -22,7 +22,7 @@ CONTAINERS = (
     "h264,hevc,vvc,av1,obu,vc1,mjpeg,yuv4mpegpipe,swf,nsv,nuv,amv,bink,smk,roq,film_cpk,flic,ty,pva,gxf,jpegxl_anim"
 )
 OPTIONS = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS, "max_pixels": str(MAX_PIXELS)}
-# Options of a decoder. Errors are told instead of concealed: a picture made up from its neighbours is not what the file holds.
+# Of a decoder. Errors are told, not concealed: a picture made up from its neighbours is not what the file holds.
 STRICT = {"err_detect": "crccheck+bitstream+buffer+explode", "max_pixels": str(MAX_PIXELS)}
 # The pictures of a HEIF file are tracks of tiles: FFmpeg's streams are single tiles, not the picture.
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"mif2", b"avif", b"avis"}

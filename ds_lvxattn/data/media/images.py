@@ -102,7 +102,7 @@ def decode_image(
 
 @contextmanager
 def _opened(source: str | bytes) -> Iterator[tuple[Image.Image, bytes]]:
-    """The image, checked but not decoded, and its bytes. Whatever Pillow raises inside the block becomes a ``MediaError``."""
+    """An image, checked but not decoded, and its bytes. What Pillow raises inside becomes a ``MediaError``."""
     name = source if isinstance(source, str) else "an embedded image"
     try:
         if isinstance(source, str):
