@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import av.error
@@ -80,9 +80,9 @@ def decode_image(
         MediaError: missing, broken or not an image; pixels without an agreed range (floating point).
     """
     frames = {}
-    with _opened(source) as (image, data):
+    with _opened(source) as (image, file):
         if image.format in ("JPEG", "MPO"):
-            _check_jpeg(data)
+            _check_jpeg(file)
         target = fitted(*image.size, size)
         if target != image.size:
             image.draft("RGB", target)  # a JPEG is decoded smaller, but no smaller than that
@@ -101,23 +101,21 @@ def decode_image(
 
 
 @contextmanager
-def _opened(source: str | bytes) -> Iterator[tuple[Image.Image, bytes]]:
-    """An image, checked but not decoded, and its bytes. What Pillow raises inside becomes a ``MediaError``."""
+def _opened(source: str | bytes) -> Iterator[tuple[Image.Image, BinaryIO]]:
+    """An image, of which only the header has been read, and its file. What Pillow raises becomes a ``MediaError``."""
     name = source if isinstance(source, str) else "an embedded image"
     try:
         if isinstance(source, str):
             check_file(source)
-            with open(source, "rb") as file:
-                data = file.read()
-        else:
-            data = source
-        if data.startswith(PNG):
-            data = _without_text(data)
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise MediaError(f"{name}: {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded")
-            yield image, data
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            is_png = file.read(len(PNG)) == PNG
+            file.seek(0)
+            whole = io.BytesIO(_without_text(file.read())) if is_png else file
+            with Image.open(whole, formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise MediaError(f"{name}: {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded")
+                yield image, whole
     except MediaError as error:
         raise error if name in str(error) else MediaError(f"{name}: {error}") from error
     except UnidentifiedImageError as error:
@@ -126,8 +124,12 @@ def _opened(source: str | bytes) -> Iterator[tuple[Image.Image, bytes]]:
         raise MediaError(f"{name} cannot be decoded: {type(error).__name__}: {error}") from error
 
 
-def _check_jpeg(data: bytes) -> None:
+def _check_jpeg(file: BinaryIO) -> None:
     """Raise ``MediaError`` for a JPEG with missing or damaged data, which Pillow fills with grey in silence."""
+    place = file.tell()  # Pillow reads on from here
+    file.seek(0)
+    data = file.read()
+    file.seek(place)
     decoder: Any = av.CodecContext.create("mjpeg", "r")
     decoder.thread_count = 1
     decoder.options = STRICT
