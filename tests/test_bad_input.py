@@ -249,6 +249,28 @@ def same_samples() -> ListSource:
 CASE = Case(2, 2, 2, MODES[0], steps=2, micro_batch=4)
 
 
+class OtherSource(ListSource):
+    digest = "other samples"
+
+
+def attempt_on_other_data(folder: Path, new_data: bool) -> str:
+    source = OtherSource(same_samples().samples)
+    try:
+        train(replace(CASE, steps=3), folder, source, resume=True, new_data=new_data)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_run_goes_on_with_its_own_data_or_says_so(tmp_path: Path) -> None:
+    run(2, train, CASE, tmp_path, same_samples())
+    for refusal in run(2, attempt_on_other_data, tmp_path, False):
+        assert "was made on other data (samples in a list; this run has other samples)" in refusal
+        assert "--new_data" in refusal
+    assert run(2, attempt_on_other_data, tmp_path, True) == ["", ""]
+    assert len(metrics_in(tmp_path)) == 3
+
+
 def attempt(case: Case, folder: Path, source: ListSource, resume: bool, seed: int, **finetuning: Any) -> str:
     """Train on this rank; the error, if one comes."""
     try:

@@ -398,3 +398,9 @@ def test_a_model_without_frames_takes_rows_without_media(source_of):
     assert source.sample(0).num_frames == 0
     with pytest.raises(SampleError, match="line 2: 1 images and videos, and the model takes text alone"):
         source.sample(1)
+
+
+def test_the_digest_tells_rows_apart(source_of):
+    digest, same, other = (source_of(chat(answer=answer)).digest for answer in ("red", "red", "blue"))
+    assert digest == same != other
+    assert source_of(chat(), chat()).digest.startswith("2 rows, ")

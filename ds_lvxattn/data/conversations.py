@@ -113,6 +113,11 @@ class ConversationSource:
         self._unknown_keys: set[str] = set()
         self._permutation = functools.lru_cache(maxsize=2)(self._shuffle)
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Rows of the split, and a digest of the dataset's texts."""
+        return f"{len(self)} rows, {self.table.digest()}"
+
     def __len__(self) -> int:
         return len(self.rows)
 

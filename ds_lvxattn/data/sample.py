@@ -104,7 +104,15 @@ class Sample:
 
 
 class SampleSource(Protocol):
-    """A dataset whose rows become samples on request."""
+    """A dataset whose rows become samples on request.
+
+    Attributes:
+        digest: how many rows it has and what they are like: another text for other rows, so that a run which goes on
+            can tell whether it has the data that it began with.
+    """
+
+    @property
+    def digest(self) -> str: ...
 
     def __len__(self) -> int: ...
 

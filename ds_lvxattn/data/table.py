@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -43,6 +44,15 @@ class Table:
         """Row ``number``. Raises ``SampleError`` where it is no JSON object."""
         [row] = self.rows[number : number + 1].to_pylist()
         return self._parse(row)
+
+    def digest(self) -> str:
+        """Of all rows, embedded media left out."""
+        names = [field.name for field in self.rows.features.arrow_schema if not _holds_bytes(field.type)]
+        digest = hashlib.blake2b(digest_size=8)
+        if names:
+            for batch in self.rows.select_columns(names).iter(batch_size=1000):
+                digest.update(json.dumps(batch.to_pydict(), default=str).encode())
+        return digest.hexdigest()
 
     def media_keys(self, strict: bool = True) -> Iterator[tuple[int, str]]:
         """The number of every row, and a text that is equal for rows about the same media. Skips blank lines.

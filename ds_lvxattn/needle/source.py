@@ -25,9 +25,14 @@ class NeedleSource:
         self, split: Split, size: int, seed: int, tokenizer: PreTrainedTokenizerFast, task: NeedleTask
     ) -> None:
         self.rows = needle_dataset(split, size, seed, task)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.task = tokenizer, task
         self.cache = ClipCache(task.image_size)
         self.name = f"needle/{split}"
+
+    @property
+    def digest(self) -> str:
+        """The task alone: the rows follow from seed and length of the run."""
+        return f"{self.name} {self.task}"
 
     def __len__(self) -> int:
         return len(self.rows)

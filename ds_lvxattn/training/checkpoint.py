@@ -66,9 +66,10 @@ class RunFacts:
     seed: int
     sequence_parallel_size: int
     parameters: str
+    data: str
 
 
-MUST_AGREE = ("world_size", "zero_stage", "train_batch_size", "seed", "parameters")
+MUST_AGREE = ("world_size", "zero_stage", "train_batch_size", "seed", "parameters", "data")
 
 
 def parameter_digest(model: nn.Module) -> str:
@@ -156,6 +157,7 @@ class Checkpoints:
         facts: of the run.
         group: of all ranks, for host messages.
         progress: called while files are written.
+        new_data: whether a checkpoint may be of a run on other rows.
     """
 
     def __init__(
@@ -165,7 +167,9 @@ class Checkpoints:
         facts: RunFacts,
         group: dist.ProcessGroup,
         progress: Callable[[], None],
+        new_data: bool = False,
     ) -> None:
+        self.must_agree = [key for key in MUST_AGREE if not (new_data and key == "data")]
         self.engine, self.folder, self.facts, self.group = engine, output_dir / FOLDER, facts, group
         self.files = CheckpointFiles(engine.checkpoint_engine.zipfile_serialization, progress)
         engine.checkpoint_engine = self.files
@@ -277,12 +281,17 @@ class Checkpoints:
         read: Any = gather(_read_list(path) if dist.get_rank() == 0 else None, self.group)[0]
         if isinstance(read, str):
             return read
-        for key in MUST_AGREE:
+        for key in self.must_agree:
             was, now = read[key], getattr(self.facts, key)
             if was != now:
                 made = f"made with {key} {was}, this run has {now}; use {was}"
                 if key == "parameters":
                     made = "made with other parameters than this run's, or others of them train; use the same"
+                if key == "data":
+                    made = (
+                        f"made on other data ({was}; this run has {now}); give that, or --new_data to go on with these "
+                        "rows from the place that the steps so far reach in them"
+                    )
                 raise ConfigError(
                     f"--resume: the checkpoint in {path} was {made}, or start a new run in another folder"
                 )

@@ -39,6 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/finetune"), help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in --output_dir")
+    parser.add_argument("--new_data", action="store_true", help="with --resume, let --data be another than before")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
     add_overrides(parser)
     return parser.parse_intermixed_args(arguments)
@@ -66,7 +67,7 @@ def finetune(args: argparse.Namespace, watchdog: Watchdog | None = None) -> None
     train, evaluation = load_sources(args.data, loaded, settings.finetuning, rows, args.seed)
     job = Job(
         ds_config, settings.parallel, settings.finetuning, loaded, train, evaluation, settings.steps, args.seed,
-        args.output_dir, args.resume, watchdog,
+        args.output_dir, args.resume, watchdog, args.new_data,
     )  # fmt: skip
     Trainer(job).run()
 

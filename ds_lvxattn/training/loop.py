@@ -67,6 +67,7 @@ class Job:
         seed: of the data order.
         output_dir: where everything is written.
         resume: go on from the newest whole checkpoint there.
+        new_data: whether that checkpoint may be of a run on other rows; the order goes on at the steps' place in these.
         watchdog: is told what this rank does.
     """
 
@@ -81,6 +82,7 @@ class Job:
     output_dir: Path
     resume: bool
     watchdog: Watchdog = field(default_factory=Watchdog)
+    new_data: bool = False
 
 
 class Trainer:
@@ -132,8 +134,11 @@ class Trainer:
             job.seed,
             config.size,
             checkpoint.parameter_digest(model),
+            job.train.digest,
         )
-        self.checkpoints = checkpoint.Checkpoints(self.engine, job.output_dir, facts, self.everyone, self.watchdog.tick)
+        self.checkpoints = checkpoint.Checkpoints(
+            self.engine, job.output_dir, facts, self.everyone, self.watchdog.tick, job.new_data
+        )
         self.order = Order(
             job.train, self.engine.train_micro_batch_size_per_gpu(),
             self.groups.get_data_parallel_rank(), self.groups.get_data_parallel_world_size(),

@@ -132,6 +132,10 @@ class ListSource:
 
     samples: list[Sample] = field(default_factory=list)
 
+    @property
+    def digest(self) -> str:
+        return "samples in a list"
+
     def __len__(self) -> int:
         return len(self.samples)
 

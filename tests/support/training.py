@@ -65,7 +65,13 @@ def mixed_samples(count: int) -> ListSource:
 
 
 def train(
-    case: Case, folder: Path, source: SampleSource | None = None, resume: bool = False, seed: int = 0, **finetuning: Any
+    case: Case,
+    folder: Path,
+    source: SampleSource | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    new_data: bool = False,
+    **finetuning: Any,
 ) -> dict[str, Any]:
     """Run the whole loop on this rank; its evaluation, on the training samples, when it is asked for."""
     os.environ["WANDB_MODE"] = "disabled"
@@ -74,7 +80,10 @@ def train(
     settings = FinetuningConfig(**finetuning)
     evaluation = source if settings.eval_every else None
     parallel = sequence_parallel_config(case.config, case.ranks)
-    job = Job(case.config, parallel, settings, tiny_loaded(), source, evaluation, case.steps, seed, folder, resume)
+    job = Job(
+        case.config, parallel, settings, tiny_loaded(), source, evaluation, case.steps, seed, folder, resume,
+        new_data=new_data,
+    )  # fmt: skip
     return Trainer(job).run()
 
 
