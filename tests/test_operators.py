@@ -68,7 +68,7 @@ def opcheck_distributed(name: str, masked: bool, keep_queries: bool) -> dict[str
         q, rows = qkv(0)[0], [1, 2, Q_LENGTHS[0]]
     start, stop = ranges(*rows) if masked else (None, None)
     shards = ShardLayout(SequenceShards(Q_LENGTHS), SequenceShards(KV_LENGTHS))
-    q_lengths, keys = list(Q_LENGTHS), (list(KV_LENGTHS), 0)
+    q_lengths, keys = list(Q_LENGTHS), (list(KV_LENGTHS), [])
     first, last = None, None
     if start is not None and stop is not None and name != "kv_ring":
         first, last = KVInterval(start, stop).local_to(shards.kv, comm.rank)
