@@ -233,6 +233,14 @@ class VisualFamily(Family):
     def load_processor(self, name: str) -> Any:
         """The image processor of a local path or hub name; raises like ``load_model``."""
 
+    def complete_processor(self, processor: Any, image_token: str) -> None:
+        """Fill in what the model's whole processor, as transformers saves it beside the model, has to know of it.
+
+        Args:
+            image_token: the token that stands for a frame, by which the processor finds images in a text.
+        """
+        return None
+
     @abstractmethod
     def pixels(
         self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any

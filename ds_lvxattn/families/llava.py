@@ -56,6 +56,15 @@ class Llava(Concatenation):
     def encoder_tokens(self) -> int:
         return _vision_tokens(self.config.vision_config)
 
+    def complete_processor(self, processor: Any, image_token: str) -> None:
+        """It counts the visual tokens of an image by these."""
+        vision = self.config.vision_config
+        processor.patch_size = vision.patch_size
+        processor.num_additional_image_tokens = CLASS_TOKENS[vision.model_type]
+        processor.vision_feature_select_strategy = self.config.vision_feature_select_strategy
+        processor.image_token = image_token
+        processor.image_token_id = processor.tokenizer.convert_tokens_to_ids(image_token)
+
     def load_processor(self, name: str) -> Any:
         return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,8 +14,9 @@ from deepspeed import zero
 from deepspeed.utils import set_z3_leaf_modules
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.processing_utils import ProcessorMixin
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of, family_of_config
@@ -26,15 +28,25 @@ QUICKSTART = "quickstart"
 # Weights in formats of other libraries, which a repository may hold besides.
 OTHER_FORMATS = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "original/*"]
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class LoadedModel:
-    """A model with what its data needs: tokenizer, image processor and the token that stands for a frame."""
+    """A model with what its data needs.
+
+    Attributes:
+        processor: its image processor.
+        image_token: the token that stands for a frame; None for a model that takes none.
+        whole: its processor as transformers has it, of text and images and perhaps videos, to be saved with the model;
+            None where there is none yet.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     processor: Any
     image_token: str | None
+    whole: Any = None
 
     @property
     def image_id(self) -> int:
@@ -51,11 +63,17 @@ class LoadedModel:
         return pad if pad is not None else self.tokenizer.eos_token_id
 
     def save(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
-        """``save_pretrained`` of model, tokenizer and image processor."""
+        """``save_pretrained`` of model, tokenizer and image processor, and of the whole processor, so that
+        transformers serves what was trained with ``AutoProcessor.from_pretrained(folder)``."""
         self.model.save_pretrained(folder, state_dict=state_dict)
         self.tokenizer.save_pretrained(folder)
-        if self.processor is not None:
-            self.processor.save_pretrained(folder)
+        if self.processor is None:
+            return
+        self.processor.save_pretrained(folder)
+        family, whole = family_of(self.model), self.whole or whole_processor(str(folder))
+        if whole is not None and isinstance(family, VisualFamily) and self.image_token is not None:
+            family.complete_processor(whole, self.image_token)
+            whole.save_pretrained(folder)
 
 
 def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
@@ -87,6 +105,9 @@ def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
             f"--model {name}: cannot be loaded ({error}); small random models are {', '.join(SMALL_MODELS)}"
         ) from error
     del zero3
+    whole = whole_processor(name)
+    if whole is not None and not tokenizer.chat_template:  # it may stand with the processor alone
+        tokenizer.chat_template = whole.chat_template
     if not isinstance(family, VisualFamily):
         return LoadedModel(model, tokenizer, processor, None)
     # The small models are saved with the tokenizer of the needle task.
@@ -95,7 +116,17 @@ def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
         raise ConfigError(
             f"--model {name}: its tokenizer has no token {family.image_token!r}, which stands for a frame; add it"
         )
-    return LoadedModel(model, tokenizer, processor, image_token)
+    return LoadedModel(model, tokenizer, processor, image_token, whole)
+
+
+def whole_processor(name: str) -> Any:
+    """The processor of a local path or hub name, of text and images; None where it has none that loads here."""
+    try:
+        found = AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s: its processor does not load here and is not saved with the model (%s)", name, error)
+        return None
+    return found if isinstance(found, ProcessorMixin) else None
 
 
 def at_revision(name: str) -> str:

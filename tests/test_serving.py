@@ -1,0 +1,102 @@
+"""An export in plain transformers, one process, gives what the training path gives on the same media."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ds_lvxattn.batches.prepare import Batches
+from ds_lvxattn.batches.sequence_parallel import SequenceParallel
+from ds_lvxattn.config import SequenceParallelConfig
+from ds_lvxattn.data.conversations import ConversationSource
+from ds_lvxattn.needle.small_models import SMALL_MODELS
+from ds_lvxattn.needle.task import IMAGE, build_tokenizer
+from ds_lvxattn.training.dataset import frames_in_text
+from ds_lvxattn.training.loading import LoadedModel, load_model
+from tests.support.distributed import run
+from tests.support.tiny_families import tiny
+from tests.support.tiny_model import CPU, groups_of, tiny_config, tiny_model
+
+# As in published templates, text stands ahead of the image.
+TEMPLATE = (
+    "{{ bos_token }} {% for m in messages %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }} {% endif %}{% endfor %}"
+    "{% if m.role == 'assistant' %}{{ eos_token }} {% endif %}{% endfor %}"
+)
+TILES = 4
+
+
+def pretrained(name: str, folder: Path) -> None:
+    """A saved model with its processor, as a user would have it."""
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    if name == "mllama":
+        processor = SMALL_MODELS["quickstart"][1]()
+        processor.max_image_tiles = TILES
+        model: Any = tiny_model(tiny_config(TILES))
+    else:
+        processor, model = SMALL_MODELS[f"small-{name}"][1](), tiny(name)
+    LoadedModel(model, tokenizer, processor, IMAGE).save(folder, dict(model.named_parameters()))
+
+
+def trained(folder: str, export: str, rows: str) -> Tensor:
+    """Train two steps, save, and give the logits ``[S, V]`` of the first row on the ranks of the group."""
+    ranks, loaded = dist.get_world_size(), load_model(folder, {}, seed=0)
+    model: Any = loaded.model
+    parallel = SequenceParallel(model, SequenceParallelConfig(size=ranks, strategy="lv_xattn"), groups_of(ranks))
+    batches = Batches(model, loaded.processor, loaded.pad_token, loaded.image_id, CPU, torch.float32, parallel)
+    source = ConversationSource(rows, loaded.tokenizer, **frames_in_text(loaded), max_frames=4)
+    samples = [source.sample(row) for row in range(len(source))]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(2):
+        model(**batches.prepare(samples).inputs).loss.backward()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(parameter.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    inputs = batches.prepare(samples[:1]).inputs
+    for key in ("labels", "shift_labels", "num_items_in_batch"):
+        del inputs[key]
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits[0]
+    rows_of: list[Any] = [None] * ranks
+    dist.all_gather_object(rows_of, logits)
+    if dist.get_rank() == 0:
+        loaded.save(Path(export), {name: p.detach().clone() for name, p in model.named_parameters()})
+    return torch.cat(rows_of)
+
+
+@pytest.mark.parametrize("name", ["mllama", "llava"])
+def test_an_export_serves_what_was_trained(name: str, tmp_path: Path) -> None:
+    folder, export, rows = tmp_path / "model", tmp_path / "export", tmp_path / "rows.jsonl"
+    pretrained(name, folder)
+    pictures = [np.random.default_rng(n).integers(0, 256, (40, 30 + 50 * n, 3), dtype=np.uint8) for n in range(2)]
+    for number, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    asked = [{"from": "human", "value": "which <image> digit ? <image>"}, {"from": "gpt", "value": "3"}]
+    rows.write_text(json.dumps({"image": ["0.png", "1.png"], "conversations": asked}))
+    got = run(2, trained, str(folder), str(export), str(rows))[0]
+
+    processor = AutoProcessor.from_pretrained(export)
+    model = AutoModelForImageTextToText.from_pretrained(export).eval()
+    image = {"type": "image"}
+    user = [{"type": "text", "text": "which"}, image, {"type": "text", "text": "digit ?"}, image]
+    chat = [
+        {"role": "user", "content": user},
+        {"role": "assistant", "content": [{"type": "text", "text": "3"}]},
+    ]
+    text = processor.apply_chat_template(chat, tokenize=False)
+    inputs = processor(text=[text], images=[pictures], return_tensors="pt")
+    with torch.no_grad():
+        want = model(**inputs).logits[0]
+    torch.testing.assert_close(got[: len(want)], want, rtol=1e-4, atol=1e-4)
