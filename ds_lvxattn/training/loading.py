@@ -105,11 +105,11 @@ def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
             f"--model {name}: cannot be loaded ({error}); small random models are {', '.join(SMALL_MODELS)}"
         ) from error
     del zero3
+    if not isinstance(family, VisualFamily):
+        return LoadedModel(model, tokenizer, processor, None)
     whole = whole_processor(name)
     if whole is not None and not tokenizer.chat_template:  # it may stand with the processor alone
         tokenizer.chat_template = whole.chat_template
-    if not isinstance(family, VisualFamily):
-        return LoadedModel(model, tokenizer, processor, None)
     # The small models are saved with the tokenizer of the needle task.
     image_token = next((t for t in (family.image_token, IMAGE) if t in tokenizer.get_vocab()), None)
     if image_token is None:
@@ -122,7 +122,7 @@ def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
 def whole_processor(name: str) -> Any:
     """The processor of a local path or hub name, of text and images; None where it has none that loads here."""
     try:
-        found = AutoProcessor.from_pretrained(name)
+        found = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s: its processor does not load here and is not saved with the model (%s)", name, error)
         return None
