@@ -66,7 +66,7 @@ def test_positions_of_qwen_are_those_of_the_model(pattern: str) -> None:
     ids = torch.from_numpy(rows.input_ids)
     grid = torch.tensor([[1, 4, 4]] * pattern.count("I")).reshape(-1, 3)
     want, _ = model.model.get_rope_index(ids, (ids == IMAGE_TOKEN).int(), grid)
-    got = Qwen25VL(model.config).positions(rows.visual[0])
+    got = Qwen25VL(model.config).positions(rows.visual[0], rows.shapes[0])
     assert got.tolist() == want[:, 0].tolist()
 
 
@@ -74,7 +74,7 @@ def test_adjacent_frames_of_qwen_come_one_after_another() -> None:
     """The model's own function takes them for one image; published prompts have tokens between them."""
     model: Any = tiny("qwen2.5-vl")
     rows = layout(("tIIt",), Qwen25VL(model.config), 1, "contiguous")
-    time, row, column = Qwen25VL(model.config).positions(rows.visual[0]).tolist()
+    time, row, column = Qwen25VL(model.config).positions(rows.visual[0], rows.shapes[0]).tolist()
     assert time == [0, 1, 1, 1, 1, 3, 3, 3, 3, 5]
     assert row == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
     assert column == [0, 1, 2, 1, 2, 3, 4, 3, 4, 5]

@@ -203,7 +203,8 @@ class Collator:
         # Of a batch that every rank computes whole, each counts its part of the loss and of the gradients.
         shares = self.division.comm.ranks // layout.text.ranks if self.division else 1
         labels = torch.from_numpy(layout.shift_labels[:, own]).contiguous()
-        positions = [self.family.positions(visual) for visual in layout.visual]
+        of_samples = zip(layout.visual, layout.shapes, strict=True)
+        positions = [self.family.positions(*sample) for sample in of_samples]
         answers, num_answers = number_answers(layout.shift_labels)
         inputs: dict[str, Any] = {
             "input_ids": torch.from_numpy(layout.input_ids[:, own]),

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from ds_lvxattn.data.media import (
     sample_times,
 )
 from ds_lvxattn.data.rows import MediaRef, Turn, read_row, unknown_keys
-from ds_lvxattn.data.sample import Sample, SampleError
+from ds_lvxattn.data.sample import FrameSize, Sample, SampleError, one_row
 from ds_lvxattn.data.table import open_table
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class ConversationSource:
         tokenizer: a fast tokenizer; its chat template renders the text, ``PLAIN_TEMPLATE`` if it has none.
         image_token: the token that stands for a frame; None for a model that takes none.
         frame_text: how a frame is written, with that token in it; by default the token alone.
-        frame_tokens: rows that the model makes of a frame's token.
+        frame_tokens: rows that the model makes of a frame's token, by the size of its picture.
         max_frames: frames of a row; its videos share what its images leave.
         max_text_tokens: longest sample in tokens, image tokens included with the rows that the model makes of them;
             None for no limit.
@@ -70,7 +70,7 @@ class ConversationSource:
         *,
         image_token: str | None,
         frame_text: str = "",
-        frame_tokens: int = 1,
+        frame_tokens: Callable[[FrameSize], int] = one_row,
         max_frames: int,
         max_text_tokens: int | None = None,
         split: Literal["train", "eval"] = "train",
@@ -164,10 +164,11 @@ class ConversationSource:
                 f"{image_tokens} image tokens for {frames} frames; the text holds "
                 f"{self.image_token!r} outside the user's turns, or the chat template drops turns"
             )
-        rows = len(input_ids) + frames * (self.frame_tokens - 1)
+        of_frames = sum(map(self.frame_tokens, sizes))
+        rows = len(input_ids) - frames + of_frames
         if self.max_text_tokens is not None and rows > self.max_text_tokens:
             raise SampleError(
-                f"{rows} tokens, {frames * self.frame_tokens} of them for frames, but max_text_tokens is "
+                f"{rows} tokens, {of_frames} of them for frames, but max_text_tokens is "
                 f"{self.max_text_tokens}; shorten the conversation or raise the limit, if the model has room"
             )
         load, groups = functools.partial(load_frames, media), functools.partial(frame_groups, media)

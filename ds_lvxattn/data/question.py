@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,7 +12,7 @@ from ds_lvxattn.data.chat import check_words, render
 from ds_lvxattn.data.conversations import messages_of, open_media
 from ds_lvxattn.data.media import DEFAULT_LIMITS, load_frames
 from ds_lvxattn.data.rows import MediaRef, read_row
-from ds_lvxattn.data.sample import IGNORE, Sample, SampleError
+from ds_lvxattn.data.sample import IGNORE, FrameSize, Sample, SampleError, one_row
 
 
 def question_sample(
@@ -21,7 +22,7 @@ def question_sample(
     *,
     image_token: str | None,
     frame_text: str = "",
-    frame_tokens: int = 1,
+    frame_tokens: Callable[[FrameSize], int] = one_row,
     max_frames: int,
     max_text_tokens: int,
 ) -> Sample:
@@ -33,7 +34,7 @@ def question_sample(
         tokenizer: its chat template renders the text, ``PLAIN_TEMPLATE`` if it has none.
         image_token: the token that stands for a frame; None for a model that takes none.
         frame_text: how a frame is written, with that token in it; by default the token alone.
-        frame_tokens: rows that the model makes of a frame's token.
+        frame_tokens: rows that the model makes of a frame's token, by the size of its picture.
         max_frames: frames taken, spread evenly over the video.
         max_text_tokens: longest prompt, with the rows of its frames.
 
@@ -55,10 +56,11 @@ def question_sample(
     input_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     sizes = [size for medium in media for size in medium.frame_sizes]
     frames = len(sizes)
-    rows = len(input_ids) + frames * (frame_tokens - 1)
+    of_frames = sum(map(frame_tokens, sizes))
+    rows = len(input_ids) - frames + of_frames
     if rows > max_text_tokens:
         raise SampleError(
-            f"{name}: the prompt has {rows} tokens, {frames * frame_tokens} of them for frames, and there is room for "
+            f"{name}: the prompt has {rows} tokens, {of_frames} of them for frames, and there is room for "
             f"{max_text_tokens}; ask a shorter question, or take fewer frames"
         )
     return Sample(input_ids, [IGNORE] * len(input_ids), frames, functools.partial(load_frames, media), name, sizes)

@@ -39,6 +39,11 @@ class FrameSize:
     video: bool = False
 
 
+def one_row(size: FrameSize) -> int:
+    """Rows that a model makes of the token of any frame, which sees visual tokens as keys of their own."""
+    return 1
+
+
 @dataclass(frozen=True)
 class FrameShape:
     """What a model makes of a frame.

@@ -34,11 +34,14 @@ class FrameLimits:
         image_tiles, frame_tiles: tiles of an image and of a frame of a video, at most.
         frame_padding: whether text that sees no frame sees what pads the frames of a video, as it sees the padding of
             images, where the model has it so (Llama 3.2 Vision): it costs the keys of all tiles for every frame.
+        frame_pixels: pixels of a frame of a video, at most, for models that take any size; None: as the family has it.
+            Images have the size that they are decoded with.
     """
 
     image_tiles: int | None = None
     frame_tiles: int | None = 1
     frame_padding: bool = False
+    frame_pixels: int | None = None
 
 
 ANY_SIZE = FrameLimits()
@@ -153,12 +156,13 @@ class Family(ABC):
 
     # Data
 
-    def positions(self, visual: np.ndarray) -> np.ndarray:
+    def positions(self, visual: np.ndarray, shapes: Sequence[FrameShape]) -> np.ndarray:
         """Position ids of a sample's rows, int64 ``[..., S]``: here their places in the sequence.
 
         Args:
             visual: int64 ``[S]``, for each row the visual token that it takes, counted over the sample's frames, -1 for
                 a row of text; all -1 unless ``keys_in_text``.
+            shapes: of the sample's frames.
         """
         return np.arange(len(visual))
 

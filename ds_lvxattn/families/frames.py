@@ -31,6 +31,7 @@ def encode_in_portions(
     batch: SequenceParallelBatch,
     recomputation: Recomputation,
     ragged: bool = False,
+    patches: int = 0,
 ) -> Tensor:
     """``encode(*inputs)`` by ``module``, computed portion by portion of the frames.
 
@@ -42,7 +43,8 @@ def encode_in_portions(
         module: holds the parameters that ``encode`` uses.
         encode: frames of a portion, ``[f, ...]`` of each input, to ``[f, tokens, d]``; if ``ragged``, with their shapes
             as argument ``shapes``, to their visual tokens, each frame's padding behind its own, ``[tokens, d]``.
-        inputs: ``[frames, ...]`` each.
+        inputs: ``[frames, ...]`` each, but for the first ``patches`` of them: ``[encoder tokens, ...]`` of all frames,
+            one after another.
         batch: says what they are, and in how many portions they are encoded.
 
     Returns:
@@ -55,7 +57,8 @@ def encode_in_portions(
     rows = [sum(shapes[i].tokens + shapes[i].padding for i in part) if ragged else len(part) for part in parts]
 
     def encoded(part: range, again: bool = False) -> Tensor:
-        portion = [x[part.start : part.stop] for x in inputs]
+        begin, end = (sum(shape.encoder_tokens for shape in shapes[:at]) for at in (part.start, part.stop))
+        portion = [x[begin:end] if n < patches else x[part.start : part.stop] for n, x in enumerate(inputs)]
         call = functools.partial(encode, shapes=shapes[part.start : part.stop]) if ragged else encode
         # All that a portion keeps is its inputs, views of the batch's own.
         return recompute(module, call, *portion, keep=False) if again else call(*portion)

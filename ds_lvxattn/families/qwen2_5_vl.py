@@ -3,9 +3,10 @@
 Rotary positions have three parts (time, row, column): the visual tokens of an image share one time, and text goes on
 behind the largest position of the image. They follow from the whole sequence, so they are made on the host.
 
-Every frame is scaled to a square of the same size, so that all have the same number of tokens: ``image_size`` pixels of
-the vision config if it has such an entry (published ones have not), ``IMAGE_SIZE`` otherwise. The model's video input,
-which merges pairs of frames, is not used.
+A picture keeps its proportions, scaled as the image processor scales it: an image by the processor's own limits, a
+frame of a video to at most ``IMAGE_SIZE ** 2`` pixels, unless told otherwise. A frame whose size is not known becomes a
+square: of ``image_size`` pixels of the vision config if it has such an entry (published ones have not), of
+``IMAGE_SIZE`` otherwise. The model's video input, which merges pairs of frames, is not used.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from ds_lvxattn.data.sample import FrameShape
+from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
+from ds_lvxattn.families.family import FrameLimits
 from ds_lvxattn.families.frames import encode_in_portions
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
@@ -51,7 +54,8 @@ class Qwen25VL(Concatenation):
     def encode(
         self, model: Any, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
     ) -> Tensor:
-        return encode_in_portions(model.visual, functools.partial(_encoded, model.visual), pixels, batch, recomputation)
+        encode = functools.partial(_encoded, model.visual)
+        return encode_in_portions(model.visual, encode, pixels, batch, recomputation, ragged=True, patches=1)
 
     def trainable_by_default(self) -> tuple[str, ...]:
         return (*super().trainable_by_default(), "*visual.merger.*")
@@ -67,15 +71,36 @@ class Qwen25VL(Concatenation):
         vision = self.config.vision_config
         return (_side(vision) * vision.spatial_merge_size) ** 2
 
-    def positions(self, visual: np.ndarray) -> np.ndarray:
-        side = _side(self.config.vision_config)
-        part = visual % side**2
+    def shape_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> FrameShape:
+        vision = self.config.vision_config
+        if size is None:
+            grid = (_side(vision) * vision.spatial_merge_size,) * 2
+        else:
+            least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
+            if size.video:
+                most = min(limits.frame_pixels or IMAGE_SIZE**2, most)
+            factor = vision.patch_size * vision.spatial_merge_size
+            sides = smart_resize(size.height, size.width, factor, min(least, most), most)
+            grid = (sides[0] // vision.patch_size, sides[1] // vision.patch_size)
+        patches = grid[0] * grid[1]
+        return FrameShape(patches // vision.spatial_merge_size**2, patches, grid)
+
+    def positions(self, visual: np.ndarray, shapes: Sequence[FrameShape]) -> np.ndarray:
+        merge = self.config.vision_config.spatial_merge_size
         is_text = visual < 0
-        # Text moves on by one, a frame by its side, once all its tokens have their positions.
-        moves = np.where(is_text, 1, np.where(part == side**2 - 1, side, 0))
+        # Of each visual token its row and column in the frame; text moves on by one, a frame by its longer side once
+        # all its tokens have their positions.
+        rows, columns, moves = (np.zeros(max(len(visual), 1), dtype=np.int64) for _ in range(3))
+        at = 0
+        for shape in shapes:
+            height, width = (side // merge for side in shape.grid)
+            part = slice(at, at + shape.tokens)
+            rows[part], columns[part] = np.divmod(np.arange(shape.tokens), width)
+            at += shape.tokens
+            moves[at - 1] = max(height, width)
+        moves = np.where(is_text, 1, moves[visual])
         first = np.cumsum(moves) - moves
-        row, column = np.divmod(part, side)
-        return np.stack((first, *(np.where(is_text, first, first + place) for place in (row, column))))
+        return np.stack((first, *(np.where(is_text, first, first + part[visual]) for part in (rows, columns))))
 
     def load_processor(self, name: str) -> Any:
         return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
@@ -83,33 +108,33 @@ class Qwen25VL(Concatenation):
     def pixels(
         self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
     ) -> Mapping[str, Tensor]:
-        size = (_image_size(self.config.vision_config),) * 2
-        squares = [np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in frames]
-        made = processor(squares, do_resize=False, return_tensors="pt")
-        return {
-            "pixel_values": made["pixel_values"].unflatten(0, (len(frames), -1))[None],
-            "image_grid_thw": made["image_grid_thw"][None],
-        }
+        """``pixel_values [1, patches, ...]`` of all frames one after another, and their grids ``[1, frames, 3]``."""
+        patch = self.config.vision_config.patch_size
+        scaled = [
+            np.asarray(
+                Image.fromarray(frame).resize((shape.grid[1] * patch, shape.grid[0] * patch), processor.resample)
+            )
+            for frame, shape in zip(frames, shapes, strict=True)
+        ]
+        made = processor(scaled, do_resize=False, return_tensors="pt")
+        return {key: made[key][None] for key in self.pixel_arguments}
 
     def blank_pixels(self) -> Mapping[str, Tensor]:
         vision = self.config.vision_config
         side = _side(vision) * vision.spatial_merge_size
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         return {
-            "pixel_values": torch.zeros(1, 1, side**2, values),
+            "pixel_values": torch.zeros(1, side**2, values),
             "image_grid_thw": torch.tensor([[[1, side, side]]]),
         }
 
     def prompt_arguments(self, visual: np.ndarray) -> Mapping[str, Tensor]:
         return {"mm_token_type_ids": torch.from_numpy((visual >= 0).astype(np.int64))}  # 1: image
 
-    def pad_tiles(self, pixels: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return {"pixel_values": pixels["pixel_values"][0].flatten(0, 1), "image_grid_thw": pixels["image_grid_thw"][0]}
 
-
-def _encoded(vision: nn.Module, pixels: Tensor, grid: Tensor) -> Tensor:
-    """The tokens of a portion of frames, ``[f, tokens, d]``."""
-    return vision(pixels.flatten(0, 1), grid_thw=grid).pooler_output.unflatten(0, (len(grid), -1))
+def _encoded(vision: nn.Module, pixels: Tensor, grid: Tensor, shapes: Sequence[FrameShape]) -> Tensor:
+    """The tokens of a portion of frames, ``[tokens, d]``."""
+    return vision(pixels, grid_thw=grid).pooler_output
 
 
 def _image_size(vision: Any) -> int:

@@ -25,10 +25,12 @@ from ds_lvxattn.data.check import Encode, Findings, check_rows
 from ds_lvxattn.data.conversations import messages_of
 from ds_lvxattn.data.media import Media
 from ds_lvxattn.data.rows import Turn
-from ds_lvxattn.data.sample import IGNORE, SampleError
+from ds_lvxattn.data.sample import IGNORE, SampleError, one_row
 from ds_lvxattn.data.table import open_table
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of_config
+from ds_lvxattn.families.family import ANY_SIZE
+from ds_lvxattn.training.dataset import rows_of_frames
 from ds_lvxattn.training.settings import FinetuningConfig
 
 SHOWN = 20  # bad rows that the report for people lists
@@ -97,7 +99,8 @@ def encode_for(name: str) -> Encode:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--model {name}: cannot be loaded ({error})") from error
     visual = family if isinstance(family, VisualFamily) else None
-    rows_of_a_frame = visual.frame_tokens() if visual is not None and visual.keys_in_text else 1
+    processor = visual.load_processor(name) if visual is not None and visual.keys_in_text else None
+    rows_of = one_row if visual is None else rows_of_frames(visual, processor, ANY_SIZE)
     most = family.text_config.max_position_embeddings
 
     def count(turns: Sequence[Turn], media: Sequence[Media]) -> tuple[int, int]:
@@ -105,8 +108,8 @@ def encode_for(name: str) -> Encode:
             raise SampleError(f"{len(media)} images and videos, and the model takes text alone")
         text = "" if visual is None else visual.frame_text or visual.image_token
         ids, labels = encode(messages_of(turns, media, text), tokenizer, text)
-        frames = sum(len(medium.frames) for medium in media)
-        rows = len(ids) + frames * (rows_of_a_frame - 1)
+        sizes = [size for medium in media for size in medium.frame_sizes]
+        rows = len(ids) - len(sizes) + sum(map(rows_of, sizes))
         if rows > most:
             raise SampleError(f"{rows} tokens, and the model's positions reach {most}")
         return rows, sum(label != IGNORE for label in labels)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.data.media import PixelLimits
-from ds_lvxattn.data.sample import SampleSource
+from ds_lvxattn.data.sample import FrameSize, SampleSource, one_row
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of
+from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
 from ds_lvxattn.needle.source import NeedleSource
 from ds_lvxattn.needle.task import VOCABULARY, NeedleTask
 from ds_lvxattn.training.loading import LoadedModel
@@ -45,7 +47,7 @@ def load_sources(
         ConversationSource,
         data,
         loaded.tokenizer,
-        **frames_in_text(loaded),
+        **frames_in_text(loaded, finetuning.frame_limits),
         max_frames=finetuning.frames,
         max_text_tokens=finetuning.max_text_tokens or text_limit(loaded.model),
         eval_data=finetuning.eval_data,
@@ -69,7 +71,7 @@ def load_sources(
         raise ConfigError(f"--data {data}: {error}") from error
 
 
-def frames_in_text(loaded: LoadedModel) -> dict[str, Any]:
+def frames_in_text(loaded: LoadedModel, limits: FrameLimits = ANY_SIZE) -> dict[str, Any]:
     """How the model's text has a frame, as arguments of ``ConversationSource`` and ``question_sample``."""
     family = family_of(loaded.model)
     if not isinstance(family, VisualFamily):
@@ -77,8 +79,15 @@ def frames_in_text(loaded: LoadedModel) -> dict[str, Any]:
     return {
         "image_token": loaded.image_token,
         "frame_text": family.frame_text if loaded.image_token == family.image_token else "",
-        "frame_tokens": family.frame_tokens() if family.keys_in_text else 1,
+        "frame_tokens": rows_of_frames(family, loaded.processor, limits),
     }
+
+
+def rows_of_frames(family: VisualFamily, processor: Any, limits: FrameLimits) -> Callable[[FrameSize], int]:
+    """Rows that the model makes of the token of a frame."""
+    if not family.keys_in_text:
+        return one_row
+    return lambda size: family.shape_of(size, processor, limits).tokens
 
 
 def text_limit(model: PreTrainedModel) -> int:

@@ -90,7 +90,7 @@ def answer(args: argparse.Namespace, watchdog: Watchdog | None = None) -> str:
             args.question,
             args.video,
             loaded.tokenizer,
-            **frames_in_text(loaded),
+            **frames_in_text(loaded, finetuning.frame_limits),
             max_frames=finetuning.frames,
             max_text_tokens=text_limit(loaded.model) - args.max_new_tokens,
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Literal
 
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
@@ -70,7 +71,9 @@ class FinetuningConfig(DeepSpeedConfigModel):
     @property
     def frame_limits(self) -> FrameLimits:
         """How large pictures may be."""
-        return FrameLimits(self.image_tiles, self.frame_tiles, self.frame_padding)
+        asked = "video_pixels" in self.model_fields_set
+        pixels = (self.video_pixels or sys.maxsize) if asked else None
+        return FrameLimits(self.image_tiles, self.frame_tiles, self.frame_padding, pixels)
 
 
 def finetuning_config(ds_config: dict[str, Any]) -> FinetuningConfig:
