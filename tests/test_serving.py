@@ -54,7 +54,7 @@ def trained(folder: str, export: str, rows: str) -> Tensor:
     model: Any = loaded.model
     parallel = SequenceParallel(model, SequenceParallelConfig(size=ranks, strategy="lv_xattn"), groups_of(ranks))
     batches = Batches(model, loaded.processor, loaded.pad_token, loaded.image_id, CPU, torch.float32, parallel)
-    source = ConversationSource(rows, loaded.tokenizer, **frames_in_text(loaded), max_frames=4)
+    source = ConversationSource(rows, loaded.tokenizer, **frames_in_text(loaded), max_frames=4, eval_share=0.0)
     samples = [source.sample(row) for row in range(len(source))]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for _ in range(2):
