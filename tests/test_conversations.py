@@ -136,6 +136,14 @@ def test_images_and_videos_of_a_row_in_the_order_of_the_text(source_of):
     assert grey(frames[2:]) == [sample_indices(20, 6)[2]]
 
 
+def test_frames_a_second_by_the_config_or_by_the_row(source_of):
+    rows = chat(video="media/long.mp4"), chat(video="media/long.mp4", fps=1, start=2)  # four seconds, five frames each
+    source = source_of(*rows, fps=0.5)
+    assert [source.sample(row).num_frames for row in (0, 1)] == [2, 2]
+    assert grey(source.sample(0).load_frames([0, 1])) == [5, 15]
+    assert grey(source.sample(1).load_frames([0, 1])) == [12, 17]
+
+
 def test_videos_share_the_frame_budget(source_of):
     row = chat("<image> <image>", videos=["media/long.mp4", "media/long.mp4"])
     sample = source_of(row, max_frames=5).sample(0)

@@ -55,6 +55,7 @@ class ConversationSource:
         media_root: folder of relative paths; by default that of the data file.
         pixels: to which larger pictures are scaled down while they are decoded.
         upright: whether images are turned by their EXIF orientation.
+        fps: frames of each second of a video that are taken, within its share; None: all of its share.
         seed: of the order of an epoch.
         limit: at most so many rows, spread evenly over the dataset.
 
@@ -79,6 +80,7 @@ class ConversationSource:
         media_root: str | os.PathLike[str] | None = None,
         pixels: PixelLimits = NO_LIMITS,
         upright: bool = True,
+        fps: float | None = None,
         seed: int = 0,
         limit: int | None = None,
     ) -> None:
@@ -93,7 +95,7 @@ class ConversationSource:
         self.tokenizer, self.image_token = tokenizer, image_token
         self.frame_text, self.frame_tokens = frame_text or image_token or "", frame_tokens
         self.max_frames, self.max_text_tokens, self.seed = max_frames, max_text_tokens, seed
-        self.pixels, self.upright = pixels, upright
+        self.pixels, self.upright, self.fps = pixels, upright, fps
 
         separate = eval_data is not None
         self.table = open_table(os.fspath(eval_data if eval_data is not None and split == "eval" else data))
@@ -154,7 +156,7 @@ class ConversationSource:
         found = [part for turn in turns for part in turn.parts if isinstance(part, MediaRef)]
         if self.image_token is None and found:
             raise SampleError(f"{len(found)} images and videos, and the model takes text alone")
-        media = open_media(found, self.max_frames, self.media_root, self.pixels, self.upright)
+        media = open_media(found, self.max_frames, self.media_root, self.pixels, self.upright, self.fps)
         input_ids, labels = encode(messages_of(turns, media, self.frame_text), self.tokenizer, self.frame_text)
         sizes = [size for m in media for size in m.frame_sizes]
         frames = len(sizes)
@@ -176,7 +178,12 @@ class ConversationSource:
 
 
 def open_media(
-    found: Sequence[MediaRef], max_frames: int, root: str, pixels: PixelLimits = NO_LIMITS, upright: bool = True
+    found: Sequence[MediaRef],
+    max_frames: int,
+    root: str,
+    pixels: PixelLimits = NO_LIMITS,
+    upright: bool = True,
+    fps: float | None = None,
 ) -> list[Media]:
     """Media with the frames that are taken of them: one of an image, the rest of the budget divided over the videos.
 
@@ -186,6 +193,7 @@ def open_media(
         root: folder of relative paths.
         pixels: to which larger pictures are scaled down while they are decoded.
         upright: whether images are turned by their EXIF orientation.
+        fps: frames of each second of a video that are taken, where its row does not say; None: all of its share.
 
     Raises:
         SampleError: missing or broken media, or more of them than frames.
@@ -212,7 +220,7 @@ def open_media(
         else:
             room, asked = next(shares), medium.sampling
             room = min(room, max(int(asked.get("frames", room)), 1))
-            span = {key: asked.get(key) for key in ("fps", "start", "end")}
+            span = {"fps": asked.get("fps", fps), "start": asked.get("start"), "end": asked.get("end")}
             info = probe_video(first)
             times = sample_times(info, room, **span)
             frames = [info.frame_at(time) for time in times]

@@ -55,6 +55,7 @@ def load_sources(
         media_root=finetuning.media_root,
         pixels=PixelLimits(finetuning.image_pixels, finetuning.video_pixels),
         upright=finetuning.image_orientation == "upright",
+        fps=finetuning.fps,
         seed=seed,
     )
     try:

@@ -30,6 +30,7 @@ class FinetuningConfig(DeepSpeedConfigModel):
         max_text_tokens: longest text of a sample; None: the model's limit.
         on_bad_sample: ``skip`` broken media or overlong text with a warning, or ``fail``.
         max_bad_share: share of bad samples above which a run ends, though they are skipped.
+        fps: frames of each second of a video that are taken, within its share of ``frames``; None: all of its share.
         image_pixels, video_pixels: pixels of an image, and of a frame of a video, at most: larger ones are scaled down
             while they are decoded; None: no limit.
         image_orientation: ``upright``, by the EXIF orientation, or as ``stored``.
@@ -55,6 +56,7 @@ class FinetuningConfig(DeepSpeedConfigModel):
     max_text_tokens: int | None = Field(None, ge=2)
     on_bad_sample: Literal["skip", "fail"] = "skip"
     max_bad_share: float = Field(0.5, ge=0, le=1)
+    fps: float | None = Field(None, gt=0)
     image_pixels: int | None = Field(DEFAULT_LIMITS.image, ge=1)
     video_pixels: int | None = Field(DEFAULT_LIMITS.video, ge=1)
     image_orientation: Literal["upright", "stored"] = "upright"

@@ -60,9 +60,10 @@ def open_film(path: str) -> Iterator[tuple[av.container.InputContainer, av.Video
         # As a URL with a protocol, an absolute path is a path, whatever characters are in it.
         with av.open(f"file:{os.path.abspath(path)}", options=OPTIONS, metadata_errors="replace") as container:
             film = _film(container, path)
+            discard = getattr(av.stream, "Discard", None)  # which older versions of PyAV do not set
             for stream in container.streams:
-                if stream.index != film.index:
-                    stream.discard = av.stream.Discard.all  # sound is not read from disk
+                if discard is not None and stream.index != film.index:
+                    stream.discard = discard.all  # sound is not read from disk
             yield container, film
     except (av.error.FFmpegError, OSError) as error:
         raise MediaError(f"{path}: cannot decode: {error.strerror or error}") from error
