@@ -85,10 +85,11 @@ class Mllama(VisualFamily):
         if size is not None:
             tile, most = self.config.vision_config.image_size, processor.max_image_tiles
             limit = limits.frame_tiles if size.video else limits.image_tiles
-            grid = _grid(size.height, size.width, min(limit or most, most), tile)
-            # What is scaled into fewer tiles than the processor would give it may then need fewer still.
-            while limit and (shown := _grid(*_fit(size.height, size.width, grid, tile), most, tile)) != grid:
-                grid = shown
+            grid = _grid(size.height, size.width, most, tile)
+            if limit and grid[0] * grid[1] > limit:
+                grid, shown = (0, 0), _grid(size.height, size.width, limit, tile)
+                while shown != grid:  # what is scaled into fewer tiles may then need fewer still
+                    grid, shown = shown, _grid(*_fit(size.height, size.width, shown, tile), most, tile)
         padding = 0
         if size is not None and (limits.frame_padding or not size.video):
             padding = self.config.vision_config.max_num_tiles - grid[0] * grid[1]
@@ -111,7 +112,9 @@ class Mllama(VisualFamily):
         The processor numbers aspect ratios by its own limit, which has to be the model's, so it is not lowered.
         """
         tile, most = self.config.vision_config.image_size, self.config.vision_config.max_num_tiles
-        fitting = [_fitted(frame, shape.grid, tile, processor) for frame, shape in zip(frames, shapes, strict=True)]
+        fitting = [
+            _fitted(frame, shape.grid, most, tile, processor) for frame, shape in zip(frames, shapes, strict=True)
+        ]
         # The frames of all samples go through the encoder as one list.
         made = dict(processor([fitting], max_image_tiles=most, return_tensors="pt"))
         tiles = max(height * width for height, width in (shape.grid for shape in shapes))
@@ -191,10 +194,12 @@ def _fit(height: int, width: int, grid: tuple[int, ...], tile: int) -> tuple[int
     return (height, width) if rows >= height and columns >= width else (int(rows), int(columns))
 
 
-def _fitted(frame: np.ndarray, grid: tuple[int, ...], tile: int, processor: Any) -> np.ndarray:
-    height, width = _fit(frame.shape[0], frame.shape[1], grid, tile)
-    if (height, width) == frame.shape[:2]:
+def _fitted(frame: np.ndarray, grid: tuple[int, ...], most: int, tile: int, processor: Any) -> np.ndarray:
+    """``frame``, scaled down if the processor would not give it the tiles of ``grid`` as it is."""
+    height, width = frame.shape[:2]
+    if _grid(height, width, most, tile) == grid:
         return frame
+    height, width = _fit(height, width, grid, tile)
     return np.asarray(Image.fromarray(frame).resize((width, height), processor.resample))
 
 
