@@ -62,7 +62,7 @@ def opcheck_distributed(name: str, masked: bool, keep_queries: bool) -> dict[str
     forward, backward = getattr(ops, name), getattr(ops, f"{name}_backward")
     q, k, v = qkv(comm.rank)
     rows = [comm.ranks, 2, max(Q_LENGTHS)]
-    if name == "kv_ring":
+    if name in ("kv_ring", "kv_gather"):
         rows = [2, q.shape[2]]
     elif name == "query_replicated":
         q, rows = qkv(0)[0], [1, 2, Q_LENGTHS[0]]
@@ -70,13 +70,15 @@ def opcheck_distributed(name: str, masked: bool, keep_queries: bool) -> dict[str
     shards = ShardLayout(SequenceShards(Q_LENGTHS), SequenceShards(KV_LENGTHS))
     q_lengths, keys = list(Q_LENGTHS), (list(KV_LENGTHS), [])
     first, last = None, None
-    if start is not None and stop is not None and name != "kv_ring":
+    if start is not None and stop is not None and name not in ("kv_ring", "kv_gather"):
         first, last = KVInterval(start, stop).local_to(shards.kv, comm.rank)
+    places = torch.tensor(shards.kv.order_from_padded(), device=device())
     call: tuple[Any, ...] = {
         "query_gather": (first, last, 0.3, "math", comm.name, "", q_lengths, [2, 1], keep_queries),
         "query_replicated": (first, last, 0.3, "math", comm.name, masked),
         "query_ring": (start, stop, 0.3, "math", comm.name, q_lengths, *keys),
         "kv_ring": (start, stop, 0.3, "math", comm.name, *keys),
+        "kv_gather": (start, stop, places, 0.3, "math", comm.name, keys[0], keep_queries),
     }.get(name, ())
     if name == "query_routed":
         assert start is not None and stop is not None
@@ -97,6 +99,8 @@ def opcheck_distributed(name: str, masked: bool, keep_queries: bool) -> dict[str
     [
         ("query_gather", False, True),
         ("query_gather", True, False),
+        ("kv_gather", False, True),
+        ("kv_gather", True, False),
         ("query_routed", True, True),
         ("query_routed", True, False),
         *[(name, masked, True) for name in ("query_ring", "query_replicated", "kv_ring") for masked in (False, True)],

@@ -527,7 +527,8 @@ def flat_twins(case: Case) -> list[tuple[list[Tensor], list[Tensor]]]:
         flat = {"two_level": ("lv_xattn", "gather"), "kv_ring": ("ring", "ring")}.get(mode.schedule)
         flat = flat or ("lv_xattn", mode.schedule)
         one_node = ("lv_xattn", "gather") if mode.strategy == "lv_xattn" else ("ulysses", "auto")
-        for inner_size, twin in ((1, flat), (ranks, one_node)):
+        twins = ((ranks, one_node),) if mode.schedule == "kv_gather" else ((1, flat), (ranks, one_node))
+        for inner_size, twin in twins:
             grid = replace(case, inner_size=inner_size)
             pairs.append((attend(grid, (*mode.key, "sharded"), rank), attend(grid, (*twin, "sharded"), rank)))
     return pairs

@@ -27,6 +27,7 @@ from tests.support.training import Case, metrics_in, one_rank, train
 MODES = (
     ("hybrid", "gather", "contiguous"),
     ("hybrid", "kv_ring", "striped"),
+    ("hybrid", "kv_gather", "striped"),
     ("hybrid", "ring", "striped"),
     ("hybrid", "routed", "contiguous"),
     ("lv_xattn", "two_level", "striped"),

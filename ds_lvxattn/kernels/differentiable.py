@@ -30,6 +30,7 @@ def attention_operator(
     forward: Callable[..., tuple[Tensor, ...]],
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
     kept: Callable[..., Tensor] | None = None,
+    kept_holds_queries: bool = True,
 ) -> torch._ops.OpOverload:
     """Register ``ds_lvxattn::NAME``, differentiable in its first three arguments, and ``ds_lvxattn::NAME_backward``.
 
@@ -40,8 +41,9 @@ def attention_operator(
         backward: ``(dout, dlse, q, k, v, out, lse, *more) -> (dq, dk, dv)``, strides of ``empty_like``; ``dlse`` is
             None where nobody uses the log-sum-exp.
         kept: for an operator with a third result, which only its backward pass reads, as ``(..., q, kept, k, ...)``:
-            called as ``forward``, it gives such a tensor, not filled. The last setting then says whether it is kept; if
-            so it holds the queries too, and ``out`` stands for ``q``, whose shape and strides it has.
+            called as ``forward``, it gives such a tensor, not filled. The last setting then says whether it is kept.
+        kept_holds_queries: what is kept holds the queries too, and ``out`` stands for ``q``, whose shape and strides it
+            has.
 
     Returns:
         The operator.
@@ -68,7 +70,9 @@ def attention_operator(
             out, lse, *extra = results
             q, k, v, *more = args[:tensors]
             ctx.settings = args[tensors:]
-            ctx.save_for_backward(None if extra and args[-1] else q, *extra, k, v, out, lse, *more)
+            ctx.save_for_backward(
+                None if extra and args[-1] and kept_holds_queries else q, *extra, k, v, out, lse, *more
+            )
             ctx.set_materialize_grads(False)
             return results
 

@@ -80,3 +80,13 @@ def keeps_queries(heads: int, kv_heads: int, q_lengths: Sequence[int], kv_length
     They do while they are the small part that the method takes them for: no larger than K and V of the largest shard.
     """
     return len(q_lengths) * max(q_lengths) * heads <= 2 * max(kv_lengths) * kv_heads
+
+
+def keeps_keys(heads: int, kv_heads: int, q_lengths: Sequence[int], kv_lengths: Sequence[int]) -> bool:
+    """Whether gathered K and V stay in memory until the backward pass: while no larger than queries and outputs."""
+    return len(kv_lengths) * max(kv_lengths) * kv_heads <= max(q_lengths) * heads
+
+
+def key_groups(kv_heads: int) -> int:
+    """Groups of key heads in which K and V are gathered: a message's start and a group's kernels want few."""
+    return next(count for count in (4, 2, 1) if kv_heads % count == 0)

@@ -21,7 +21,7 @@ def kv_gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> 
     if start is not None and stop is not None:
         start, stop = (x[exchange.comm.rank, :, : q.shape[2]].clamp(0, keys.total) for x in (start, stop))
         stop = torch.maximum(start, stop)
-    return torch.ops.ds_lvxattn.kv_gather(
+    return torch.ops.ds_lvxattn.tests_kv_gather(
         q, k, v, start, stop, exchange.scale, exchange.kernel, exchange.comm.name, keys.lengths, keys.deal
     )
 
@@ -90,4 +90,4 @@ def kv_gather_backward(
     return like(dq, q), like(dk, k), like(dv, v)
 
 
-attention_operator("kv_gather", kv_gather, kv_gather_backward)
+attention_operator("tests_kv_gather", kv_gather, kv_gather_backward)

@@ -64,7 +64,7 @@ def _gathered(
 InFlight = tuple[list[Tensor], Waiting]
 
 
-def _pipeline(
+def pipelined(
     groups: int,
     gather: Callable[[int], InFlight],
     attend: Callable[[int, list[Tensor]], InFlight],
@@ -92,7 +92,7 @@ def _pipeline(
     finish(groups - 1, returning[0])
 
 
-def _slices(heads: int, groups: int) -> list[slice]:
+def head_slices(heads: int, groups: int) -> list[slice]:
     size = heads // groups
     return [slice(i * size, (i + 1) * size) for i in range(groups)]
 
@@ -128,7 +128,7 @@ def query_gather(
     exchange = rows_by_name(group, inner)
     rows, own = max(q_lengths), q_lengths[exchange.rank]
     groups = head_groups[0]
-    queries, keys = _slices(q.shape[1], groups), _slices(k.shape[1], groups)
+    queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
     out, lse = empty_results(q)
     kept = _kept(q, k, v, first, last, scale, kernel, group, inner, q_lengths, head_groups, keep_queries)
 
@@ -146,7 +146,7 @@ def query_gather(
         outs, lses = arrived
         merge_partials(outs, lses, out=out[:, queries[i]], lse=lse[:, queries[i]])
 
-    _pipeline(groups, gather, attend, merge)
+    pipelined(groups, gather, attend, merge)
     return out, lse, kept
 
 
@@ -168,7 +168,7 @@ def _queries_of(kept: Tensor, groups: int, index: int) -> Tensor:
         kept = kept.movedim(0, 2).flatten(2, 3).unsqueeze(0)
         kept_groups, heads = 1, kept.shape[3]
     finer = groups // kept_groups
-    return kept[index // finer][:, :, _slices(heads, finer)[index % finer]]
+    return kept[index // finer][:, :, head_slices(heads, finer)[index % finer]]
 
 
 def query_gather_backward(
@@ -195,7 +195,7 @@ def query_gather_backward(
     rows, own = max(q_lengths), q_lengths[exchange.rank]
     chosen = backward_kernel(kernel, Call.backward(q, k, first is not None), dlse is not None)
     groups = head_groups[1]
-    queries, keys = _slices(q.shape[1], groups), _slices(k.shape[1], groups)
+    queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
     delta = attention_delta(dout, out, dlse).to(lse.dtype)
     dq = torch.empty_like(q)
     # The gradients of K and V: of one group they are what the kernel returns, of several they are put together.
@@ -230,7 +230,7 @@ def query_gather_backward(
     def add_up(i: int, arrived: list[Tensor]) -> None:
         dq[:, queries[i]] = arrived[0].sum(dim=0, dtype=lse.dtype)
 
-    _pipeline(groups, gather, attend, add_up)
+    pipelined(groups, gather, attend, add_up)
     dk, dv = complete
     return dq, dk, dv
 

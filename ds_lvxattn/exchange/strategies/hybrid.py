@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ds_lvxattn.exchange.base import Attention, Exchange
 from ds_lvxattn.exchange.strategies.gather import gather_attention
+from ds_lvxattn.exchange.strategies.kv_gather import kv_gather_attention
 from ds_lvxattn.exchange.strategies.kv_ring import kv_ring_attention
 from ds_lvxattn.exchange.strategies.query_ring import ring_attention
 from ds_lvxattn.exchange.strategies.routed import routed_attention
@@ -39,6 +40,11 @@ def routed_between_nodes(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) ->
 def kv_ring_between_nodes(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Keys and values cross by a ring; see ``exchange.base``."""
     return _two_levels(q, k, v, exchange, kv_ring_attention)
+
+
+def kv_gather_between_nodes(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+    """Keys and values are gathered across nodes; see ``exchange.base``."""
+    return _two_levels(q, k, v, exchange, kv_gather_attention)
 
 
 @torch._disable_dynamo  # as for ``ulysses_attention``

@@ -26,7 +26,7 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tu
     layout = exchange.layout
     start, stop = exchange.bounds
     if start is not None and stop is not None:
-        order = _order(layout.q, range(layout.q.ranks), q.device)
+        order = padded_order(layout.q, range(layout.q.ranks), q.device)
         start, stop = (_select(x.transpose(0, 1).flatten(1), order) for x in (start, stop))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,7 @@ class _HeadShard:
         comm = self.comm
         q = comm.account(q, "queries")
         k, v = comm.account(k, "keys and values"), comm.account(v, "keys and values")
-        q_order, kv_order = (_order(x, self.members, q.device) for x in (self.layout.q, self.layout.kv))
+        q_order, kv_order = (padded_order(x, self.members, q.device) for x in (self.layout.q, self.layout.kv))
         padded_rows = q.shape[1]
         q, k, v = (_select(x, order) for x, order in ((q, q_order), (k, kv_order), (v, kv_order)))
         out, lse = self.attend(*(x.transpose(1, 2) for x in (q, k, v)))
@@ -132,7 +132,8 @@ def _padded(x: Tensor, length: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _order(shards: SequenceShards, members: range, device: torch.device) -> Tensor | None:
+def padded_order(shards: SequenceShards, members: range, device: torch.device) -> Tensor | None:
+    """Where the tokens of ``members`` lie in their rank-major sequence, padded to the longest; None: in place."""
     order = shards.order_from_padded(members, _longest(shards, members))
     return None if order is None else torch.tensor(order, dtype=torch.int64, device=device)
 

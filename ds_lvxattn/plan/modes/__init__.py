@@ -6,7 +6,7 @@ A package of one's own adds its modes by ``register``, before a config that name
 from __future__ import annotations
 
 from ds_lvxattn.plan.modes.gather import GATHER
-from ds_lvxattn.plan.modes.hybrid import HYBRID_GATHER, HYBRID_KV_RING, HYBRID_RING, HYBRID_ROUTED
+from ds_lvxattn.plan.modes.hybrid import HYBRID_GATHER, HYBRID_KV_GATHER, HYBRID_KV_RING, HYBRID_RING, HYBRID_ROUTED
 from ds_lvxattn.plan.modes.kv_ring import KV_RING
 from ds_lvxattn.plan.modes.local import LOCAL
 from ds_lvxattn.plan.modes.mode import Mode, ModeKey
@@ -32,6 +32,7 @@ _MODES: list[Mode] = [
     ULYSSES,
     KV_RING,
     HYBRID_GATHER,
+    HYBRID_KV_GATHER,
     HYBRID_KV_RING,
     HYBRID_RING,
     HYBRID_ROUTED,

@@ -14,6 +14,7 @@ from ds_lvxattn.plan.cost import Layer, Pass, Passes
 from ds_lvxattn.plan.layer_sizes import LayerSizes
 from ds_lvxattn.plan.modes import ulysses
 from ds_lvxattn.plan.modes.gather import GATHER
+from ds_lvxattn.plan.modes.kv_gather import KV_GATHER
 from ds_lvxattn.plan.modes.kv_ring import KV_RING
 from ds_lvxattn.plan.modes.mode import Mode
 from ds_lvxattn.plan.modes.query_ring import QUERY_RING
@@ -143,7 +144,7 @@ def two_levels(flat: Mode, schedule: str, implementation: str, colour: str) -> M
         pipeline=pipeline if flat.pipeline else None,
         step_a_rank=flat.step_a_rank,
         two_levels=True,
-        host_like=(ulysses.ULYSSES, flat),
+        host_like=(ulysses.ULYSSES, GATHER if flat is KV_GATHER else flat),
     )
 
 
@@ -153,5 +154,6 @@ def _sum(a: Pass, b: Pass) -> Pass:
 
 HYBRID_GATHER = two_levels(GATHER, "gather", "gather_between_nodes", "#b35806")
 HYBRID_KV_RING = two_levels(KV_RING, "kv_ring", "kv_ring_between_nodes", "#f1a340")
+HYBRID_KV_GATHER = two_levels(KV_GATHER, "kv_gather", "kv_gather_between_nodes", "#8c510a")
 HYBRID_RING = two_levels(QUERY_RING, "ring", "ring_between_nodes", "#fdb863")
 HYBRID_ROUTED = two_levels(ROUTED, "routed", "routed_between_nodes", "#e08214")

@@ -1,0 +1,83 @@
+"""Keys and values gathered on every rank; see ``exchange/strategies/kv_gather.py``.
+
+Not a mode that can be chosen by itself, where a ring needs less memory: ``hybrid`` runs it between nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ds_lvxattn.plan import network
+from ds_lvxattn.plan.cost import Layer, Pass, Passes, kernel_times, moved, overlapped
+from ds_lvxattn.plan.layer_sizes import LayerSizes
+from ds_lvxattn.plan.modes.mode import Mode, own_inputs, own_results
+from ds_lvxattn.plan.pipeline import keeps_keys, key_groups
+from ds_lvxattn.plan.profile import Profile
+from ds_lvxattn.plan.traffic import LayerShape, Traffic, from_sources
+
+
+def keeps(shape: LayerShape) -> bool:
+    return keeps_keys(shape.heads, shape.kv_heads, shape.q_lengths, shape.kv_lengths)
+
+
+def traffic(shape: LayerShape, rank: int) -> Traffic:
+    """K and V, and the parts of their gradients; shards are padded to the longest."""
+    per_key = 2 * shape.batch * shape.kv_heads * shape.head_dim * shape.element
+
+    def received(sources: Sequence[int]) -> tuple[int, int]:
+        keys = per_key * len(sources) * max(shape.kv_lengths)
+        return keys, keys if keeps(shape) else 2 * keys
+
+    return from_sources(shape, rank, received)
+
+
+def passes(layer: Layer, profile: Profile) -> Passes:
+    """All-gather K and V, attend, all-to-all their gradients; groups of heads follow each other in a pipeline."""
+    shape, mask = layer.shape, layer.mask
+    n, rows, keys = shape.ranks, max(shape.q_lengths), max(shape.kv_lengths)
+    groups = key_groups(shape.kv_heads)
+    seen = mask.share * mask.busiest_step * n * keys
+    kernels = kernel_times(layer, profile, rows, n * keys, seen, mask.drift, divide=groups)
+    own, gathered = shape.kv_bytes(keys), shape.kv_bytes(n * keys)
+    come = network.all_gather(profile, n, own / groups)
+    go = network.all_to_all(profile, n, gathered / groups)
+    copied = moved(profile, 2 * own, 2 * groups)
+
+    work = groups * kernels.forward + copied
+    total = come + overlapped(profile, work, (groups - 1) * come)
+    forward = Pass(groups * kernels.forward, copied, total - work)
+
+    come = 0.0 if keeps(shape) else come
+    copied = moved(profile, 2 * gathered, 2 * groups) + moved(profile, (n + 1) * own, 2 * groups)
+    work = groups * kernels.backward + copied
+    total = come + go + overlapped(profile, work, (groups - 1) * (come + go))
+    return Passes(forward, Pass(groups * kernels.backward, copied, total - work))
+
+
+def workspace(layer: Layer, profile: Profile) -> float:
+    """K and V of all ranks, and of two groups in flight their gradients, out and back."""
+    shape, groups = layer.shape, key_groups(layer.shape.kv_heads)
+    gathered = shape.kv_bytes(shape.ranks * max(shape.kv_lengths))
+    return gathered * (1 + 2 * min(2, groups) / groups)
+
+
+def returned(sizes: LayerSizes) -> int:
+    """Output, log-sum-exp, and K and V of all ranks where they are kept."""
+    lengths = (sizes.longest_rows,) * sizes.ranks, (sizes.keys,) * sizes.ranks
+    kept = keeps_keys(sizes.heads, sizes.kv_heads, *lengths)
+    return own_results(sizes) + (2 * sizes.ranks * sizes.kv_bytes if kept else 0)
+
+
+KV_GATHER = Mode(
+    strategy="ring",
+    schedule="kv_gather",
+    implementation="ds_lvxattn.exchange.strategies.kv_gather:kv_gather_attention",
+    operators=("ds_lvxattn::kv_gather",),
+    traffic=traffic,
+    passes=passes,
+    workspace=workspace,
+    returned=returned,
+    inputs=own_inputs,
+    colour="#d6604d",
+    eligible=False,
+)
