@@ -61,7 +61,7 @@ def sp_attention(
             of ``out``, as it computes the whole loss, and gets the same ``dq``. ``parts``: the ranks' losses are parts
             of one sum; what a rank passes, and the ``dq`` that it gets, add up over the ranks.
         schedule: ``auto``, or one that the strategy has: ``gather``, ``ring``, ``routed`` or ``two_level`` for
-            ``lv_xattn``; ``gather``, ``kv_ring``, ``ring`` or ``routed`` for ``hybrid``.
+            ``lv_xattn``; ``gather``, ``kv_gather``, ``kv_ring``, ``ring`` or ``routed`` for ``hybrid``.
         kernel: local kernel: ``auto``, or a name to force one.
         shards: lengths and placement of every rank's shard. None asks the other ranks (one small collective
             and a host synchronisation) and assumes contiguous shards in rank order.

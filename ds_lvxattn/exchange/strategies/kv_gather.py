@@ -63,8 +63,8 @@ def kv_gather(
         keep: keep the gathered keys and values for the backward pass.
 
     Returns:
-        ``out [B, H, s_q, D]``, ``lse [B, H, s_q]``, and keys and values of all ranks, ``[groups, 2, n * s_max, B, h, D]``
-        with ``h = H_kv / groups`` (no group of them where they are not kept).
+        ``out [B, H, s_q, D]``, ``lse [B, H, s_q]``, and K and V of all ranks, ``[groups, 2, n * s_max, B, h, D]`` with
+        ``h = H_kv / groups`` (no group of them where they are not kept).
     """
     comm = communicator_by_name(group)
     groups = key_groups(k.shape[1])
