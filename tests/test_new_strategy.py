@@ -26,16 +26,16 @@ from ds_lvxattn.plan.layer_plan import AttentionLayer, LayerPlan, PlanSettings, 
 from ds_lvxattn.plan.modes import Mode, modes, register, strategies, unregister
 from ds_lvxattn.plan.profile import load_profile
 from ds_lvxattn.plan.traffic import CallShape, LayerShape
+from tests.support.all_keys_mode import ALL_KEYS
 from tests.support.distributed import run
-from tests.support.kv_gather_mode import KV_GATHER
 from tests.support.reference import dense_attention, visible
 from tests.support.tiny_model import attach, loss_of, tiny_model, tiny_sample
 
-FREE = replace(KV_GATHER, passes=lambda layer, profile: Passes(Pass(), Pass()))
+FREE = replace(ALL_KEYS, passes=lambda layer, profile: Passes(Pass(), Pass()))
 
 
 @contextlib.contextmanager
-def registered(mode: Mode = KV_GATHER) -> Iterator[None]:
+def registered(mode: Mode = ALL_KEYS) -> Iterator[None]:
     register(mode)
     try:
         yield
@@ -44,9 +44,9 @@ def registered(mode: Mode = KV_GATHER) -> Iterator[None]:
 
 
 def test_a_name_is_taken_once() -> None:
-    with registered(), pytest.raises(ValueError, match="'kv_gather/auto' is registered already"):
-        register(KV_GATHER)
-    assert KV_GATHER not in modes()
+    with registered(), pytest.raises(ValueError, match="'all_keys/auto' is registered already"):
+        register(ALL_KEYS)
+    assert ALL_KEYS not in modes()
 
 
 def operands() -> tuple[list[Tensor], Tensor, Tensor]:
@@ -66,12 +66,12 @@ def attend(masked: bool) -> tuple[list[list[Tensor]], int, int]:
     interval = KVInterval(start[:, rows], stop[:, rows]) if masked else None
     with registered():
         comm.reset()
-        out, lse = sp_attention(*leaves, group=comm.group, strategy="kv_gather", interval=interval, shards=shards)
+        out, lse = sp_attention(*leaves, group=comm.group, strategy="all_keys", interval=interval, shards=shards)
         grads = torch.autograd.grad(out.sin().sum() + lse.clamp(min=-50).sum(), leaves)
     received = comm.bytes_received - comm.received["intervals"]
     shape = LayerShape(2, 4, 2, 8, shards.q.lengths, shards.kv.lengths, 8)
     tensors = [x.detach() for x in (out, lse, *grads)]
-    return [[*tensors, torch.tensor(rows), torch.tensor(keys)]], received, KV_GATHER.traffic(shape, comm.rank).total
+    return [[*tensors, torch.tensor(rows), torch.tensor(keys)]], received, ALL_KEYS.traffic(shape, comm.rank).total
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -92,9 +92,9 @@ def bytes_of_a_step(recompute: str) -> tuple[float, int, int]:
     samples = [tiny_sample("IItaIItIItaaI", seed) for seed in range(2)]
     with registered():
         model = tiny_model()
-        batches = attach(model, 2, ("kv_gather", "auto", "contiguous"), samples, recompute=recompute)
+        batches = attach(model, 2, ("all_keys", "auto", "contiguous"), samples, recompute=recompute)
         comm, plan = batches.parallel.comm, [layer for layer in batches.planner.plan if layer.role != "local"]
-        assert {layer.strategy for layer in plan} == {"kv_gather"}
+        assert {layer.strategy for layer in plan} == {"all_keys"}
         planned = sum(layer.predicted_bytes[layer.strategy] or 0 for layer in plan)
         comm.reset()
         loss = loss_of(model, samples, batches)
@@ -123,24 +123,24 @@ def plan_of(**settings: object) -> LayerPlan:
 
 def test_it_is_forced_planned_and_written(tmp_path: Path) -> None:
     with registered():
-        for settings in ({"strategy": "kv_gather"}, {"layers": {"*cross_attn": "kv_gather"}}):
+        for settings in ({"strategy": "all_keys"}, {"layers": {"*cross_attn": "all_keys"}}):
             forced = plan_of(**settings)
-            assert forced.strategy == "kv_gather" and forced.mode is KV_GATHER
+            assert forced.strategy == "all_keys" and forced.mode is ALL_KEYS
         considered = plan_of()
-        assert considered.strategy != "kv_gather" and considered.predicted_ms["kv_gather"] > 0
+        assert considered.strategy != "all_keys" and considered.predicted_ms["all_keys"] > 0
     with registered(FREE):
         chosen = plan_of()
         write_plan([chosen], tmp_path / "plan.json")
     [written] = json.loads((tmp_path / "plan.json").read_text())
-    assert written["strategy"] == "kv_gather" and "kv_gather/auto" in written["reason"]
-    assert written["predicted_ms"]["kv_gather"] == 0 < written["predicted_bytes"]["kv_gather"]
+    assert written["strategy"] == "all_keys" and "all_keys/auto" in written["reason"]
+    assert written["predicted_ms"]["all_keys"] == 0 < written["predicted_bytes"]["all_keys"]
 
 
 def test_the_config_takes_it_while_it_is_registered() -> None:
-    config = {"sequence_parallel_size": 2, "sequence_parallel": {"strategy": "kv_gather", "layers": {"*": "kv_gather"}}}
+    config = {"sequence_parallel_size": 2, "sequence_parallel": {"strategy": "all_keys", "layers": {"*": "all_keys"}}}
     with registered():
-        assert sequence_parallel_config(config, 2).strategy == "kv_gather" in strategies()
-    with pytest.raises(ConfigError, match="'kv_gather'; choose 'auto', 'lv_xattn'"):
+        assert sequence_parallel_config(config, 2).strategy == "all_keys" in strategies()
+    with pytest.raises(ConfigError, match="'all_keys'; choose 'auto', 'lv_xattn'"):
         sequence_parallel_config(config, 2)
 
 
@@ -155,4 +155,4 @@ def test_it_is_drawn(tmp_path: Path) -> None:
     with registered(), mock.patch.object(figure, "savefig", look), mock.patch.object(plots, "MOST_GPUS", 4):
         plots.scaling(job, load_profile("h200"), tmp_path / "scaling.png")
         plots.choice_map(job, plots.slower_links(job, load_profile("h200"))[:2], tmp_path / "map.png")
-    assert [legend["kv_gather"] for legend in legends] == [KV_GATHER.colour] * 2
+    assert [legend["all_keys"] for legend in legends] == [ALL_KEYS.colour] * 2

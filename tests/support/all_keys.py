@@ -1,4 +1,4 @@
-"""The torch side of the mode ``kv_gather``: keys and values of all ranks are gathered on each; queries stay."""
+"""The torch side of the mode ``all_keys``: keys and values of all ranks are gathered on each; queries stay."""
 
 from typing import Optional, Sequence
 
@@ -14,14 +14,14 @@ from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward
 from ds_lvxattn.kernels.triton.delta import attention_delta
 
 
-def kv_gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+def all_keys_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Attention of the rank's rows over the keys of all ranks; see ``exchange.base``."""
     keys = exchange.layout.kv
     start, stop = exchange.bounds
     if start is not None and stop is not None:
         start, stop = (x[exchange.comm.rank, :, : q.shape[2]].clamp(0, keys.total) for x in (start, stop))
         stop = torch.maximum(start, stop)
-    return torch.ops.ds_lvxattn.tests_kv_gather(
+    return torch.ops.ds_lvxattn.all_keys(
         q, k, v, start, stop, exchange.scale, exchange.kernel, exchange.comm.name, keys.lengths, keys.deal
     )
 
@@ -41,7 +41,7 @@ def _gathered(k: Tensor, v: Tensor, keys: SequenceShards, comm: Communicator) ->
     return list(whole.index_select(0, _order(keys, k.device)).movedim(0, 3))
 
 
-def kv_gather(
+def all_keys(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -59,7 +59,7 @@ def kv_gather(
     return like(out, q), lse.contiguous()
 
 
-def kv_gather_backward(
+def all_keys_backward(
     dout: Tensor,
     dlse: Optional[Tensor],
     q: Tensor,
@@ -90,4 +90,4 @@ def kv_gather_backward(
     return like(dq, q), like(dk, k), like(dv, v)
 
 
-attention_operator("tests_kv_gather", kv_gather, kv_gather_backward)
+attention_operator("all_keys", all_keys, all_keys_backward)

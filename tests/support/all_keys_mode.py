@@ -1,6 +1,6 @@
-"""The mode ``kv_gather``, a strategy from outside the package: keys and values of all ranks are gathered on each.
+"""The mode ``all_keys``, a strategy from outside the package: keys and values of all ranks are gathered on each.
 
-Written after ``docs/adding-a-strategy.md``; its torch side is ``kv_gather.py`` beside this file.
+Written after ``docs/adding-a-strategy.md``; its torch side is ``all_keys.py`` beside this file.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def workspace(layer: Layer, profile: Profile) -> float:
     return shape.kv_bytes(keys) + 2 * shape.kv_bytes(keys, shape.statistic)
 
 
-KV_GATHER = Mode(
-    strategy="kv_gather",
+ALL_KEYS = Mode(
+    strategy="all_keys",
     schedule="auto",
-    implementation="tests.support.kv_gather:kv_gather_attention",
-    operators=("ds_lvxattn::tests_kv_gather",),
+    implementation="tests.support.all_keys:all_keys_attention",
+    operators=("ds_lvxattn::all_keys",),
     traffic=traffic,
     passes=passes,
     workspace=workspace,
