@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ds_lvxattn.exchange.strategies.ulysses import _order
+from ds_lvxattn.exchange.strategies.ulysses import padded_order
 from ds_lvxattn.plan.layer_sizes import LayerSizes
 from ds_lvxattn.plan.memory import POLICIES, ModelStates, frames_that_fit, kept_bytes, step_bytes
 from ds_lvxattn.plan.modes import eligible_modes
@@ -40,7 +40,7 @@ class Kept:
             shared += [role.interval.start, role.interval.stop]
             shared += role.interval.local_to(role.layout.kv, batch.comm.rank)
             # In which order Ulysses takes what arrives: made once for all layers.
-            shared += [_order(shards, CPU) for shards in (role.layout.q, role.layout.kv)]
+            shared += [padded_order(shards, CPU) for shards in (role.layout.q, role.layout.kv)]
         self.ignored |= {x.untyped_storage().data_ptr() for x in shared if isinstance(x, Tensor)}
 
     def _leave(self, *unused: object) -> None:
