@@ -8,17 +8,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ds_lvxattn.data.sample import Sample, SampleError
+    from ds_lvxattn.errors import ConfigError
     from ds_lvxattn.exchange.attention import sp_attention
     from ds_lvxattn.exchange.interval import KVInterval
     from ds_lvxattn.exchange.merge_attention import merge_attention
     from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
     from ds_lvxattn.runtime.adapters import AdapterKeys, shard_adapter
+    from ds_lvxattn.training.attach import Attached, attach
 
 _HOMES = {
     "AdapterKeys": "runtime.adapters",
+    "Attached": "training.attach",
+    "ConfigError": "errors",
     "KVInterval": "exchange.interval",
+    "Sample": "data.sample",
+    "SampleError": "data.sample",
     "SequenceShards": "exchange.shards",
     "ShardLayout": "exchange.shards",
+    "attach": "training.attach",
     "merge_attention": "exchange.merge_attention",
     "shard_adapter": "runtime.adapters",
     "sp_attention": "exchange.attention",
@@ -26,9 +34,14 @@ _HOMES = {
 
 __all__ = [
     "AdapterKeys",
+    "Attached",
+    "ConfigError",
     "KVInterval",
+    "Sample",
+    "SampleError",
     "SequenceShards",
     "ShardLayout",
+    "attach",
     "merge_attention",
     "shard_adapter",
     "sp_attention",

@@ -86,13 +86,19 @@ class SequenceParallelGroups:
         return 0
 
 
+def leave_out_shared_memory() -> None:
+    """DeepSpeed's shared-memory all-reduce is not compiled when it starts ``torch.distributed``.
+
+    It serves inference on CPUs, and it would be compiled at the first start on a machine, under a lock on which a
+    later run waits for ever if this one is killed.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def start_distributed(backend: str | None = None, timeout: timedelta | None = None) -> None:
     """Start ``torch.distributed`` and DeepSpeed's front end to it, from the launcher's environment.
 
     Without a launcher this process is the one rank of the run.
-
-    DeepSpeed's shared-memory all-reduce is left out: it serves inference on CPUs, and it would be compiled at the
-    first start on a machine, under a lock on which a later run waits for ever if this one is killed.
 
     Args:
         timeout: of the waiting for the other ranks; None: DeepSpeed's.
@@ -100,7 +106,7 @@ def start_distributed(backend: str | None = None, timeout: timedelta | None = No
     Raises:
         RunError: the ranks do not find each other.
     """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    leave_out_shared_memory()
     if not dist.is_initialized() and not any(name in os.environ for name in WORLD_SIZES):
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     limit = {} if timeout is None else {"timeout": timeout}

@@ -187,7 +187,7 @@ class Collator:
         plans: Mapping[nn.Module, LayerPlan],
         portions: int | None = None,
         times: LayerTimes | None = None,
-        tokens: float | None = None,
+        tokens: Tensor | float | None = None,
     ) -> MicroBatch:
         """This rank's micro-batch.
 
@@ -213,7 +213,7 @@ class Collator:
             # The model's own loss: summed over its rows and divided by a count that is the same on the whole group.
             "labels": labels,
             "shift_labels": labels,
-            "num_items_in_batch": (tokens or max(layout.supervised_tokens, 1)) * shares,
+            "num_items_in_batch": (max(layout.supervised_tokens, 1) if tokens is None else tokens) * shares,
         }
         inputs |= images if isinstance(images, dict) else self.pixels(layout, images)
         inputs = {key: self._to_device(value) if isinstance(value, Tensor) else value for key, value in inputs.items()}

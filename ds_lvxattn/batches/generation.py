@@ -28,7 +28,7 @@ from ds_lvxattn.data.sample import Sample
 from ds_lvxattn.exchange.comm import Communicator
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
-from ds_lvxattn.families import VisualFamily
+from ds_lvxattn.families import VisualFamily, unwrapped
 from ds_lvxattn.plan.layer_plan import LayerPlan
 from ds_lvxattn.runtime.decoding import DecodingStep, KeyCache, NewTokens
 
@@ -66,6 +66,7 @@ def generate(model: Any, batches: Batches, samples: Sequence[Sample], *, seed: i
         ValueError: no samples, an empty prompt, a model that cannot generate, or a setting that cannot work
             (``LIMITS``).
     """
+    model = unwrapped(model)  # ``generate`` of a PeftModel would pass by its hooks
     collator = batches.collator
     lengths = [len(sample.input_ids) for sample in samples]
     if not min(lengths, default=0):

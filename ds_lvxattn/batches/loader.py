@@ -6,14 +6,16 @@ ranks of the group compare what they found; a sample that failed anywhere is dro
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 
@@ -24,6 +26,8 @@ from ds_lvxattn.data.sample import IGNORE, Sample, SampleError, SampleSource
 from ds_lvxattn.groups import SequenceParallelGroups
 
 logger = logging.getLogger(__name__)
+
+MakeSample = Callable[[], Sample | SampleError]  # a sample, or why it cannot be used
 
 
 @dataclass(frozen=True)
@@ -73,49 +77,49 @@ class _Begun:
     skipped: int
 
 
-class Loader:
-    """Loads the micro-batches of one rank, ahead of their use.
+class SampleLoader:
+    """Loads micro-batches of samples on one rank, ahead of their use.
 
     Threads decode: over samples, and over the groups of pictures of each. One thread more lays out, compares verdicts
     and makes pixels, batch after batch, so that the ranks' messages come in one order.
 
     Args:
-        source: the dataset.
         batches: knows the layout.
-        control: groups over which the verdicts travel.
+        control: groups over which the verdicts travel; None: this rank is alone.
         skip_bad: whether a broken sample is skipped with a warning (and counted) or fatal.
         look_ahead: micro-batches that are loaded while one is used; as many are kept in memory.
         workers: threads that decode; None: those of the host, divided over its ranks.
+        remedy: what to do about a fatal sample, in words.
     """
 
     def __init__(
         self,
-        source: SampleSource,
         batches: Batches,
-        control: ControlGroups,
+        control: ControlGroups | None,
         skip_bad: bool,
         look_ahead: int = 1,
         workers: int | None = None,
+        remedy: str = "set 'finetuning.on_bad_sample' to 'skip' to go on without it",
     ) -> None:
-        self.source, self.batches, self.control, self.skip_bad = source, batches, control, skip_bad
-        self.look_ahead = look_ahead
+        self.batches, self.control, self.skip_bad = batches, control, skip_bad
+        self.look_ahead, self.remedy = look_ahead, remedy
         self._nothing = Sample([batches.collator.pad_token], [IGNORE])
         self._pool = ThreadPoolExecutor(workers or default_workers(), "decode")
 
-    def load(self, rows: Sequence[int | None]) -> Loaded:
-        """The micro-batch of dataset ``rows``; None is a sample without content.
+    def load_samples(self, samples: Sequence[MakeSample | None]) -> Loaded:
+        """The micro-batch of the samples that are made; None is a sample without content.
 
-        A skipped sample is replaced by one token without label or frame, so that every rank still runs the same
-        modules and collectives.
+        Every rank of the group gives the same, and all groups load in the same order. A skipped sample is replaced by
+        one token without label or frame, so that every rank still runs the same modules and collectives.
 
         Raises:
             SampleError: on every rank, when a sample is broken and broken samples are fatal.
         """
-        return self._finish(self._begin(rows))
+        return self._finish(self._begin(samples))
 
-    def _begin(self, rows: Sequence[int | None]) -> _Begun:
+    def _begin(self, samples: Sequence[MakeSample | None]) -> _Begun:
         """Make the samples, and start to decode their frames."""
-        made = [None if row is None else self._pool.submit(self._attempt_sample, row) for row in rows]
+        made = [None if make is None else self._pool.submit(self._made, make) for make in samples]
         found = [self._nothing if future is None else future.result() for future in made]
         failures = self._compare([f if isinstance(f, SampleError) else _digest(f) for f in found])
         usable = [
@@ -128,7 +132,7 @@ class Loader:
         rank = self.batches.collator.rank_in(layout)
         own = [list(layout.own_frames(i, rank)) for i in range(len(samples))]
         jobs = [
-            [(group, self._pool.submit(_attempt, sample.pictures, group, sample.name)) for group in groups]
+            [(group, self._pool.submit(attempt, sample.pictures, group, sample.name)) for group in groups]
             for sample, groups in zip(samples, map(_groups, samples, own), strict=True)
         ]
         return _Begun(samples, layout, own, jobs, skipped)
@@ -155,79 +159,106 @@ class Loader:
         except Exception:
             for at, sample in enumerate(begun.samples):
                 others = [image if number == at else [] for number, image in enumerate(images)]
-                images[at] = _attempt(lambda _: collator.pixels(begun.layout, others), None, sample.name)  # noqa: B023
+                images[at] = attempt(lambda _: collator.pixels(begun.layout, others), None, sample.name)  # noqa: B023
                 if not isinstance(images[at], SampleError):
                     images[at] = []
             if not any(isinstance(i, SampleError) for i in images):
                 raise
             return {}
 
-    def _attempt_sample(self, row: int) -> Sample | SampleError:
-        return _attempt(self._sample, row, f"sample {row}")
-
-    def _sample(self, row: int) -> Sample:
-        return self.batches.collator.check(self.source.sample(row))
+    def _made(self, make: MakeSample) -> Sample | SampleError:
+        sample = make()
+        return sample if isinstance(sample, SampleError) else attempt(self.batches.collator.check, sample, sample.name)
 
     def _compare(self, findings: Sequence[SampleError | str]) -> list[bool]:
         """Which samples failed on any rank. ``findings`` hold an error, or a digest equal on all ranks."""
         mine = [f"!{f}" if isinstance(f, SampleError) else f for f in findings]
-        problems = [_problem(verdicts) for verdicts in zip(*_gather(mine, self.control.sequence), strict=True)]
+        problems = [_problem(verdicts) for verdicts in zip(*self._gather(mine, "sequence"), strict=True)]
         if not self.skip_bad:
             # The ranks of every group must stop, or those of another would wait for these in a collective.
             first = next(filter(None, problems), "")
-            fatal = next(filter(None, _gather(first, self.control.everyone)), "")
+            fatal = next(filter(None, self._gather(first, "everyone")), "")
             if fatal:
-                raise SampleError(f"{fatal} (set 'finetuning.on_bad_sample' to 'skip' to go on without it)")
+                raise SampleError(f"{fatal} ({self.remedy})")
         for problem in filter(None, problems):
-            if dist.get_rank(self.control.sequence) == 0:
+            if self.control is None or dist.get_rank(self.control.sequence) == 0:
                 logger.warning("skipped a sample: %s", problem)
         return [bool(problem) for problem in problems]
 
     def _portions(self, layout: BatchLayout) -> int:
-        if dist.get_world_size(self.control.everyone) == dist.get_world_size(self.control.sequence):
+        control = self.control
+        if control is None or dist.get_world_size(control.everyone) == dist.get_world_size(control.sequence):
             return layout.portions
-        return max(_gather(layout.portions, self.control.everyone))
+        return max(self._gather(layout.portions, "everyone"))
+
+    def _gather(self, mine: Any, ranks: Literal["sequence", "everyone"]) -> list[Any]:
+        """``mine`` of every rank of a group of ``control``."""
+        if self.control is None:
+            return [mine]
+        group: dist.ProcessGroup = getattr(self.control, ranks)
+        everyone = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, mine, group=group)
+        return everyone
+
+    def ahead(self, batches: Iterator[Sequence[MakeSample | None]]) -> Iterator[Loaded]:
+        """The micro-batches of ``batches``; the next ``look_ahead`` ones load while the present one is used."""
+        begun: deque[_Begun] = deque()
+
+        def advance() -> Loaded | None:
+            while len(begun) < self.look_ahead and (samples := next(batches, None)) is not None:
+                begun.append(self._begin(samples))
+            return self._finish(begun.popleft()) if begun else None
+
+        ahead, reader = ThreadPoolExecutor(1, "load"), threading.get_ident()
+        future = ahead.submit(advance)
+        try:
+            while (loaded := future.result()) is not None:
+                future = ahead.submit(advance)
+                yield loaded
+        finally:
+            # It takes part in what the other ranks compare. The garbage collector may end an abandoned stream on any
+            # thread, one that this would wait for too.
+            if threading.get_ident() == reader:
+                wait([future])
+            for batch in begun:
+                for _, job in itertools.chain(*batch.jobs):
+                    job.cancel()
+            ahead.shutdown(wait=False)
+
+
+class Loader(SampleLoader):
+    """Loads micro-batches of the rows of a dataset; see ``SampleLoader``.
+
+    Args:
+        source: the dataset.
+    """
+
+    def __init__(self, source: SampleSource, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.source = source
+
+    def load(self, rows: Sequence[int | None]) -> Loaded:
+        """The micro-batch of dataset ``rows``; None is a sample without content."""
+        return self.load_samples(self._samples(rows))
+
+    def _samples(self, rows: Sequence[int | None]) -> list[MakeSample | None]:
+        return [
+            None if row is None else functools.partial(attempt, self.source.sample, row, f"sample {row}")
+            for row in rows
+        ]
 
     def stream(self, rows: Callable[[int], Sequence[int | None]], first: int, last: int) -> Iterator[Loaded]:
-        """Micro-batches ``first`` to ``last - 1``; the next ``look_ahead`` ones load while the present one is used.
+        """Micro-batches ``first`` to ``last - 1``, loaded ahead.
 
         Args:
             rows: number of a micro-batch to its dataset rows.
         """
-        numbers = iter(range(first, last))
-        begun: deque[_Begun] = deque()
-
-        def advance() -> Loaded:
-            while len(begun) < self.look_ahead and (number := next(numbers, None)) is not None:
-                begun.append(self._begin(rows(number)))
-            return self._finish(begun.popleft())
-
-        with ThreadPoolExecutor(1, "load") as ahead:
-            future = ahead.submit(advance) if first < last else None
-            try:
-                for number in range(first, last):
-                    assert future is not None
-                    loaded = future.result()
-                    future = ahead.submit(advance) if number + 1 < last else None
-                    yield loaded
-            finally:
-                if future is not None:
-                    wait([future])  # it takes part in what the other ranks compare
-                for batch in begun:
-                    for _, job in itertools.chain(*batch.jobs):
-                        job.cancel()
+        return self.ahead(self._samples(rows(number)) for number in range(first, last))
 
 
 def default_workers() -> int:
     """Processors that this process may use, divided over the ranks of the host."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def _gather(mine: Any, group: dist.ProcessGroup) -> list[Any]:
-    """``mine`` of every rank of ``group``."""
-    everyone = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
-    return everyone
 
 
 def _problem(verdicts: Sequence[str]) -> str:
@@ -240,7 +271,7 @@ def _problem(verdicts: Sequence[str]) -> str:
     return ""
 
 
-def _attempt(make: Callable[..., Any], argument: Any, name: str) -> Any:
+def attempt(make: Callable[..., Any], argument: Any, name: str) -> Any:
     """``make(argument)``, or what is wrong with the sample: whatever is raised while one is made is its fault."""
     try:
         return make(argument)
@@ -254,7 +285,7 @@ def _attempt(make: Callable[..., Any], argument: Any, name: str) -> Any:
 def _groups(sample: Sample, frames: list[int]) -> Sequence[Sequence[int]]:
     if not frames:
         return []
-    groups = _attempt(sample.frame_groups, frames, sample.name)
+    groups = attempt(sample.frame_groups, frames, sample.name)
     return [frames] if isinstance(groups, SampleError) else groups  # loading says what is wrong
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ds_lvxattn.batches.collate import Collator, Division, MicroBatch, Pixels
 from ds_lvxattn.batches.layout import BatchLayout
@@ -35,7 +35,7 @@ class Loaded:
     pixels: Pixels
     skipped: int
     portions: int
-    tokens: float | None = None
+    tokens: Tensor | float | None = None
 
 
 class Batches:

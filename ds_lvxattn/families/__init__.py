@@ -33,15 +33,21 @@ FAMILIES: tuple[type[Family], ...] = (
     TextOnly,  # last: any causal language model of transformers
 )
 
-__all__ = ["FAMILIES", "Family", "VisualFamily", "family_of", "family_of_config"]
+__all__ = ["FAMILIES", "Family", "VisualFamily", "family_of", "family_of_config", "unwrapped"]
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside a ``PeftModel``, or ``model`` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of ``model``, for its config.
+    """The family of ``model``, which may be a ``PeftModel``, for its config.
 
     Raises:
         ConfigError: no family knows its class.
     """
+    model = unwrapped(model)
     for family in FAMILIES:
         if family.has_model(model):
             config: Any = model.config

@@ -78,6 +78,10 @@ class Planner:
         policy: the recompute policy in effect, which a switch of the model may change.
         room: bytes that one layer's exchange may need while it runs; None: no limit.
         share: makes the ranks of a group follow the plan of the first.
+
+    Attributes:
+        profile: the machine that is planned for: ``profile``, or one that was measured.
+        plan: that of the last batch; empty before the first.
     """
 
     def __init__(
@@ -119,16 +123,12 @@ class Planner:
             self._undivided[sizes.shape_class] = replicating_is_faster(layers, dense, self._shipped)
         return self._undivided[sizes.shape_class]
 
-    def start(self, sizes: BatchSizes, profile: Profile | None = None) -> Plan:
+    def start(self, sizes: BatchSizes) -> Plan:
         """Plan afresh, for batches of these sizes: one plan for all ranks of the run, which all call it.
-
-        Args:
-            profile: the machine as it was measured; None: as it was known ahead of the run.
 
         Raises:
             ConfigError: on every rank, when a setting cannot work for a layer.
         """
-        self.profile = profile or self._shipped
         self.plan, self._plan_of = (), {}
         return self._remember(sizes, everyone=True)
 

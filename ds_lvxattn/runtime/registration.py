@@ -63,7 +63,7 @@ def exchanged_attention(
     if sequence_parallel is None:
         raise ValueError(
             f"attention implementation '{IMPLEMENTATION}' needs the forward argument sequence_parallel; pass the "
-            "batch that the collator made, or model.set_attn_implementation('sdpa') to run without it"
+            "inputs that prepare made of the batch, or model.set_attn_implementation('sdpa') to run without it"
         )
     if dropout:
         raise ValueError(f"attention dropout is {dropout}; sequence-parallel attention has none, set it to 0")

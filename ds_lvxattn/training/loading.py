@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed import zero
 from deepspeed.utils import set_z3_leaf_modules
 from huggingface_hub import snapshot_download
@@ -105,18 +106,35 @@ def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
             f"--model {name}: cannot be loaded ({error}); small random models are {', '.join(SMALL_MODELS)}"
         ) from error
     del zero3
+    whole = whole_processor(name) if isinstance(family, VisualFamily) else None
+    take_template(tokenizer, whole)
+    try:
+        return LoadedModel(model, tokenizer, processor, image_token_of(model, tokenizer), whole)
+    except ConfigError as error:
+        raise ConfigError(f"--model {name}: {error}") from error
+
+
+def image_token_of(model: nn.Module, tokenizer: Any) -> str | None:
+    """The token that stands for a frame; None for a model that takes none.
+
+    Raises:
+        ConfigError: the tokenizer lacks it.
+    """
+    family = family_of(model)
     if not isinstance(family, VisualFamily):
-        return LoadedModel(model, tokenizer, processor, None)
-    whole = whole_processor(name)
-    if whole is not None and not tokenizer.chat_template:  # it may stand with the processor alone
-        tokenizer.chat_template = whole.chat_template
+        return None
+    wanted = family.image_token
     # The small models are saved with the tokenizer of the needle task.
-    image_token = next((t for t in (family.image_token, IMAGE) if t in tokenizer.get_vocab()), None)
-    if image_token is None:
-        raise ConfigError(
-            f"--model {name}: its tokenizer has no token {family.image_token!r}, which stands for a frame; add it"
-        )
-    return LoadedModel(model, tokenizer, processor, image_token, whole)
+    found = next((token for token in (wanted, IMAGE) if token in tokenizer.get_vocab()), None)
+    if found is None:
+        raise ConfigError(f"its tokenizer has no token {wanted!r}, which stands for a frame; add it")
+    return found
+
+
+def take_template(tokenizer: Any, whole: Any) -> None:
+    """Give ``tokenizer`` the chat template of the whole processor, with which alone it may stand."""
+    if not tokenizer.chat_template and getattr(whole, "chat_template", None):
+        tokenizer.chat_template = whole.chat_template
 
 
 def whole_processor(name: str) -> Any:
@@ -171,6 +189,9 @@ def partition_over_all_ranks(model: nn.Module, ds_config: dict[str, Any], groups
 
     Left to ``deepspeed.initialize``, DeepSpeed 0.19.8 partitions parameters over the data-parallel group of an
     ``mpu``, and then sums their gradients over that group alone, not over the ranks of a sequence.
+
+    Raises:
+        ConfigError: it is partitioned over some of the ranks.
     """
     if ds_config.get("zero_optimization", {}).get("stage") != 3:
         return
@@ -179,7 +200,15 @@ def partition_over_all_ranks(model: nn.Module, ds_config: dict[str, Any], groups
     experts = {type(module) for module in model.modules() if type(module).__name__.endswith("Experts")}
     if experts:
         set_z3_leaf_modules(model, list(experts))
-    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    partitioned = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    for parameter in partitioned:
+        ranks = dist.get_world_size(parameter.ds_process_group)  # type: ignore[attr-defined]
+        if ranks != dist.get_world_size():
+            raise ConfigError(
+                f"the model is partitioned over {ranks} of the {dist.get_world_size()} ranks, so that ZeRO-3 would not "
+                "sum its gradients over the ranks of a sequence; load it under HfDeepSpeedConfig, or unpartitioned"
+            )
+    if not partitioned:
         zero.Init(model, groups.get_sequence_data_parallel_group(), config_dict_or_path=ds_config, mpu=groups)
 
 

@@ -15,10 +15,7 @@ from deepspeed.accelerator import get_accelerator
 
 from ds_lvxattn.batches.layout import BatchLayout
 from ds_lvxattn.batches.loader import ControlGroups, Loader
-from ds_lvxattn.batches.prepare import Batches, Loaded
-from ds_lvxattn.batches.sequence_parallel import SequenceParallel
-from ds_lvxattn.calibrate import calibrated
-from ds_lvxattn.calibration.extent import HeadLayout
+from ds_lvxattn.batches.prepare import Loaded
 from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.data.sample import SampleSource
 from ds_lvxattn.errors import ConfigError
@@ -29,17 +26,12 @@ from ds_lvxattn.plan.planner import Plan
 from ds_lvxattn.plan.profile import profile_for_device
 from ds_lvxattn.runtime.layer_times import LayerTimes
 from ds_lvxattn.training import checkpoint
+from ds_lvxattn.training.attach import Attached
 from ds_lvxattn.training.divergence import FiniteLoss
 from ds_lvxattn.training.engine import start_engine
 from ds_lvxattn.training.evaluation import evaluate
 from ds_lvxattn.training.learning import Learning
-from ds_lvxattn.training.loading import (
-    LoadedModel,
-    loss_factor,
-    model_dtype,
-    parameter_groups,
-    partition_over_all_ranks,
-)
+from ds_lvxattn.training.loading import LoadedModel
 from ds_lvxattn.training.memory_plan import memory_plan, model_states
 from ds_lvxattn.training.order import Order
 from ds_lvxattn.training.outcome import on_all_ranks
@@ -116,17 +108,12 @@ class Trainer:
             on_all_ranks(lambda: checkpoint.check_fresh(job.output_dir), self.everyone)
         self.watchdog.enter("starting DeepSpeed")
         model = job.loaded.model
-        self.parallel = SequenceParallel(model, config, self.groups) if config.size > 1 else None
         self.device = torch.device(get_accelerator().current_device_name())
-        self.batches = Batches(
-            model, job.loaded.processor, job.loaded.pad_token, job.loaded.image_id,
-            self.device, model_dtype(job.ds_config), self.parallel, job.finetuning.frame_limits,
-        )  # fmt: skip
-        self.loss_factor = loss_factor(job.ds_config, config.size)
-        partition_over_all_ranks(model, job.ds_config, self.groups)
-        self.engine = start_engine(
-            model=model, model_parameters=parameter_groups(model), config=job.ds_config, mpu=self.groups
+        self.attached = attached = Attached(
+            job.loaded, job.ds_config, config, self.groups, self.device, limits=job.finetuning.frame_limits
         )
+        self.parallel, self.batches, self.loss_factor = attached.parallel, attached.batches, attached.loss_factor
+        self.engine = start_engine(**attached.engine_arguments())
         facts = checkpoint.RunFacts(
             dist.get_world_size(),
             self.engine.zero_optimization_stage(),
@@ -168,7 +155,7 @@ class Trainer:
             self.close()
         # Not after an error: the loader's thread may be waiting for other ranks.
         for loader in (self.loader, self.evaluation_loader):
-            if loader is not None:
+            if loader is not None and loader.control is not None:
                 loader.control.close()
         dist.destroy_process_group(self.everyone)
         return result
@@ -219,13 +206,10 @@ class Trainer:
             layers = collator.family.attention_layers(model).values()
             log.plan(plan_layers(list(layers), {}, profile_for_device(self.device.type), PlanSettings(), ranks=1))
             return
-        profile = None
-        if self.parallel.config.strategy == "auto":
-            layouts = [HeadLayout(*layout) for layout in self.parallel.head_layouts]
-            profile = calibrated(self.parallel.comm.group, layouts, self.device, collator.dtype)
+        self.attached.calibrate()
         sizes, family = collator.sizes(first), collator.family
         visual_widths = family.visual_widths() if isinstance(family, VisualFamily) else ()
-        self._plan = planner.start(sizes, profile)
+        self._plan = planner.start(sizes)
         log.plan(self._plan)
         log.memory(
             memory_plan(

@@ -58,13 +58,13 @@ def finish(
 
 
 def launch(
-    script: Path, *arguments: Any, ranks: int = 2, **environment: str | None
+    script: Path, *arguments: Any, ranks: int = 2, cwd: Path | None = None, **environment: str | None
 ) -> subprocess.CompletedProcess[str]:
     """``deepspeed --num_gpus RANKS script`` on CPU ranks, on a free port, as a user without a wandb key."""
     settings: dict[str, str | None] = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "NETRC": os.devnull}
     settings |= {key: None for key in os.environ if key.startswith("WANDB_")}
     command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", ranks, "--master_port", free_port(), script]
-    return finish((*command, *arguments), **{**settings, **environment})
+    return finish((*command, *arguments), cwd=cwd, **{**settings, **environment})
 
 
 def free_port() -> int:

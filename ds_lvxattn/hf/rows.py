@@ -1,0 +1,112 @@
+"""Datasets of the Trainer: rows of conversations, or samples."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from ds_lvxattn.batches.loader import MakeSample, attempt
+from ds_lvxattn.data.sample import Sample, SampleError, SampleSource
+from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.training.attach import Attached
+
+Found = Sample | SampleError  # a row, or why it cannot be used
+
+
+class Rows(Dataset[Found]):
+    """Conversations about videos and images as a dataset of the Trainer.
+
+    The Trainer that gets it makes samples of the rows, by its model's tokenizer.
+
+    Args:
+        data: a file or a dataset of the hub; ``docs/your-data-and-model.md`` has the layouts of its rows.
+        max_frames: frames of a row.
+        how: other arguments of ``ConversationSource``: ``max_text_tokens``, ``media_root``, ``limit``, ...
+    """
+
+    def __init__(self, data: str | os.PathLike[str], *, max_frames: int = 64, **how: Any) -> None:
+        self.data, self.how = data, {"max_frames": max_frames, **how}
+        self.source: SampleSource | None = None
+
+    def bind(self, attached: Attached) -> None:
+        """Make samples for this model from now on.
+
+        Raises:
+            ConfigError: the data cannot be read.
+        """
+        self.source = attached.rows(self.data, **self.how)
+
+    def __len__(self) -> int:
+        return len(self._bound)
+
+    def __getitem__(self, index: int) -> Found:
+        return attempt(self._bound.sample, index, f"sample {index}")
+
+    @property
+    def _bound(self) -> SampleSource:
+        if self.source is None:
+            raise ConfigError(f"Rows({os.fspath(self.data)!r}) has no model yet; give it to SequenceParallelTrainer")
+        return self.source
+
+
+class Samples(Dataset[Found]):
+    """A dataset of ``Sample`` objects, whose errors are found when a micro-batch of them loads.
+
+    Args:
+        dataset: with ``__len__`` and ``__getitem__``, or a ``SampleSource``.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Found:
+        found = attempt(getattr(self.dataset, "sample", None) or self.dataset.__getitem__, index, f"sample {index}")
+        if not isinstance(found, (Sample, SampleError)):
+            raise ConfigError(
+                f"row {index} of the {type(self.dataset).__name__} is a {type(found).__name__}; give Rows(FILE), or a "
+                "dataset of ds_lvxattn.Sample"
+            )
+        return found
+
+
+def as_dataset(dataset: Any) -> Any:
+    """What the Trainer is given, as a dataset of samples; a dict of evaluation datasets name by name.
+
+    Raises:
+        ConfigError: it has no length, as an iterable dataset.
+    """
+    if dataset is None or isinstance(dataset, (str, Rows, Samples)):
+        return dataset
+    if isinstance(dataset, dict):
+        return {name: as_dataset(each) for name, each in dataset.items()}
+    if not hasattr(dataset, "__len__"):
+        raise ConfigError(f"the dataset is a {type(dataset).__name__} without a length; give Rows(FILE), or a list")
+    return Samples(dataset)
+
+
+def bind(dataset: Any, attached: Attached) -> None:
+    """Bind the ``Rows`` in what ``as_dataset`` returned."""
+    for each in dataset.values() if isinstance(dataset, dict) else (dataset,):
+        if isinstance(each, Rows):
+            each.bind(attached)
+
+
+def as_they_are(samples: Sequence[Found]) -> Any:
+    """The Trainer's data collator: micro-batches are made where the ranks of a group agree on them."""
+    return list(samples)
+
+
+def as_made(samples: Sequence[Found | None]) -> list[MakeSample | None]:
+    """What a loader takes, for samples that are made already."""
+    return [None if sample is None else functools.partial(_same, sample) for sample in samples]
+
+
+def _same(sample: Found) -> Found:
+    return sample

@@ -1,0 +1,308 @@
+"""What a training loop needs of this package: attach a model, hand it to DeepSpeed, prepare its batches."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ds_lvxattn.batches.collate import MicroBatch
+from ds_lvxattn.batches.loader import ControlGroups, Loader, SampleLoader
+from ds_lvxattn.batches.prepare import Batches, Loaded
+from ds_lvxattn.batches.sequence_parallel import SequenceParallel
+from ds_lvxattn.calibrate import calibrated
+from ds_lvxattn.calibration.extent import HeadLayout
+from ds_lvxattn.config import SequenceParallelConfig, load_ds_config, sequence_parallel_config
+from ds_lvxattn.data.conversations import ConversationSource
+from ds_lvxattn.data.sample import Sample, SampleSource
+from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.families import VisualFamily, family_of, unwrapped
+from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
+from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
+from ds_lvxattn.training.dataset import frames_in_text, text_limit
+from ds_lvxattn.training.ds_config import batch_sizes
+from ds_lvxattn.training.loading import (
+    LoadedModel,
+    image_token_of,
+    loss_factor,
+    model_dtype,
+    parameter_groups,
+    partition_over_all_ranks,
+    take_template,
+    whole_processor,
+)
+from ds_lvxattn.training.order import Order
+from ds_lvxattn.training.tokens import step_of
+
+MARK = "_ds_lvxattn_attached"  # an attribute of models that are
+SKIP_REMEDY = "give on_bad_sample='skip' to go on without it"
+
+
+class Attached:
+    """A model that trains on batches which the ranks of a group share; made by ``attach``.
+
+    Args:
+        loaded: the model with tokenizer and image processor.
+        ds_config: the DeepSpeed config.
+        config: its sequence-parallel settings.
+        groups: None where this rank is alone, without ``torch.distributed``.
+        device: of this rank.
+        skip_bad: whether a broken sample is skipped with a warning or fatal.
+        dtype: of the model's arguments; None: as the DeepSpeed config has it.
+        limits: how large frames may be.
+
+    Attributes:
+        batches: makes micro-batches; ``batches.planner.plan`` is the plan at hand.
+        parallel: the model's sequence parallelism; None with a size of 1.
+        loss_factor: what a loss is multiplied by before the backward pass; ``loss`` does it.
+
+    Raises:
+        ConfigError: settings that cannot work, on every rank.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        ds_config: dict[str, Any],
+        config: SequenceParallelConfig,
+        groups: SequenceParallelGroups | None,
+        device: torch.device,
+        skip_bad: bool = False,
+        dtype: torch.dtype | None = None,
+        limits: FrameLimits = ANY_SIZE,
+    ) -> None:
+        self.loaded, self.ds_config, self.config, self.groups = loaded, ds_config, config, groups
+        self.device, self.skip_bad = device, skip_bad
+        self.loss_factor = loss_factor(ds_config, config.size)
+        model = unwrapped(loaded.model)
+        if getattr(model, MARK, False):
+            raise ConfigError("the model is attached already, and its hooks would run twice; load it afresh")
+        self.parallel: SequenceParallel | None = None
+        if config.size > 1:
+            assert groups is not None
+            self.parallel = SequenceParallel(model, config, groups)
+        self.batches = Batches(
+            model, loaded.processor, loaded.pad_token, loaded.image_id,
+            device, dtype or model_dtype(ds_config), self.parallel, limits,
+        )  # fmt: skip
+        setattr(model, MARK, True)
+        self._calibrated = False
+        self._given = False  # whether DeepSpeed has been given the groups
+        self._loader: SampleLoader | None = None
+
+    # Data
+
+    def rows(self, data: str | os.PathLike[str], *, max_frames: int = 64, **how: Any) -> ConversationSource:
+        """Conversations about videos and images as samples for this model.
+
+        Args:
+            data: a file or hub dataset; ``docs/your-data-and-model.md`` has the layouts of its rows.
+            max_frames: frames of a row.
+            how: other arguments of ``ConversationSource``; here ``eval_share`` is 0.
+
+        Raises:
+            ConfigError: the dataset cannot be read or is empty.
+        """
+        limit = text_limit(unwrapped(self.loaded.model))
+        how = {"eval_share": 0.0, "max_text_tokens": limit, **frames_in_text(self.loaded), **how}
+        try:
+            return ConversationSource(data, self.loaded.tokenizer, max_frames=max_frames, **how)
+        except ValueError as error:
+            raise ConfigError(f"{os.fspath(data)}: {error}") from error
+
+    def loader(self) -> SampleLoader:
+        """A loader with groups of its own for its messages; all ranks call it."""
+        return SampleLoader(self.batches, self._control(), self.skip_bad, remedy=SKIP_REMEDY)
+
+    def _control(self) -> ControlGroups | None:
+        return None if self.groups is None else ControlGroups.beside(self.groups)
+
+    def prepare(self, samples: Sequence[Sample]) -> MicroBatch:
+        """This rank's part of ``samples``: its frames decoded, its arguments made, planned for if it need be.
+
+        Every rank of a group gives the same samples, and all groups call it equally often. Decodes while the device
+        waits; ``micro_batches`` decodes ahead.
+
+        Raises:
+            SampleError: on every rank, when a sample is broken or the ranks of a group give different ones.
+        """
+        if self._loader is None:
+            self._loader = self.loader()
+        self.calibrate()
+        return self.batches.prepare(self._loader.load_samples([functools.partial(_same, sample) for sample in samples]))
+
+    def micro_batches(self, source: SampleSource, first: int, last: int) -> Iterator[MicroBatch]:
+        """Micro-batches ``first`` to ``last - 1`` of ``source``, decoded one ahead; all ranks call it alike.
+
+        Rows come in the order of ``source``, epoch after epoch; a group takes every so many of them, by the config's
+        ``train_micro_batch_size_per_gpu``, which here is that of a group. The losses of the micro-batches of a step,
+        over all groups, average to the sum over its supervised tokens divided by their number.
+
+        Raises:
+            SampleError: as ``prepare``.
+        """
+        assert self.groups is not None
+        rank, ranks = self.groups.get_data_parallel_rank(), self.groups.get_data_parallel_world_size()
+        _, micro_batch, accumulation = batch_sizes(self.ds_config, ranks)
+        loader = Loader(source, self.batches, self._control(), self.skip_bad, remedy=SKIP_REMEDY)
+        self.calibrate()
+        loaded = loader.stream(Order(source, micro_batch, rank, ranks).rows, first, last)
+        return self._by_steps(loaded, accumulation, dist.new_group(backend="gloo"))
+
+    def _by_steps(
+        self, loaded: Iterator[Loaded], accumulation: int, everyone: dist.ProcessGroup
+    ) -> Iterator[MicroBatch]:
+        assert self.groups is not None
+        while step := list(itertools.islice(loaded, accumulation)):
+            for each in step_of(step, self.groups, everyone)[0]:
+                yield self.batches.prepare(each)
+
+    # Training
+
+    def calibrate(self) -> None:
+        """Once, and where the config leaves the strategy to the plan: measure the machine for it; all ranks call it.
+
+        What was measured on the same machine before is read instead (``ds_lvxattn.calibrate``).
+        """
+        planner = self.batches.planner
+        if self.parallel is None or planner is None or self._calibrated or self.config.strategy != "auto":
+            return
+        layouts = [HeadLayout(*layout) for layout in self.parallel.head_layouts]
+        planner.profile = calibrated(self.parallel.comm.group, layouts, self.device, self.batches.collator.dtype)
+        self._calibrated = True
+
+    def engine_arguments(self, model: nn.Module | None = None) -> dict[str, Any]:
+        """Arguments of ``deepspeed.initialize``: model, trainable parameters, config and process groups.
+
+        Under ZeRO-3 the model is partitioned now, over all ranks, if it is not yet.
+
+        Args:
+            model: the attached model inside another, by ``peft.get_peft_model`` after it was attached.
+
+        Raises:
+            ConfigError: ``model`` does not hold the attached one, or ZeRO-3 has partitioned it over other ranks.
+        """
+        model = self.loaded.model if model is None else model
+        if unwrapped(model) is not unwrapped(self.loaded.model):
+            raise ConfigError(
+                f"engine_arguments was given a {type(model).__name__} that does not hold the model that was attached; "
+                "attach the model that you train"
+            )
+        arguments = {"model": model, "model_parameters": parameter_groups(model), "config": self.ds_config}
+        if self.groups is not None:
+            partition_over_all_ranks(model, self.ds_config, self.groups)
+            arguments["mpu"] = self.groups
+        self._given = True
+        return arguments
+
+    def loss(self, part: Tensor) -> Tensor:
+        """The loss of the micro-batch, for ``engine.backward``, from this rank's part of it, which the model returned.
+
+        Returns:
+            A scalar: its value is the loss of the group, the same on its ranks; its gradient is that of the part, as
+            ZeRO is to sum it.
+
+        Raises:
+            ConfigError: DeepSpeed was not given what ``engine_arguments`` gives.
+        """
+        if not self._given:
+            raise ConfigError(
+                "a loss before deepspeed.initialize(**engine_arguments()): without the groups of engine_arguments "
+                "gradients would not be summed over the ranks of a sequence; call it first"
+            )
+        return group_loss(part, self.loss_factor, self.parallel)
+
+
+def group_loss(part: Tensor, factor: int, parallel: SequenceParallel | None) -> Tensor:
+    """A scalar with the value of the group's loss and the gradient of ``factor * part``; a collective of the group."""
+    if parallel is None:
+        return part
+    whole = part.detach().clone()
+    dist.all_reduce(whole, group=parallel.comm.group)
+    scaled = part * factor
+    return scaled + (whole - scaled.detach())
+
+
+def attach(
+    model: PreTrainedModel | nn.Module,
+    ds_config: dict[str, Any] | str | os.PathLike[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    processor: Any = None,
+    on_bad_sample: str = "fail",
+    limits: FrameLimits = ANY_SIZE,
+) -> Attached:
+    """Make a transformers model ready for a loop of one's own; all ranks call it, ahead of ``deepspeed.initialize``.
+
+    Starts ``torch.distributed`` from the launcher's environment if it has not been started. The model's code stays as
+    it is: it gets process groups, roles for its attention modules and hooks. With a ``sequence_parallel_size`` of 1
+    it is left alone, and the same loop trains it as plain DeepSpeed does.
+
+    Args:
+        model: of a known family, or a ``PeftModel`` of one; ``peft.get_peft_model`` may also come after.
+        ds_config: the DeepSpeed config, or its file.
+        tokenizer: None: that of the path or hub name which the model was loaded from.
+        processor: the image processor; None: as for ``tokenizer``.
+        on_bad_sample: ``skip`` broken media with a warning, or ``fail``.
+        limits: how large frames may be.
+
+    Raises:
+        ConfigError: on every rank: a setting that cannot work, a model that no family knows, or one that is attached
+            or in an engine already.
+    """
+    if isinstance(model, DeepSpeedEngine):
+        raise ConfigError(
+            "the model is in a DeepSpeed engine already, which was made without sequence-parallel groups; attach it "
+            "first, then deepspeed.initialize(**attached.engine_arguments())"
+        )
+    if on_bad_sample not in ("skip", "fail"):
+        raise ConfigError(f"on_bad_sample is {on_bad_sample!r}; choose 'skip' or 'fail'")
+    if not isinstance(ds_config, dict):
+        ds_config = load_ds_config(os.fspath(ds_config))
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            raise ConfigError(
+                "no process group, and no launcher's environment to start one; start the script with "
+                "deepspeed --num_gpus N SCRIPT.py, or torchrun"
+            )
+        if get_accelerator().device_name() != "cpu":
+            get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    start_distributed()
+    config = sequence_parallel_config(ds_config, dist.get_world_size())
+    loaded = loaded_model(model, tokenizer, processor)
+    groups = SequenceParallelGroups(config.size)
+    device = torch.device(get_accelerator().current_device_name())
+    return Attached(loaded, ds_config, config, groups, device, on_bad_sample == "skip", limits=limits)
+
+
+def _same(sample: Sample) -> Sample:
+    return sample
+
+
+def loaded_model(model: Any, tokenizer: Any = None, processor: Any = None, whole: Any = None) -> LoadedModel:
+    """``model`` with what its data needs, by default from where it was loaded from.
+
+    Raises:
+        ConfigError: nothing is there.
+    """
+    base = unwrapped(model)
+    family, name = family_of(base), base.name_or_path
+    try:
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            whole = whole_processor(name) if isinstance(family, VisualFamily) else None
+        if processor is None and isinstance(family, VisualFamily):
+            processor = family.load_processor(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no tokenizer or image processor in {name!r} ({error}); give them") from error
+    take_template(tokenizer, whole)
+    return LoadedModel(model, tokenizer, processor, image_token_of(base, tokenizer), whole)
