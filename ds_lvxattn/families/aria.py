@@ -69,6 +69,11 @@ class Aria(Concatenation):
     def encoder_tokens(self) -> int:
         return _patches(self.config.vision_config)
 
+    def complete_processor(self, processor: Any, image_token: str) -> None:
+        """An image is served as it was trained: whole, and of this size."""
+        processor.image_processor.split_image = False
+        processor.image_processor.max_image_size = self.config.vision_config.image_size
+
     def load_processor(self, name: str) -> Any:
         return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
 

@@ -61,6 +61,10 @@ class Idefics2(Concatenation):
     def encoder_tokens(self) -> int:
         return _patches(self.config.vision_config)
 
+    def complete_processor(self, processor: Any, image_token: str) -> None:
+        """An image is served as it was trained: whole."""
+        processor.image_processor.do_image_splitting = False
+
     def load_processor(self, name: str) -> Any:
         return AutoImageProcessor.from_pretrained(
             name, backend="pil", do_image_splitting=False, trust_remote_code=False
