@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -53,8 +54,12 @@ def test_ranks_are_started_by_the_launcher_on_a_free_port(monkeypatch: pytest.Mo
 @pytest.mark.slow
 def test_the_wheel_holds_all_that_the_commands_need(tmp_path: Path) -> None:
     """Built from the repository, and run from an empty folder with nothing of the repository on the path."""
+    sources = tmp_path / "sources"  # a build leaves files behind
+    shutil.copytree(REPOSITORY / "ds_lvxattn", sources / "ds_lvxattn", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, sources)
     built = finish(
-        [sys.executable, "-m", "pip", "wheel", REPOSITORY, "--no-deps", "--no-build-isolation", "-w", tmp_path],
+        [sys.executable, "-m", "pip", "wheel", sources, "--no-deps", "--no-build-isolation", "-w", tmp_path],
         cwd=tmp_path, PYTHONPATH=None,
     )  # fmt: skip
     assert built.returncode == 0, built.stderr

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.training.compare import runs
-from ds_lvxattn.training.compare.command import main
+from ds_lvxattn.training.compare.command import main, write_report
 from ds_lvxattn.training.compare.report import (
     compare,
     loss_differences,
@@ -22,7 +22,6 @@ from ds_lvxattn.training.compare.report import (
     plan_counts,
     read_run,
     readable_bytes,
-    write_report,
 )
 from ds_lvxattn.training.compare.variants import Variant, derive_config, parse_variants
 

@@ -158,6 +158,8 @@ class Checkpoints:
         group: of all ranks, for host messages.
         progress: called while files are written.
         new_data: whether a checkpoint may be of a run on other rows.
+        trained_only: leave parameters that do not train out; they come from the model that is loaded anyway.
+        keep_last: checkpoints that stay when another is saved; 0: all.
     """
 
     def __init__(
@@ -168,17 +170,20 @@ class Checkpoints:
         group: dist.ProcessGroup,
         progress: Callable[[], None],
         new_data: bool = False,
+        trained_only: bool = False,
+        keep_last: int = 0,
     ) -> None:
         self.must_agree = [key for key in MUST_AGREE if not (new_data and key == "data")]
         self.engine, self.folder, self.facts, self.group = engine, output_dir / FOLDER, facts, group
+        self.trained_only, self.keep_last = trained_only, keep_last
         self.files = CheckpointFiles(engine.checkpoint_engine.zipfile_serialization, progress)
         engine.checkpoint_engine = self.files
         # DeepSpeed copies two scripts beside every checkpoint on one rank, between barriers; here a full disk is
         # found where all ranks learn of it.
         self._copy_scripts, engine._copy_recovery_script = engine._copy_recovery_script, lambda path: None
 
-    def save(self, step: int) -> None:
-        """Save a checkpoint after ``step``. Those before stay.
+    def save(self, step: int, best: int = 0) -> None:
+        """Save a checkpoint after ``step``; then those go that are neither among the last nor that of step ``best``.
 
         Raises:
             RunError: on every rank, when one could not write its files; the older checkpoints are whole.
@@ -190,8 +195,9 @@ class Checkpoints:
             on_all_ranks(lambda: self._make_room(partial) if first else None, self.group)
             self.files.begin()
             self.engine.save_checkpoint(
-                str(self.folder), tag=partial.name, client_state={"step": step}, save_latest=False
-            )
+                str(self.folder), tag=partial.name, client_state={"step": step}, save_latest=False,
+                exclude_frozen_parameters=self.trained_only,
+            )  # fmt: skip
             raise_first(None if self.files.problem is None else (2, self.files.problem), self.group)
             written = gather({path.name: digest for path, digest in self.files.written.items()}, self.group)
             digests = {file: digest for found in written for file, digest in found.items()}
@@ -202,6 +208,17 @@ class Checkpoints:
                 with suppress(OSError):
                     remove(partial)
             raise RunError(f"{error}; {self.newest()}") from error
+        on_all_ranks(lambda: self._thin_out(best) if first else None, self.group)
+
+    def _thin_out(self, best: int) -> None:
+        whole = list(_whole_names(self.folder))
+        for name in whole[self.keep_last :] if self.keep_last else ():
+            if name != f"step-{best}":
+                remove(self.folder / name)
+
+    def load_step(self, step: int) -> None:
+        """Take the parameters and the optimizer of the checkpoint of a step."""
+        on_all_ranks(lambda: self._load(f"step-{step}"), self.group)
 
     def newest(self) -> str:
         """The newest whole checkpoint, in words."""
@@ -302,7 +319,9 @@ class Checkpoints:
 
     def _load(self, name: str) -> int:
         try:
-            path, state = self.engine.load_checkpoint(str(self.folder), tag=name)
+            path, state = self.engine.load_checkpoint(
+                str(self.folder), tag=name, load_module_strict=not self.trained_only
+            )
         except pickle.UnpicklingError as error:
             raise ConfigError(
                 f"--resume: {self.folder / name} holds more than tensors and plain values, and is not loaded: {error}"
@@ -359,18 +378,24 @@ def _damage(path: Path, expected: Digest) -> str | None:
     return None
 
 
-def full_state_dict(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """All parameters on the CPU of rank 0, gathered one at a time under ZeRO-3; empty on other ranks."""
+def full_state_dict(engine: DeepSpeedEngine, trained_only: bool = False) -> dict[str, torch.Tensor]:
+    """All parameters on the CPU of rank 0, gathered one at a time under ZeRO-3; empty on other ranks.
+
+    Args:
+        trained_only: leave out those that do not train.
+    """
     state: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():
+        if trained_only and not parameter.requires_grad:
+            continue
         with zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if dist.get_rank() == 0:
                 state[name] = parameter.detach().cpu().clone()
     return state
 
 
-def export(output_dir: Path, write: Callable[[Path], None]) -> Path:
-    """Rank 0: ``output_dir/model``, whole or not there; an earlier one is replaced.
+def export(output_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """Rank 0: the folder ``name`` in ``output_dir``, whole or not there; an earlier one is replaced.
 
     Args:
         write: fills the folder that it is given.
@@ -378,7 +403,7 @@ def export(output_dir: Path, write: Callable[[Path], None]) -> Path:
     Raises:
         RunError: it cannot be written.
     """
-    folder = output_dir / "model"
+    folder = output_dir / name
     partial = aside(folder)
     with writing(folder):
         remove(partial)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -53,10 +53,20 @@ def resolve_ds_config(ds_config: dict[str, Any], steps: int, data_ranks: int) ->
         scheduler["warmup_min_lr"] = 0.0
     if scheduler.get("warmup_max_lr") == AUTO and "lr" in optimizer:
         scheduler["warmup_max_lr"] = optimizer["lr"]
-    for key, share in AUTO_STEPS.items():
-        if scheduler.get(key) == AUTO:
-            scheduler[key] = max(1, round(share * steps))
+    fill_steps(resolved, auto_steps(resolved), steps)
     return resolved
+
+
+def auto_steps(ds_config: dict[str, Any]) -> tuple[str, ...]:
+    """Settings of the schedule that are ``auto`` and follow from the number of steps."""
+    scheduler = _params(ds_config, "scheduler")
+    return tuple(key for key in AUTO_STEPS if scheduler.get(key) == AUTO)
+
+
+def fill_steps(ds_config: dict[str, Any], keys: Iterable[str], steps: int) -> None:
+    """Fill in, in place, such settings for a schedule of ``steps`` optimizer steps."""
+    for key in keys:
+        _params(ds_config, "scheduler")[key] = max(1, round(AUTO_STEPS[key] * steps))
 
 
 def fill_model_sizes(ds_config: dict[str, Any], config: PretrainedConfig) -> None:

@@ -12,11 +12,13 @@ import argparse
 import functools
 import logging
 import os
+import random
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
 from deepspeed.accelerator import get_accelerator
-from transformers import set_seed
 
 from ds_lvxattn.groups import launched_ranks, start_distributed
 from ds_lvxattn.training.build_locks import await_builds
@@ -25,6 +27,7 @@ from ds_lvxattn.training.ds_config import fill_model_sizes
 from ds_lvxattn.training.launcher import follow_launcher
 from ds_lvxattn.training.loading import QUICKSTART, load_model, select_trainable
 from ds_lvxattn.training.loop import Job, Trainer
+from ds_lvxattn.training.lora import add_adapters
 from ds_lvxattn.training.rank import run_rank
 from ds_lvxattn.training.run_settings import add_overrides, read_settings
 from ds_lvxattn.training.watchdog import Watchdog, group_timeout
@@ -56,20 +59,32 @@ def finetune(args: argparse.Namespace, watchdog: Watchdog | None = None) -> None
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", args.local_rank)))
     await_builds()
-    set_seed(args.seed)
+    _seed(args.seed)
     watchdog.enter("loading the model")
     ds_config = settings.ds_config
     loaded = load_model(args.model, ds_config, args.seed)
     fill_model_sizes(ds_config, loaded.model.config)
-    select_trainable(loaded.model, args.model, settings.finetuning.trainable)
+    if (lora := settings.finetuning.lora) is not None:
+        stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        add_adapters(loaded.model, lora, args.model, stage, accelerator.current_device_name())
+    else:
+        select_trainable(loaded.model, args.model, settings.finetuning.trainable)
     watchdog.enter("reading the data")
     rows = settings.length * ds_config["train_batch_size"]
     train, evaluation = load_sources(args.data, loaded, settings.finetuning, rows, args.seed)
+    steps = settings.steps_of(len(train))
     job = Job(
-        ds_config, settings.parallel, settings.finetuning, loaded, train, evaluation, settings.steps, args.seed,
+        ds_config, settings.parallel, settings.finetuning, loaded, train, evaluation, steps, args.seed,
         args.output_dir, args.resume, watchdog, args.new_data,
     )  # fmt: skip
     Trainer(job).run()
+
+
+def _seed(seed: int) -> None:
+    """Of everything that draws (transformers' own function for this brings PEFT and more with it)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def main() -> int:

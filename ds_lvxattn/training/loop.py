@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,20 @@ from ds_lvxattn.plan.planner import Plan
 from ds_lvxattn.plan.profile import profile_for_device
 from ds_lvxattn.runtime.layer_times import LayerTimes
 from ds_lvxattn.training import checkpoint
+from ds_lvxattn.training.answers import evaluate_answers
 from ds_lvxattn.training.attach import Attached
+from ds_lvxattn.training.best import Best
 from ds_lvxattn.training.divergence import FiniteLoss
 from ds_lvxattn.training.engine import start_engine
 from ds_lvxattn.training.evaluation import evaluate
+from ds_lvxattn.training.hub import push
 from ds_lvxattn.training.learning import Learning
 from ds_lvxattn.training.loading import LoadedModel
+from ds_lvxattn.training.lora import has_adapters, merged, save_adapter
 from ds_lvxattn.training.memory_plan import memory_plan, model_states
 from ds_lvxattn.training.order import Order
-from ds_lvxattn.training.outcome import on_all_ranks
+from ds_lvxattn.training.outcome import gather, on_all_ranks
+from ds_lvxattn.training.provenance import write_provenance
 from ds_lvxattn.training.run_folder import RunFolder
 from ds_lvxattn.training.run_log import RunLog
 from ds_lvxattn.training.settings import FinetuningConfig
@@ -124,8 +130,9 @@ class Trainer:
             job.train.digest,
         )
         self.checkpoints = checkpoint.Checkpoints(
-            self.engine, job.output_dir, facts, self.everyone, self.watchdog.tick, job.new_data
-        )
+            self.engine, job.output_dir, facts, self.everyone, self.watchdog.tick, job.new_data, has_adapters(model),
+            job.finetuning.keep_last,
+        )  # fmt: skip
         self.order = Order(
             job.train, self.engine.train_micro_batch_size_per_gpu(),
             self.groups.get_data_parallel_rank(), self.groups.get_data_parallel_world_size(),
@@ -168,7 +175,10 @@ class Trainer:
         if begun > job.steps:
             raise ConfigError(f"--resume: the checkpoint is at step {begun} already; give --steps {begun} or more")
         # Every rank has loaded: from here on what is there is replaced.
-        log = RunLog(job.output_dir, dist.get_rank(), job.steps, job.ds_config, done)
+        log = RunLog(job.output_dir, dist.get_rank(), job.steps, job.ds_config, done, every.report_to)
+        if dist.get_rank() == 0:
+            write_provenance(job.output_dir, job.ds_config, job.seed, job.steps, dist.get_world_size())
+        best = gather(Best.read(job.output_dir, begun), self.everyone)[0]
         finite = FiniteLoss(self.checkpoints.newest)
         accumulation = self.engine.gradient_accumulation_steps()
         try:
@@ -180,6 +190,7 @@ class Trainer:
             self._make_plan(log, first.layout)
             batches = itertools.chain((first,), batches)
             self._first = self._planned_at = begun + 1
+            step, result = begun, {}
             for step in range(begun + 1, job.steps + 1):
                 self.watchdog.enter(f"step {step}")
                 self._measure_layers(log, step)
@@ -189,11 +200,27 @@ class Trainer:
                 last = step == job.steps
                 norm = metrics["grad_norm"] if self.batches.collator.dtype == torch.float32 else None
                 finite.note(step, metrics["loss"], norm, last)
-                if last or (every.save_every and step % every.save_every == 0):
-                    self._save(log, step, finite.finite)
-                if not last and every.eval_every and step % every.eval_every == 0:
-                    self._evaluate(log, step)
-            result = self._evaluate(log, job.steps)
+                saved = last or bool(every.save_every and step % every.save_every == 0)
+                if saved:
+                    self._save(log, step, finite.finite, best)
+                if not (last or (every.eval_every and step % every.eval_every == 0)):
+                    continue
+                result = self._evaluate(log, step)
+                better = bool(result) and best.note(step, result["loss"])
+                ends = bool(every.patience) and best.since >= every.patience
+                if (ends or (better and every.keep_best)) and not saved:
+                    self._save(log, step, finite.finite, best)
+                if dist.get_rank() == 0:
+                    best.write(job.output_dir)
+                if ends and not last:
+                    log.say(f"step {step}: {best.since} evaluations without a lower loss than that of step {best.step}")
+                    break
+            if not result:
+                result = self._evaluate(log, job.steps)  # of a run that had its last step behind it
+            if every.keep_best and best.step not in (0, step):
+                self.watchdog.enter(f"loading the checkpoint of step {best.step}")
+                self.checkpoints.load_step(best.step)
+                log.say(f"exporting the model of step {best.step}, whose evaluation was the best")
             self._export(log)
         finally:
             log.close()
@@ -291,13 +318,13 @@ class Trainer:
         self.watchdog.tick()
         return next(batches)
 
-    def _save(self, log: RunLog, step: int, finite: bool) -> None:
+    def _save(self, log: RunLog, step: int, finite: bool, best: Best) -> None:
         if not finite:
             log.say(f"no checkpoint of step {step}: its loss or gradients are not finite")
             return
         self.watchdog.enter(f"saving the checkpoint of step {step}")
         log.sync()
-        self.checkpoints.save(step)
+        self.checkpoints.save(step, best.step if self.job.finetuning.keep_best else 0)
 
     def _evaluate(self, log: RunLog, step: int) -> dict[str, Any]:
         loader = self.evaluation_loader
@@ -306,19 +333,31 @@ class Trainer:
         micro_batch = self.engine.train_micro_batch_size_per_gpu()
         self.watchdog.enter(f"evaluating after step {step}")
         result = evaluate(self.engine, loader, self.groups, micro_batch, self.watchdog.tick)
+        if new_tokens := self.job.finetuning.eval_new_tokens:
+            result |= evaluate_answers(
+                self.engine.module, self.batches, loader.source, self.job.loaded.tokenizer, self.groups, new_tokens,
+                self.watchdog.tick,
+            )  # fmt: skip
         log.evaluation(step, result)
         return result
 
     def _export(self, log: RunLog) -> None:
+        """``model/``; with adapters ``adapter/``, and ``model/`` where they are merged. Then the hub, if asked for."""
         self.watchdog.enter("exporting the model")
-        job, first = self.job, dist.get_rank() == 0
-        state = checkpoint.full_state_dict(self.engine)
-
-        def write(folder: Path) -> None:
-            job.loaded.save(folder, state)
-
-        folder = on_all_ranks(lambda: checkpoint.export(job.output_dir, write) if first else None, self.everyone)
-        log.say(f"model saved in {folder}")
+        job, first, lora = self.job, dist.get_rank() == 0, self.job.finetuning.lora
+        model = job.loaded.model
+        state = checkpoint.full_state_dict(self.engine, trained_only=lora is not None and not lora.merge)
+        writers: dict[str, Callable[[Path], None]] = {}
+        if lora is not None:
+            writers["adapter"] = lambda folder: save_adapter(model, state, folder)
+        if lora is None or lora.merge:
+            writers["model"] = lambda folder: job.loaded.save(folder, merged(model, state) if lora else state)
+        for name, write in writers.items():
+            make = functools.partial(checkpoint.export, job.output_dir, name, write)
+            folder = on_all_ranks(make if first else lambda: None, self.everyone)
+            log.say(f"{name} saved in {folder}")
+            if folder is not None and job.finetuning.push_to_hub:
+                log.say(push(folder, job.finetuning.push_to_hub))
 
 
 def _modes(plan: Plan) -> list[tuple[str, str]]:

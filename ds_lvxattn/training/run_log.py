@@ -1,4 +1,4 @@
-"""What a run tells: ``metrics.jsonl``, ``plan.json``, ``eval.json``, wandb and the console. Rank 0 writes."""
+"""What a run tells: ``metrics.jsonl``, ``plan.json``, ``eval.json``, a tracker and the console. Rank 0 writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import wandb
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -18,13 +17,10 @@ from rich.table import Table
 from ds_lvxattn.plan.layer_plan import LayerPlan, write_plan
 from ds_lvxattn.training.files import aside, replace_text, sync, writing
 from ds_lvxattn.training.memory_plan import MemoryPlan
-from ds_lvxattn.training.secrets import without_secrets
+from ds_lvxattn.training.trackers import start_tracker
 
 logger = logging.getLogger(__name__)
 
-PROJECT = "ds_lvxattn"
-WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
-WANDB_SECONDS = 30.0  # for its server to answer
 MIB = 1 << 20
 
 
@@ -35,12 +31,21 @@ class RunLog:
         output_dir: where the files go.
         rank: global rank.
         steps: steps of the run, for the progress bar.
-        settings: config of the wandb run.
+        settings: the DeepSpeed config, for the tracker.
+        report_to: the tracker; None: wandb where it is installed.
         done: steps of an earlier run that goes on; what its metrics file says of later ones is dropped. None: a run
             that begins; a metrics file that is there keeps its content under another name.
     """
 
-    def __init__(self, output_dir: Path, rank: int, steps: int, settings: dict[str, Any], done: int | None) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        rank: int,
+        steps: int,
+        settings: dict[str, Any],
+        done: int | None,
+        report_to: str | None = None,
+    ) -> None:
         self.active = rank == 0
         if not self.active:
             return
@@ -53,7 +58,7 @@ class RunLog:
             replace_text(self._path, _lines_of(self._path, done))
         with writing(self._path):
             self._metrics = self._path.open("a", encoding="utf-8")
-        self._run = start_wandb(output_dir, settings)
+        self._tracker = start_tracker(report_to, output_dir, settings)
         self._progress = Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal,
@@ -62,7 +67,7 @@ class RunLog:
         self._progress.start()
 
     def plan(self, plan: Sequence[LayerPlan]) -> None:
-        """Write ``plan.json`` and show the plan on the console and in wandb."""
+        """Write ``plan.json`` and show the plan on the console and in the tracker."""
         if not self.active:
             return
         path = self.output_dir / "plan.json"
@@ -70,12 +75,12 @@ class RunLog:
             write_plan(plan, aside(path))
             os.replace(aside(path), path)
         exchanged = [layer for layer in plan if layer.role != "local"]
-        columns: list[str | int] = ["layer", "role", "strategy", "schedule", "predicted_ms", "measured_ms", "reason"]
+        columns = ["layer", "role", "strategy", "schedule", "predicted_ms", "measured_ms", "reason"]
         rows = [
             [layer.layer, layer.role, layer.strategy, layer.schedule, layer.expected_ms, layer.took_ms, layer.reason]
             for layer in exchanged
         ]
-        self._run.log({"plan": wandb.Table(columns=columns, data=rows)})
+        self._tracker.table("plan", columns, rows)
         if any(layer.took_ms is not None for layer in exchanged):
             self._compare(exchanged)
             return
@@ -121,7 +126,7 @@ class RunLog:
         with writing(self._path):
             self._metrics.write(json.dumps(metrics) + "\n")
             self._metrics.flush()
-        self._run.log({f"train/{key}": value for key, value in metrics.items() if key != "step"}, metrics["step"])
+        self._tracker.log({f"train/{key}": value for key, value in metrics.items() if key != "step"}, metrics["step"])
         keys = ("loss", "step_time_s", "data_wait_s", "frames_per_s")
         loss, seconds, waited, frames = (metrics[key] for key in keys)
         note = f"loss {loss:.4f}  {seconds:.3f} s/step ({waited:.3f} s for data)  {frames:.0f} frames/s"
@@ -140,7 +145,7 @@ class RunLog:
         if not self.active:
             return
         replace_text(self.output_dir / "eval.json", json.dumps({"step": step, **result}, indent=2) + "\n")
-        self._run.log({f"eval/{key}": value for key, value in result.items()}, step)
+        self._tracker.log({f"eval/{key}": value for key, value in result.items()}, step)
         self.console.print(
             f"step {step}: accuracy {result['accuracy']:.3f} on {result['examples']} answers, loss {result['loss']:.4f}"
         )
@@ -151,11 +156,11 @@ class RunLog:
             self.console.print(text)
 
     def close(self) -> None:
-        """Finish the files and the wandb run."""
+        """Finish the files and the tracker."""
         if self.active:
             self._progress.stop()
             self._metrics.close()
-            self._run.finish()
+            self._tracker.close()
 
 
 def _grouped(plan: Sequence[LayerPlan]) -> dict[tuple[str, str, str, str], list[LayerPlan]]:
@@ -201,44 +206,3 @@ def _lines_of(path: Path, done: int) -> str:
         if step <= done:
             lines[step] = line
     return "".join(f"{lines[step]}\n" for step in sorted(lines))
-
-
-def start_wandb(output_dir: Path, config: dict[str, Any], **names: str) -> wandb.Run:
-    """A wandb run in ``output_dir``, offline unless a key is at hand; the usual WANDB_* variables count.
-
-    Whatever is wrong with key, server or mode is said, and the run is recorded offline. Secrets stay out of it.
-    """
-    arguments: dict[str, Any] = {
-        "project": os.environ.get("WANDB_PROJECT", PROJECT),
-        "config": without_secrets(config),
-        "dir": str(output_dir),
-        **names,
-    }
-    for mode in dict.fromkeys((_wandb_mode(), "offline")):
-        try:
-            settings = wandb.Settings(init_timeout=WANDB_SECONDS)
-            return wandb.init(mode=mode, settings=settings, **arguments)  # type: ignore[arg-type]
-        except Exception as error:  # of wandb, its settings, its service, the network or the disk
-            logger.warning("wandb does not start in the mode %r: %s", mode, _first_line(error))
-    logger.warning("nothing is recorded with wandb; metrics.jsonl has it all")
-    return wandb.init(mode="disabled")
-
-
-def _wandb_mode() -> str:
-    """The mode that ``WANDB_MODE`` names; without it, ``online`` where wandb finds a key that its server accepts."""
-    given = os.environ.get("WANDB_MODE")
-    if given in WANDB_MODES:
-        return given
-    if given:
-        logger.warning("WANDB_MODE is %r, which is none of %s; using 'offline'", given, list(WANDB_MODES))
-        os.environ["WANDB_MODE"] = "offline"  # wandb itself reads it, and raises
-        return "offline"
-    try:
-        return "online" if wandb.login(prompt=False) else "offline"
-    except Exception as error:  # a bad key, a bad address, no server
-        logger.warning("wandb cannot log in, so the run is recorded offline: %s", _first_line(error))
-        return "offline"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 from ds_lvxattn.config import SequenceParallelConfig, load_ds_config, sequence_parallel_config
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.training.config_check import check_ds_config, check_names
-from ds_lvxattn.training.ds_config import resolve_ds_config
+from ds_lvxattn.training.ds_config import BATCH, auto_steps, fill_steps, resolve_ds_config
+from ds_lvxattn.training.hub import check_hub
 from ds_lvxattn.training.settings import FinetuningConfig, finetuning_config
+from ds_lvxattn.training.trackers import check_tracker
 
 SEEDS = 1 << 32  # of numpy
 
@@ -25,9 +28,11 @@ class RunSettings:
         ds_config: the whole DeepSpeed config, with a value for every ``auto`` but those that depend on the model.
         parallel: its settings of sequence parallelism.
         finetuning: its block for the loop.
-        steps: optimizer steps.
+        steps: optimizer steps, where ``epochs`` does not say them.
+        epochs: passes over the training data that say the steps; None: ``steps`` does.
         length: steps of the schedule and of generated data. A run that ``--steps`` ends earlier can be resumed, and
             is then the same as one that was never interrupted.
+        auto_steps: settings of the schedule that follow from the steps.
     """
 
     ds_config: dict[str, Any]
@@ -35,6 +40,16 @@ class RunSettings:
     finetuning: FinetuningConfig
     steps: int
     length: int
+    epochs: float | None
+    auto_steps: tuple[str, ...]
+
+    def steps_of(self, rows: int) -> int:
+        """Optimizer steps over so many training samples; fills in the schedule's length where that was open."""
+        if self.epochs is None:
+            return self.steps
+        steps = max(1, math.ceil(self.epochs * rows / self.ds_config[BATCH]))
+        fill_steps(self.ds_config, self.auto_steps, steps)
+        return steps
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +74,10 @@ def read_settings(
         raise ConfigError(f"--seed is {seed}; give a number from 0 to {SEEDS - 1}")
     config = sequence_parallel_config(ds_config, ranks)
     length = max(steps or 1, finetuning.steps)
+    open_steps = auto_steps(ds_config)
     ds_config = resolve_ds_config(ds_config, length, ranks // config.size)
     check_ds_config(ds_config)
-    return RunSettings(ds_config, config, finetuning, steps or finetuning.steps, length)
+    check_tracker(finetuning.report_to)
+    check_hub(finetuning.push_to_hub)
+    epochs = finetuning.epochs if steps is None else None
+    return RunSettings(ds_config, config, finetuning, steps or finetuning.steps, length, epochs, open_steps)

@@ -15,11 +15,32 @@ from ds_lvxattn.families.family import FrameLimits
 BLOCK_KEY = "finetuning"
 
 
+class LoraSettings(DeepSpeedConfigModel):
+    """Keys of the block ``lora`` inside it: low-rank adapters train instead of the model's own weights.
+
+    Attributes:
+        r: rank of the adapters.
+        alpha: ``alpha / r`` multiplies what they add.
+        dropout: of their input.
+        target_modules: linear layers by the end of their names, or one regular expression over whole names.
+        merge: add the adapters to the weights at the end, and write ``model/`` too.
+        bits: 4 holds the model's linear layers in 4 bits (QLoRA), by bitsandbytes; None: as they are.
+    """
+
+    r: int = Field(8, ge=1)
+    alpha: float = Field(16, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] | str = Field(["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1)
+    merge: bool = False
+    bits: Literal[4] | None = None
+
+
 class FinetuningConfig(DeepSpeedConfigModel):
     """Keys of the ``finetuning`` block.
 
     Attributes:
         steps: optimizer steps, unless the command line gives them.
+        epochs: passes over the training data, instead of ``steps``; None: ``steps`` counts.
         trainable: ``default`` (cross-attention layers and projector of a pretrained model, everything of a
             small random one), ``all``, or parameter-name patterns (``fnmatch``).
         frames: frames sampled from a video, at most.
@@ -43,11 +64,19 @@ class FinetuningConfig(DeepSpeedConfigModel):
         eval_every: steps between evaluations; 0: only at the end.
         save_every: steps between checkpoints; 0: only at the end.
         timeout_s: seconds that ranks may wait for one of them before the run ends: the timeout of every process group.
+        lora: adapters that train instead of the weights; None: ``trainable`` says what trains.
+        report_to: ``wandb``, ``tensorboard``, ``trackio`` or ``none``; None: wandb where it is installed.
+        keep_last: checkpoints that stay, the newest; 0: all.
+        keep_best: keep that of the lowest evaluation loss too, saved when it is found, and export it at the end.
+        patience: evaluations without a lower loss after which the run ends; 0: it does not end by itself.
+        eval_new_tokens: longest answer that the model generates to each question of an evaluation; 0: none.
+        push_to_hub: repository of the hub that takes the exported folders; None: none.
     """
 
     model_config = ConfigDict(strict=True)
 
     steps: int = Field(200, ge=1)
+    epochs: float | None = Field(None, gt=0)
     trainable: Literal["default", "all"] | list[str] = "default"
     frames: int = Field(64, ge=1)
     image_tiles: int | None = Field(None, ge=1)
@@ -69,6 +98,13 @@ class FinetuningConfig(DeepSpeedConfigModel):
     eval_every: int = Field(0, ge=0)
     save_every: int = Field(0, ge=0)
     timeout_s: int = Field(1800, ge=10)
+    lora: LoraSettings | None = None
+    report_to: Literal["wandb", "tensorboard", "trackio", "none"] | None = None
+    keep_last: int = Field(0, ge=0)
+    keep_best: bool = False
+    patience: int = Field(0, ge=0)
+    eval_new_tokens: int = Field(0, ge=0)
+    push_to_hub: str | None = Field(None, min_length=1)
 
     @property
     def frame_limits(self) -> FrameLimits:
@@ -88,9 +124,27 @@ def finetuning_config(ds_config: dict[str, Any]) -> FinetuningConfig:
     if not isinstance(block, dict):
         raise ConfigError(f"'{BLOCK_KEY}' is {block!r}; give an object")
     try:
-        return FinetuningConfig(strict=True, **block)
+        config = FinetuningConfig(strict=True, **block)
     except ValidationError as error:
         problem = error.errors()[0]
-        key = f"{BLOCK_KEY}.{problem['loc'][0]}"
-        keys = list(FinetuningConfig.model_fields)
+        inside = problem["loc"][0] == "lora" and len(problem["loc"]) > 1
+        key = ".".join([BLOCK_KEY, *map(str, problem["loc"][: 2 if inside else 1])])
+        keys = list((LoraSettings if inside else FinetuningConfig).model_fields)
         raise ConfigError(f"'{key}' is {problem['input']!r}: {problem['msg']}; the keys are {keys}") from None
+    _check_together(config)
+    return config
+
+
+def _check_together(config: FinetuningConfig) -> None:
+    """Settings that mean nothing, or two things, beside each other. Raises ``ConfigError``."""
+    if config.lora is not None and config.trainable != "default":
+        raise ConfigError(
+            f"'{BLOCK_KEY}.trainable' is {config.trainable!r} beside '{BLOCK_KEY}.lora', with which the adapters alone "
+            "train; leave one of them out"
+        )
+    for key in ("keep_best", "patience"):
+        if getattr(config, key) and not (config.eval_every and config.eval_examples):
+            raise ConfigError(
+                f"'{BLOCK_KEY}.{key}' is {getattr(config, key)!r}, and nothing is evaluated on the way; set "
+                f"'{BLOCK_KEY}.eval_every' and 'eval_examples'"
+            )

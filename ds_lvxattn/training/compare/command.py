@@ -17,26 +17,44 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import wandb
 from rich.console import Console
 from rich.table import Table
 
 from ds_lvxattn.config import SIZE_KEY, load_ds_config
 from ds_lvxattn.errors import ConfigError
-from ds_lvxattn.training.compare.report import COLUMNS, SINGLE, Run, compare, read_run, table_cells, write_report
+from ds_lvxattn.training.compare.report import COLUMNS, SINGLE, Run, compare, markdown, read_run, table_cells
 from ds_lvxattn.training.compare.runs import train
 from ds_lvxattn.training.compare.variants import derive_config, parse_variants
 from ds_lvxattn.training.config_check import check_names
-from ds_lvxattn.training.run_log import start_wandb
 from ds_lvxattn.training.run_settings import add_overrides
+from ds_lvxattn.training.settings import finetuning_config
+from ds_lvxattn.training.trackers import start_tracker
 
 
-def log_summary(runs: Sequence[Run], pictures: Sequence[Path], folder: Path, group: str) -> None:
-    """A wandb run with the table and the pictures, in the group of the runs."""
-    summary = start_wandb(folder, {"runs": [run.name for run in runs]}, name="summary", group=group)
-    table = wandb.Table(columns=list(COLUMNS), data=[list(table_cells(row)) for row in compare(runs)])
-    summary.log({"comparison": table, **{path.stem: wandb.Image(str(path)) for path in pictures}})
-    summary.finish()
+def log_summary(runs: Sequence[Run], pictures: Sequence[Path], folder: Path, group: str, report_to: str | None) -> None:
+    """A run of the tracker with the table and the pictures, in the group of the runs."""
+    tracker = start_tracker(report_to, folder, {"runs": [run.name for run in runs]}, name="summary", group=group)
+    tracker.table("comparison", COLUMNS, [table_cells(row) for row in compare(runs)])
+    tracker.pictures(pictures)
+    tracker.close()
+
+
+def write_report(runs: Sequence[Run], folder: Path, setting: str) -> list[Path]:
+    """Write ``report.md`` and its pictures.
+
+    Args:
+        runs: in the order of the table.
+        folder: where they go.
+        setting: a sentence on what was run, for the head of the report.
+
+    Returns:
+        The pictures.
+    """
+    from ds_lvxattn.training.compare.pictures import plot
+
+    pictures = plot(runs, folder)
+    (folder / "report.md").write_text(markdown(runs, setting, [picture.name for picture in pictures]))
+    return pictures
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -86,7 +104,7 @@ def run_all(args: argparse.Namespace) -> list[Run]:
         f"`{SIZE_KEY}` {ds_config.get(SIZE_KEY, 1)}, from `{Path(args.ds_config).name}`."
     )
     pictures = write_report(runs, args.output_dir, setting)
-    log_summary(runs, pictures, args.output_dir, group)
+    log_summary(runs, pictures, args.output_dir, group, finetuning_config(ds_config).report_to)
     table = Table(*COLUMNS)
     for row in compare(runs):
         table.add_row(*table_cells(row))
