@@ -4,12 +4,14 @@
 #     HOSTFILE=hostfile bash launch/multi_node.sh DS_CONFIG [arguments of train/finetune.py]
 #   under SLURM, from sbatch or salloc with one task a node:
 #     sbatch --nodes 2 --ntasks-per-node 1 --gpus-per-node 8 launch/multi_node.sh DS_CONFIG [arguments ...]
+# Nothing is installed from here: make the environment once, with bash launch/environment.sh, on a disk that all nodes
+# share, or set ENVIRONMENT=active for the environment or container of the job.
 set -euo pipefail
 config=${1:?usage: launch/multi_node.sh DS_CONFIG [arguments of train/finetune.py]}
 shift
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 source launch/environment.sh
-prepare_environment quickstart
+ENVIRONMENT=${ENVIRONMENT:-ready} prepare_environment quickstart
 port=${MASTER_PORT:-29500}
 if [ -n "${SLURM_JOB_ID:-}" ]; then
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
