@@ -6,6 +6,7 @@
     ds-lvxattn generate --ds_config zero3.json --model runs/mine/model --video clip.mp4 --question "What happens?"
     ds-lvxattn plan --model Llama-3.2-11B-Vision --text 2048 --frames 1024 --gpus 64
     ds-lvxattn calibrate --output profile.json
+    ds-lvxattn data my.jsonl --model meta-llama/Llama-3.2-11B-Vision-Instruct
 
 A command that runs on several ranks is started through the DeepSpeed launcher, whose options --num_gpus, --hostfile,
 --include, --exclude, --num_nodes, --node_rank, --no_ssh, --master_addr and --master_port it takes too; without a port,
@@ -40,6 +41,7 @@ COMMANDS = {
     "generate": Command("ds_lvxattn.training.generate", True, "answer a question about a video"),
     "plan": Command("ds_lvxattn.plan.__main__", False, "predict what a cluster would do with a model"),
     "calibrate": Command("ds_lvxattn.calibrate", True, "measure this machine for the planner"),
+    "data": Command("ds_lvxattn.training.check_data", False, "read every row as training would, and say which are bad"),
 }
 
 

@@ -1,6 +1,6 @@
 """The command that reads a dataset as training would and says which rows are bad, and why.
 
-    python -m ds_lvxattn.training.check_data my.jsonl --model PATH
+    ds-lvxattn data my.jsonl --model PATH
 
 Exit code 0: every row is good; 1: some are bad; 2: the data cannot be read.
 """
