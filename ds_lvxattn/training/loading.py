@@ -73,6 +73,7 @@ class LoadedModel:
         self.processor.save_pretrained(folder)
         family, whole = family_of(self.model), self.whole or whole_processor(str(folder))
         if whole is not None and isinstance(family, VisualFamily) and self.image_token is not None:
+            whole.tokenizer = self.tokenizer  # some processors add tokens to theirs, which the model has no rows for
             family.complete_processor(whole, self.image_token)
             whole.save_pretrained(folder)
 
