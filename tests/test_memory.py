@@ -40,7 +40,7 @@ class Kept:
             shared += [role.interval.start, role.interval.stop]
             shared += role.interval.local_to(role.layout.kv, batch.comm.rank)
             # In which order Ulysses takes what arrives: made once for all layers.
-            shared += [padded_order(shards, CPU) for shards in (role.layout.q, role.layout.kv)]
+            shared += [padded_order(shards, range(shards.ranks), CPU) for shards in (role.layout.q, role.layout.kv)]
         self.ignored |= {x.untyped_storage().data_ptr() for x in shared if isinstance(x, Tensor)}
 
     def _leave(self, *unused: object) -> None:
