@@ -1,6 +1,7 @@
 """The command that reads a dataset as training would and says which rows are bad, and why.
 
     ds-lvxattn data my.jsonl --model PATH
+    ds-lvxattn data my.jsonl --json --save frames
 
 Exit code 0: every row is good; 1: some are bad; 2: the data cannot be read.
 """
@@ -18,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import datasets
 from transformers import AutoConfig, AutoTokenizer
 
 from ds_lvxattn.data.chat import encode
@@ -54,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Check the rows, print what was found; the exit code."""
     asked = parse(arguments)
     logging.disable(logging.WARNING)  # every finding is in the report
+    datasets.disable_progress_bars()
     try:
         findings = check(asked)
     except (ConfigError, ValueError, OSError) as error:
