@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,25 @@ def test_predicted_bytes_are_the_counted_ones(layer: Layer) -> None:
             assert (predicted.forward, predicted.backward) == want, (strategy, schedule, rank)
             assert predicted.between == counted.between, (strategy, schedule, rank)
             assert counted.measured_forward + counted.measured_backward == sum(want), (strategy, schedule, rank)
+
+
+def test_kernels_are_the_fastest_measured_for_the_pass() -> None:
+    """Forward and backward each by the machine's rates, of what the run can use; ``plan.json`` says why."""
+    h200 = load_profile("h200")
+    other = [replace(k, name="fa4", forward=2 * k.forward, backward=k.backward / 2, points=()) for k in h200.kernels]
+    triton = [replace(k, name="triton", points=()) for k in h200.kernels]
+    machine = replace(h200, kernels=(*triton, *other))
+    layers = [AttentionLayer("cross", "cross", 32, 8, 128)]
+    for masked in (False, True):
+        routed = ((64, 64), (64, 64)) if masked else None
+        work = (1 << 28, 1 << 28) if masked else None
+        shapes = {"cross": CallShape(1, (4096,) * 2, (65536,) * 2, 2, routed, work)}
+        (plan,) = plan_layers(layers, shapes, machine, PlanSettings(), ranks=2)
+        assert plan.kernel == "fa4/triton" and "forward fa4" in plan.reason and "backward triton" in plan.reason
+        (alone,) = plan_layers(layers, shapes, machine, PlanSettings(), ranks=2, kernels=["triton", "math"])
+        assert alone.kernel == "auto"
+    assert {kernel.name for kernel in machine.limited_to(["triton"]).kernels} == {"triton"}
+    assert {kernel.name for kernel in machine.limited_to(["math"]).kernels} == {"triton", "fa4"}
 
 
 def test_without_any_key_nothing_is_exchanged() -> None:

@@ -155,12 +155,13 @@ class Collator:
         shapes = {}
         for kind, shards, ranges in self._kinds(layout):
             size, between = self._node_size(layout), None
-            if size is not None:
+            if size is not None and ranges is not None:
                 rows = KVInterval(*ranges).of_nodes(shards.q, size)
                 between = routed_rows(rows.start, rows.stop, shards.of_nodes(size))
             shapes[kind] = CallShape(
-                ranges[0].shape[1], shards.q.lengths, shards.kv.lengths, element,
-                routed_rows(*ranges, shards), visible_work(*ranges, shards.kv), size, between,
+                len(layout.input_ids), shards.q.lengths, shards.kv.lengths, element,
+                None if ranges is None else routed_rows(*ranges, shards),
+                None if ranges is None else visible_work(*ranges, shards.kv), size, between,
             )  # fmt: skip
         return shapes
 
@@ -284,7 +285,7 @@ class Collator:
         # Kinds of layers whose rows are routed: between all ranks, and between nodes.
         routed = {(plan.kind, plan.mode.two_levels) for plan in plans.values() if plan.mode.routes_by_mask}
         roles = {
-            kind: self._inputs(comm, shards, *ranges, [levels for of, levels in routed if of == kind])
+            kind: self._inputs(comm, shards, ranges, [levels for of, levels in routed if of == kind])
             for kind, shards, ranges in self._kinds(layout)
         }
         shapes = layout.own_shapes(comm.rank)
@@ -311,16 +312,22 @@ class Collator:
             visual_rows,
         )
 
-    def _kinds(self, layout: BatchLayout) -> Iterator[tuple[str, ShardLayout, tuple[Tensor, Tensor]]]:
-        """Name, shards and ranges of the kinds of layers that exchange."""
+    def _kinds(self, layout: BatchLayout) -> Iterator[tuple[str, ShardLayout, tuple[Tensor, Tensor] | None]]:
+        """Name, shards and ranges of the kinds of layers that exchange; no ranges where every row sees all keys."""
         assert self.division is not None
         for role, shards in layout.roles.items():
             for window in (None, *(self.division.windows if role == "self" else ())):
-                yield kind_of(role, window), shards, layout.ranges_of(role, window)
+                # On the CPU the kernel without a mask is the less exact one, and no faster where it is used.
+                unmasked = self.device.type == "cuda" and layout.sees_all(role)
+                ranges = None if unmasked else layout.ranges_of(role, window)
+                yield kind_of(role, window), shards, ranges
 
     def _inputs(
-        self, comm: Communicator, shards: ShardLayout, start: Tensor, stop: Tensor, routed: Sequence[bool]
+        self, comm: Communicator, shards: ShardLayout, ranges: tuple[Tensor, Tensor] | None, routed: Sequence[bool]
     ) -> AttentionInputs:
+        if ranges is None:
+            return AttentionInputs(shards, None)
+        start, stop = ranges
         routes, between, size = None, None, comm.node_size
         one_level = comm.ranks > 1 and size in (1, comm.ranks)  # two levels are then the flat mode
         if comm.ranks > 1 and (False in routed or (True in routed and one_level)):

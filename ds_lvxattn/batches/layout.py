@@ -88,6 +88,10 @@ class BatchLayout:
         rows = SequenceShards(tuple(len(self.lengths) * rows for rows in self.text.lengths))
         return {"cross": ShardLayout(rows, self.keys), **own}
 
+    def sees_all(self, role: str) -> bool:
+        """Whether every row sees every key in attention of ``role``: then there is nothing to mask."""
+        return role == "cross" and not self.start.any() and bool((self.stop == self.keys.total).all())
+
     def ranges_of(self, role: str, window: int | None = None) -> tuple[Tensor, Tensor]:
         """``start, stop`` of the rows of every rank in attention of ``role``: int32 on the CPU, ``[n, B, s_max]``, or
         ``[n, 1, B * s_max]`` for ``cross``.

@@ -12,7 +12,7 @@ from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily
 from ds_lvxattn.kernels.base import Call
-from ds_lvxattn.kernels.dispatch import select_kernel
+from ds_lvxattn.kernels.dispatch import select_kernel, usable_kernels
 from ds_lvxattn.plan.layer_plan import LayerPlan, PlanSettings
 from ds_lvxattn.plan.planner import ModelSizes, Planner
 from ds_lvxattn.plan.profile import Profile, profile_for_device
@@ -39,9 +39,12 @@ def planner_for(parallel: SequenceParallel, device: torch.device, dtype: torch.d
 
     config = parallel.config
     settings = PlanSettings(config.strategy, config.layers, config.schedule)
+    calls = {Call(device.type, dtype, layer.heads, layer.kv_heads, layer.head_dim, masked=False) for layer in layers}
+    usable = {name for call in calls for name in usable_kernels(call)}
     return Planner(
         layers, settings, parallel.comm.ranks,
         model_sizes(parallel), shipped_profile(device), lambda: parallel.recomputation.policy, room, share,
+        usable,
     )  # fmt: skip
 
 

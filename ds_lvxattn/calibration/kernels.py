@@ -14,10 +14,12 @@ from torch import Tensor
 from ds_lvxattn.calibration.clock import Clock, slowest_of
 from ds_lvxattn.calibration.extent import Extent, HeadLayout
 from ds_lvxattn.kernels.base import Call, Kernel
-from ds_lvxattn.kernels.dispatch import FEW_TILES, select_kernel
+from ds_lvxattn.kernels.dispatch import FEW_TILES, KERNELS, select_kernel
 from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.plan import kernel_time
 from ds_lvxattn.plan.profile import KernelPoint, KernelRates, Profile
+
+FAST = ("fa4", "cudnn", "triton")  # the others are never the fastest on a GPU
 
 
 class _KernelCalls(NamedTuple):
@@ -46,7 +48,13 @@ def _bounds(mask: str | None, rows: int, keys: int, device: torch.device) -> tup
 
 
 def kernel_calls(
-    layout: HeadLayout, rows: int, keys: int, mask: str | None, device: torch.device, dtype: torch.dtype
+    layout: HeadLayout,
+    rows: int,
+    keys: int,
+    mask: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    name: str = "auto",
 ) -> _KernelCalls:
     heads, kv_heads, head_dim = layout
     # As a projection writes them: sequence first, seen as heads first.
@@ -54,8 +62,8 @@ def kernel_calls(
     k, v = (torch.randn(1, keys, kv_heads, head_dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(2))
     start, stop = _bounds(mask, rows, keys, device)
     scale = head_dim**-0.5
-    first = select_kernel("auto", Call.forward(q, k, mask is not None))
-    kernel = select_kernel("auto", Call.backward(q, k, mask is not None))
+    first = select_kernel(name, Call.forward(q, k, mask is not None))
+    kernel = select_kernel(name, Call.backward(q, k, mask is not None))
     out, lse = first.forward(q, k, v, start, stop, scale)
     delta = None if kernel.needs_out else attention_delta(dout, out, None)
     seen, drift = float(keys), 0.0
@@ -90,27 +98,39 @@ def measured_kernels(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Iterable[KernelRates]:
-    """The kernels that ``auto`` takes for the layouts, with and without a mask, by head size."""
+    """The kernels that ``auto`` may take for the layouts, with and without a mask, by head size."""
     for head_dim in sorted({layout.head_dim for layout in layouts}):
         chosen = sorted({layout for layout in layouts if layout.head_dim == head_dim})
         for masked in (False, True):
             masks: tuple[str | None, ...] = ("all", "growing", "sliding") if masked else (None,)
-            points: list[KernelPoint] = []
-            for layout in chosen:
-                for mask in masks:
-                    found = _points(layout, mask, clock, extent, device, dtype)
-                    points += found
             call = Call(device.type, dtype, chosen[0].heads, chosen[0].kv_heads, head_dim, masked)
-            local = select_kernel("auto", call)
-            kernel = KernelRates(
-                local.name, masked, head_dim, forward=1.0, backward=1.0, points=tuple(points),
-                **_tile(local, head_dim, dtype, masked, device),
-            )  # fmt: skip
-            yield with_rates(profile, kernel, dtype.itemsize)
+            for local in _worth_measuring(call):
+                points: list[KernelPoint] = []
+                for layout in chosen:
+                    for mask in masks:
+                        points += _points(layout, mask, clock, extent, device, dtype, local.name)
+                kernel = KernelRates(
+                    local.name, masked, head_dim, forward=1.0, backward=1.0, points=tuple(points),
+                    **_tile(local, head_dim, dtype, masked, device),
+                )  # fmt: skip
+                yield with_rates(profile, kernel, dtype.itemsize)
+
+
+def _worth_measuring(call: Call) -> list[Kernel]:
+    """What ``auto`` takes for ``call``, and on a GPU every other fused kernel that can do it."""
+    chosen = select_kernel("auto", call)
+    others = [kernel for kernel in KERNELS if kernel.name in FAST and kernel.unsupported(call) is None]
+    return [chosen, *(kernel for kernel in others if kernel is not chosen)]
 
 
 def _points(
-    layout: HeadLayout, mask: str | None, clock: Clock, extent: Extent, device: torch.device, dtype: torch.dtype
+    layout: HeadLayout,
+    mask: str | None,
+    clock: Clock,
+    extent: Extent,
+    device: torch.device,
+    dtype: torch.dtype,
+    name: str,
 ) -> list[KernelPoint]:
     """Measured calls over the extent; at few rows also with a part of the heads, as head all-to-all has them."""
     some = HeadLayout(layout.heads // layout.kv_heads, 1, layout.head_dim)
@@ -125,7 +145,7 @@ def _points(
                 operations = 4.0 * sizes.heads * sizes.head_dim * rows * keys
                 if operations > extent.operations or (masks_narrow and keys == extent.keys[0] and rows > 512):
                     continue
-                calls = kernel_calls(sizes, rows, keys, mask, device, dtype)
+                calls = kernel_calls(sizes, rows, keys, mask, device, dtype, name)
                 times = [
                     clock.seconds(call, many=operations * factor < 3e11)
                     for call, factor in ((calls.forward, 1.0), (calls.backward, 2.5))

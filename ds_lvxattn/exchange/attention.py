@@ -62,7 +62,7 @@ def sp_attention(
             of one sum; what a rank passes, and the ``dq`` that it gets, add up over the ranks.
         schedule: ``auto``, or one that the strategy has: ``gather``, ``ring``, ``routed`` or ``two_level`` for
             ``lv_xattn``; ``gather``, ``kv_gather``, ``kv_ring``, ``ring`` or ``routed`` for ``hybrid``.
-        kernel: local kernel: ``auto``, or a name to force one.
+        kernel: local kernel: ``auto``, a name to force one, or ``FORWARD/BACKWARD``, names that ``auto`` prefers.
         shards: lengths and placement of every rank's shard. None asks the other ranks (one small collective
             and a host synchronisation) and assumes contiguous shards in rank order.
         routes: for ``routed``, where this rank's rows travel; None makes them from the interval, which takes a host

@@ -24,9 +24,18 @@ INTERVAL_KERNELS = tuple(kernel.name for kernel in KERNELS if kernel.takes_inter
 def select_kernel(name: str, call: Call) -> Kernel:
     """The kernel that ``name`` forces, or for ``auto`` the first that can do ``call``.
 
+    Args:
+        name: ``auto``, a kernel's name, or ``FORWARD/BACKWARD``, the names that ``auto`` prefers for each pass.
+
     Raises:
         ValueError: the name is unknown, or the forced kernel cannot do the call.
     """
+    if "/" in name:
+        wanted = name.split("/")[call.tiles is None]
+        for kernel in KERNELS:
+            if kernel.name == wanted and kernel.unsupported(call) is None:
+                return kernel
+        name = "auto"
     for kernel in fastest_first(call):
         if name not in ("auto", kernel.name):
             continue
@@ -36,6 +45,11 @@ def select_kernel(name: str, call: Call) -> Kernel:
         if name != "auto":
             raise ValueError(f"kernel '{name}' cannot do this call: {reason}; use 'auto' or one of {KERNEL_NAMES}")
     raise ValueError(f"kernel is '{name}'; choose one of {KERNEL_NAMES}")
+
+
+def usable_kernels(call: Call) -> list[str]:
+    """Names of the kernels that can do ``call``."""
+    return [kernel.name for kernel in KERNELS if kernel.unsupported(call) is None]
 
 
 def fastest_first(call: Call) -> list[Kernel]:

@@ -139,15 +139,16 @@ class KernelTimes:
 def kernel_times(
     layer: Layer, profile: Profile, rows: float, keys: float, seen: float, drift: float, divide: int = 1
 ) -> KernelTimes:
-    """The kernels on ``rows`` and ``keys`` with ``1/divide`` of the heads."""
+    """The fastest kernels on ``rows`` and ``keys`` with ``1/divide`` of the heads, of those measured."""
     shape = layer.shape
-    kernel = profile.kernel(shape.head_dim, layer.mask.masked)
+    kernels = profile.kernels_for(shape.head_dim, layer.mask.masked)
     heads, kv_heads = max(shape.heads // divide, 1), max(shape.kv_heads // divide, 1)
     call = AttentionCall(
         shape.batch, heads, kv_heads, shape.head_dim, rows, keys, min(seen, keys), drift, shape.element
     )
-    forward, backward = (kernel_seconds(profile, kernel, call, is_backward) for is_backward in (False, True))
-    return KernelTimes(forward, backward, kernel.name in ("cudnn", "flash"))
+    forward = min(kernel_seconds(profile, kernel, call, False) for kernel in kernels)
+    backward, name = min((kernel_seconds(profile, kernel, call, True), kernel.name) for kernel in kernels)
+    return KernelTimes(forward, backward, name in ("cudnn", "flash"))
 
 
 def seen_on_a_rank(layer: Layer) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.plan.choice import Candidate, best_of_each, candidates, choose, reason
 from ds_lvxattn.plan.cost import Layer
+from ds_lvxattn.plan.kernel_choice import AUTO, kernel_choice
 from ds_lvxattn.plan.modes import LOCAL, Mode, ModeKey, mode_named, schedules, strategies
 from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.plan.traffic import CallShape
@@ -62,6 +63,7 @@ class LayerPlan:
         window: see ``AttentionLayer``.
         bytes_between_nodes: of ``predicted_bytes``, what comes from other nodes; empty where all ranks are on one.
         inner_size: ranks of a node where the choice tells nodes apart; None elsewhere.
+        kernel: local kernels that ``auto`` prefers, ``FORWARD/BACKWARD``; ``auto`` where there is nothing to compare.
     """
 
     layer: str
@@ -78,6 +80,7 @@ class LayerPlan:
     window: int | None = None
     bytes_between_nodes: dict[str, int | None] = field(default_factory=dict)
     inner_size: int | None = None
+    kernel: str = AUTO
 
     @property
     def mode(self) -> Mode:
@@ -135,6 +138,7 @@ def plan_layers(
     ranks: int,
     before: Mapping[str, ModeKey] | None = None,
     room: float | None = None,
+    kernels: Collection[str] | None = None,
 ) -> list[LayerPlan]:
     """A plan for every layer.
 
@@ -146,6 +150,7 @@ def plan_layers(
         ranks: of the sequence-parallel group.
         before: strategy and schedule that layers ran with so far, by layer name.
         room: bytes that a layer's exchange may need while it runs; None: no limit.
+        kernels: local kernels that can be used; None: all that the profile knows.
 
     Raises:
         ConfigError: a pattern of ``settings.layers`` matches no exchanged layer, or the strategy that a setting
@@ -170,7 +175,7 @@ def plan_layers(
             if sizes is None or why is not None:
                 known[key] = LayerPlan(layer.name, layer.role, *LOCAL.key, {}, {}, why or "", window=layer.window)
             else:
-                known[key] = _plan_layer(layer, sizes, profile, settings, forced, past, room)
+                known[key] = _plan_layer(layer, sizes, profile, settings, forced, past, room, kernels)
         plans.append(replace(known[key], layer=layer.name))
     return plans
 
@@ -192,6 +197,7 @@ def _plan_layer(
     forced: str | None,
     before: ModeKey | None,
     room: float | None,
+    kernels: Collection[str] | None,
 ) -> LayerPlan:
     shape = sizes.of_layer(layer.heads, layer.kv_heads, layer.head_dim, recomputed(layer.role, settings.recompute))
     costed = Layer(shape, of_shape(shape))
@@ -218,6 +224,8 @@ def _plan_layer(
                 + "; ".join(f"{candidate.mode.name} {candidate.obstacle}" for candidate in found)
             )
         why = reason(chosen, found, costed, profile, kept=chosen.mode.key == before)
+    kernel, why_kernel = kernel_choice(costed, profile, chosen.mode, kernels)
+    why = f"{why}; {why_kernel}" if why_kernel else why
     # What is written for a strategy is what would run: for the chosen one, the chosen schedule.
     best[chosen.mode.strategy] = chosen
     return LayerPlan(
@@ -230,6 +238,7 @@ def _plan_layer(
         window=layer.window,
         bytes_between_nodes={name: c.between for name, c in best.items()} if shape.nodes > 1 else {},
         inner_size=shape.inner if chosen.mode.two_levels else None,
+        kernel=kernel,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ The planner is handed values (settings, layers, sizes, the machine) and knows ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -78,6 +78,7 @@ class Planner:
         policy: the recompute policy in effect, which a switch of the model may change.
         room: bytes that one layer's exchange may need while it runs; None: no limit.
         share: makes the ranks of a group follow the plan of the first.
+        kernels: local kernels that can be used; None: all that a profile knows.
 
     Attributes:
         profile: the machine that is planned for: ``profile``, or one that was measured.
@@ -94,7 +95,11 @@ class Planner:
         policy: Callable[[], str],
         room: Callable[[], float | None],
         share: Share,
+        kernels: Collection[str] | None = None,
     ) -> None:
+        if kernels is not None:
+            profile = profile.limited_to(kernels)
+        self._kernels = kernels
         self._layers, self._settings, self._ranks, self._model = layers, settings, ranks, model
         self._shipped, self._policy, self._room, self._share = profile, policy, room, share
         self.profile = profile
@@ -155,7 +160,10 @@ class Planner:
 
         def decide() -> list[LayerPlan]:
             settings = replace(self._settings, recompute=self._policy())
-            return plan_layers(self._layers, shapes, self.profile, settings, self._ranks, before, self._room())
+            profile = self.profile if self._kernels is None else self.profile.limited_to(self._kernels)
+            return plan_layers(
+                self._layers, shapes, profile, settings, self._ranks, before, self._room(), self._kernels
+            )
 
         self.plan = tuple(
             replace(plan, kept_bytes={policy: kept_bytes(kept, policy) for policy in POLICIES}) if kept else plan

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,23 @@ class Profile:
 
     def kernel(self, head_dim: int, masked: bool) -> KernelRates:
         """The kernel for a head size: of the nearest size measured, with a mask if asked for and if known."""
-        return min(self.kernels, key=lambda k: (k.masked != masked, abs(k.head_dim - head_dim)))
+        return self.kernels_for(head_dim, masked)[0]
+
+    def kernels_for(self, head_dim: int, masked: bool) -> tuple[KernelRates, ...]:
+        """Every kernel that was measured with a mask or without one, each at the nearest head size."""
+        some = [kernel for kernel in self.kernels if kernel.masked == masked] or self.kernels
+        nearest: dict[str, KernelRates] = {}
+        for kernel in sorted(some, key=lambda kernel: abs(kernel.head_dim - head_dim)):
+            nearest.setdefault(kernel.name, kernel)
+        return tuple(nearest.values())
+
+    def limited_to(self, names: Collection[str]) -> Profile:
+        """The same machine with the kernels of these names; with all where there is none of them."""
+        kernels: list[KernelRates] = []
+        for masked in (False, True):
+            some = [kernel for kernel in self.kernels if kernel.masked == masked]
+            kernels += [kernel for kernel in some if kernel.name in names] or some
+        return replace(self, kernels=tuple(kernels))
 
     def projection(self, width: int, head_dim: int) -> Projection:
         """The projection measured with the nearest head size, and of these with the nearest width."""

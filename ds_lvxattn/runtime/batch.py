@@ -32,13 +32,13 @@ class AttentionInputs:
 
     Attributes:
         layout: shards of queries and keys.
-        interval: key ranges of the rows of every rank, ``[n, B, s_max]``.
+        interval: key ranges of the rows of every rank, ``[n, B, s_max]``; None where every row sees all keys.
         routes: where this rank's rows travel; None when no layer of the kind is routed.
         routes_between: where the rows of its node travel, as ``hybrid`` routes them; None likewise.
     """
 
     layout: ShardLayout
-    interval: KVInterval
+    interval: KVInterval | None
     routes: Routes | None = None
     routes_between: Routes | None = None
 
@@ -137,7 +137,7 @@ class SequenceParallelBatch:
             interval=inputs.interval,
             scale=scale,
             schedule=plan.schedule,
-            kernel=self.kernel,
+            kernel=plan.kernel if self.kernel == "auto" else self.kernel,
             shards=inputs.layout,
             routes=inputs.routes_between if plan.mode.two_levels else inputs.routes,
             head_groups=plan.head_groups,

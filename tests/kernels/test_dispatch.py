@@ -43,6 +43,20 @@ def test_auto_takes_the_fastest_that_is_right(chosen, asked):
     assert select_kernel("auto", asked).name == chosen
 
 
+@pytest.mark.parametrize(
+    "chosen, asked",
+    (
+        ("triton", call(tiles=96)),
+        ("cudnn", call()),  # backward
+        ("triton", call(tiles=96, masked=True)),
+        ("triton", call(masked=True)),  # the one preferred cannot
+        ("flash", call("cpu", torch.float32, tiles=1)),  # neither can
+    ),
+)
+def test_auto_prefers_a_kernel_for_each_pass(chosen, asked):
+    assert select_kernel("triton/cudnn", asked).name == chosen
+
+
 def test_auto_needs_no_cudnn_below_ampere(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     assert select_kernel("auto", call()).name == "triton"

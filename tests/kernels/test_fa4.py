@@ -32,9 +32,10 @@ on_gpu = pytest.mark.skipif(REASON is not None, reason=f"fa4: {REASON}")
     mask=st.sampled_from(MASKS[1:]),
     tile=st.sampled_from((4, 16)),
     block=st.sampled_from((8, 16)),
+    transposed=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_block_lists(make_problem, rows, keys, mask, tile, block, seed):
+def test_block_lists(make_problem, rows, keys, mask, tile, block, transposed, seed):
     """Every visible pair lies in one listed block, whole blocks hold no hidden pair, none is visited in vain."""
     p = make_problem(batch=2, rows=rows, keys=keys, mask=mask, seed=seed)
     part, whole = block_lists(*padded_ranges(p.start, p.stop, tile), keys, tile, block)
@@ -50,9 +51,11 @@ def test_block_lists(make_problem, rows, keys, mask, tile, block, seed):
     assert not (some & ~part & ~whole).any() and not (part & whole).any()
     if mask != "random":
         assert torch.equal(part | whole, some)
+    if transposed:
+        part, whole = part.transpose(1, 2), whole.transpose(1, 2)
     lists = as_lists(part, whole)
     for count, blocks, marked in ((*lists[:2], part), (*lists[2:], whole)):
-        assert count.dtype == blocks.dtype == torch.int32
+        assert count.dtype == blocks.dtype == torch.int32 and count.is_contiguous() and blocks.is_contiguous()
         for sequence in range(2):
             for line in range(marked.shape[1]):
                 visited = blocks[sequence, 0, line, : count[sequence, 0, line]]

@@ -37,6 +37,16 @@ def forward_rows(head_dim: int, capability: int) -> int:
     return 192 if head_dim <= 96 else 128
 
 
+def backward_columns(head_dim: int, capability: int) -> int:
+    """The head size that the backward pass runs at.
+
+    On Hopper its kernel rounds head sizes up to 16 where the float32 ``dQ`` that it adds up in is rounded up to 32, so
+    that it is wrong where the two differ (72, 80): those are padded.
+    """
+    rounded = -(-head_dim // 32) * 32
+    return rounded if capability == 9 and -(-head_dim // 16) * 16 != rounded else head_dim
+
+
 def fa4_forward(
     q: Tensor, k: Tensor, v: Tensor, start: Optional[Tensor], stop: Optional[Tensor], scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -63,6 +73,11 @@ def fa4_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``Kernel.backward``. Deterministic where ``torch.use_deterministic_algorithms`` asks for it."""
+    columns = backward_columns(q.shape[3], torch.cuda.get_device_capability(q.device)[0])
+    if columns != q.shape[3]:
+        dout, q_wide, k, v = (torch.nn.functional.pad(x, (0, columns - x.shape[3])) for x in (dout, q, k, v))
+        dq, dk, dv = fa4_backward(dout, q_wide, k, v, lse, delta, start, stop, scale)
+        return dq[..., : q.shape[3]], dk[..., : q.shape[3]], dv[..., : q.shape[3]]
     dq, dk, dv = (torch.empty_like(x) if x.stride(-1) == 1 else x.new_empty(x.shape) for x in (q, k, v))
     deterministic = torch.are_deterministic_algorithms_enabled()
     # It computes rowsum(dO * O) - dlse itself: an O of zeros and dlse = -delta make that delta, whosever keys it is of.

@@ -58,5 +58,6 @@ def as_lists(part: Tensor, whole: Tensor) -> BlockLists:
 
 def _list_of(marked: Tensor) -> tuple[Tensor, Tensor]:
     count = marked.sum(dim=2, dtype=torch.int32)
-    order = torch.argsort(~marked, dim=2, stable=True).int()
-    return count.unsqueeze(1), order.unsqueeze(1)
+    order = torch.argsort(~marked, dim=2, stable=True)
+    order = order.to(torch.int32, memory_format=torch.contiguous_format)
+    return count.contiguous().unsqueeze(1), order.unsqueeze(1)
