@@ -16,19 +16,24 @@ launches, so ``_query_grads_again_kernel`` computes the scores a second time and
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ds_lvxattn.kernels.derived import derived_of
 from ds_lvxattn.kernels.triton.backward_plan import (
     WORKSPACE_BYTES,
+    ChunkPlan,
     plan_dense,
     plan_masked,
     rows_at_once,
 )
-from ds_lvxattn.kernels.triton.backward_rows import pack_rows_kernel, seen_tiles_kernel
+from ds_lvxattn.kernels.triton.backward_rows import pack_ranges_kernel, pack_rows_kernel, seen_tiles_kernel
 from ds_lvxattn.kernels.triton.forward import (
     LOG2_E,
     lead,
@@ -402,6 +407,35 @@ def interval_backward(
     return dq, dk.copy_(dk_sum), dv.copy_(dv_sum)
 
 
+class _Ranges(NamedTuple):
+    """What the kernels must know of the ranges of the rows: see ``backward_rows`` and ``backward_plan``."""
+
+    packed_start: Tensor | None
+    packed_stop: Tensor | None
+    bounds: Tensor | None
+    seen: Tensor | None
+    seen_count: Tensor | None
+    plan: ChunkPlan | None
+
+
+NO_RANGES = _Ranges(None, None, None, None, None, None)
+
+
+def _ranges(start: Tensor, stop: Tensor, group: int, blocks: int, tile: int, block_n: int, room: int | None) -> _Ranges:
+    """Made once for all layers of a batch. ``room`` is None where no ``dS`` is kept."""
+    batch, seq_q = start.shape
+    tiles = triton.cdiv(seq_q * group, tile)
+    packed_start, packed_stop = start.new_empty((2, batch, tiles * tile)).unbind(0)
+    bounds = start.new_empty((batch, 4, tiles))
+    pack_ranges_kernel[(tiles, batch)](
+        start.contiguous(), stop.contiguous(), packed_start, packed_stop, bounds, seq_q, tiles, GROUP=group, TILE=tile
+    )  # fmt: skip
+    seen, count = bounds.new_empty((batch, blocks, tiles)), bounds.new_empty((batch, blocks, 2))
+    seen_tiles_kernel[(blocks, batch)](bounds, seen, count, tiles, BLOCK_N=block_n, BLOCK_T=256)
+    plan = None if room is None else plan_masked(bounds, count, block_n, room)
+    return _Ranges(packed_start, packed_stop, bounds, seen, count, plan)
+
+
 def _backward_of_rows(
     dout: Tensor,
     q: Tensor,
@@ -434,19 +468,16 @@ def _backward_of_rows(
     programs = multiprocessors(q.device) * config.resident
 
     terms = torch.empty((pairs * 2, rows), dtype=torch.float32, device=q.device)
-    packed_start = packed_stop = bounds = seen = count = None
+    ranges = NO_RANGES
     if start is not None and stop is not None:
-        packed_start, packed_stop = start.new_empty((2, batch, rows)).unbind(0)
-        bounds = start.new_empty((batch, 4, tiles))
+        how = (group, blocks, config.tile, config.block_n, room if config.keep_ds else None)
+        ranges = derived_of(start, stop, how, functools.partial(_ranges, start, stop, *how))
         start, stop = start.contiguous(), stop.contiguous()
+    packed_start, packed_stop, bounds, seen, count, masked_plan = ranges
     pack_rows_kernel[(tiles, pairs)](
-        lse.contiguous(), delta.contiguous(), start, stop, terms, packed_start, packed_stop, bounds,
-        heads_kv, seq_q, tiles, GROUP=group, TILE=config.tile, HAS_INTERVAL=has_interval,
+        lse.contiguous(), delta.contiguous(), start, stop, terms, heads_kv, seq_q, tiles,
+        GROUP=group, TILE=config.tile, HAS_INTERVAL=has_interval,
     )  # fmt: skip
-    if bounds is not None:
-        seen = bounds.new_empty((batch, blocks, tiles))
-        count = bounds.new_empty((batch, blocks, 2))
-        seen_tiles_kernel[(blocks, batch)](bounds, seen, count, tiles, BLOCK_N=config.block_n, BLOCK_T=256)
 
     # Q and dO are short next to K and V: packing them once (a copy only where heads share keys) lets the copy
     # engine fetch a whole tile of rows in one instruction, at any group size.
@@ -480,10 +511,7 @@ def _backward_of_rows(
             dq_rows, heads_kv, tiles, scale, **query_args,
         )  # fmt: skip
     else:
-        if bounds is not None and count is not None:
-            plan = plan_masked(bounds, count, config.block_n, room)
-        else:
-            plan = plan_dense(blocks, batch, heads_kv, tiles, room, programs)
+        plan = masked_plan or plan_dense(blocks, batch, heads_kv, tiles, room, programs)
         ds = torch.empty((heads_kv * plan.slots * config.block_n, config.tile), dtype=q.dtype, device=q.device)
         ds_out = TensorDescriptor.from_tensor(ds, [config.block_n, config.block_m])
         ds_in = TensorDescriptor.from_tensor(ds, [config.block_n, config.tile])

@@ -13,16 +13,14 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 @triton.jit(do_not_specialize=["heads_kv", "seq_q", "tiles"])
 def pack_rows_kernel(
-    lse_ptr, delta_ptr, start_ptr, stop_ptr, terms_ptr, packed_start_ptr, packed_stop_ptr, bounds_ptr,
-    heads_kv, seq_q, tiles,
+    lse_ptr, delta_ptr, start_ptr, stop_ptr, terms_ptr, heads_kv, seq_q, tiles,
     GROUP: tl.constexpr, TILE: tl.constexpr, HAS_INTERVAL: tl.constexpr,
 ):  # fmt: skip
     """Row terms in the packed order (query ``r // GROUP``, head ``r % GROUP``), padded to whole tiles.
 
     ``terms [B * H_kv, 2, rows]`` holds the log-sum-exp in base 2, then delta. The log-sum-exp is ``+inf`` for
     padding and for rows that see no key here or anywhere: their probabilities are then ``exp2(s - inf) = 0``
-    and no loop needs a row mask. ``bounds [B, 4, tiles]`` holds each tile's first key that some row sees,
-    last, first key that all rows see, last; rows that see nothing are left out.
+    and no loop needs a row mask.
     """
     tile = tl.program_id(0)
     batch = tl.program_id(1) // heads_kv
@@ -38,19 +36,37 @@ def pack_rows_kernel(
         start = tl.load(start_ptr + bound, mask=sees, other=0)
         stop = tl.load(stop_ptr + bound, mask=sees, other=0)
         sees = sees & (start < stop)
-        if head == 0:
-            packed = batch.to(tl.int64) * tiles * TILE + row
-            tl.store(packed_start_ptr + packed, start)
-            tl.store(packed_stop_ptr + packed, stop)
-            tile_bounds = bounds_ptr + batch.to(tl.int64) * 4 * tiles + tile
-            tl.store(tile_bounds, tl.min(tl.where(sees, start, _FAR), 0))
-            tl.store(tile_bounds + tiles, tl.max(tl.where(sees, stop, 0), 0))
-            tl.store(tile_bounds + 2 * tiles, tl.max(tl.where(sees, start, 0), 0))
-            tl.store(tile_bounds + 3 * tiles, tl.min(tl.where(sees, stop, _FAR), 0))
     sees = sees & (lse > float("-inf"))
     terms_ptr += tl.program_id(1).to(tl.int64) * 2 * tiles * TILE
     tl.store(terms_ptr + row, tl.where(sees, lse * _LOG2_E, float("inf")))
     tl.store(terms_ptr + tiles * TILE + row, tl.where(sees, delta, 0.0))
+
+
+@triton.jit(do_not_specialize=["seq_q", "tiles"])
+def pack_ranges_kernel(
+    start_ptr, stop_ptr, packed_start_ptr, packed_stop_ptr, bounds_ptr, seq_q, tiles,
+    GROUP: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Ranges in the packed order; padding sees nothing.
+
+    ``bounds [B, 4, tiles]`` holds each tile's first key that some row sees, last, first key that all rows see, last;
+    rows that see nothing are left out.
+    """
+    tile = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    row = tile * TILE + tl.arange(0, TILE)
+    inside = row < seq_q * GROUP
+    start = tl.load(start_ptr + batch * seq_q + row // GROUP, mask=inside, other=0)
+    stop = tl.load(stop_ptr + batch * seq_q + row // GROUP, mask=inside, other=0)
+    sees = inside & (start < stop)
+    packed = batch * tiles * TILE + row
+    tl.store(packed_start_ptr + packed, start)
+    tl.store(packed_stop_ptr + packed, stop)
+    tile_bounds = bounds_ptr + batch * 4 * tiles + tile
+    tl.store(tile_bounds, tl.min(tl.where(sees, start, _FAR), 0))
+    tl.store(tile_bounds + tiles, tl.max(tl.where(sees, stop, 0), 0))
+    tl.store(tile_bounds + 2 * tiles, tl.max(tl.where(sees, start, 0), 0))
+    tl.store(tile_bounds + 3 * tiles, tl.min(tl.where(sees, stop, _FAR), 0))
 
 
 @triton.jit(do_not_specialize=["tiles"])

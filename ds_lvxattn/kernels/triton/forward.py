@@ -7,6 +7,8 @@ after Flash-Decoding. The mask is the interval of LV-XAttn's workloads: row ``i`
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -229,11 +231,13 @@ def row_descriptors(x: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescr
     return first, second
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors to fill; 8 on the interpreter, so that small tests take the split path too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
+@functools.lru_cache(maxsize=1024)
 def key_splits(tiles: int, key_blocks: int, slots: int) -> int:
     """Shares to cut the keys into so that ``tiles * shares`` programs fill ``slots`` places evenly.
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,7 @@ class BackwardConfig(NamedTuple):
     keep_ds: bool = True
 
 
+@functools.cache
 def is_hopper(device: torch.device) -> bool:
     """Whether tiles may be sized for compute capability 9.0's matrix units and shared memory."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
