@@ -9,22 +9,26 @@ from statistics import median
 
 RESAMPLES = 2000
 INSIDE = 0.95  # share of the resamples in an interval
+LEAST = 5  # rounds: of fewer the interval says little
 
 
 @dataclass(frozen=True)
 class Comparison:
     """``ratio`` is the median of ``other`` over that of ``one``; ``low`` to ``high`` the interval of the median
     difference ``other - one`` of a round, in seconds. ``verdict`` says ``faster`` or ``slower`` of ``one`` only where
-    the interval leaves out zero."""
+    the interval leaves out zero, and never of fewer than ``LEAST`` rounds."""
 
     one: str
     other: str
     ratio: float
     low: float
     high: float
+    rounds: int
 
     @property
     def verdict(self) -> str:
+        if self.rounds < LEAST:
+            return f"{self.rounds} rounds, too few to say"
         if self.low > 0:
             return "faster"
         return "slower" if self.high < 0 else "no difference shown"
@@ -37,7 +41,7 @@ def compare(one: str, other: str, times: dict[str, Sequence[float]]) -> Comparis
     medians = sorted(median(chance.choices(differences, k=len(differences))) for _ in range(RESAMPLES))
     edge = round(RESAMPLES * (1 - INSIDE) / 2)
     ratio = median(times[other]) / median(times[one])
-    return Comparison(one, other, ratio, medians[edge], medians[-1 - edge])
+    return Comparison(one, other, ratio, medians[edge], medians[-1 - edge], len(differences))
 
 
 def spread(times: Sequence[float]) -> float:

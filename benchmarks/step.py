@@ -68,7 +68,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 from full_size import model_config, video_sample  # noqa: E402
-from paired import Comparison, compare, spread  # noqa: E402
+from paired import LEAST, Comparison, compare, spread  # noqa: E402
 from step_parts import PARTS, WAITS, Marks, parts_of_host, parts_of_profile  # noqa: E402
 from transformers import MllamaConfig, MllamaForConditionalGeneration  # noqa: E402
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil  # noqa: E402
@@ -80,7 +80,6 @@ from ds_lvxattn.groups import SequenceParallelGroups, start_distributed  # noqa:
 from ds_lvxattn.training.loading import loss_factor, parameter_groups, select_trainable  # noqa: E402
 
 SETTLING = 2  # steps of a strategy ahead of the rounds: kernels compile, connections open, memory finds its place
-LEAST_ROUNDS = 5
 
 
 def ds_config(stage: int, ranks: int, on_gpu: bool) -> dict[str, Any]:
@@ -187,11 +186,13 @@ class Runner:
     def parts_of_step(self, name: str, loaded: Loaded) -> dict[str, float]:
         """What a profiled step is made of, on this rank."""
         marks = Marks(self.cuda)
-        with marks.around(self.parts):
-            if not self.cuda:
+        if not self.cuda:
+            with marks.around(self.parts):
                 self.step(name, loaded, marks)
-                return parts_of_host(marks, time.perf_counter())
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            return parts_of_host(marks, time.perf_counter())
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self.step(name, loaded)  # the start of the profiler holds up one rank longer than another
+            with marks.around(self.parts):
                 self.step(name, loaded, marks)
         return parts_of_profile(profile.events(), marks.labels)
 
@@ -255,7 +256,7 @@ def measure(
         save(found)
         late = torch.tensor(time.perf_counter() - began > seconds, device=runner.device, dtype=torch.int32)
         dist.broadcast(late, 0)
-        if late.item() and number + 1 >= min(LEAST_ROUNDS, rounds):
+        if late.item() and number + 1 >= min(LEAST, rounds):
             break
     for name in names if profiled else ():
         parts = runner.parts_of_step(name, loaded)
@@ -263,6 +264,7 @@ def measure(
         dist.all_gather_object(of_ranks, parts)
         # The rank that computes longest; the others wait for it.
         found["strategies"][name]["parts"] = max(of_ranks, key=lambda rank: rank["floor"])
+        found["strategies"][name]["parts_of_ranks"] = of_ranks
         save(found)
     return found
 
@@ -311,19 +313,24 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     colours = dict(zip((*PARTS, *WAITS), plt.get_cmap("tab20").colors[::2], strict=False))  # type: ignore[attr-defined]
-    colours["idle"] = "0.85"
+    colours |= {"idle": "0.85", "not profiled": "0.7"}
+    named: set[str] = set()  # a legend names each once
     figure, axes = plt.subplots(1, len(runs), figsize=(1.2 + 2.4 * len(runs), 4), squeeze=False, sharey=False)
     for axis, run in zip(axes[0], runs, strict=True):
         for place, figures in enumerate(run["strategies"].values()):
-            parts, whole = figures["parts"], median(figures["steps"])
-            shown = {key: parts[key] for key in (*PARTS, *WAITS[:-1])}
-            shown["idle"] = max(whole - sum(shown.values()), 0.0)  # of the step as it runs without the profiler
+            parts, whole = figures.get("parts"), median(figures["steps"])
+            shown = {"not profiled": whole}
+            if parts is not None:
+                shown = {key: parts[key] for key in (*PARTS, *WAITS[:-1])}
+                shown["idle"] = max(whole - sum(shown.values()), 0.0)  # of the step as it runs without the profiler
             bottom = 0.0
             for key, height in shown.items():
-                label = key if axis is axes[0][0] and place == 0 else None
+                label = key if key not in named else None
+                named.add(key)
                 axis.bar(place, height, bottom=bottom, color=colours[key], label=label)
                 bottom += height
-            axis.hlines(parts["floor"], place - 0.4, place + 0.4, color="black", linestyle="--", linewidth=1)
+            if parts is not None:
+                axis.hlines(parts["floor"], place - 0.4, place + 0.4, color="black", linestyle="--", linewidth=1)
             axis.text(place, whole, f"{whole:.2f}", ha="center", va="bottom", fontsize=8)
         axis.set_xticks(range(len(run["strategies"])), list(run["strategies"]), rotation=30, ha="right", fontsize=8)
         axis.set_title(
@@ -331,8 +338,8 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
             fontsize=8,
         )
     axes[0][0].set_ylabel("seconds a step (dashed: floor)")
-    axes[0][0].legend(fontsize=6)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    figure.legend(loc="lower center", ncols=5, fontsize=7)
     figure.savefig(path, dpi=150)
 
 
@@ -341,7 +348,7 @@ def main(args: argparse.Namespace) -> None:
         runs = [run for path in args.read for run in json.loads(path.read_text())["runs"]]
         print("\n".join(map(report, runs)))
         if args.plot:
-            draw([run for run in runs if all("parts" in x for x in run["strategies"].values())], args.plot)
+            draw(runs, args.plot)
         return
     start_distributed()
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))

@@ -113,7 +113,7 @@ def parts_of_profile(events: Iterable[Any], labels: Sequence[str]) -> dict[str, 
     """Seconds of each of ``PARTS`` and ``WAITS``, ``floor``, the time that compute kernels are busy, and ``kernels``.
 
     Args:
-        events: of a profile of the device, as ``torch.profiler`` gives them.
+        events: of a profile of the device, by ``torch.profiler``; those ahead of the first mark are left out.
         labels: the marks of the profiled step.
 
     Raises:
@@ -129,6 +129,7 @@ def parts_of_profile(events: Iterable[Any], labels: Sequence[str]) -> dict[str, 
     marks = [begin for begin, _, name in kernels if MARK_KERNEL in name]
     if len(marks) != len(labels):
         raise ValueError(f"the profile shows {len(marks)} marks of {len(labels)}")
+    kernels = [kernel for kernel in kernels if kernel[0] >= marks[0]]
 
     def label_at(moment: float) -> str:
         return labels[max(bisect.bisect_right(marks, moment) - 1, 0)]

@@ -52,6 +52,7 @@ def test_parts_of_a_profile() -> None:
     labels = ["text", "encoder", "text", "cross-attention", "cross-attention exchange", "cross-attention", "optimizer"]
     marks = [event("spin_kernel(long)", at, at + 0.5) for at in (0, 10, 30, 40, 50, 80, 90)]
     kernels = [
+        event("gemm", -9, -1),  # of the step before
         event("gemm", 11, 29),
         event("layer_norm", 20, 30),  # beside it, on another stream: one more microsecond
         event("ncclDevKernel_AllGather", 31, 38),  # of parameters, of which six are waited for
@@ -78,4 +79,6 @@ def test_faster_is_said_only_where_the_interval_leaves_out_zero() -> None:
     assert ahead.verdict == "faster" and ahead.ratio == pytest.approx(1.3)
     assert paired.compare("b", "a", times).verdict == "slower"
     assert paired.compare("a", "c", times).verdict == "no difference shown"
+    few = {name: steps[:4] for name, steps in times.items()}
+    assert paired.compare("a", "b", few).verdict == "4 rounds, too few to say"
     assert paired.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == 1.0
