@@ -3,7 +3,11 @@
 import os
 import tempfile
 
+import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which any test module may do
 
 # A machine that does other work too may stop a test for any time.
 settings.register_profile("no deadline", deadline=None)
