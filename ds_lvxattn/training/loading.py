@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed import zero
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import set_z3_leaf_modules
 from huggingface_hub import snapshot_download
 from torch import nn
@@ -211,6 +212,11 @@ def partition_over_all_ranks(model: nn.Module, ds_config: dict[str, Any], groups
             )
     if not partitioned:
         zero.Init(model, groups.get_sequence_data_parallel_group(), config_dict_or_path=ds_config, mpu=groups)
+        # DeepSpeed leaves a partitioned model where it is, and partitioning moves parameters alone.
+        device = torch.device(get_accelerator().current_device_name())
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
 
 
 def loss_factor(ds_config: dict[str, Any], sequence_parallel_size: int) -> int:

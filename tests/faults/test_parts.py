@@ -27,6 +27,7 @@ from ds_lvxattn.training.files import Digest, replace_folder, replace_text, stor
 from ds_lvxattn.training.loading import at_revision, load_model
 from ds_lvxattn.training.run_folder import RunFolder
 from ds_lvxattn.training.secrets import without_secrets
+from ds_lvxattn.training.trackers import start_tracker
 
 ROOT = Path(__file__).parents[2]
 
@@ -182,9 +183,9 @@ def test_whatever_is_wrong_with_wandb_the_run_is_recorded_offline(
     monkeypatch.setattr(wandb, "init", Recorded)
     monkeypatch.setattr(wandb, "login", login)
     with caplog.at_level(logging.WARNING):
-        started: Any = run_log.start_wandb(tmp_path, {"comet": {"api_key": "secret!"}, "lr": 1})
+        started: Any = start_tracker("wandb", tmp_path, {"comet": {"api_key": "secret!"}, "lr": 1})
     assert modes == ["offline"] and caplog.records
-    assert started.arguments["config"] == {"comet": {"api_key": "(left out)"}, "lr": 1}
+    assert started._run.arguments["config"] == {"comet": {"api_key": "(left out)"}, "lr": 1}
 
 
 def test_wandb_that_does_not_start_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,8 +196,8 @@ def test_wandb_that_does_not_start_ends_no_run(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(wandb, "init", broken)
-    started: Any = run_log.start_wandb(tmp_path, {})
-    assert started == "disabled"
+    started: Any = start_tracker("wandb", tmp_path, {})
+    assert started._run == "disabled"
 
 
 def test_secrets_by_name_and_in_addresses() -> None:
