@@ -20,17 +20,22 @@ from PIL.PngImagePlugin import PngInfo
 from ds_lvxattn.data.media import (
     Media,
     MediaError,
+    VideoInfo,
     decode_frames,
     index,
     probe_image,
     probe_video,
-    sample_frames,
     sample_indices,
     sample_times,
     store,
 )
 from ds_lvxattn.data.media.files import open_film
 from ds_lvxattn.data.media.picture import as_shown
+
+
+def sample_frames(info: VideoInfo, max_frames: int, **how: float) -> list[int]:
+    """The frames that are shown at the times to look at."""
+    return [info.frame_at(time) for time in sample_times(info, max_frames, **how)]
 
 
 def write_film(

@@ -7,12 +7,10 @@ are; the folder ``adapter`` that a run writes is what ``PeftModel.from_pretraine
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -93,32 +91,6 @@ def merged(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
         if "lora_" not in name:
             result[f"{module}.{rest}" if rest else name] = tensor
     return result
-
-
-def adapter_base(folder: str | Path) -> str | None:
-    """The model that an adapter's folder belongs to; None for a folder or name that is no adapter."""
-    path = Path(folder) / CONFIG
-    return json.loads(path.read_text())["base_model_name_or_path"] if path.is_file() else None
-
-
-def load_adapter(model: PreTrainedModel, folder: str | Path) -> None:
-    """Put the adapter of a folder into its model.
-
-    Raises:
-        ConfigError: its parameters are not those that the model has room for.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    inject_adapter_in_model(LoraConfig.from_pretrained(str(folder)), model, ADAPTER)
-    parameters = dict(model.named_parameters())
-    wanted = {PREFIX + name.replace(f".{ADAPTER}.", "."): name for name in parameters if "lora_" in name}
-    found = load_file(Path(folder) / WEIGHTS)
-    if found.keys() != wanted.keys():
-        odd = sorted(found.keys() ^ wanted.keys())[0]
-        raise ConfigError(f"--model {folder}: the adapter does not fit its model, {odd} for one is in one of them only")
-    with torch.no_grad():
-        for name, tensor in found.items():
-            parameters[wanted[name]].copy_(tensor)
 
 
 def _quantize(model: nn.Module, settings: LoraSettings, zero_stage: int, device: Any) -> None:

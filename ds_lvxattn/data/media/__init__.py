@@ -17,7 +17,7 @@ from ds_lvxattn.data.media.medium import (
     probe_image,
     probe_video,
 )
-from ds_lvxattn.data.media.sampling import sample_frames, sample_indices, sample_times
+from ds_lvxattn.data.media.sampling import sample_indices, sample_times
 from ds_lvxattn.data.media.timeline import VideoInfo
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "load_frames",
     "probe_image",
     "probe_video",
-    "sample_frames",
     "sample_indices",
     "sample_times",
 ]

@@ -8,22 +8,6 @@ from ds_lvxattn.data.media.files import MediaError
 from ds_lvxattn.data.media.timeline import VideoInfo
 
 
-def sample_frames(
-    info: VideoInfo,
-    max_frames: int,
-    *,
-    fps: float | None = None,
-    start: float | None = None,
-    end: float | None = None,
-) -> list[int]:
-    """The frames shown at ``sample_times``, as numbers in ``[0, info.num_frames)``.
-
-    A frame that is on screen at several of the times is taken several times, so that the number of frames says how
-    much time passes.
-    """
-    return [info.frame_at(time) for time in sample_times(info, max_frames, fps=fps, start=start, end=end)]
-
-
 def sample_times(
     info: VideoInfo,
     max_frames: int,
