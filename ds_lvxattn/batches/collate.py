@@ -158,8 +158,9 @@ class Collator:
             if size is not None and ranges is not None:
                 rows = KVInterval(*ranges).of_nodes(shards.q, size)
                 between = routed_rows(rows.start, rows.stop, shards.of_nodes(size))
+            samples = 1 if kind == "cross" else len(layout.input_ids)  # there all samples are one sequence
             shapes[kind] = CallShape(
-                len(layout.input_ids), shards.q.lengths, shards.kv.lengths, element,
+                samples, shards.q.lengths, shards.kv.lengths, element,
                 None if ranges is None else routed_rows(*ranges, shards),
                 None if ranges is None else visible_work(*ranges, shards.kv), size, between,
             )  # fmt: skip

@@ -8,7 +8,7 @@ Layouts, all of which may have media beside them (``video``, ``videos``, ``image
 - ``query`` and ``response`` with ``history``; ``instruction``, ``input`` and ``output``; ``question`` and ``answer``.
 
 ``<image>``, ``<video>`` and ``<|image|>`` in the user's text stand for the media beside it, where their number is that
-of the media. Where there are more, those that begin or end a line do; the others are text.
+of the media. Where there are more, those that have a line to themselves do; the others are text.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ KNOWN_KEYS = {
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".ppm"}
 
 PLACEHOLDER = re.compile(r"<image>|<video>|<\|image\|>")
-# At the begin of a line, or at its end, beside other placeholders and blanks alone.
+# Lines of placeholders and blanks alone.
 _TAG = PLACEHOLDER.pattern
-STANDING = re.compile(rf"(?m)(?:^(?:[ \t]*(?:{_TAG}))+)|(?:(?:(?:{_TAG})[ \t]*)+$)")
+STANDING = re.compile(rf"(?m)^(?:[ \t]*(?:{_TAG}))+[ \t]*$")
 
 
 @dataclass(frozen=True)
