@@ -210,7 +210,7 @@ def partition_over_all_ranks(model: nn.Module, ds_config: dict[str, Any], groups
                 f"the model is partitioned over {ranks} of the {dist.get_world_size()} ranks, so that ZeRO-3 would not "
                 "sum its gradients over the ranks of a sequence; load it under HfDeepSpeedConfig, or unpartitioned"
             )
-    if not partitioned:
+    if len(partitioned) < len(list(model.parameters())):  # adapters beside a model that was partitioned as it loaded
         zero.Init(model, groups.get_sequence_data_parallel_group(), config_dict_or_path=ds_config, mpu=groups)
         # DeepSpeed leaves a partitioned model where it is, and partitioning moves parameters alone.
         device = torch.device(get_accelerator().current_device_name())

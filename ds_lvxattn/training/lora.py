@@ -10,6 +10,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -46,7 +47,10 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings, name: str, zero
         base_model_name_or_path=name,
     )
     try:
-        inject_adapter_in_model(config, model, ADAPTER)
+        # Drawn from the seed alone: how many numbers loading drew differs between ZeRO stages.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.initial_seed())
+            inject_adapter_in_model(config, model, ADAPTER)
     except ValueError as error:
         raise ConfigError(f"'finetuning.lora.target_modules' is {targets!r}: {error}") from error
     for module_name, module in model.named_modules():
