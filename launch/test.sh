@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up .venv and run the checks and the tests. Further arguments go to pytest.
 #   bash launch/test.sh           everything
-#   bash launch/test.sh --quick   in under 3 minutes: without the tests that are marked slow
+#   bash launch/test.sh --quick   without the tests that are marked slow
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tests=()
