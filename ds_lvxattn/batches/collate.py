@@ -91,17 +91,21 @@ class Collator:
     division: Division | None
     limits: FrameLimits
 
-    def layout(self, samples: Sequence[Sample]) -> BatchLayout:
-        """Layout of ``samples`` over the ranks of the group, the same on each of them."""
+    def layout(self, samples: Sequence[Sample], packing: int | None = None) -> BatchLayout:
+        """Layout of ``samples`` over the ranks of the group, the same on each of them.
+
+        Args:
+            packing: tokens of a row that samples share; None: each has a row of its own.
+        """
         if self.division is None:
             return self.undivided_layout(samples)
-        return self._layout(samples, self.division.comm.ranks, self.division.placement)
+        return self._layout(samples, self.division.comm.ranks, self.division.placement, packing)
 
-    def undivided_layout(self, samples: Sequence[Sample]) -> BatchLayout:
+    def undivided_layout(self, samples: Sequence[Sample], packing: int | None = None) -> BatchLayout:
         """Layout of ``samples`` on a single rank: every rank of the group is to compute all of them."""
-        return self._layout(samples, 1, "contiguous")
+        return self._layout(samples, 1, "contiguous", packing)
 
-    def _layout(self, samples: Sequence[Sample], ranks: int, placement: str) -> BatchLayout:
+    def _layout(self, samples: Sequence[Sample], ranks: int, placement: str, packing: int | None) -> BatchLayout:
         return lay_out(
             samples,
             [self._frame_shapes(s) for s in samples],
@@ -110,6 +114,7 @@ class Collator:
             placement,
             self.pad_token,
             self.image_id,
+            packing,
         )
 
     def _frame_shapes(self, sample: Sample) -> list[FrameShape]:
@@ -143,9 +148,9 @@ class Collator:
     def sizes(self, layout: BatchLayout) -> BatchSizes:
         """What the planner must know of the batch."""
         return BatchSizes(
-            shape_class(len(layout.frames), layout.text.total, layout.keys.total),
+            shape_class(layout.rows, layout.text.total, layout.keys.total),
             layout.text.ranks,
-            len(layout.frames) * layout.text.total,
+            layout.rows * layout.text.total,
             layout.encoder_tokens,
             functools.partial(self._shapes, layout),
         )
@@ -158,9 +163,9 @@ class Collator:
             if size is not None and ranges is not None:
                 rows = KVInterval(*ranges).of_nodes(shards.q, size)
                 between = routed_rows(rows.start, rows.stop, shards.of_nodes(size))
-            samples = 1 if kind == "cross" else len(layout.input_ids)  # there all samples are one sequence
+            rows_of_batch = 1 if kind == "cross" else layout.rows  # there all of them are one sequence
             shapes[kind] = CallShape(
-                samples, shards.q.lengths, shards.kv.lengths, element,
+                rows_of_batch, shards.q.lengths, shards.kv.lengths, element,
                 None if ranges is None else routed_rows(*ranges, shards),
                 None if ranges is None else visible_work(*ranges, shards.kv), size, between,
             )  # fmt: skip
@@ -205,12 +210,10 @@ class Collator:
         # Of a batch that every rank computes whole, each counts its part of the loss and of the gradients.
         shares = self.division.comm.ranks // layout.text.ranks if self.division else 1
         labels = torch.from_numpy(layout.shift_labels[:, own]).contiguous()
-        of_samples = zip(layout.visual, layout.shapes, strict=True)
-        positions = [self.family.positions(*sample) for sample in of_samples]
         answers, num_answers = number_answers(layout.shift_labels)
         inputs: dict[str, Any] = {
             "input_ids": torch.from_numpy(layout.input_ids[:, own]),
-            "position_ids": torch.from_numpy(np.stack([p[..., own] for p in positions], axis=-2)),
+            "position_ids": torch.from_numpy(np.ascontiguousarray(layout.positions(self.family)[..., own])),
             "use_cache": False,
             # The model's own loss: summed over its rows and divided by a count that is the same on the whole group.
             "labels": labels,

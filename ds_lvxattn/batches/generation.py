@@ -229,8 +229,7 @@ def _step(collator: Collator, layout: BatchLayout, plans: Plans, divided: KeyCac
     text_start = None
     if not layout.keys_in_text and lengths.min() < layout.text.total:
         text_start = torch.from_numpy((layout.text.total - lengths).astype(np.int32)[:, None]).to(device)
-    positions = (collator.family.positions(*sample) for sample in zip(layout.visual, layout.shapes, strict=True))
-    position = np.stack([p[..., n - 1 : n] for p, n in zip(positions, lengths, strict=True)], axis=-2)
+    position = layout.positions(collator.family)[(..., *last)][..., None]
     sees_frame = torch.from_numpy(layout.sees_frame[last]).to(device, collator.dtype)
     rows = SequenceShards((1 if layout.keys_in_text else len(lengths),) * division.comm.ranks)
     return DecodingStep(

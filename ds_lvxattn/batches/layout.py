@@ -5,6 +5,9 @@ so every rank has all of them, while it decodes and encodes only its own frames.
 
 Frames may be of different sizes. The visual tokens of all samples are one sequence of keys, sample by sample and frame
 by frame, so none of it is padding; a token sees a range of it. A frame is never divided.
+
+Samples may share a row of the batch (packing). They stay apart: a token sees the text and the frames of its own sample
+alone, positions begin anew with each, and no token predicts the first one of the next.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ds_lvxattn.batches.packing import Span, first_fit
 from ds_lvxattn.data.sample import IGNORE, FrameShape, Sample
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout, place_in_round, runs, split_by_size
 from ds_lvxattn.families.family import Family, VisualFamily, portions_of
@@ -24,10 +28,11 @@ from ds_lvxattn.families.family import Family, VisualFamily, portions_of
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """Layout of a micro-batch of ``B`` samples over ``n`` ranks.
+    """Layout of a micro-batch of ``B`` rows, of one sample each unless they are packed, over ``n`` ranks.
 
     Attributes:
-        text: shards of the text, padded to the longest sample. Where all keys are in the text, it has a row for each
+        spans: where each sample lies.
+        text: shards of the text, padded to the longest row. Where all keys are in the text, it has one token for each
             visual token.
         keys: shards of the visual tokens of all samples as keys of cross-attention; empty where all keys are in the
             text.
@@ -37,12 +42,12 @@ class BatchLayout:
         start, stop: int32 ``[B, S]``, the visual tokens that each text token sees, counted over the batch.
         sees_frame: bool ``[B, S]``, tokens that see a frame.
         ranges: per sample, per token, the frames it sees; a frame's image token is one token here.
-        lengths: rows of every sample.
-        visual: int64 ``[B, S]``, the visual token that a row takes, counted over the sample's frames; -1 for text.
+        visual: int64 ``[B, S]``, the visual token that a token takes, counted over the sample's frames; -1 for text.
         keys_in_text: see ``Family``.
         portions: how often the rank with most work calls the vision encoder, at least once: with a blank frame.
     """
 
+    spans: tuple[Span, ...]
     text: SequenceShards
     keys: SequenceShards
     owners: tuple[tuple[int, ...], ...]
@@ -53,10 +58,24 @@ class BatchLayout:
     stop: np.ndarray
     sees_frame: np.ndarray
     ranges: tuple[tuple[tuple[int, int], ...], ...]
-    lengths: tuple[int, ...]
     visual: np.ndarray
     keys_in_text: bool
     portions: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return len(self.input_ids)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of every sample."""
+        return tuple(span.stop - span.start for span in self.spans)
+
+    @property
+    def samples_of_rows(self) -> list[list[int]]:
+        """The samples of each row, in the order in which they lie there."""
+        return samples_of_rows(self.spans)
 
     @property
     def frames(self) -> tuple[int, ...]:
@@ -80,12 +99,12 @@ class BatchLayout:
 
     @property
     def roles(self) -> dict[str, ShardLayout]:
-        """Shards of queries and keys of each exchanged role; in cross-attention the rows of all samples are one
-        sequence, as the keys are."""
+        """Shards of queries and keys of each exchanged role; in cross-attention the rows of the batch are one sequence,
+        as the keys are."""
         own = {"self": ShardLayout(self.text, self.text)}
         if self.keys_in_text:
             return own
-        rows = SequenceShards(tuple(len(self.lengths) * rows for rows in self.text.lengths))
+        rows = SequenceShards(tuple(self.rows * tokens for tokens in self.text.lengths))
         return {"cross": ShardLayout(rows, self.keys), **own}
 
     def sees_all(self, role: str) -> bool:
@@ -97,14 +116,16 @@ class BatchLayout:
         ``[n, 1, B * s_max]`` for ``cross``.
 
         Args:
-            window: of ``self``, the last keys that a row sees; None: all before it.
+            window: of ``self``, the last keys that a row sees; None: all before it in its sample.
         """
         start, stop = self.start, self.stop
         if role == "self":
-            stop = np.arange(1, start.shape[1] + 1, dtype=np.int32)
-            start = np.broadcast_to(np.maximum(stop - (window or len(stop)), 0), start.shape)
-            # Padding behind a sample sees nothing, and no row of the sample sees it.
-            stop = np.where(stop <= np.array(self.lengths)[:, None], stop, np.int32(0))
+            # Padding behind the samples of a row sees nothing, and none of their rows sees it.
+            start, stop = np.zeros_like(start), np.zeros_like(stop)
+            for span in self.spans:
+                place = span.row, slice(span.start, span.stop)
+                stop[place] = np.arange(span.start + 1, span.stop + 1)
+                start[place] = span.start if window is None else np.maximum(stop[place] - window, span.start)
         return self._by_rank(start, role == "cross"), self._by_rank(stop, role == "cross")
 
     def _by_rank(self, rows: np.ndarray, packed: bool) -> Tensor:
@@ -161,16 +182,26 @@ class BatchLayout:
         """
         holder, token = np.full_like(self.visual, -1), np.zeros_like(self.visual)
         encoded = [0] * self.text.ranks
-        for sample, (owners, shapes) in enumerate(zip(self.owners, self.shapes, strict=True)):
+        for span, owners, shapes in zip(self.spans, self.owners, self.shapes, strict=True):
             numbers = [np.zeros(0, dtype=np.int64)]
             for owner, shape in zip(owners, shapes, strict=True):
                 numbers.append(np.arange(encoded[owner], encoded[owner] + shape.tokens))
                 encoded[owner] += shape.tokens
-            rows = self.visual[sample] >= 0
-            taken = self.visual[sample, rows]
-            holder[sample, rows] = np.repeat(owners, [shape.tokens for shape in shapes])[taken] if shapes else -1
-            token[sample, rows] = np.concatenate(numbers)[taken]
+            place = span.row, slice(span.start, span.stop)
+            rows = self.visual[place] >= 0
+            taken = self.visual[place][rows]
+            holder[place][rows] = np.repeat(owners, [shape.tokens for shape in shapes])[taken] if shapes else -1
+            token[place][rows] = np.concatenate(numbers)[taken]
         return holder, token
+
+    def positions(self, family: Family) -> np.ndarray:
+        """Position ids, int64 ``[..., B, S]``: of each sample its own, which go on in what pads the row behind it."""
+        rows = []
+        for visual, samples in zip(self.visual, self.samples_of_rows, strict=True):
+            parts = np.split(visual, [self.spans[sample].start for sample in samples[1:]])
+            of_parts = [family.positions(part, self.shapes[i]) for i, part in zip(samples, parts, strict=True)]
+            rows.append(np.concatenate(of_parts, axis=-1))
+        return np.stack(rows, axis=-2)
 
 
 def lay_out(
@@ -181,6 +212,7 @@ def lay_out(
     placement: str,
     pad_token: int,
     image_id: int,
+    packing: int | None = None,
 ) -> BatchLayout:
     """The layout of ``samples`` over ``ranks``.
 
@@ -192,15 +224,16 @@ def lay_out(
         placement: ``contiguous`` or ``striped`` frames; where all keys are in the text, so is the text.
         pad_token: token id behind the end of a sample.
         image_id: token id of a frame.
+        packing: tokens of a row that samples share; None: each has a row of its own.
     """
     # Text that sees visual tokens as keys of their own has one row for the image token of a frame.
     rows_of = [
         _rows(sample, image_id, [shape.tokens if family.keys_in_text else 1 for shape in of_frames])
         for sample, of_frames in zip(samples, shapes, strict=True)
     ]
-    lengths = tuple(len(ids) for ids, _ in rows_of)
+    spans = first_fit([len(ids) for ids, _ in rows_of], packing)
     # A rank without a text token could not run the text layers, so very short text is padded to one token a rank.
-    length = max(ranks, *lengths)
+    length = max(ranks, *(span.stop for span in spans))
     striped = placement == "striped"
     text = (SequenceShards.balanced if striped and family.keys_in_text else SequenceShards.contiguous)(length, ranks)
     # What a frame weighs: keys where they stay on its rank, and where they travel to the text the encoder's work.
@@ -212,41 +245,49 @@ def lay_out(
     weights = [
         [s.encoder_tokens if family.keys_in_text else s.tokens + s.padding for s in of_frames] for of_frames in shapes
     ]
-    owners = (_striped if striped else _contiguous)(weights, ranks)
+    owners = _owners(weights, spans, ranks, striped)
     keys = SequenceShards((0,) * ranks) if family.keys_in_text else _keys(shapes, owners, ranks, striped)
 
-    shape = (len(samples), length)
+    shape = (max(span.row for span in spans) + 1, length)
     input_ids = np.full(shape, pad_token, dtype=np.int64)
     shift_labels = np.full(shape, IGNORE, dtype=np.int64)
     visual = np.full(shape, -1, dtype=np.int64)
     start, stop = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.int32)
     sees_frame = np.zeros(shape, dtype=bool)
     before = 0  # visual tokens of the samples ahead
-    for row, (ids, labels) in enumerate(rows_of):
-        tokens = len(ids)
-        input_ids[row, :tokens] = ids
-        shift_labels[row, : max(tokens - 1, 0)] = labels[1:]
+    for (ids, labels), span, seen, of_frames in zip(rows_of, spans, seen_of, shapes, strict=True):
+        place = span.row, slice(span.start, span.stop)
+        input_ids[place] = ids
+        shift_labels[place][:-1] = labels[1:]
         if not isinstance(family, VisualFamily) or family.keys_in_text:
-            of_frames = ids == image_id
-            visual[row, :tokens][of_frames] = np.arange(of_frames.sum())
+            takes = ids == image_id
+            visual[place][takes] = np.arange(takes.sum())
             continue
-        bounds = np.array(seen_of[row], dtype=np.int64).reshape(tokens, 2)
+        bounds = np.array(seen, dtype=np.int64).reshape(len(ids), 2)
         hidden = bounds[:, 0] >= bounds[:, 1]
-        sees_frame[row, :tokens] = ~hidden
-        edges = before + np.cumsum([0, *(shape.tokens for shape in shapes[row])])
-        start[row, :tokens], stop[row, :tokens] = np.where(hidden, before, edges[bounds].T)
-        behind = int(edges[-1]) + sum(shape.padding for shape in shapes[row])
+        sees_frame[place] = ~hidden
+        edges = before + np.cumsum([0, *(shape.tokens for shape in of_frames)])
+        start[place], stop[place] = np.where(hidden, before, edges[bounds].T)
+        behind = int(edges[-1]) + sum(shape.padding for shape in of_frames)
         if family.hidden_rows_see_all():
-            stop[row, :tokens][hidden] = behind
+            stop[place][hidden] = behind
         before = behind
     costs = [
         [s.encoder_tokens for i, of in enumerate(shapes) for s, owner in zip(of, owners[i], strict=True) if owner == r]
         for r in range(ranks)
     ]
     return BatchLayout(
-        text, keys, owners, tuple(map(tuple, shapes)), input_ids, shift_labels, start, stop, sees_frame, tuple(seen_of),
-        lengths, visual, family.keys_in_text, max(map(portions_of, costs)),
+        spans, text, keys, owners, tuple(map(tuple, shapes)), input_ids, shift_labels, start, stop, sees_frame,
+        tuple(seen_of), visual, family.keys_in_text, max(map(portions_of, costs)),
     )  # fmt: skip
+
+
+def samples_of_rows(spans: Sequence[Span]) -> list[list[int]]:
+    """The samples of each row, in the order in which they lie there; ``first_fit`` places later ones behind."""
+    rows: list[list[int]] = [[] for _ in range(max(span.row for span in spans) + 1)]
+    for sample, span in enumerate(spans):
+        rows[span.row].append(sample)
+    return rows
 
 
 def _ranges(sample: Sample, family: Family, image_id: int) -> tuple[tuple[int, int], ...]:
@@ -264,10 +305,23 @@ def _rows(sample: Sample, image_id: int, rows: Sequence[int]) -> tuple[np.ndarra
     return ids.repeat(times), labels.repeat(times)
 
 
-def _contiguous(weights: Sequence[Sequence[int]], ranks: int) -> tuple[tuple[int, ...], ...]:
-    """Owners of the frames of each sample: runs of them in the order of the ranks, as its text is divided.
+def _owners(
+    weights: Sequence[Sequence[int]], spans: Sequence[Span], ranks: int, striped: bool
+) -> tuple[tuple[int, ...], ...]:
+    """Owners of the frames of each sample. Those of a row are placed as one sequence, as the text of the row is."""
+    rows = samples_of_rows(spans)
+    of_rows = [[weight for sample in row for weight in weights[sample]] for row in rows]
+    owners: list[tuple[int, ...]] = [()] * len(weights)
+    for row, of_row in zip(rows, (_striped if striped else _contiguous)(of_rows, ranks), strict=True):
+        for sample, run in zip(row, runs([len(weights[sample]) for sample in row]), strict=True):
+            owners[sample] = of_row[run.start : run.stop]
+    return tuple(owners)
 
-    A sample fills up what those before it left uneven.
+
+def _contiguous(weights: Sequence[Sequence[int]], ranks: int) -> tuple[tuple[int, ...], ...]:
+    """Owners of the frames of each row: runs of them in the order of the ranks, as its text is divided.
+
+    A row fills up what those before it left uneven.
     """
     loads = np.zeros(ranks)
     owners = []
@@ -286,7 +340,7 @@ def _contiguous(weights: Sequence[Sequence[int]], ranks: int) -> tuple[tuple[int
 
 
 def _striped(weights: Sequence[Sequence[int]], ranks: int) -> tuple[tuple[int, ...], ...]:
-    """Owners of the frames of each sample, dealt in rounds of one a rank: there and back where they are equal.
+    """Owners of the frames of each row, dealt in rounds of one a rank: there and back where they are equal.
 
     In a round the largest frame goes to the rank that has least.
     """

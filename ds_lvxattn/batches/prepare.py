@@ -49,6 +49,7 @@ class Batches:
         device, dtype: of the model's arguments.
         parallel: its sequence parallelism; None: the unmodified model.
         limits: how large frames may be.
+        packing: tokens of a row of a micro-batch that samples share; None: each has a row of its own.
 
     Attributes:
         collator: makes arguments of samples.
@@ -56,6 +57,7 @@ class Batches:
 
     Raises:
         ConfigError: on every rank, when the kernel that is set cannot run a layer.
+        ValueError: packing of the unmodified model, whose attention would not keep samples apart.
     """
 
     def __init__(
@@ -68,8 +70,11 @@ class Batches:
         dtype: torch.dtype,
         parallel: SequenceParallel | None,
         limits: FrameLimits = ANY_SIZE,
+        packing: int | None = None,
     ) -> None:
-        self.parallel = parallel
+        self.parallel, self.packing = parallel, packing
+        if packing is not None and parallel is None:
+            raise ValueError("packing is of attached models: the unmodified one would mix the samples of a row")
         processor = ChannelsLast(processor)
         division: Division | None = None
         self.planner: Planner | None = None
@@ -83,10 +88,10 @@ class Batches:
 
     def layout(self, samples: Sequence[Sample]) -> BatchLayout:
         """Where ``samples`` lie; a small batch on a single rank, where every rank is to compute all of it."""
-        divided = self.collator.layout(samples)
-        if self.planner is None or not self.planner.undivided(self.collator.sizes(divided)):
+        divided = self.collator.layout(samples, self.packing)
+        if self.planner is None or divided.text.ranks == 1 or not self.planner.undivided(self.collator.sizes(divided)):
             return divided
-        return self.collator.undivided_layout(samples)
+        return self.collator.undivided_layout(samples, self.packing)
 
     def plans(self, layout: BatchLayout) -> Mapping[nn.Module, LayerPlan]:
         """What each attention module runs a batch with, planned now if it is of a class of sizes without a plan.

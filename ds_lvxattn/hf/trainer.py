@@ -208,7 +208,7 @@ class SequenceParallelTrainer(Trainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Of this rank's share of a micro-batch, as it was loaded."""
-        rows = len(inputs.layout.frames) * inputs.layout.text.total // self.attached.config.size
+        rows = inputs.layout.input_ids.size // self.attached.config.size
         main = getattr(self.model, "main_input_name", "input_ids")
         return super().floating_point_ops({main: torch.empty(rows, device="meta")})
 

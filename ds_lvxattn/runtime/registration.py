@@ -131,6 +131,6 @@ def refuse_other_masks(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     if given is not batch.position_ids and batch.position_ids is not None:
         raise ValueError(
             "position_ids were given that are not those of the batch beside sequence_parallel: transformers would take "
-            "restarting positions for packed documents. Pass the batch's inputs as they are; pack documents by "
-            "Sample.documents"
+            "restarting positions for packed documents. Pass the batch's inputs as they are; documents that are to "
+            "share a row are samples of their own, see packing of ds_lvxattn.attach"
         )

@@ -59,10 +59,11 @@ class Attached:
         skip_bad: whether a broken sample is skipped with a warning or fatal.
         dtype: of the model's arguments; None: as the DeepSpeed config has it.
         limits: how large frames may be.
+        packing: see ``attach``.
 
     Attributes:
         batches: makes micro-batches; ``batches.planner.plan`` is the plan at hand.
-        parallel: the model's sequence parallelism; None with a size of 1.
+        parallel: the model's sequence parallelism; None with a size of 1 and without packing.
         loss_factor: what a loss is multiplied by before the backward pass; ``loss`` does it.
 
     Raises:
@@ -79,6 +80,7 @@ class Attached:
         skip_bad: bool = False,
         dtype: torch.dtype | None = None,
         limits: FrameLimits = ANY_SIZE,
+        packing: int | None = None,
     ) -> None:
         self.loaded, self.ds_config, self.config, self.groups = loaded, ds_config, config, groups
         self.device, self.skip_bad = device, skip_bad
@@ -87,12 +89,12 @@ class Attached:
         if getattr(model, MARK, False):
             raise ConfigError("the model is attached already, and its hooks would run twice; load it afresh")
         self.parallel: SequenceParallel | None = None
-        if config.size > 1:
+        if config.size > 1 or packing is not None:
             assert groups is not None
-            self.parallel = SequenceParallel(model, config, groups)
+            self.parallel = _attached(model, config, groups)
         self.batches = Batches(
             model, loaded.processor, loaded.pad_token, loaded.image_id,
-            device, dtype or model_dtype(ds_config), self.parallel, limits,
+            device, dtype or model_dtype(ds_config), self.parallel, limits, packing,
         )  # fmt: skip
         setattr(model, MARK, True)
         self._calibrated = False
@@ -174,7 +176,9 @@ class Attached:
         What was measured on the same machine before is read instead (``ds_lvxattn.calibrate``).
         """
         planner = self.batches.planner
-        if self.parallel is None or planner is None or self._calibrated or self.config.strategy != "auto":
+        if self.parallel is None or planner is None or self._calibrated:
+            return
+        if self.config.strategy != "auto" or self.config.size == 1:
             return
         layouts = [HeadLayout(*layout) for layout in self.parallel.head_layouts]
         planner.profile = calibrated(self.parallel.comm.group, layouts, self.device, self.batches.collator.dtype)
@@ -222,6 +226,17 @@ class Attached:
         return group_loss(part, self.loss_factor, self.parallel)
 
 
+def _attached(model: Any, config: SequenceParallelConfig, groups: SequenceParallelGroups) -> SequenceParallel:
+    try:
+        return SequenceParallel(model, config, groups)
+    except ConfigError as error:
+        if config.size > 1:
+            raise
+        raise ConfigError(
+            f"packing keeps the samples of a row apart by intervals, on one rank too, and {error}; leave 'packing' out"
+        ) from error
+
+
 def group_loss(part: Tensor, factor: int, parallel: SequenceParallel | None) -> Tensor:
     """A scalar with the value of the group's loss and the gradient of ``factor * part``; a collective of the group."""
     if parallel is None:
@@ -240,12 +255,13 @@ def attach(
     processor: Any = None,
     on_bad_sample: str = "fail",
     limits: FrameLimits = ANY_SIZE,
+    packing: int | None = None,
 ) -> Attached:
     """Make a transformers model ready for a loop of one's own; all ranks call it, ahead of ``deepspeed.initialize``.
 
     Starts ``torch.distributed`` from the launcher's environment if it has not been started. The model's code stays as
     it is: it gets process groups, roles for its attention modules and hooks. With a ``sequence_parallel_size`` of 1
-    it is left alone, and the same loop trains it as plain DeepSpeed does.
+    it is left alone unless samples are packed, and the same loop trains it as plain DeepSpeed does.
 
     Args:
         model: of a known family, or a ``PeftModel`` of one; ``peft.get_peft_model`` may also come after.
@@ -254,6 +270,8 @@ def attach(
         processor: the image processor; None: as for ``tokenizer``.
         on_bad_sample: ``skip`` broken media with a warning, or ``fail``.
         limits: how large frames may be.
+        packing: tokens of a row of a micro-batch that samples share, each in the first row with room for it; a longer
+            sample has a row of its own. None: every sample has.
 
     Raises:
         ConfigError: on every rank: a setting that cannot work, a model that no family knows, or one that is attached
@@ -281,7 +299,8 @@ def attach(
     loaded = loaded_model(model, tokenizer, processor)
     groups = SequenceParallelGroups(config.size)
     device = torch.device(get_accelerator().current_device_name())
-    return Attached(loaded, ds_config, config, groups, device, on_bad_sample == "skip", limits=limits)
+    skip_bad = on_bad_sample == "skip"
+    return Attached(loaded, ds_config, config, groups, device, skip_bad, limits=limits, packing=packing)
 
 
 def _same(sample: Sample) -> Sample:

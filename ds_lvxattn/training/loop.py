@@ -116,8 +116,9 @@ class Trainer:
         model = job.loaded.model
         self.device = torch.device(get_accelerator().current_device_name())
         self.attached = attached = Attached(
-            job.loaded, job.ds_config, config, self.groups, self.device, limits=job.finetuning.frame_limits
-        )
+            job.loaded, job.ds_config, config, self.groups, self.device,
+            limits=job.finetuning.frame_limits, packing=job.finetuning.packing,
+        )  # fmt: skip
         self.parallel, self.batches, self.loss_factor = attached.parallel, attached.batches, attached.loss_factor
         self.engine = start_engine(**attached.engine_arguments())
         facts = checkpoint.RunFacts(

@@ -65,11 +65,11 @@ def memory_plan(
         capacity = torch.cuda.get_device_properties(device).total_memory
         per_frame = max(-(-layout.visual_tokens // max(sum(layout.frames), 1)), 1)
         rows = per_frame if layout.keys_in_text else 1  # of a frame in the text
-        text = max(0, layout.text.total - max(layout.frames) * rows)
-        samples = len(layout.frames)
+        most = max(sum(layout.frames[sample] for sample in row) for row in layout.samples_of_rows)
+        text = max(0, layout.text.total - most * rows)
 
         def step(each: str, count: int) -> int:
-            some = [_at(layer, text + count * rows, count, per_frame, samples) for layer in layers]
+            some = [_at(layer, text + count * rows, count, per_frame, layout.rows) for layer in layers]
             # Features that need no gradient would leave room for more.
             return step_bytes(some, each, states, shared(some), features_train=True)
 
@@ -96,10 +96,10 @@ def model_states(model: nn.Module, ds_config: Mapping[str, Any], ranks: int) -> 
     )
 
 
-def _at(layer: LayerSizes, text: int, frames: int, per_frame: int, samples: int) -> LayerSizes:
-    """``layer`` with other numbers of text tokens and frames of each of ``samples``, evenly divided."""
-    if layer.role == "cross":  # whose rows and keys are those of all samples
-        text, frames = text * samples, frames * samples
+def _at(layer: LayerSizes, text: int, frames: int, per_frame: int, batch: int) -> LayerSizes:
+    """``layer`` with other numbers of text tokens and frames of each of ``batch`` rows, evenly divided."""
+    if layer.role == "cross":  # whose rows and keys are those of the whole batch
+        text, frames = text * batch, frames * batch
     rows, keys = -(-text // layer.ranks), -(-frames // layer.ranks) * per_frame
     total = frames * per_frame
     if layer.role != "cross":

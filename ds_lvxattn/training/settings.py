@@ -49,6 +49,8 @@ class FinetuningConfig(DeepSpeedConfigModel):
         frame_padding: whether text ahead of a video sees the tiles that pad its frames, as in transformers; see
             ``FrameLimits``.
         max_text_tokens: longest text of a sample; None: the model's limit.
+        packing: tokens of a row of a micro-batch that its samples share, each in the first row with room for it; None:
+            every sample has a row of its own.
         on_bad_sample: ``skip`` broken media or overlong text with a warning, or ``fail``.
         max_bad_share: share of bad samples above which a run ends, though they are skipped.
         fps: frames of each second of a video that are taken, within its share of ``frames``; None: all of its share.
@@ -83,6 +85,7 @@ class FinetuningConfig(DeepSpeedConfigModel):
     frame_tiles: int | None = Field(1, ge=1)
     frame_padding: bool = False
     max_text_tokens: int | None = Field(None, ge=2)
+    packing: int | None = Field(None, ge=2)
     on_bad_sample: Literal["skip", "fail"] = "skip"
     max_bad_share: float = Field(0.5, ge=0, le=1)
     fps: float | None = Field(None, gt=0)

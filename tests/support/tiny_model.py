@@ -159,10 +159,11 @@ PROCESSORS: dict[type, str] = {
 }
 
 
-def tiny_batches(model: nn.Module, parallel: SequenceParallel | None = None) -> Batches:
+def tiny_batches(model: nn.Module, parallel: SequenceParallel | None = None, packing: int | None = None) -> Batches:
     name = PROCESSORS.get(type(family_of(model)))
     processor = SMALL_MODELS[name][1]() if name else None
-    return Batches(model, processor, 0, IMAGE_TOKEN, CPU, next(model.parameters()).dtype, parallel)
+    dtype = next(model.parameters()).dtype
+    return Batches(model, processor, 0, IMAGE_TOKEN, CPU, dtype, parallel, packing=packing)
 
 
 def start_deepspeed() -> None:
@@ -177,12 +178,19 @@ def groups_of(size: int) -> SequenceParallelGroups:
     return SequenceParallelGroups(size)
 
 
-def attach(model: nn.Module, size: int, mode: tuple[str, str, str], samples: Sequence[Sample], **block: Any) -> Batches:
+def attach(
+    model: nn.Module,
+    size: int,
+    mode: tuple[str, str, str],
+    samples: Sequence[Sample],
+    packing: int | None = None,
+    **block: Any,
+) -> Batches:
     """Make ``model`` sequence-parallel, planned for ``samples`` divided over ``size`` ranks."""
     strategy, schedule, placement = mode
     config = SequenceParallelConfig(strategy=strategy, schedule=schedule, placement=placement, size=size, **block)
-    batches = tiny_batches(model, SequenceParallel(model, config, groups_of(size)))
-    batches.plans(batches.collator.layout(samples))
+    batches = tiny_batches(model, SequenceParallel(model, config, groups_of(size)), packing)
+    batches.plans(batches.collator.layout(samples, packing))
     return batches
 
 
