@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def train_and_resume(stage: int, folder: Path) -> dict[str, Any]:
         trainer.save_model(str(folder / "final"))
         found = {name: logged(trainer, name) for name in ("loss", "grad_norm", "eval_loss", "eval_accuracy")}
         found["flos"] = trainer.state.total_flos
+        found["plan"] = json.loads((folder / "plan.json").read_text())
     with launched():
         again = divided_trainer(folder, deepspeed_block(stage), samples, **how)
         again.train(resume_from_checkpoint=str(folder / f"checkpoint-{STEPS // 2}"))
@@ -84,7 +86,8 @@ def test_training_evaluation_and_resumption(stage: int, tmp_path: Path) -> None:
     assert first["grad_norm"] == pytest.approx(norms, rel=1e-3)
     assert first["resumed"] == pytest.approx(first["loss"], rel=1e-4)
     assert stage == 3 or first["flos"] > 0  # transformers counts no parameters that are partitioned
-    assert (tmp_path / "plan.json").exists()
+    exchanged = [layer for layer in first["plan"] if layer["role"] != "local"]
+    assert exchanged and all(set(layer["measured_ms"]) == {"forward", "backward"} for layer in exchanged)
 
     trained = AutoModelForImageTextToText.from_pretrained(tmp_path / "final")
     judged = [tiny_sample("IItaaIta", seed) for seed in range(3)]

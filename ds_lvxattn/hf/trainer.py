@@ -29,6 +29,7 @@ from ds_lvxattn.hf.rows import Found, as_dataset, as_made, as_they_are, bind
 from ds_lvxattn.plan.layer_plan import write_plan
 from ds_lvxattn.plan.planner import Plan
 from ds_lvxattn.training.attach import Attached, group_loss, loaded_model
+from ds_lvxattn.training.plan_times import PlanTimes
 from ds_lvxattn.training.settings import BLOCK_KEY
 from ds_lvxattn.training.tokens import with_gradient
 
@@ -94,7 +95,7 @@ class SequenceParallelTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by all items of a step, see ``training_step``
         self._epoch: Iterator[Any] | None = None
         self._ahead: Iterator[Loaded] = iter(())
-        self._plan: Plan = ()
+        self._step: int | None = None  # the one at hand, in training
         self._evaluates_alone = False
 
     def __init_subclass__(cls, **others: Any) -> None:
@@ -140,6 +141,7 @@ class SequenceParallelTrainer(Trainer):
         for dataset in self._datasets:
             bind(dataset, self.attached)
         self._loaders = [self.attached.loader() for _ in range(2)]
+        self._plan_times = PlanTimes(self.attached.batches, self.args.device, self._write_plan)
 
     @property
     def _data_ranks(self) -> int:
@@ -156,6 +158,7 @@ class SequenceParallelTrainer(Trainer):
                 "Trainer, over a model that is loaded afresh"
             )
         self.attached.calibrate()
+        self._step = None
         result = super().train(*args, **kwargs)
         # What was loading ahead ends here, on all ranks.
         self._epoch, self._ahead = None, iter(())
@@ -187,8 +190,8 @@ class SequenceParallelTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Prepare what was loaded, planned for if it need be, and take the step; see ``Trainer.training_step``."""
-        batch = self.attached.batches.prepare(replace(inputs, tokens=num_items_in_batch))
-        self._write_plan()
+        self._begin_step(inputs.layout, self.state.global_step + 1)
+        batch = self._plan_times.prepare(replace(inputs, tokens=num_items_in_batch))
         return super().training_step(model, batch.inputs, num_items_in_batch)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -212,16 +215,24 @@ class SequenceParallelTrainer(Trainer):
         main = getattr(self.model, "main_input_name", "input_ids")
         return super().floating_point_ops({main: torch.empty(rows, device="meta")})
 
-    def _write_plan(self) -> None:
-        """``plan.json`` in the output directory, when the plan is another."""
-        planner = self.attached.batches.planner
-        if planner is None or planner.plan is self._plan:
+    def _begin_step(self, layout: BatchLayout, step: int) -> None:
+        """Ahead of a micro-batch of ``step``: measure layers or not, and plan for the first one of all."""
+        if step == self._step:
             return
-        self._plan = planner.plan
+        batches = self.attached.batches
+        if self._step is None and batches.planner is not None:
+            batches.plans(layout)
+            self._plan_times.start(batches.planner.plan, step)
+            self._write_plan(batches.planner.plan)
+        self._step = step
+        self._plan_times.start_step(step)
+
+    def _write_plan(self, plan: Plan) -> None:
+        """``plan.json`` in the output directory."""
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir or ".")
             folder.mkdir(parents=True, exist_ok=True)
-            write_plan(self._plan, folder / "plan.json")
+            write_plan(plan, folder / "plan.json")
 
     # Evaluation
 

@@ -25,7 +25,6 @@ from ds_lvxattn.groups import SequenceParallelGroups, set_timeouts
 from ds_lvxattn.plan.layer_plan import PlanSettings, plan_layers
 from ds_lvxattn.plan.planner import Plan
 from ds_lvxattn.plan.profile import profile_for_device
-from ds_lvxattn.runtime.layer_times import LayerTimes
 from ds_lvxattn.training import checkpoint
 from ds_lvxattn.training.answers import evaluate_answers
 from ds_lvxattn.training.attach import Attached
@@ -40,15 +39,13 @@ from ds_lvxattn.training.lora import has_adapters, merged, save_adapter
 from ds_lvxattn.training.memory_plan import memory_plan, model_states
 from ds_lvxattn.training.order import Order
 from ds_lvxattn.training.outcome import gather, on_all_ranks
+from ds_lvxattn.training.plan_times import PlanTimes
 from ds_lvxattn.training.provenance import write_provenance
 from ds_lvxattn.training.run_folder import RunFolder
 from ds_lvxattn.training.run_log import RunLog
 from ds_lvxattn.training.settings import FinetuningConfig
 from ds_lvxattn.training.tokens import step_of, with_gradient
 from ds_lvxattn.training.watchdog import Watchdog, group_timeout
-
-# Steps after a plan in which its layers are measured; the first ones compile kernels and open connections.
-MEASURED_STEPS = range(2, 5)
 
 
 @dataclass(frozen=True)
@@ -138,9 +135,6 @@ class Trainer:
             job.train, self.engine.train_micro_batch_size_per_gpu(),
             self.groups.get_data_parallel_rank(), self.groups.get_data_parallel_world_size(),
         )  # fmt: skip
-        self._at = self._first = self._planned_at = 0  # steps: the one at hand, the first, the plan's first
-        self._plan: Plan = ()  # that of the last micro-batch
-        self._times: LayerTimes | None = None
         self.learning = Learning(job.finetuning.max_bad_share)
         self.skipped = 0  # broken samples of this rank's group, since the start
         self.loader = self._loader(job.train)
@@ -188,13 +182,13 @@ class Trainer:
             start = min(begun, job.steps - 1) * accumulation
             batches = self.loader.stream(self.order.rows, start, job.steps * accumulation)
             first = next(batches)
-            self._make_plan(log, first.layout)
+            self.plan_times = PlanTimes(self.batches, self.device, log.plan)
+            self.plan_times.start(self._make_plan(log, first.layout), begun + 1)
             batches = itertools.chain((first,), batches)
-            self._first = self._planned_at = begun + 1
             step, result = begun, {}
             for step in range(begun + 1, job.steps + 1):
                 self.watchdog.enter(f"step {step}")
-                self._measure_layers(log, step)
+                self.plan_times.start_step(step)
                 metrics = self._step(batches, accumulation)
                 log.step({"step": step, **metrics})
                 self.learning.note_gradient(step, metrics["grad_norm"])
@@ -227,18 +221,18 @@ class Trainer:
             log.close()
         return result
 
-    def _make_plan(self, log: RunLog, first: BatchLayout) -> None:
-        """Choose the strategies for batches like the first one."""
+    def _make_plan(self, log: RunLog, first: BatchLayout) -> Plan:
+        """Choose the strategies for batches like the first one; empty where ranks share no samples."""
         collator, planner, model = self.batches.collator, self.batches.planner, self.job.loaded.model
         if self.parallel is None or planner is None:
             layers = collator.family.attention_layers(model).values()
             log.plan(plan_layers(list(layers), {}, profile_for_device(self.device.type), PlanSettings(), ranks=1))
-            return
+            return ()
         self.attached.calibrate()
         sizes, family = collator.sizes(first), collator.family
         visual_widths = family.visual_widths() if isinstance(family, VisualFamily) else ()
-        self._plan = planner.start(sizes)
-        log.plan(self._plan)
+        plan = planner.start(sizes)
+        log.plan(plan)
         log.memory(
             memory_plan(
                 planner.layer_sizes(sizes.shapes()), visual_widths,
@@ -246,31 +240,7 @@ class Trainer:
                 first, self.device,
             )
         )  # fmt: skip
-
-    def _compare_plan(self) -> None:
-        """Whether the micro-batch at hand is of another plan than the one before it."""
-        plan = self.batches.planner.plan if self.batches.planner else ()
-        if plan is not self._plan and _modes(plan) != _modes(self._plan):
-            self._planned_at = self._at + 1  # from the next step on, so that whole steps are measured
-        self._plan = plan
-
-    def _measure_layers(self, log: RunLog, step: int) -> None:
-        """Switch the measurement of attention layers on and off; tell of it when a plan's steps are measured."""
-        self._at = step
-        if self.parallel is None:
-            return
-        since = step - self._planned_at
-        if since == 0 and step > self._first:
-            log.plan(self._plan)  # another plan than the one told of
-            self._times = None
-        if since == MEASURED_STEPS.start:
-            self._times = LayerTimes(self.device)
-        elif since == MEASURED_STEPS.stop and self._times is not None:
-            self._plan = self.batches.note_times(self._plan, self._times)
-            self._times = None
-            log.plan(self._plan)
-        if self._times is not None:
-            self._times.start_step()
+        return plan
 
     def _step(self, batches: Iterator[Loaded], accumulation: int) -> dict[str, Any]:
         """One optimizer step; its metrics."""
@@ -287,8 +257,7 @@ class Trainer:
         self.skipped += sum(loaded.skipped for loaded in micro_batches)
         for loaded in micro_batches:
             self.watchdog.tick()
-            batch = self.batches.prepare(loaded, self._times)
-            self._compare_plan()
+            batch = self.plan_times.prepare(loaded)
             loss = with_gradient(self.engine(**batch.inputs).loss, self.engine)
             self.engine.backward(loss * self.loss_factor)
             self.engine.step()
@@ -359,10 +328,6 @@ class Trainer:
             log.say(f"{name} saved in {folder}")
             if folder is not None and job.finetuning.push_to_hub:
                 log.say(push(folder, job.finetuning.push_to_hub))
-
-
-def _modes(plan: Plan) -> list[tuple[str, str]]:
-    return [(layer.strategy, layer.schedule) for layer in plan]
 
 
 def peak_memory() -> int:
