@@ -22,6 +22,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,13 +46,16 @@ def use_link(name: str) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default="96:1:384,96:1:4096,96:4:384,96:4:4096", help="FRAMES:TILES:TEXT, ...")
-    parser.add_argument("--strategies", default="lv_xattn,ulysses,ring", help="each with :SCHEDULE where wanted")
+    parser.add_argument(
+        "--strategies", default="lv_xattn,ulysses,ring", help="each with :SCHEDULE, or + for text on every rank"
+    )
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=2, help="of ZeRO")
     parser.add_argument("--link", choices=LINKS, default="nvlink")
     parser.add_argument("--seconds", type=float, default=150, help="for each item of --work, profile not counted")
     parser.add_argument("--rounds", type=int, default=9, help="at most, for each item of --work")
     parser.add_argument("--layers", type=int, default=40, help="text layers, of which every fifth is cross-attention")
     parser.add_argument("--no_profile", action="store_true")
+    parser.add_argument("--zero", type=json.loads, default={}, help="more keys of 'zero_optimization', as JSON")
     parser.add_argument("--tiny", action="store_true", help="a small model")
     parser.add_argument("--output", type=Path, default=Path("step.json"))
     parser.add_argument("--read", type=Path, nargs="*", help="print, and with --plot draw, what these files hold")
@@ -80,9 +84,10 @@ from ds_lvxattn.groups import SequenceParallelGroups, start_distributed  # noqa:
 from ds_lvxattn.training.loading import loss_factor, parameter_groups, select_trainable  # noqa: E402
 
 SETTLING = 2  # steps of a strategy ahead of the rounds: kernels compile, connections open, memory finds its place
+COPIED = "+"  # behind a strategy: text on every rank
 
 
-def ds_config(stage: int, ranks: int, on_gpu: bool) -> dict[str, Any]:
+def ds_config(stage: int, ranks: int, on_gpu: bool, zero: Mapping[str, Any]) -> dict[str, Any]:
     """The shipped settings for a pretrained model, with a learning rate of 0."""
     return {
         "train_batch_size": 1,
@@ -91,7 +96,7 @@ def ds_config(stage: int, ranks: int, on_gpu: bool) -> dict[str, Any]:
         "steps_per_print": 1_000_000,
         "bf16": {"enabled": on_gpu},
         "optimizer": {"type": "AdamW", "params": {"lr": 0.0, "weight_decay": 0.0, "torch_adam": True}},
-        "zero_optimization": {"stage": stage, "overlap_comm": True, "contiguous_gradients": True},
+        "zero_optimization": {"stage": stage, "overlap_comm": True, "contiguous_gradients": True, **zero},
         "sequence_parallel_size": ranks,
     }
 
@@ -114,10 +119,12 @@ def tiny_config() -> MllamaConfig:
 class Runner:
     """One engine and, for each strategy, what makes its batches."""
 
-    def __init__(self, stage: int, sizes: MllamaConfig, strategies: Sequence[str]) -> None:
+    def __init__(
+        self, stage: int, sizes: MllamaConfig, strategies: Sequence[str], zero: Mapping[str, Any] | None = None
+    ) -> None:
         self.ranks, self.cuda = dist.get_world_size(), torch.cuda.is_available()
         self.device = torch.device(get_accelerator().current_device_name())
-        settings = ds_config(stage, self.ranks, self.cuda)
+        settings = ds_config(stage, self.ranks, self.cuda, zero or {})
         config = sequence_parallel_config(settings, self.ranks)
         dtype = torch.bfloat16 if self.cuda else torch.float32
         groups = SequenceParallelGroups(self.ranks)
@@ -131,8 +138,9 @@ class Runner:
         self.sizes = sizes
         self.batches: dict[str, Batches] = {}
         for name in strategies:
-            strategy, _, schedule = name.partition(":")
-            update = {"strategy": strategy, "schedule": schedule or "auto"}
+            strategy, _, schedule = name.removesuffix(COPIED).partition(":")
+            text = "replicated" if name.endswith(COPIED) else "divided"
+            update = {"strategy": strategy, "schedule": schedule or "auto", "text": text}
             self.parallel.config = config.model_copy(update=update)
             self.batches[name] = Batches(
                 self.model, processor, 0, sizes.image_token_index, self.device, dtype, self.parallel
@@ -148,8 +156,8 @@ class Runner:
             *((module, "cross-attention") for name, module in text.named_modules() if name.endswith(".cross_attn")),
         ]
 
-    def load(self, frames: int, tiles: int, text: int) -> Loaded:
-        """The rank's part of the batch, pixels included.
+    def load(self, frames: int, tiles: int, text: int) -> dict[bool, Loaded]:
+        """The rank's part of the batch, pixels included, with text divided and (True) on every rank.
 
         Raises:
             ValueError: its frames have another number of tiles.
@@ -161,16 +169,18 @@ class Runner:
         tokens = (self.sizes.vision_config.image_size // self.sizes.vision_config.patch_size) ** 2 + 1
         if loaded.layout.keys.total != frames * tiles * tokens:
             raise ValueError(f"{frames} frames of {tiles} tiles have {loaded.layout.keys.total} visual tokens")
-        return loaded
+        if self.ranks == 1:
+            return {False: loaded}
+        return {False: loaded, True: replace(loaded, layout=batches.collator.frames_layout([sample]))}
 
-    def step(self, name: str, loaded: Loaded, marks: Marks | None = None) -> tuple[float, float]:
+    def step(self, name: str, loaded: Mapping[bool, Loaded], marks: Marks | None = None) -> tuple[float, float]:
         """Seconds of a step, of the slowest rank, and its loss."""
         _synchronize(self.cuda)
         dist.barrier()
         began = time.perf_counter()
         if marks:
             marks.set("text")
-        batch = self.batches[name].prepare(loaded, marks)  # type: ignore[arg-type]
+        batch = self.batches[name].prepare(loaded[name.endswith(COPIED)], marks)  # type: ignore[arg-type]
         loss = self.engine(**batch.inputs).loss
         self.engine.backward(loss * self.factor)
         if marks:
@@ -183,7 +193,7 @@ class Runner:
         dist.all_reduce(whole)
         return seconds.item(), whole.item()
 
-    def parts_of_step(self, name: str, loaded: Loaded) -> dict[str, float]:
+    def parts_of_step(self, name: str, loaded: Mapping[bool, Loaded]) -> dict[str, float]:
         """What a profiled step is made of, on this rank."""
         marks = Marks(self.cuda)
         if not self.cuda:
@@ -237,7 +247,12 @@ def measure(
     frames, tiles, text = work
     loaded = runner.load(frames, tiles, text)
     names = list(runner.batches)
-    found: dict[str, Any] = {"frames": frames, "tiles": tiles, "text": text, "visual_tokens": loaded.layout.keys.total}
+    found: dict[str, Any] = {
+        "frames": frames,
+        "tiles": tiles,
+        "text": text,
+        "visual_tokens": loaded[False].layout.keys.total,
+    }
     found["strategies"] = {name: {"steps": [], "losses": []} for name in names}
     for name in names:
         if runner.cuda:
@@ -352,7 +367,8 @@ def main(args: argparse.Namespace) -> None:
         return
     start_distributed()
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    runner = Runner(args.stage, tiny_config() if args.tiny else model_config(args.layers), args.strategies.split(","))
+    sizes = tiny_config() if args.tiny else model_config(args.layers)
+    runner = Runner(args.stage, sizes, args.strategies.split(","), args.zero)
     first = dist.get_rank() == 0
     device = torch.cuda.get_device_name() if runner.cuda else "CPU"
     common = {"device": device, "torch": torch.__version__, "ranks": runner.ranks, "stage": args.stage}

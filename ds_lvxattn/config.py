@@ -64,6 +64,8 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
         placement: how frames lie on the ranks.
         inner_size: consecutive ranks of a group that share a node, for ``hybrid`` and what else tells nodes apart; None
             goes by the hosts of the ranks.
+        text: whether text is ``divided`` over the ranks or, ``replicated``, on every rank, where only the frames are
+            divided: then self-attention exchanges nothing, and cross-attention merges partial results.
         size: ranks of a sequence-parallel group, from ``sequence_parallel_size`` beside the block.
         offload: keep on the CPU what layers that recompute keep, from ``activation_checkpointing.cpu_checkpointing``.
     """
@@ -77,6 +79,7 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
     recompute: Literal["none", "kv", "layer"] = "kv"
     placement: Literal["contiguous", "striped"] = "contiguous"
     inner_size: int | None = Field(None, ge=1, strict=True)
+    text: Literal["auto", "divided", "replicated"] = "auto"
     size: int = Field(1, ge=1)
     offload: bool = False
 
@@ -191,6 +194,12 @@ def sequence_parallel_config(ds_config: dict[str, Any], world_size: int) -> Sequ
         config = SequenceParallelConfig(**beside, **block)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from None
+    if config.text == "replicated" and (config.strategy not in ("auto", "lv_xattn") or config.layers):
+        raise ConfigError(
+            f"'{BLOCK_KEY}.text' is 'replicated', where partial results of the queries are merged and nothing else "
+            f"travels, and the strategy is {config.strategy!r} (layers {config.layers}): set 'text' to 'divided', or "
+            "'strategy' to 'auto' without 'layers'"
+        )
     if config.offload and config.recompute == "none":
         raise ConfigError(
             f"'{CHECKPOINTING_KEY}.cpu_checkpointing' is true and '{BLOCK_KEY}.recompute' is 'none': only what "

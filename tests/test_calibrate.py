@@ -83,7 +83,7 @@ def times_and_plans() -> tuple[list[dict[str, float]], list[tuple], list[bool]]:
         made.append(True)
         return {role: CallShape(1, (64, 64), (5000, 5000), 4) for role in ("cross", "self")}
 
-    before, sizes = modes(planner.plan), BatchSizes((1, 7, 14), 2, 64, 0.0, shapes)
+    before, sizes = modes(planner.plan), BatchSizes((1, 7, 14), 2, False, 64, 0.0, shapes)
     plans = [before, *(modes(planner.follow(sizes)) for _ in range(2))]
     changed = [now != then for then, now in itertools.pairwise(plans)]
     later = plans[-1]

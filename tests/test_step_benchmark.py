@@ -21,7 +21,7 @@ import step_parts  # noqa: E402
 
 def tiny_runs(stage: int) -> dict[str, Any]:
     start_deepspeed()
-    runner = step.Runner(stage, step.tiny_config(), ("lv_xattn", "ulysses", "ring", "lv_xattn:ring"))
+    runner = step.Runner(stage, step.tiny_config(), ("lv_xattn", "ulysses", "ring", "lv_xattn+"))
     saved: list[dict[str, Any]] = []
     found = step.measure(runner, (5, 1, 24), 0.0, 2, True, saved.append)
     runner.engine.destroy()

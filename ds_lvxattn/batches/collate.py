@@ -105,7 +105,14 @@ class Collator:
         """Layout of ``samples`` on a single rank: every rank of the group is to compute all of them."""
         return self._layout(samples, 1, "contiguous", packing)
 
-    def _layout(self, samples: Sequence[Sample], ranks: int, placement: str, packing: int | None) -> BatchLayout:
+    def frames_layout(self, samples: Sequence[Sample], packing: int | None = None) -> BatchLayout:
+        """Layout of ``samples`` whose frames are divided over the ranks, while every rank has all of the text."""
+        assert self.division is not None and not self.family.keys_in_text
+        return self._layout(samples, self.division.comm.ranks, self.division.placement, packing, divide_text=False)
+
+    def _layout(
+        self, samples: Sequence[Sample], ranks: int, placement: str, packing: int | None, divide_text: bool = True
+    ) -> BatchLayout:
         return lay_out(
             samples,
             [self._frame_shapes(s) for s in samples],
@@ -115,6 +122,7 @@ class Collator:
             self.pad_token,
             self.image_id,
             packing,
+            divide_text,
         )
 
     def _frame_shapes(self, sample: Sample) -> list[FrameShape]:
@@ -125,7 +133,7 @@ class Collator:
 
     def rank_in(self, layout: BatchLayout) -> int:
         """Which rank of ``layout`` this one is; one of a single rank is that of every rank."""
-        return self.division.comm.rank if self.division and layout.text.ranks > 1 else 0
+        return self.division.comm.rank if self.division and layout.keys.ranks > 1 else 0
 
     def check(self, sample: Sample) -> Sample:
         """``sample``, if its text has one image token for each frame. Raises ``SampleError`` otherwise."""
@@ -149,7 +157,8 @@ class Collator:
         """What the planner must know of the batch."""
         return BatchSizes(
             shape_class(layout.rows, layout.text.total, layout.keys.total),
-            layout.text.ranks,
+            layout.keys.ranks,
+            layout.copies > 1,
             layout.rows * layout.text.total,
             layout.encoder_tokens,
             functools.partial(self._shapes, layout),
@@ -159,11 +168,14 @@ class Collator:
         element = self.dtype.itemsize
         shapes = {}
         for kind, shards, ranges in self._kinds(layout):
+            rows_of_batch = 1 if kind == "cross" else layout.rows  # there all of them are one sequence
+            if layout.copies > 1:  # no row travels
+                shapes[kind] = CallShape(rows_of_batch, shards.q.lengths, shards.kv.lengths, element)
+                continue
             size, between = self._node_size(layout), None
             if size is not None and ranges is not None:
                 rows = KVInterval(*ranges).of_nodes(shards.q, size)
                 between = routed_rows(rows.start, rows.stop, shards.of_nodes(size))
-            rows_of_batch = 1 if kind == "cross" else layout.rows  # there all of them are one sequence
             shapes[kind] = CallShape(
                 rows_of_batch, shards.q.lengths, shards.kv.lengths, element,
                 None if ranges is None else routed_rows(*ranges, shards),
@@ -206,8 +218,8 @@ class Collator:
             times: measures the attention layers; None: nothing is measured.
             tokens: what the sum of the losses of the supervised tokens is divided by; None: their number.
         """
-        own = layout.text.index(self.rank_in(layout))
-        # Of a batch that every rank computes whole, each counts its part of the loss and of the gradients.
+        own = layout.rows_of(self.rank_in(layout))
+        # Of text that every rank computes, each counts its part of the loss and of the gradients.
         shares = self.division.comm.ranks // layout.text.ranks if self.division else 1
         labels = torch.from_numpy(layout.shift_labels[:, own]).contiguous()
         answers, num_answers = number_answers(layout.shift_labels)
@@ -285,11 +297,11 @@ class Collator:
         times: LayerTimes | None,
     ) -> SequenceParallelBatch:
         assert self.division is not None
-        comm = self.division.comm if layout.text.ranks > 1 else communicator(None)
+        comm = self.division.comm if layout.keys.ranks > 1 else communicator(None)
         # Kinds of layers whose rows are routed: between all ranks, and between nodes.
         routed = {(plan.kind, plan.mode.two_levels) for plan in plans.values() if plan.mode.routes_by_mask}
         roles = {
-            kind: self._inputs(comm, shards, ranges, [levels for of, levels in routed if of == kind])
+            kind: self._inputs(comm, shards, ranges, [levels for of, levels in routed if of == kind], layout.copies > 1)
             for kind, shards, ranges in self._kinds(layout)
         }
         shapes = layout.own_shapes(comm.rank)
@@ -327,10 +339,15 @@ class Collator:
                 yield kind_of(role, window), shards, ranges
 
     def _inputs(
-        self, comm: Communicator, shards: ShardLayout, ranges: tuple[Tensor, Tensor] | None, routed: Sequence[bool]
+        self,
+        comm: Communicator,
+        shards: ShardLayout,
+        ranges: tuple[Tensor, Tensor] | None,
+        routed: Sequence[bool],
+        copied: bool,
     ) -> AttentionInputs:
         if ranges is None:
-            return AttentionInputs(shards, None)
+            return AttentionInputs(shards, None, copied=copied)
         start, stop = ranges
         routes, between, size = None, None, comm.node_size
         one_level = comm.ranks > 1 and size in (1, comm.ranks)  # two levels are then the flat mode
@@ -341,7 +358,7 @@ class Collator:
             nodes = shards.of_nodes(size)
             between = Routes.build(rows.start, rows.stop, nodes, comm.rank // size, self.device)
         interval = KVInterval(start.to(self.device), stop.to(self.device))
-        return AttentionInputs(shards, interval, routes, routes if one_level else between)
+        return AttentionInputs(shards, interval, routes, routes if one_level else between, copied)
 
 
 def _pad_frames(x: Tensor, frames: int) -> Tensor:

@@ -30,6 +30,8 @@ from ds_lvxattn.families.family import Family, VisualFamily, portions_of
 class BatchLayout:
     """Layout of a micro-batch of ``B`` rows, of one sample each unless they are packed, over ``n`` ranks.
 
+    The text is divided, or on every rank: then ``text`` has one shard, while ``keys`` has one for each rank.
+
     Attributes:
         spans: where each sample lies.
         text: shards of the text, padded to the longest row. Where all keys are in the text, it has one token for each
@@ -93,6 +95,15 @@ class BatchLayout:
         return sum(shape.encoder_tokens for shapes in self.shapes for shape in shapes)
 
     @property
+    def copies(self) -> int:
+        """On how many ranks each row of text is: 1, or all where only the frames are divided."""
+        return self.keys.ranks // self.text.ranks
+
+    def rows_of(self, rank: int) -> slice | np.ndarray:
+        """What takes the rows of text of ``rank`` out of an array along the text."""
+        return self.text.index(rank if self.copies == 1 else 0)
+
+    @property
     def supervised_tokens(self) -> int:
         """Labels that count in the loss, over all samples and ranks."""
         return int((self.shift_labels != IGNORE).sum())
@@ -104,7 +115,7 @@ class BatchLayout:
         own = {"self": ShardLayout(self.text, self.text)}
         if self.keys_in_text:
             return own
-        rows = SequenceShards(tuple(self.rows * tokens for tokens in self.text.lengths))
+        rows = SequenceShards(tuple(self.rows * tokens for tokens in self.text.lengths) * self.copies)
         return {"cross": ShardLayout(rows, self.keys), **own}
 
     def sees_all(self, role: str) -> bool:
@@ -113,7 +124,7 @@ class BatchLayout:
 
     def ranges_of(self, role: str, window: int | None = None) -> tuple[Tensor, Tensor]:
         """``start, stop`` of the rows of every rank in attention of ``role``: int32 on the CPU, ``[n, B, s_max]``, or
-        ``[n, 1, B * s_max]`` for ``cross``.
+        ``[n, 1, B * s_max]`` for ``cross``; ``n`` is 1 where every rank has all rows.
 
         Args:
             window: of ``self``, the last keys that a row sees; None: all before it in its sample.
@@ -213,6 +224,7 @@ def lay_out(
     pad_token: int,
     image_id: int,
     packing: int | None = None,
+    divide_text: bool = True,
 ) -> BatchLayout:
     """The layout of ``samples`` over ``ranks``.
 
@@ -225,6 +237,7 @@ def lay_out(
         pad_token: token id behind the end of a sample.
         image_id: token id of a frame.
         packing: tokens of a row that samples share; None: each has a row of its own.
+        divide_text: False: only the frames are divided, which needs keys of their own.
     """
     # Text that sees visual tokens as keys of their own has one row for the image token of a frame.
     rows_of = [
@@ -233,9 +246,12 @@ def lay_out(
     ]
     spans = first_fit([len(ids) for ids, _ in rows_of], packing)
     # A rank without a text token could not run the text layers, so very short text is padded to one token a rank.
-    length = max(ranks, *(span.stop for span in spans))
+    text_ranks = ranks if divide_text else 1
+    length = max(text_ranks, *(span.stop for span in spans))
     striped = placement == "striped"
-    text = (SequenceShards.balanced if striped and family.keys_in_text else SequenceShards.contiguous)(length, ranks)
+    text = (SequenceShards.balanced if striped and family.keys_in_text else SequenceShards.contiguous)(
+        length, text_ranks
+    )
     # What a frame weighs: keys where they stay on its rank, and where they travel to the text the encoder's work.
     seen_of = [_ranges(sample, family, image_id) for sample in samples]
     shapes = [

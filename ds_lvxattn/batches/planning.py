@@ -32,13 +32,18 @@ def planner_for(parallel: SequenceParallel, device: torch.device, dtype: torch.d
                 select_kernel(parallel.config.kernel, call)
             except ValueError as error:
                 raise ConfigError(f"layer {layer.name}: {error}") from error
+    if parallel.config.text == "replicated" and parallel.family.keys_in_text:
+        raise ConfigError(
+            "'sequence_parallel.text' is 'replicated', and the visual tokens of this model stand in its text, or it "
+            "has none, so nothing would be divided: set it to 'auto' or 'divided'"
+        )
     group = parallel.comm.group
 
     def share(make: Callable[[], list[LayerPlan]], everyone: bool) -> list[LayerPlan]:
         return made_by_first(make, None if everyone else group)
 
     config = parallel.config
-    settings = PlanSettings(config.strategy, config.layers, config.schedule)
+    settings = PlanSettings(config.strategy, config.layers, config.schedule, text=config.text)
     calls = {Call(device.type, dtype, layer.heads, layer.kv_heads, layer.head_dim, masked=False) for layer in layers}
     usable = {name for call in calls for name in usable_kernels(call)}
     return Planner(
@@ -93,7 +98,8 @@ def _dense_operations(parallel: SequenceParallel) -> tuple[float, float]:
     if not decoder:  # a language model of layers that transformers does not checkpoint: anything may be part of it
         decoder = others
     passes = 6.0 if any(p.requires_grad for p in others) else 2.0
-    return 6.0 * sum(decoder.values()), passes * sum(others.values())
+    # Gradients of rows go through all weights, those of weights are computed where they train.
+    return sum((6.0 if p.requires_grad else 4.0) * n for p, n in decoder.items()), passes * sum(others.values())
 
 
 def shipped_profile(device: torch.device) -> Profile:

@@ -87,11 +87,15 @@ class Batches:
         self._plans: Mapping[nn.Module, LayerPlan] = {}
 
     def layout(self, samples: Sequence[Sample]) -> BatchLayout:
-        """Where ``samples`` lie; a small batch on a single rank, where every rank is to compute all of it."""
+        """Where ``samples`` lie; a small batch, or the text alone, on a single rank, where every rank is to compute all
+        of it."""
         divided = self.collator.layout(samples, self.packing)
-        if self.planner is None or divided.text.ranks == 1 or not self.planner.undivided(self.collator.sizes(divided)):
+        if self.planner is None or divided.text.ranks == 1:
             return divided
-        return self.collator.undivided_layout(samples, self.packing)
+        sizes = self.collator.sizes(divided)
+        if self.planner.undivided(sizes):
+            return self.collator.undivided_layout(samples, self.packing)
+        return self.collator.frames_layout(samples, self.packing) if self.planner.copies_text(sizes) else divided
 
     def plans(self, layout: BatchLayout) -> Mapping[nn.Module, LayerPlan]:
         """What each attention module runs a batch with, planned now if it is of a class of sizes without a plan.

@@ -12,7 +12,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.plan.choice import Candidate, best_of_each, candidates, choose, reason
 from ds_lvxattn.plan.cost import Layer
 from ds_lvxattn.plan.kernel_choice import AUTO, kernel_choice
-from ds_lvxattn.plan.modes import LOCAL, Mode, ModeKey, mode_named, schedules, strategies
+from ds_lvxattn.plan.modes import LOCAL, REPLICATED, Mode, ModeKey, mode_of, schedules, strategies
 from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.plan.traffic import CallShape
 from ds_lvxattn.plan.visibility import of_shape
@@ -85,7 +85,7 @@ class LayerPlan:
     @property
     def mode(self) -> Mode:
         """What it runs with; ``LOCAL`` where nothing is exchanged."""
-        return mode_named(self.strategy, self.schedule)
+        return mode_of((self.strategy, self.schedule))
 
     @property
     def kind(self) -> str:
@@ -117,12 +117,14 @@ class PlanSettings:
         layers: module-name patterns to strategies, over ``strategy``; the first match counts.
         schedule: for the strategies that have it, or ``auto``.
         recompute: the policy in effect: ``none``, ``kv`` or ``layer``.
+        text: ``auto``, ``divided``, or ``replicated`` for all of it on every rank.
     """
 
     strategy: str = "auto"
     layers: Mapping[str, str] = field(default_factory=dict)
     schedule: str = "auto"
     recompute: str = "none"
+    text: str = "auto"
 
     def forced(self, layer: str) -> str | None:
         """The strategy that they prescribe for a layer, if any."""
@@ -139,6 +141,7 @@ def plan_layers(
     before: Mapping[str, ModeKey] | None = None,
     room: float | None = None,
     kernels: Collection[str] | None = None,
+    text_copied: bool = False,
 ) -> list[LayerPlan]:
     """A plan for every layer.
 
@@ -151,6 +154,7 @@ def plan_layers(
         before: strategy and schedule that layers ran with so far, by layer name.
         room: bytes that a layer's exchange may need while it runs; None: no limit.
         kernels: local kernels that can be used; None: all that the profile knows.
+        text_copied: every rank has all of the text, and only the frames are divided.
 
     Raises:
         ConfigError: a pattern of ``settings.layers`` matches no exchanged layer, or the strategy that a setting
@@ -171,22 +175,39 @@ def plan_layers(
         key = (layer.kind, layer.heads, layer.kv_heads, layer.head_dim, forced, past)
         if key not in known:
             sizes = shapes.get(layer.kind)
-            why = _nothing_to_exchange(layer, sizes, ranks)
+            why = _nothing_to_exchange(layer, sizes, ranks, text_copied)
             if sizes is None or why is not None:
                 known[key] = LayerPlan(layer.name, layer.role, *LOCAL.key, {}, {}, why or "", window=layer.window)
+            elif text_copied:
+                known[key] = _replicated_layer(layer, sizes, profile, settings)
             else:
                 known[key] = _plan_layer(layer, sizes, profile, settings, forced, past, room, kernels)
         plans.append(replace(known[key], layer=layer.name))
     return plans
 
 
-def _nothing_to_exchange(layer: AttentionLayer, sizes: CallShape | None, ranks: int) -> str | None:
+def _nothing_to_exchange(layer: AttentionLayer, sizes: CallShape | None, ranks: int, text_copied: bool) -> str | None:
     """Why every rank attends by itself, or None where it does not."""
     if sizes is None or ranks == 1:
         return "each rank attends within its own frames" if layer.role == "local" else "one rank, nothing to exchange"
+    if sizes.ranks == 1 and text_copied:
+        return "every rank has all of the text"
     if sizes.ranks == 1:
         return "a small batch, which every rank computes whole: predicted faster than dividing it"
     return None if sum(sizes.kv_lengths) else "no rank has a key, nothing to exchange"
+
+
+def _replicated_layer(layer: AttentionLayer, sizes: CallShape, profile: Profile, settings: PlanSettings) -> LayerPlan:
+    """Of text that is on every rank only partial results travel, whatever the strategy of divided text would be."""
+    policy = recomputed(layer.role, settings.recompute)
+    shape = sizes.of_layer(layer.heads, layer.kv_heads, layer.head_dim, policy)
+    cost = REPLICATED.cost(Layer(shape, of_shape(shape)), profile)
+    received = max(REPLICATED.traffic(shape, rank).total for rank in range(shape.ranks))
+    return LayerPlan(
+        layer.name, layer.role, *REPLICATED.key, {REPLICATED.strategy: round(cost.attention * 1e3, 4)},
+        {REPLICATED.strategy: received}, "every rank has all of the text; partial results are merged",
+        window=layer.window,
+    )  # fmt: skip
 
 
 def _plan_layer(

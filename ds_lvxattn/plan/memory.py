@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ds_lvxattn.plan.layer_sizes import FLOAT32, LayerSizes
-from ds_lvxattn.plan.modes import mode_named
+from ds_lvxattn.plan.modes import mode_of
 
 POLICIES = ("none", "kv", "layer")
 
@@ -45,7 +45,7 @@ def returned_bytes(sizes: LayerSizes) -> int:
 
     They are kept under every policy, so that nothing has to be attended to, or sent, again.
     """
-    return mode_named(sizes.strategy, sizes.schedule).returned(sizes)
+    return mode_of((sizes.strategy, sizes.schedule)).returned(sizes)
 
 
 def _attention_bytes(sizes: LayerSizes) -> int:
@@ -57,7 +57,7 @@ def _attention_bytes(sizes: LayerSizes) -> int:
     if sizes.role == "cross":
         kept += sizes.norm_bytes(sizes.rows * sizes.heads, sizes.head_dim)
         kept += sizes.norm_bytes(sizes.keys * sizes.kv_heads, sizes.head_dim)
-    return kept + mode_named(sizes.strategy, sizes.schedule).inputs(sizes)
+    return kept + mode_of((sizes.strategy, sizes.schedule)).inputs(sizes)
 
 
 def _second_attention_bytes(sizes: LayerSizes) -> int:

@@ -14,8 +14,8 @@ from ds_lvxattn.plan.layer_plan import AttentionLayer, LayerPlan, PlanSettings, 
 from ds_lvxattn.plan.layer_sizes import LayerSizes
 from ds_lvxattn.plan.memory import POLICIES, kept_bytes
 from ds_lvxattn.plan.profile import Profile
-from ds_lvxattn.plan.replicated_compute import replicating_is_faster
-from ds_lvxattn.plan.traffic import CallShape
+from ds_lvxattn.plan.replicated_compute import copying_text_is_faster, replicating_is_faster
+from ds_lvxattn.plan.traffic import CallShape, LayerShape
 
 Plan = tuple[LayerPlan, ...]  # a layer each, in the model's order
 
@@ -46,6 +46,7 @@ class BatchSizes:
     Attributes:
         shape_class: ``choice.shape_class`` of it. Batches of one class have one plan.
         ranks: over which it is divided; 1 where every rank computes all of it.
+        text_copied: only the frames are divided, and every rank has all of the text.
         rows: text rows, over all samples.
         encoded: tokens of the vision encoder, over all samples.
         shapes: makes the sizes of each exchanged kind of layers; called for a new class only.
@@ -53,6 +54,7 @@ class BatchSizes:
 
     shape_class: ShapeClass
     ranks: int
+    text_copied: bool
     rows: int
     encoded: float
     shapes: Callable[[], Mapping[str, CallShape]]
@@ -104,8 +106,9 @@ class Planner:
         self._shipped, self._policy, self._room, self._share = profile, policy, room, share
         self.profile = profile
         self.plan: Plan = ()
-        self._plan_of: dict[tuple[ShapeClass, int], Plan] = {}
+        self._plan_of: dict[tuple[ShapeClass, int, bool], Plan] = {}
         self._undivided: dict[ShapeClass, bool] = {}
+        self._text_copied: dict[ShapeClass, bool] = {}
 
     def undivided(self, sizes: BatchSizes) -> bool:
         """Whether every rank is to compute a batch whole, of these sizes when divided, instead of its part of it.
@@ -116,17 +119,39 @@ class Planner:
         if settings.strategy != "auto" or settings.schedule != "auto" or settings.layers:
             return False
         if sizes.shape_class not in self._undivided:
-            shapes, policy = sizes.shapes(), self._policy()
-            layers = [
-                shapes[layer.kind].of_layer(
-                    layer.heads, layer.kv_heads, layer.head_dim, recomputed(layer.role, policy)
-                )
-                for layer in self._layers
-                if layer.kind in shapes
-            ]  # fmt: skip
             dense = sizes.rows * self._model.row_operations + sizes.encoded * self._model.token_operations
+            layers = [shape for _, shape in self._exchanged(sizes)]
             self._undivided[sizes.shape_class] = replicating_is_faster(layers, dense, self._shipped)
         return self._undivided[sizes.shape_class]
+
+    def copies_text(self, sizes: BatchSizes) -> bool:
+        """Whether every rank is to compute all of the text of a batch, of these sizes when divided, and its part of the
+        frames. Decided as ``undivided`` is.
+        """
+        settings = self._settings
+        if settings.text != "auto" or not any(layer.role == "cross" for layer in self._layers):
+            return settings.text == "replicated"
+        if settings.strategy != "auto" or settings.schedule != "auto" or settings.layers:
+            return False
+        if sizes.shape_class not in self._text_copied:
+            self._text_copied[sizes.shape_class] = copying_text_is_faster(
+                self._exchanged(sizes), self._model.row_operations, sizes.rows, self._shipped
+            )
+        return self._text_copied[sizes.shape_class]
+
+    def _exchanged(self, sizes: BatchSizes) -> list[tuple[str, LayerShape]]:
+        """Role and sizes of each attention layer that exchanges."""
+        shapes, policy = sizes.shapes(), self._policy()
+        return [
+            (
+                layer.role,
+                shapes[layer.kind].of_layer(
+                    layer.heads, layer.kv_heads, layer.head_dim, recomputed(layer.role, policy)
+                ),
+            )
+            for layer in self._layers
+            if layer.kind in shapes
+        ]
 
     def start(self, sizes: BatchSizes) -> Plan:
         """Plan afresh, for batches of these sizes: one plan for all ranks of the run, which all call it.
@@ -148,7 +173,7 @@ class Planner:
         """
         if not self.plan:
             return self.start(sizes)
-        known = self._plan_of.get((sizes.shape_class, sizes.ranks))
+        known = self._plan_of.get((sizes.shape_class, sizes.ranks, sizes.text_copied))
         if known is None:
             return self._remember(sizes, everyone=False)
         self.plan = known
@@ -162,14 +187,22 @@ class Planner:
             settings = replace(self._settings, recompute=self._policy())
             profile = self.profile if self._kernels is None else self.profile.limited_to(self._kernels)
             return plan_layers(
-                self._layers, shapes, profile, settings, self._ranks, before, self._room(), self._kernels
+                self._layers,
+                shapes,
+                profile,
+                settings,
+                self._ranks,
+                before,
+                self._room(),
+                self._kernels,
+                sizes.text_copied,
             )
 
         self.plan = tuple(
             replace(plan, kept_bytes={policy: kept_bytes(kept, policy) for policy in POLICIES}) if kept else plan
             for plan, kept in self._with_sizes(self._share(decide, everyone), shapes)
         )
-        self._plan_of[sizes.shape_class, sizes.ranks] = self.plan
+        self._plan_of[sizes.shape_class, sizes.ranks, sizes.text_copied] = self.plan
         return self.plan
 
     def layer_sizes(self, shapes: Mapping[str, CallShape]) -> list[LayerSizes]:

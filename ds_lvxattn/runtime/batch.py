@@ -20,6 +20,7 @@ from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.routes import Routes
 from ds_lvxattn.exchange.shards import ShardLayout
 from ds_lvxattn.plan.layer_plan import LayerPlan
+from ds_lvxattn.plan.modes import REPLICATED
 from ds_lvxattn.runtime.decoding import KeyCache
 from ds_lvxattn.runtime.layer_times import LayerTimes
 from ds_lvxattn.runtime.packing import packed, unpacked
@@ -35,12 +36,15 @@ class AttentionInputs:
         interval: key ranges of the rows of every rank, ``[n, B, s_max]``; None where every row sees all keys.
         routes: where this rank's rows travel; None when no layer of the kind is routed.
         routes_between: where the rows of its node travel, as ``hybrid`` routes them; None likewise.
+        copied: every rank has all queries, and counts its part of the loss. Where ``layout`` has one rank, it has all
+            keys too.
     """
 
     layout: ShardLayout
     interval: KVInterval | None
     routes: Routes | None = None
     routes_between: Routes | None = None
+    copied: bool = False
 
 
 class Exchanging(Protocol):
@@ -121,9 +125,10 @@ class SequenceParallelBatch:
         """
         plan = self.plans[module]
         inputs = self.roles[plan.kind]
-        samples = query.shape[0]
+        samples, alone = query.shape[0], inputs.layout.kv.ranks == 1
+        shared = inputs.copied and not alone
         if plan.role == "cross":
-            keys = inputs.layout.kv.lengths[self.comm.rank]
+            keys = inputs.layout.kv.lengths[0 if alone else self.comm.rank]
             query, key, value = packed(query), packed(key)[:, :, :keys], packed(value)[:, :, :keys]
             if self.visual is not None:
                 self.visual[module] = key, value
@@ -132,11 +137,13 @@ class SequenceParallelBatch:
             query,
             key,
             value,
-            group=self.comm.group,
-            strategy=plan.strategy,
+            group=None if alone else self.comm.group,
+            strategy=REPLICATED.strategy if shared else plan.strategy,
             interval=inputs.interval,
             scale=scale,
-            schedule=plan.schedule,
+            schedule="auto" if shared else plan.schedule,
+            queries="replicated" if shared else "sharded",
+            gradients="parts" if shared else "whole",
             kernel=plan.kernel if self.kernel == "auto" else self.kernel,
             shards=inputs.layout,
             routes=inputs.routes_between if plan.mode.two_levels else inputs.routes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import deepspeed
 import torch
@@ -68,6 +69,20 @@ def largest_differences(got: tuple[float, Gradients], want: tuple[float, Gradien
     return abs(got[0] - want[0]) / abs(want[0]), max(differences)
 
 
+def norms_in_float64(model: torch.nn.Module) -> torch.nn.Module:
+    """``model`` whose RMS norms compute in the dtype of their input, not in float32 as transformers has them: gradients
+    that are summed behind a norm on one side and ahead of it on the other are then equal in float64 too."""
+
+    def forward(norm: Any, x: Tensor) -> Tensor:
+        epsilon = getattr(norm, "variance_epsilon", None) or norm.eps
+        return norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon))
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            setattr(module, "forward", functools.partial(forward, module))  # noqa: B010
+    return model
+
+
 def batches_of(family: str) -> tuple[tuple[str, ...], ...]:
     if family == "text only":
         return TEXT
@@ -77,7 +92,11 @@ def batches_of(family: str) -> tuple[tuple[str, ...], ...]:
 @functools.cache
 def on_one_rank(family: str, patterns: tuple[str, ...], dtype: torch.dtype) -> tuple[float, Gradients]:
     """Loss and gradients of the unmodified model."""
-    model = tiny(family, dtype)
+    return loss_and_gradients(tiny(family, dtype), patterns)
+
+
+def loss_and_gradients(model: torch.nn.Module, patterns: Sequence[str]) -> tuple[float, Gradients]:
+    """Those of a model that is not attached."""
     value = loss_of(model, samples_of(patterns))
     value.backward()
     return value.item(), gradients_of(model)

@@ -43,6 +43,7 @@ class Case:
     accumulation: int = 1
     recompute: str = "none"
     inner_size: int | None = None
+    text: str = "auto"
 
     @property
     def batch(self) -> int:
@@ -54,7 +55,7 @@ class Case:
         return ds_config(
             self.stage, self.batch, self.micro_batch, self.size,
             strategy=strategy, schedule=schedule, placement=placement, recompute=self.recompute,
-            inner_size=self.inner_size,
+            inner_size=self.inner_size, text=self.text,
         )  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from ds_lvxattn.plan.modes.two_level import TWO_LEVEL
 from ds_lvxattn.plan.modes.ulysses import ULYSSES
 
 __all__ = [
-    "LOCAL", "Mode", "ModeKey", "eligible_modes", "mode_named", "modes", "register", "schedules", "strategies",
-    "unregister",
+    "LOCAL", "REPLICATED", "Mode", "ModeKey", "eligible_modes", "mode_named", "mode_of", "modes", "register",
+    "schedules", "strategies", "unregister",
 ]  # fmt: skip
 
 # Of each strategy, its first mode is what schedule ``auto`` of ``sp_attention`` takes.
@@ -74,6 +74,11 @@ def schedules(strategy: str | None = None) -> tuple[str, ...]:
     """Schedules that a config may name, of one strategy or of all, besides ``auto``."""
     found = (mode.schedule for mode in eligible_modes() if strategy in (None, mode.strategy))
     return tuple(dict.fromkeys(schedule for schedule in found if schedule != "auto"))
+
+
+def mode_of(key: ModeKey) -> Mode:
+    """The mode with this strategy and schedule, as a plan has it."""
+    return next(mode for mode in _MODES if mode.key == key)
 
 
 def mode_named(strategy: str, schedule: str = "auto", queries: str = "sharded") -> Mode:

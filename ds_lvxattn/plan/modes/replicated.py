@@ -1,6 +1,6 @@
 """Query exchange where every rank holds all the queries; see ``exchange/strategies/replicated.py``.
 
-Decoding and learned queries, which are not planned: nothing else can run them.
+Decoding and learned queries, which are not planned: nothing else can run them; and text that is on every rank.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ds_lvxattn.plan import network
-from ds_lvxattn.plan.cost import Layer, Pass, Passes, moved
-from ds_lvxattn.plan.modes import local
+from ds_lvxattn.plan.cost import Layer, Pass, Passes, kernel_times, moved, seen_on_a_rank
+from ds_lvxattn.plan.modes.gather import GATHER
 from ds_lvxattn.plan.modes.mode import Mode, own_inputs, own_results
 from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.plan.traffic import LayerShape, Traffic, from_sources
@@ -32,14 +32,15 @@ def passes(layer: Layer, profile: Profile) -> Passes:
     """All queries over the rank's own keys, one exchange of the results, one sum of the gradient."""
     shape = layer.shape
     rows = max(shape.q_lengths)
-    forward, backward, _ = local.passes(layer, profile)
+    kernels = kernel_times(layer, profile, rows, max(shape.kv_lengths), *seen_on_a_rank(layer))
+    delta = 0.0 if kernels.takes_out else moved(profile, 2 * shape.query_bytes(rows))
     result = shape.query_bytes(rows) + shape.statistic_bytes(rows)
     summed = shape.query_bytes(rows) / shape.element * shape.statistic
     merge = moved(profile, shape.ranks * result + shape.query_bytes(rows))
     sum_time = 2 * network.all_gather(profile, shape.ranks, summed / shape.ranks)
     return Passes(
-        Pass(forward.kernel, forward.passes + merge, network.all_gather(profile, shape.ranks, result)),
-        Pass(backward.kernel, backward.passes, sum_time),
+        Pass(kernels.forward, merge, network.all_gather(profile, shape.ranks, result)),
+        Pass(kernels.backward, delta, sum_time),
     )
 
 
@@ -60,5 +61,6 @@ REPLICATED = Mode(
     inputs=own_inputs,
     colour="#a6dba0",
     queries="replicated",
+    host_like=(GATHER,),
     eligible=False,
 )
