@@ -93,9 +93,13 @@ def test_a_mask_with_holes_is_attended_to_in_pieces() -> None:
     mask[0, 1] = False
     pieces = KVInterval.pieces_of_mask(mask)
     assert len(pieces) == max(len(runs(row)) for row in mask.flatten(0, 1).tolist()) > 1
-    out, _ = merge_attention([sp_attention(q, k, v, interval=piece) for piece in pieces])
+    merged, _ = merge_attention([sp_attention(q, k, v, interval=piece) for piece in pieces])
+    together, _ = sp_attention(q, k, v, interval=pieces)
     want = scaled_dot_product_attention(q, k, v, mask[:, None], enable_gqa=True)
-    torch.testing.assert_close(out, want.masked_fill(~mask.any(-1)[:, None, :, None], 0.0))
+    for out in (merged, together):
+        torch.testing.assert_close(out, want.masked_fill(~mask.any(-1)[:, None, :, None], 0.0))
+    with pytest.raises(ValueError, match=r"row \[0, 0\]: the intervals of a row overlap"):
+        sp_attention(q, k, v, interval=[pieces[0], pieces[0]])
     assert len(KVInterval.pieces_of_mask(torch.zeros(1, 2, 3, dtype=torch.bool))) == 1
 
 

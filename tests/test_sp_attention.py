@@ -40,6 +40,7 @@ class Case:
     head_dim: int = 8
     dtype: str = "float64"
     mask: str = "none"
+    pieces: int = 1
     loss: str = "out and lse"
     kernel: str = "auto"
     scale: float | None = None
@@ -126,6 +127,10 @@ def _ranges(case: Case, generator: torch.Generator) -> tuple[Tensor | None, Tens
     shape, keys = (case.batch, case.q.total), case.kv.total
     if case.mask == "none":
         return None, None
+    if case.pieces > 1:
+        cuts = torch.randint(0, keys + 1, (*shape, 2 * case.pieces), generator=generator).sort(dim=-1).values
+        order = torch.randperm(case.pieces, generator=generator)
+        return cuts[..., ::2][..., order].int(), cuts[..., 1::2][..., order].int()
     if case.mask == "growing":
         seen = (torch.arange(case.q.total) + 1) * keys // max(case.q.total, 1)
         start, stop = torch.zeros(shape), seen.expand(shape)
@@ -175,16 +180,25 @@ def attend(case: Case, mode: tuple[str, str, str], rank: int) -> list[Tensor]:
     return [x.detach().cpu() for x in (out, lse, *grads)]
 
 
-def _interval(case: Case, data: Operands, queries: str, rows: list[int]) -> KVInterval | None:
+def _interval(case: Case, data: Operands, queries: str, rows: list[int]) -> KVInterval | list[KVInterval] | None:
     if data.start is None or data.stop is None:
         return None
+    if case.pieces > 1:
+        pieces = zip(data.start.unbind(-1), data.stop.unbind(-1), strict=True)
+        return [_one_interval(case, replace(data, start=a, stop=b), queries, rows) for a, b in pieces]
+    return _one_interval(case, data, queries, rows)
+
+
+def _one_interval(case: Case, data: Operands, queries: str, rows: list[int]) -> KVInterval:
+    assert data.start is not None and data.stop is not None
     if not case.interval_of_all_ranks:
         return KVInterval(data.start[:, rows], data.stop[:, rows])
     if queries == "replicated":
         return KVInterval(data.start[None], data.stop[None])
     bounds = []
     for bound, padding in ((data.start, 0), (data.stop, case.kv.total)):
-        # Padding rows see everything here: they must not matter.
+        # Padding rows see everything here, which must not matter; of several ranges a row they must not overlap.
+        padding = 0 if case.pieces > 1 else padding
         padded = bound.new_full((case.q.ranks, case.batch, case.q.longest), padding)
         for rank, length in enumerate(case.q.lengths):
             padded[rank, :, :length] = bound[:, list(case.q.positions(rank))]
@@ -273,6 +287,7 @@ def lengths(draw: st.DrawFn, ranks: int, largest: int) -> SequenceShards:
 def cases(draw: st.DrawFn, ranks: int) -> Case:
     q, kv = lengths(draw, ranks, 6), lengths(draw, ranks, 40)
     # Layouts that Ulysses can run are as frequent as those with fewer heads than ranks.
+    mask = draw(st.sampled_from(["none", "random", "growing", "blind rows"]))
     heads, kv_heads = draw(
         st.sampled_from([(ranks, ranks), (2 * ranks, ranks), (2 * ranks, 1), (1, 1), (3, 1), (4, 2), (3, 3)])
     )
@@ -285,7 +300,8 @@ def cases(draw: st.DrawFn, ranks: int) -> Case:
         kv_heads=kv_heads,
         head_dim=draw(st.sampled_from([1, 8, 16, 33, 64])),
         dtype=draw(st.sampled_from(sorted(DTYPES))),
-        mask=draw(st.sampled_from(["none", "random", "growing", "blind rows"])),
+        mask=mask,
+        pieces=draw(st.integers(2, 4)) if mask == "random" and draw(st.booleans()) else 1,
         loss=draw(st.sampled_from(["out", "out and lse", "lse"])),
         kernel=draw(st.sampled_from(["auto", "math"])),
         scale=draw(st.sampled_from([None, 0.3])),
@@ -298,6 +314,21 @@ def cases(draw: st.DrawFn, ranks: int) -> Case:
         inner_size=draw(st.sampled_from([size for size in (2, 4, 1) if ranks % size == 0])),
         seed=draw(st.integers(0, 2**31)),
     )
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_several_ranges_a_row(ranks: int) -> None:
+    striped = SequenceShards.striped(11 * ranks, ranks, 3)
+    uneven = SequenceShards((5, 0, 3, 1)[-ranks:])
+    cases = [
+        Case(uneven, striped, 2, 2 * ranks, ranks, mask="random", pieces=3, inner_size=2, seed=1),
+        Case(uneven, striped, 1, 2 * ranks, ranks, mask="random", pieces=2, interval_of_all_ranks=True,
+             keep_queries=False, head_groups=(2, 1), seed=2),
+        Case(uneven, striped, 1, ranks, 1, dtype="bfloat16", mask="random", pieces=5, seed=3),
+    ]  # fmt: skip
+    results = run(ranks, attend_in_all_modes, cases)
+    for number, case in enumerate(cases):
+        check(case, [of_rank[number] for of_rank in results])
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])

@@ -95,6 +95,7 @@ LAYERS = {
     "head groups, queries again": Layer((6, 5), (40, 30), head_groups=(4, 2), keep_queries=False, lse_in_loss=False),
     "head groups, masked": Layer((6, 6), (40, 40), head_groups=(2, 4), keep_queries=True, masked=True, seed=1),
     "masked": Layer((5, 9), (31, 8), masked=True, keep_queries=False, batch=1, seed=2),
+    "masked, three ranges a row": Layer((5, 9), (31, 8), masked=True, keep_queries=False, batch=1, seed=2, pieces=3),
     "uneven": Layer((5, 2), (31, 8), dtype=torch.float32),
     "empty": Layer((0, 3), (7, 0), dtype=torch.float64),
     "4 ranks": Layer((4, 4, 4, 4), (24, 24, 24, 24)),

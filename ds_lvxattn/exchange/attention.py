@@ -28,7 +28,7 @@ def sp_attention(
     *,
     group: dist.ProcessGroup | None = None,
     strategy: str = "lv_xattn",
-    interval: KVInterval | None = None,
+    interval: KVInterval | Sequence[KVInterval] | None = None,
     scale: float | None = None,
     queries: str = "sharded",
     gradients: str = "whole",
@@ -53,7 +53,8 @@ def sp_attention(
         strategy: ``lv_xattn`` (queries travel), ``ulysses`` (heads are redistributed), ``ring`` (keys and values
             travel), ``hybrid`` (heads are redistributed inside a node; queries, or keys and values, travel between
             nodes), or ``local`` where no other rank holds a key.
-        interval: visible range of each row in global key positions; None: every key is visible.
+        interval: visible range of each row in global key positions; several, of disjoint keys, as a sequence or as
+            ``KVInterval.several`` of it: they cost one exchange. None: every key is visible.
         scale: factor of the scores, ``1 / sqrt(D)`` by default.
         queries: ``sharded``, or ``replicated`` when every rank passes all the (same) rows; then ``out`` is the
             same on every rank.
@@ -82,6 +83,8 @@ def sp_attention(
         ValueError: shapes, dtypes or settings do not fit; the message says what to change.
     """
     _check_tensors(q, k, v)
+    if interval is not None and not isinstance(interval, KVInterval):
+        interval = KVInterval.several(interval)
     if queries not in ("sharded", "replicated"):
         raise ValueError(f"queries is '{queries}'; choose 'sharded' or 'replicated'")
     if gradients not in ("whole", "parts") or (gradients == "parts" and queries != "replicated"):
@@ -137,7 +140,8 @@ def _ask_for_shards(
     if comm.ranks == 1:
         return ShardLayout(SequenceShards((q.shape[2],)), SequenceShards((k.shape[2],)))
     own_rows = interval is not None and not interval.of_all_ranks
-    sizes = (*q.shape[:2], k.shape[1], q.shape[3], int(interval is not None), int(own_rows))
+    ranges = 0 if interval is None else interval.ranges or 1
+    sizes = (*q.shape[:2], k.shape[1], q.shape[3], ranges, int(own_rows))
     names = zlib.crc32(repr((q.dtype, *options)).encode())
     mine = torch.tensor([q.shape[2], k.shape[2], *sizes, names], device=q.device)
     everyone = comm.all_gather(mine, "shard lengths").tolist()
@@ -145,7 +149,7 @@ def _ask_for_shards(
         if theirs[2:] != everyone[0][2:]:
             raise ValueError(
                 "the ranks of the group call sp_attention with different settings; give all of them the same "
-                "[batch, query heads, key heads, head size, interval given, interval of own rows, hash of dtype, "
+                "[batch, query heads, key heads, head size, intervals given, intervals of own rows, hash of dtype, "
                 "strategy, queries, gradients, schedule, kernel, scale, head_groups, keep_queries and inner_size]: "
                 f"rank 0 {everyone[0][2:]}, rank {rank} {theirs[2:]}"
             )
@@ -169,7 +173,7 @@ def _check_shards(q: Tensor, k: Tensor, shards: ShardLayout, comm: Communicator,
 def _rows_of_all_ranks(
     interval: KVInterval | None, q: Tensor, shards: ShardLayout, comm: Communicator, replicated: bool
 ) -> KVInterval | None:
-    """The ranges of the rows of every rank, ``[n, B, s_max]`` (``[1, B, s_q]`` for replicated queries)."""
+    """The ranges of the rows of every rank, ``[n, B, s_max, ...]`` (``[1, B, s_q, ...]`` for replicated queries)."""
     if interval is None:
         return None
     batch, rows = q.shape[0], q.shape[2]
@@ -177,11 +181,14 @@ def _rows_of_all_ranks(
         want: Sequence[int] = (1 if replicated else comm.ranks, batch, shards.q.longest)
     else:
         want = (batch, rows)
+    several = () if interval.ranges is None else (interval.ranges,)
+    want = (*want, *several)
     if tuple(interval.start.shape) != tuple(want):
         raise ValueError(f"interval has shape {tuple(interval.start.shape)}; this call needs {tuple(want)}")
     if interval.of_all_ranks:
         return interval
     if replicated or comm.ranks == 1:
-        return KVInterval(interval.start.unsqueeze(0), interval.stop.unsqueeze(0))
-    padded = torch.nn.functional.pad(torch.stack((interval.start, interval.stop)), (0, shards.q.longest - rows))
-    return KVInterval(*comm.all_gather(padded, "intervals").unbind(1))
+        return KVInterval(interval.start.unsqueeze(0), interval.stop.unsqueeze(0), ranges=interval.ranges)
+    padding = (0, 0) * len(several) + (0, shards.q.longest - rows)
+    padded = torch.nn.functional.pad(torch.stack((interval.start, interval.stop)), padding)
+    return KVInterval(*comm.all_gather(padded, "intervals").unbind(1), ranges=interval.ranges)

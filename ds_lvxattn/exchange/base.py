@@ -26,7 +26,8 @@ class Exchange:
         comm: communicator of the sequence-parallel group.
         layout: shards of queries and keys, the same on every rank.
         interval: the key ranges of the query rows of every rank, ``[n, B, s_max]``, padded to the longest shard (for
-            replicated queries ``[1, B, s_q]``); None when every key is visible.
+            replicated queries ``[1, B, s_q]``), and the ranges of a row behind where they are several; None when every
+            key is visible.
         scale: factor of the scores.
         kernel: ``auto`` or a local kernel's name.
         head_groups: groups of key heads of the forward and the backward pass that ``gather`` pipelines; None chooses
@@ -51,7 +52,7 @@ class Exchange:
 
     @property
     def local_ranges(self) -> tuple[Tensor | None, Tensor | None]:
-        """Keys of this rank that the rows of every rank see, ``[B, n * s_max]``."""
+        """Keys of this rank that the rows of every rank see, ``[B, n * s_max, ...]``."""
         return (None, None) if self.interval is None else self.interval.local_to(self.layout.kv, self.comm.rank)
 
     @property

@@ -1,10 +1,11 @@
-"""The mask of every supported model: each query row sees one contiguous range of the key sequence.
+"""The mask of every supported model: each query row sees one contiguous range of the key sequence, or a few.
 
-Two int32 numbers a row replace a dense ``S_q x S_kv`` mask, so masks cost ``O(S_q)`` memory at any key length.
+Two int32 numbers a range replace a dense ``S_q x S_kv`` mask, so masks cost ``O(S_q)`` memory at any key length.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,12 +25,15 @@ class KVInterval:
     Where every rank already knows the rows of all ranks (the text of a batch is small), both may be
     ``[n, B, s_max]``, rank-major and padded to the longest shard; then no collective is needed to share them.
 
+    Of several ranges a row, made by ``several``, both have a last dimension more: the ranges.
+
     Raises:
         ValueError: shapes differ or the dtype is not int32.
     """
 
     start: Tensor
     stop: Tensor
+    ranges: int | None = field(default=None, kw_only=True)
     _local: dict[tuple[SequenceShards, int], tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -43,7 +47,7 @@ class KVInterval:
                 f"KVInterval: start has shape {tuple(self.start.shape)} and stop {tuple(self.stop.shape)}; "
                 "give one start and one stop for each query row"
             )
-        if self.start.dim() not in (2, 3):
+        if self.start.dim() - (self.ranges is not None) not in (2, 3):
             raise ValueError(
                 f"KVInterval: start has shape {tuple(self.start.shape)}; give [B, s_q] (own rows) "
                 "or [n, B, s_max] (the rows of every rank)"
@@ -51,6 +55,27 @@ class KVInterval:
         for name, bound in (("start", self.start), ("stop", self.stop)):
             if bound.dtype != torch.int32:
                 raise ValueError(f"KVInterval: {name} has dtype {bound.dtype}; convert it to torch.int32")
+
+    @classmethod
+    def several(cls, intervals: Sequence[KVInterval]) -> KVInterval:
+        """Several ranges a row, for one exchange: a row sees the keys of all of them.
+
+        Args:
+            intervals: of one shape. The ranges of a row must not overlap, in rows that are padding neither; empty ones
+                do not count.
+
+        Raises:
+            ValueError: none is given, shapes differ, or (on a CPU) ranges of a row overlap; on a GPU, which is not
+                waited for, an assertion on the device fails then.
+        """
+        shapes = sorted({tuple(interval.start.shape) for interval in intervals})
+        if len(shapes) != 1 or any(interval.ranges is not None for interval in intervals):
+            raise ValueError(f"intervals have shapes {shapes}; give at least one, all of one range a row and one shape")
+        if len(intervals) == 1:
+            return intervals[0]
+        start, stop = (torch.stack([getattr(i, bound) for i in intervals], dim=-1) for bound in ("start", "stop"))
+        _refuse_overlaps(start, stop)
+        return cls(start, stop, ranges=len(intervals))
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> KVInterval:
@@ -73,7 +98,7 @@ class KVInterval:
             raise ValueError(
                 f"row {row} of sample {sample} sees {int(count[sample, row])} of the keys {int(start[sample, row])} to "
                 f"{int(last[sample, row])}; an interval has no holes: reorder the keys, leave those that no row sees "
-                "off the shard, or attend to the mask in pieces, see KVInterval.pieces_of_mask"
+                "off the shard, or give several intervals, see KVInterval.pieces_of_mask"
             )
         return cls(start.int(), (start + count).int())
 
@@ -81,8 +106,8 @@ class KVInterval:
     def pieces_of_mask(cls, mask: Tensor) -> list[KVInterval]:
         """Any dense mask as intervals of disjoint keys; takes a host synchronisation.
 
-        Attention to each of them, merged by ``merge_attention``, is exactly attention under the mask. Each piece costs
-        one exchange, and on several ranks all of them must take equally many: fill up with empty ones.
+        ``sp_attention`` takes them together, as exactly the mask, in one exchange. On several ranks all of them must
+        give equally many: fill up with empty ones.
 
         Args:
             mask: bool ``[B, s_q, S_kv]``, true where a row sees a key.
@@ -103,16 +128,16 @@ class KVInterval:
     @property
     def of_all_ranks(self) -> bool:
         """Whether the rows of every rank are given, ``[n, B, s_max]``."""
-        return self.start.dim() == 3
+        return self.start.dim() - (self.ranges is not None) == 3
 
     def local_to(self, kv: SequenceShards, rank: int) -> tuple[Tensor, Tensor]:
-        """``start, stop`` of the rows of every rank, ``[B, n * s_max]``, as local positions of the keys of ``rank``.
+        """``start, stop`` of the rows of every rank, ``[B, n * s_max, ...]``, as positions among the keys of ``rank``.
 
         Computed once: the layers of a batch share its intervals.
         """
         if (kv, rank) not in self._local:
             start, stop = clip_to_rank(self.start, self.stop, kv, rank)
-            self._local[kv, rank] = start.transpose(0, 1).flatten(1), stop.transpose(0, 1).flatten(1)
+            self._local[kv, rank] = start.transpose(0, 1).flatten(1, 2), stop.transpose(0, 1).flatten(1, 2)
         return self._local[kv, rank]
 
     def of_nodes(self, q: SequenceShards, size: int) -> KVInterval:
@@ -134,11 +159,25 @@ class KVInterval:
                 rows.append([node * size * q.longest + place for place in places + [0] * (most - len(places))])
             index = torch.tensor(rows, dtype=torch.int64).flatten().to(self.start.device, non_blocking=True)
             start, stop = (
-                bound.transpose(0, 1).flatten(1).index_select(1, index).unflatten(1, (len(nodes), most)).transpose(0, 1)
+                bound.transpose(0, 1).flatten(1, 2).index_select(1, index).unflatten(1, (len(nodes), most))
                 for bound in (self.start, self.stop)
             )
-            self._of_nodes[q, size] = KVInterval(start.contiguous(), stop.contiguous())
+            start, stop = (bound.transpose(0, 1).contiguous() for bound in (start, stop))
+            self._of_nodes[q, size] = KVInterval(start, stop, ranges=self.ranges)
         return self._of_nodes[q, size]
+
+
+def _refuse_overlaps(start: Tensor, stop: Tensor) -> None:
+    """Raise ``ValueError`` where ranges of a row, int32 ``[..., ranges]``, overlap."""
+    last = torch.iinfo(start.dtype).max
+    begin = torch.where(stop > start, start, last)  # empty ones lie behind the others
+    order = begin.argsort(dim=-1)
+    overlap = (stop.gather(-1, order)[..., :-1] > begin.gather(-1, order)[..., 1:]).any(dim=-1)
+    said = "the intervals of a row overlap, whose keys would count twice; give disjoint ones"
+    if overlap.device.type != "cpu":
+        torch._assert_async(~overlap.any(), said)
+    elif overlap.any():
+        raise ValueError(f"row {overlap.nonzero()[0].tolist()}: {said}")
 
 
 def clip_to_rank(start: Tensor, stop: Tensor, kv: SequenceShards, rank: int) -> tuple[Tensor, Tensor]:

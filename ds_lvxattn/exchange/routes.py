@@ -28,7 +28,7 @@ class Routes:
         send_rows: int64 ``[sum(sent)]``, the own rows in the order in which they are sent, rank by rank.
         slots: int64 ``[sum(received)]``, where each row that arrives is put in the ``B * r`` rows that are computed,
             ``r`` the most rows of a sequence; or None when they are computed in the order of their arrival.
-        start, stop: int32 ``[B, r]``, their ranges of local keys; empty where nothing was put.
+        start, stop: int32 ``[B, r, ...]``, their ranges of local keys; empty where nothing was put.
         returns: int64 ``[p, B * s_q]``, for each own row the places of its at most ``p`` partial results among those
             that come back; ``sum(sent)`` stands for none.
     """
@@ -48,7 +48,7 @@ class Routes:
         """The routes of ``rank``.
 
         Args:
-            start, stop: int32 ``[n, B, s_max]`` on the CPU, global key ranges of the rows of every rank.
+            start, stop: int32 ``[n, B, s_max, ...]`` on the CPU, global key ranges of the rows of every rank.
             layout: shards of queries and keys.
             rank: rank in the sequence-parallel group.
             device: where the tensors go.
@@ -68,7 +68,7 @@ class Routes:
         before = torch.cumsum(counts, 0) - counts
         slots = torch.empty_like(sequence)
         slots[order] = torch.arange(len(sequence)) - before[sequence[order]] + sequence[order] * rows
-        bounds = torch.zeros((2, batch * rows), dtype=torch.int32)
+        bounds = torch.zeros((2, batch * rows, *start.shape[3:]), dtype=torch.int32)
         bounds[0, slots], bounds[1, slots] = first[where], last[where]
         tensors = (
             send_rows,
@@ -88,7 +88,8 @@ def _visible(start: Tensor, stop: Tensor, layout: ShardLayout, ranks: Sequence[i
     seen = []
     for rank in ranks:
         first, last = clip_to_rank(start, stop, layout.kv, rank)
-        seen.append(last > first)
+        some = last > first
+        seen.append(some if some.dim() == 3 else some.any(dim=-1))
     visible = torch.stack(seen)
     if start.shape[0] == layout.q.ranks:
         # What pads a shorter shard is no row.
@@ -112,7 +113,7 @@ def routed_rows(start: Tensor, stop: Tensor, layout: ShardLayout) -> tuple[tuple
     """Rows that each rank sends to each rank, over the batch: ``[from][to]``; rows that stay count on the diagonal.
 
     Args:
-        start, stop: int32 ``[n, B, s_max]``, global key ranges of the rows of every rank.
+        start, stop: int32 ``[n, B, s_max, ...]``, global key ranges of the rows of every rank.
         layout: shards of queries and keys.
     """
     visible = _visible(start, stop, layout, range(layout.kv.ranks))

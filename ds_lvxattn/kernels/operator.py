@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from ds_lvxattn.kernels.base import Call, Kernel
+from ds_lvxattn.kernels.derived import derived_of
 from ds_lvxattn.kernels.differentiable import attention_operator, lse_dtype
 from ds_lvxattn.kernels.dispatch import fastest_first, select_kernel
 from ds_lvxattn.kernels.triton.delta import attention_delta
+from ds_lvxattn.kernels.triton.merge import merge_partials
 from ds_lvxattn.kernels.triton.surrogate import output_with_delta
 
 
@@ -40,11 +42,27 @@ def forward_local(
     scale: float,
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of ``q`` over the keys at hand, which may be none; see ``Kernel.forward``."""
+    """Attention of ``q`` over the keys at hand, which may be none; see ``Kernel.forward``.
+
+    Of several ranges a row, int32 ``[B, S_q, ranges]``, each is attended to by itself, and the results are merged.
+    """
     if q.numel() == 0 or k.shape[2] == 0:
         lse = torch.full(q.shape[:3], float("-inf"), dtype=lse_dtype(q.dtype), device=q.device)
         return torch.zeros_like(q), lse
-    return select_kernel(kernel, Call.forward(q, k, start is not None)).forward(q, k, v, start, stop, scale)
+    chosen = select_kernel(kernel, Call.forward(q, k, start is not None))
+    if start is None or stop is None or start.dim() == 2:
+        return chosen.forward(q, k, v, start, stop, scale)
+    outs, lses = zip(*(chosen.forward(q, k, v, *each, scale) for each in _each_range(start, stop)), strict=True)
+    return merge_partials(torch.stack(outs), torch.stack(lses))
+
+
+def _each_range(start: Tensor, stop: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Of ``[B, S_q, ranges]`` each range ``[B, S_q]``, cut out once for the layers of a batch."""
+
+    def cut() -> list[tuple[Tensor, Tensor]]:
+        return [(start[..., i].clone(), stop[..., i].clone()) for i in range(start.shape[-1])]
+
+    return derived_of(start, stop, "each range", cut)
 
 
 def backward_local(
@@ -69,7 +87,15 @@ def backward_local(
     if kernel.needs_out and out is None:
         assert delta is not None
         out = output_with_delta(dout, delta)
-    return kernel.backward(dout, q, k, v, out, lse, delta, start, stop, scale)
+    if start is None or stop is None or start.dim() == 2:
+        return kernel.backward(dout, q, k, v, out, lse, delta, start, stop, scale)
+    # The log-sum-exp is that over all ranges, so the gradients of the ranges add up.
+    first, *others = _each_range(start, stop)
+    dq, dk, dv = (x.to(lse.dtype) for x in kernel.backward(dout, q, k, v, out, lse, delta, *first, scale))
+    for each in others:
+        parts = kernel.backward(dout, q, k, v, out, lse, delta, *each, scale)
+        dq, dk, dv = (whole.add_(part) for whole, part in zip((dq, dk, dv), parts, strict=True))
+    return dq, dk, dv
 
 
 def _forward(
@@ -115,7 +141,8 @@ def local_attention(
     Args:
         q: ``[B, H_q, S_q, D]``.
         k, v: ``[B, H_kv, S_kv, D]``; ``H_q`` is a multiple of ``H_kv``.
-        start, stop: int32 ``[B, S_q]`` visible key ranges, or None when every key is visible.
+        start, stop: int32 ``[B, S_q]`` visible key ranges, or ``[B, S_q, ranges]`` disjoint ones; None when every key
+            is visible.
         scale: factor of the scores.
         kernel: ``auto`` or a kernel's name.
 

@@ -24,9 +24,15 @@ class Result:
 
 
 def visible(start: Tensor | None, stop: Tensor | None, keys: int) -> Tensor | None:
-    """Dense mask ``[B, 1, S_q, S_kv]``, True where a row sees a key; None when every key is visible."""
+    """Dense mask ``[B, 1, S_q, S_kv]``, True where a row sees a key; None when every key is visible.
+
+    ``start, stop``: ``[B, S_q]``, or ``[B, S_q, ranges]`` where a row sees several ranges.
+    """
     if start is None or stop is None:
         return None
+    if start.dim() == 3:
+        masks = [visible(*bounds, keys) for bounds in zip(start.unbind(-1), stop.unbind(-1), strict=True)]
+        return torch.stack([mask for mask in masks if mask is not None]).any(dim=0)
     position = torch.arange(keys, device=start.device)
     return ((position >= start[..., None]) & (position < stop[..., None]))[:, None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ class Layer:
     head_groups: tuple[int, int] | None = None
     keep_queries: bool | None = None
     masked: bool = False
+    pieces: int = 1
     inner_size: int | None = None
     seed: int = 0
 
@@ -51,6 +53,14 @@ class Layer:
         shape = (2, self.ranks, self.batch, max(self.q_lengths))
         start, length = torch.randint(0, sum(self.kv_lengths), shape, generator=generator, dtype=torch.int32)
         return start, start + length // 4
+
+    @property
+    def interval(self) -> KVInterval | list[KVInterval]:
+        """Those ranges, cut into ``pieces`` a row."""
+        start, stop = (bound.to(device()) for bound in self.ranges)
+        cuts = [start + (stop - start) * part // self.pieces for part in range(self.pieces + 1)]
+        pieces = [KVInterval(first, last) for first, last in itertools.pairwise(cuts)]
+        return pieces if self.pieces > 1 else pieces[0]
 
 
 @dataclass
@@ -131,8 +141,7 @@ def traffic_of(layer: Layer, modes: tuple[tuple[str, str, str], ...]) -> list[Tr
         k = torch.randn(layer.batch, layer.kv_heads, layer.kv_lengths[comm.rank], layer.head_dim, **options)
         v = torch.randn_like(k, requires_grad=True)
         shards = ShardLayout(SequenceShards(q_lengths), SequenceShards(layer.kv_lengths))
-        bounds = (bound.to(device()) for bound in layer.ranges)
-        interval = KVInterval(*bounds) if layer.masked and not replicated else None
+        interval = layer.interval if layer.masked and not replicated else None
         # The first call of a strategy may start DeepSpeed's front end, which has traffic of its own.
         inner = layer.inner_size or comm.ranks
         sp_attention(q, k, v, group=comm.group, strategy=strategy, queries=queries, shards=shards, inner_size=inner)

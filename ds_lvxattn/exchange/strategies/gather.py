@@ -40,7 +40,7 @@ def two_level_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> 
     if first is not None and last is not None:
         # From the order of the ranks to that of ``NodeRows``.
         by_node = (outer.ranks, inner.ranks, exchange.layout.q.longest)
-        first, last = (x.unflatten(1, by_node).transpose(1, 2).flatten(1) for x in (first, last))
+        first, last = (x.unflatten(1, by_node).transpose(1, 2).flatten(1, 3) for x in (first, last))
     return _gathered(q, k, v, exchange, outer.name, inner.name, first, last)
 
 
@@ -114,8 +114,8 @@ def query_gather(
     """Forward pass.
 
     Args:
-        first, last: int32 ``[B, n * s_max]``, the keys of this rank that the rows of every rank see, in the order in
-            which they are gathered.
+        first, last: int32 ``[B, n * s_max, ...]``, the keys of this rank that the rows of every rank see, in the order
+            in which they are gathered.
         group, inner: see ``rows_by_name``.
         q_lengths: query rows of every rank, in the order of the ranks.
         head_groups: groups of key heads of the forward and of the backward pass; divisors of ``H_kv``.

@@ -27,7 +27,7 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tu
     start, stop = exchange.bounds
     if start is not None and stop is not None:
         order = padded_order(layout.q, range(layout.q.ranks), q.device)
-        start, stop = (_select(x.transpose(0, 1).flatten(1), order) for x in (start, stop))
+        start, stop = (_select(x.transpose(0, 1).flatten(1, 2), order) for x in (start, stop))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return local_attention(q, k, v, start, stop, exchange.scale, exchange.kernel)
