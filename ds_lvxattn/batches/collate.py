@@ -243,7 +243,7 @@ class Collator:
             torch.from_numpy(answers[:, own]).to(self.device),
             num_answers,
             sum(map(len, layout.ranges)),
-            sum(layout.frames),
+            sum(shape.pictures for shapes in layout.shapes for shape in shapes),
         )
 
     def _on_host(self, x: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def _on_one_rank(model: Any, batches: Batches, samples: Sequence[Sample], settin
     inputs = batches.prepare(loaded).inputs
     inputs = {key: value for key, value in inputs.items() if key not in TRAINING}
     if isinstance(collator.family, VisualFamily):
-        arguments = collator.family.prompt_arguments(loaded.layout.visual)
+        arguments = collator.family.prompt_arguments(loaded.layout.positions(collator.family))
         inputs |= {key: x.to(collator.device) for key, x in arguments.items()}
     inputs["attention_mask"] = _attention_mask(padding, longest, collator.device)
     return model.generate(**inputs, **settings)[:, longest:]

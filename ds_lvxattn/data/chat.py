@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,15 +31,71 @@ PLAIN_TEMPLATE = (
 PROBE = "7f3a"
 
 
+@dataclass(frozen=True)
+class VideoText:
+    """How a model that takes a video as such, and not frame by frame, has it in its text.
+
+    Attributes:
+        merged: frames that it merges to one (``Part``).
+        text: how a conversation writes a video, ``token`` in it.
+        token: what a chat template leaves of a video; its parts stand in the place of it.
+        write: the text of these parts, a frame's token in it for each, by the seconds at which they are shown.
+    """
+
+    merged: int
+    text: str
+    token: str
+    write: Callable[[Sequence[float]], str]
+
+    def of(self, times: Sequence[Sequence[float]]) -> WrittenVideos:
+        """Those of a conversation, by the times of their parts."""
+        return WrittenVideos(self.text, self.token, tuple(map(self.write, times)))
+
+
+@dataclass(frozen=True)
+class WrittenVideos:
+    """The videos of a conversation.
+
+    Attributes:
+        text, token: see ``VideoText``.
+        parts: the text of the parts of each.
+    """
+
+    text: str = ""
+    token: str = ""
+    parts: tuple[str, ...] = ()
+
+    def put_into(self, text: str) -> str:
+        """``text`` of a conversation, or of its beginning, with the parts of its videos in their places.
+
+        Raises:
+            SampleError: more of their tokens than videos.
+        """
+        if not self.token:
+            return text
+        first, *others = text.split(self.token)
+        if len(others) > len(self.parts):
+            raise SampleError(f"the text holds {self.token!r} outside its {len(self.parts)} videos; take it out")
+        return first + "".join(parts + other for parts, other in zip(self.parts, others, strict=False))
+
+
+NO_VIDEOS = WrittenVideos()
+
+
 def render(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, prompt: bool = False, frame_text: str = ""
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: bool = False,
+    frame_text: str = "",
+    videos: WrittenVideos = NO_VIDEOS,
 ) -> str:
     """The text of a conversation; with ``prompt``, up to where the assistant's answer begins.
 
     Args:
         messages: with strings as content. A template that walks content parts gets parts: one for each
-            ``frame_text``, which it writes as it writes an image, and the text between them.
+            ``frame_text``, which it writes as it writes an image, one for each video, and the text between them.
         frame_text: how a frame is written.
+        videos: of a model that takes them as such.
 
     Raises:
         SampleError: the template refuses the conversation.
@@ -44,11 +103,12 @@ def render(
     template = tokenizer.chat_template or PLAIN_TEMPLATE
     shown = messages
     if _walks_parts(tokenizer, str(template)):
-        shown = [{**message, "content": _parts(message["content"], frame_text)} for message in messages]
+        shown = [{**message, "content": _parts(message["content"], frame_text, videos.text)} for message in messages]
     try:
-        return _apply(tokenizer, template, shown, prompt)
+        text = _apply(tokenizer, template, shown, prompt)
     except Exception as error:  # a template is a program of its own, which may fail in any way
         raise SampleError(f"the chat template refuses the conversation: {error or type(error).__name__}") from error
+    return videos.put_into(text)
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, template: Any, messages: list[Message], prompt: bool) -> str:
@@ -75,16 +135,20 @@ def _walks_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
     return not shows(PROBE) and shows([{"type": "text", "text": PROBE}])
 
 
-def _parts(content: str, frame_text: str) -> list[dict[str, str]]:
+def _parts(content: str, frame_text: str, video_text: str) -> list[dict[str, str]]:
     """``content`` as content parts."""
+    kinds = {frame_text: "image", video_text: "video"}
+    pattern = "|".join(re.escape(text) for text in kinds if text)
     parts: list[dict[str, str]] = []
-    for number, text in enumerate(content.split(frame_text) if frame_text else [content]):
-        parts += [{"type": "image"}] * (number > 0)
-        parts += [{"type": "text", "text": text}] if text.strip() else []
+    for text in re.split(f"({pattern})", content) if pattern else [content]:
+        if text and text in kinds:
+            parts.append({"type": kinds[text]})
+        elif text.strip():
+            parts.append({"type": "text", "text": text})
     return parts
 
 
-def check_words(messages: list[Message], text: str, frame_text: str = "") -> None:
+def check_words(messages: list[Message], text: str, frame_text: str = "", video_text: str = "") -> None:
     """Check that every word of the conversation is found again in its rendered text, those of a turn in their order.
 
     Raises:
@@ -92,7 +156,9 @@ def check_words(messages: list[Message], text: str, frame_text: str = "") -> Non
     """
     for message in messages:
         content, at = message["content"] or "", 0
-        for word in (content.replace(frame_text, " ") if frame_text else content).split():
+        for medium in filter(None, (frame_text, video_text)):
+            content = content.replace(medium, " ")
+        for word in content.split():
             found = text.find(word, at)
             if found < 0:
                 raise SampleError(
@@ -103,7 +169,10 @@ def check_words(messages: list[Message], text: str, frame_text: str = "") -> Non
 
 
 def encode(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, frame_text: str = ""
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    frame_text: str = "",
+    videos: WrittenVideos = NO_VIDEOS,
 ) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and labels that mask all but the answers and their end-of-turn tokens.
 
@@ -112,18 +181,18 @@ def encode(
     to tokens by their character offsets, so a token that spans prompt and answer does no harm: it is a label.
 
     Args:
-        messages, frame_text: see ``render``.
+        messages, frame_text, videos: see ``render``.
 
     Raises:
         SampleError: the template refuses the conversation, leaves words of it out, or rewrites earlier turns when later
             ones follow.
     """
     answers = []
-    text = render(messages, tokenizer, frame_text=frame_text)
+    text = render(messages, tokenizer, frame_text=frame_text, videos=videos)
     for at, message in enumerate(messages):
         if message["role"] == "assistant":
-            prompt = render(messages[:at], tokenizer, True, frame_text)
-            answered = render(messages[: at + 1], tokenizer, False, frame_text)
+            prompt = render(messages[:at], tokenizer, True, frame_text, videos)
+            answered = render(messages[: at + 1], tokenizer, False, frame_text, videos)
             if not (answered.startswith(prompt) and text.startswith(answered)):
                 raise SampleError(
                     f"the chat template rewrites the conversation around turn {at + 1}, so the answer "
@@ -131,7 +200,7 @@ def encode(
                 )
             # White space behind the end-of-turn token belongs to the template.
             answers.append((len(prompt), len(answered.rstrip())))
-    check_words(messages, text, frame_text)
+    check_words(messages, text, frame_text, videos.text)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     input_ids = encoded["input_ids"]
     begin, end = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T

@@ -67,6 +67,7 @@ def check_rows(
     max_frames: int,
     root: str,
     encode: Encode | None = None,
+    merged: int = 1,
     limit: int | None = None,
     save: Path | None = None,
 ) -> Findings:
@@ -78,6 +79,7 @@ def check_rows(
         root: folder of relative paths.
         encode: tokens of a conversation and of its answers; raises where a model cannot take it. None: text is not
             tokenised.
+        merged: frames of a video that the model merges; see ``open_media``.
         limit: the first rows only; None: all.
         save: folder for the sampled frames, as ``ROW-MEDIUM-NUMBER.png`` (all from 0).
     """
@@ -92,7 +94,7 @@ def check_rows(
                 findings.unknown.setdefault(key, at)
             turns = read_row(row)
             found = [part for turn in turns for part in turn.parts if isinstance(part, MediaRef)]
-            media = open_media(found, max_frames, root)
+            media = open_media(found, max_frames, root, merged=merged)
             if encode is not None:
                 tokens, supervised = encode(turns, media)
             checked = [_decode(medium, at, m, save) for m, medium in enumerate(media)]

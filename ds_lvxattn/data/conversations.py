@@ -13,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ds_lvxattn.data.chat import Message, encode
+from ds_lvxattn.data.chat import NO_VIDEOS, Message, VideoText, WrittenVideos, encode
 from ds_lvxattn.data.media import (
+    FRAMES_A_SECOND,
     NO_LIMITS,
     Media,
     PixelLimits,
@@ -46,6 +47,7 @@ class ConversationSource:
         image_token: the token that stands for a frame; None for a model that takes none.
         frame_text: how a frame is written, with that token in it; by default the token alone.
         frame_tokens: rows that the model makes of a frame's token, by the size of its picture.
+        videos: how the model has videos in its text; None: frame by frame.
         max_frames: frames of a row; its videos share what its images leave.
         max_text_tokens: longest sample in tokens, image tokens included with the rows that the model makes of them;
             None for no limit.
@@ -72,6 +74,7 @@ class ConversationSource:
         image_token: str | None,
         frame_text: str = "",
         frame_tokens: Callable[[FrameSize], int] = one_row,
+        videos: VideoText | None = None,
         max_frames: int,
         max_text_tokens: int | None = None,
         split: Literal["train", "eval"] = "train",
@@ -93,7 +96,7 @@ class ConversationSource:
             raise ValueError(f"the tokenizer has no token {image_token!r}; give the image token of the model")
         self.image_id = image_id
         self.tokenizer, self.image_token = tokenizer, image_token
-        self.frame_text, self.frame_tokens = frame_text or image_token or "", frame_tokens
+        self.frame_text, self.frame_tokens, self.videos = frame_text or image_token or "", frame_tokens, videos
         self.max_frames, self.max_text_tokens, self.seed = max_frames, max_text_tokens, seed
         self.pixels, self.upright, self.fps = pixels, upright, fps
 
@@ -156,8 +159,11 @@ class ConversationSource:
         found = [part for turn in turns for part in turn.parts if isinstance(part, MediaRef)]
         if self.image_token is None and found:
             raise SampleError(f"{len(found)} images and videos, and the model takes text alone")
-        media = open_media(found, self.max_frames, self.media_root, self.pixels, self.upright, self.fps)
-        input_ids, labels = encode(messages_of(turns, media, self.frame_text), self.tokenizer, self.frame_text)
+        merged = self.videos.merged if self.videos else 1
+        media = open_media(found, self.max_frames, self.media_root, self.pixels, self.upright, self.fps, merged)
+        videos = videos_of(media, self.videos)
+        messages = messages_of(turns, media, self.frame_text, videos)
+        input_ids, labels = encode(messages, self.tokenizer, self.frame_text, videos)
         sizes = [size for m in media for size in m.frame_sizes]
         frames = len(sizes)
         image_tokens = input_ids.count(self.image_id)
@@ -184,6 +190,7 @@ def open_media(
     pixels: PixelLimits = NO_LIMITS,
     upright: bool = True,
     fps: float | None = None,
+    merged: int = 1,
 ) -> list[Media]:
     """Media with the frames that are taken of them: one of an image, the rest of the budget divided over the videos.
 
@@ -194,6 +201,7 @@ def open_media(
         pixels: to which larger pictures are scaled down while they are decoded.
         upright: whether images are turned by their EXIF orientation.
         fps: frames of each second of a video that are taken, where its row does not say; None: all of its share.
+        merged: frames of a video that the model merges: as many are taken, or a multiple, where there are more.
 
     Raises:
         SampleError: missing or broken media, or more of them than frames.
@@ -215,32 +223,54 @@ def open_media(
         if medium.kind == "image" or len(sources) > 1 or isinstance(first, bytes):
             for source in sources:
                 probe_image(source, upright)
-            frames = [0] if medium.kind == "image" else sample_indices(len(sources), next(shares))
+            frames = [0] if medium.kind == "image" else sample_indices(len(sources), _multiple(next(shares), merged))
             times: list[Fraction] = []
+            rate = Fraction(medium.sampling.get("fps") or FRAMES_A_SECOND)
+            step = len(sources) / rate / len(frames)
         else:
             room, asked = next(shares), medium.sampling
             room = min(room, max(int(asked.get("frames", room)), 1))
             span = {"fps": asked.get("fps", fps), "start": asked.get("start"), "end": asked.get("end")}
             info = probe_video(first)
-            times = sample_times(info, room, **span)
+            times = sample_times(info, _multiple(room, merged), **span, multiple=merged)
             frames = [info.frame_at(time) for time in times]
+            rate, step = Fraction(0), (times[-1] - times[0]) / max(len(times) - 1, 1)
         size = pixels.of(medium.kind)
-        media.append(Media(medium.kind, sources, tuple(frames), tuple(map(float, times)), size, upright))
+        media.append(
+            Media(
+                medium.kind, sources, tuple(frames), tuple(map(float, times)), size, upright,
+                merged if medium.kind == "video" else 1, float(step), float(rate),
+            )
+        )  # fmt: skip
     return media
 
 
-def messages_of(turns: Sequence[Turn], media: Sequence[Media], frame_text: str) -> list[Message]:
+def _multiple(frames: int, merged: int) -> int:
+    return frames - frames % merged if frames > merged else frames
+
+
+def videos_of(media: Sequence[Media], how: VideoText | None) -> WrittenVideos:
+    """The text of the videos among ``media``; none where they go in frame by frame."""
+    return how.of([medium.part_times for medium in media if medium.is_video]) if how else NO_VIDEOS
+
+
+def messages_of(
+    turns: Sequence[Turn], media: Sequence[Media], frame_text: str, videos: WrittenVideos = NO_VIDEOS
+) -> list[Message]:
     """The turns as chat templates take them, each medium as ``frame_text`` for each of its frames.
 
     Args:
         media: those of ``turns``, in the same order.
+        videos: those among them that are taken as such.
     """
+
+    def written(medium: Media) -> str:
+        return videos.text if medium.is_video else frame_text * len(medium.frames)
+
     waiting = iter(media)
     messages: list[Message] = []
     for turn in turns:
-        content = "".join(
-            part if isinstance(part, str) else frame_text * len(next(waiting).frames) for part in turn.parts
-        )
+        content = "".join(part if isinstance(part, str) else written(next(waiting)) for part in turn.parts)
         message: Message = {"role": turn.role, "content": content}
         if turn.tool_calls:
             message["tool_calls"] = list(turn.tool_calls)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
-from ds_lvxattn.data.chat import check_words, render
-from ds_lvxattn.data.conversations import messages_of, open_media
+from ds_lvxattn.data.chat import VideoText, check_words, render
+from ds_lvxattn.data.conversations import messages_of, open_media, videos_of
 from ds_lvxattn.data.media import DEFAULT_LIMITS, load_frames
 from ds_lvxattn.data.rows import MediaRef, read_row
 from ds_lvxattn.data.sample import IGNORE, FrameSize, Sample, SampleError, one_row
@@ -23,6 +23,7 @@ def question_sample(
     image_token: str | None,
     frame_text: str = "",
     frame_tokens: Callable[[FrameSize], int] = one_row,
+    videos: VideoText | None = None,
     max_frames: int,
     max_text_tokens: int,
 ) -> Sample:
@@ -35,6 +36,7 @@ def question_sample(
         image_token: the token that stands for a frame; None for a model that takes none.
         frame_text: how a frame is written, with that token in it; by default the token alone.
         frame_tokens: rows that the model makes of a frame's token, by the size of its picture.
+        videos: how the model has videos in its text; None: frame by frame.
         max_frames: frames taken, spread evenly over the video.
         max_text_tokens: longest prompt, with the rows of its frames.
 
@@ -48,11 +50,12 @@ def question_sample(
     asked = {"messages": [{"role": "user", "content": question}], "video": None if video is None else os.fspath(video)}
     turns = read_row(asked, answered=False)
     found = [part for turn in turns for part in turn.parts if isinstance(part, MediaRef)]
-    media = open_media(found, max_frames, "", DEFAULT_LIMITS)
+    media = open_media(found, max_frames, "", DEFAULT_LIMITS, merged=videos.merged if videos else 1)
     frame_text = frame_text or image_token or ""
-    messages = messages_of(turns, media, frame_text)
-    text = render(messages, tokenizer, True, frame_text)
-    check_words(messages, text, frame_text)
+    written = videos_of(media, videos)
+    messages = messages_of(turns, media, frame_text, written)
+    text = render(messages, tokenizer, True, frame_text, written)
+    check_words(messages, text, frame_text, written.text)
     input_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     sizes = [size for medium in media for size in medium.frame_sizes]
     frames = len(sizes)

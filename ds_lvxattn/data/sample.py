@@ -26,17 +26,36 @@ def no_frames(frames: Sequence[int]) -> list[np.ndarray]:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Frames of a video that a model merges, which are decoded and encoded as one: they count as one frame.
+
+    Attributes:
+        number: of this part among those of its video, from 0.
+        merged: frames in it; the last frame of a video stands in for those that its last part lacks.
+        frames: of the whole video, as they were taken.
+        seconds: from one part to the next.
+    """
+
+    number: int
+    merged: int
+    frames: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class FrameSize:
     """The picture of a frame, as it is decoded.
 
     Attributes:
         height, width: pixels.
         video: whether it is a frame of a video, for which limits differ from those of an image.
+        part: for models that take a video as such: the frames that this one stands for; None: one picture by itself.
     """
 
     height: int
     width: int
     video: bool = False
+    part: Part | None = None
 
 
 def one_row(size: FrameSize) -> int:
@@ -53,12 +72,17 @@ class FrameShape:
         encoder_tokens: tokens inside the vision encoder, padding included: what encoding it costs.
         grid: how the image processor divides the picture, in its own units (rows and columns of tiles or patches).
         padding: further tokens, of what pads the picture, that only text sees which sees no frame.
+        time: of a part of a video behind its first, how far behind that one its positions in time are; it shares the
+            others. None: its positions are its own.
+        pictures: that the frame stands for.
     """
 
     tokens: int
     encoder_tokens: int
     grid: tuple[int, ...] = ()
     padding: int = 0
+    time: int | None = None
+    pictures: int = 1
 
 
 @dataclass(frozen=True)
@@ -71,8 +95,8 @@ class Sample:
         num_frames: frames of all its media.
         sizes: their pictures' sizes, where the visual tokens of a frame follow from its size; None: every frame counts
             as one of the model's smallest (one tile).
-        load_frames: uint8 ``[H, W, 3]`` images of the frames asked for; raises ``SampleError`` (or ``MediaError``)
-            for broken media.
+        load_frames: uint8 ``[H, W, 3]`` images of the frames asked for, ``[merged, H, W, 3]`` of a ``Part`` of a video;
+            raises ``SampleError`` (or ``MediaError``) for broken media.
         name: how messages call the sample.
         frame_groups: frames by what is decoded together; groups may be loaded side by side.
     """
@@ -100,9 +124,9 @@ class Sample:
         pictures = self.load_frames(frames)
         for frame, picture in zip(frames, pictures, strict=True):
             size = self.sizes[frame] if self.sizes is not None else None
-            if size is not None and picture.shape[:2] != (size.height, size.width):
+            if size is not None and picture.shape[-3:-1] != (size.height, size.width):
                 raise SampleError(
-                    f"frame {frame} has {picture.shape[1]} x {picture.shape[0]} pixels, and its file says "
+                    f"frame {frame} has {picture.shape[-2]} x {picture.shape[-3]} pixels, and its file says "
                     f"{size.width} x {size.height}; write the file anew"
                 )
         return pictures

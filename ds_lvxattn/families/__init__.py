@@ -18,6 +18,8 @@ from ds_lvxattn.families.llava import Llava
 from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
+from ds_lvxattn.families.qwen2_vl import Qwen2VL
+from ds_lvxattn.families.qwen3_vl import Qwen3VL
 from ds_lvxattn.families.text_only import TextOnly
 
 FAMILIES: tuple[type[Family], ...] = (
@@ -29,7 +31,9 @@ FAMILIES: tuple[type[Family], ...] = (
     Blip2,
     Idefics2,
     Aria,
+    Qwen2VL,
     Qwen25VL,
+    Qwen3VL,
     TextOnly,  # last: any causal language model of transformers
 )
 

@@ -47,6 +47,16 @@ class Concatenation(VisualFamily):
             recomputation: see ``encode_in_portions``.
         """
 
+    def placed(self, text: Tensor, visual: Tensor, batch: SequenceParallelBatch) -> Mapping[str, Any]:
+        """Arguments of the module inside the model: embeddings of the rank's rows, visual tokens in their places.
+
+        Args:
+            text: ``[B, s, d]``, embeddings of the rows.
+            visual: what ``encode`` gave.
+        """
+        assert batch.visual_rows is not None
+        return {"inputs_embeds": batch.visual_rows.place(text, visual, batch.comm)}
+
     def role_of(self, module: nn.Module) -> str | None:
         return "local" if self.is_local(module) else self_attention_role(module)
 
@@ -90,5 +100,4 @@ def _embed(
     pixels = [rest.pop(name)[0] for name in family.pixel_arguments]
     visual = family.encode(model, pixels, batch, recomputation)
     text = model.get_input_embeddings()(rest.pop("input_ids"))
-    assert batch.visual_rows is not None
-    return args, {**rest, "inputs_embeds": batch.visual_rows.place(text, visual, batch.comm)}
+    return args, {**rest, **family.placed(text, visual, batch)}

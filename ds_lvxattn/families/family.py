@@ -34,8 +34,8 @@ class FrameLimits:
         image_tiles, frame_tiles: tiles of an image and of a frame of a video, at most.
         frame_padding: whether text that sees no frame sees what pads the frames of a video, as it sees the padding of
             images, where the model has it so (Llama 3.2 Vision): it costs the keys of all tiles for every frame.
-        frame_pixels: pixels of a frame of a video, at most, for models that take any size; None: as the family has it.
-            Images have the size that they are decoded with.
+        frame_pixels: pixels of a frame of a video, at most, for models that take any size; None: as the model's video
+            processor has it. Images have the size that they are decoded with.
     """
 
     image_tiles: int | None = None
@@ -177,12 +177,16 @@ class VisualFamily(Family):
     Attributes:
         image_token: the token that stands for a frame in the text.
         frame_text: how a conversation writes a frame, its image token included; empty: by that token alone.
+        video_token, video_text: likewise of a model that takes a video as such, merging frames of it; empty: frame by
+            frame. A token of its own stands for a video only until its parts are written (``video_parts``).
         needs_frames: whether the unmodified model fails on a batch without any frame; it is then given a blank one
             that no row sees.
     """
 
     image_token: str
     frame_text: str = ""
+    video_token: str = ""
+    video_text: str = ""
     needs_frames: bool = False
 
     def load_model(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -231,6 +235,24 @@ class VisualFamily(Family):
         """Whether a token that sees no frame attends to every key of its sample."""
         return False
 
+    # Videos
+
+    def merged_frames(self) -> int:
+        """Frames of a video that the model merges to one, where it takes a video as such."""
+        return 1
+
+    def video_parts(self, times: Sequence[float]) -> str:
+        """The text in the place of ``video_token``: an image token for each part of the video.
+
+        Args:
+            times: when the parts are shown, in seconds.
+        """
+        raise NotImplementedError
+
+    def limited(self, processor: Any, limits: FrameLimits) -> Any:
+        """The image processor with what it can say of ``limits``, for an export that serves what was trained."""
+        return processor
+
     # Pixels
 
     @abstractmethod
@@ -249,7 +271,11 @@ class VisualFamily(Family):
     def pixels(
         self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
     ) -> Mapping[str, Tensor]:
-        """The model's pixel arguments, ``[1, frames, ...]``, for uint8 ``[H, W, 3]`` frames of such shapes."""
+        """The model's pixel arguments, ``[1, frames, ...]``, for frames of such shapes.
+
+        Args:
+            frames: uint8 ``[H, W, 3]``, or ``[merged, H, W, 3]`` of a part of a video.
+        """
 
     @abstractmethod
     def blank_pixels(self) -> Mapping[str, Tensor]:
@@ -257,11 +283,11 @@ class VisualFamily(Family):
 
     # The unmodified model, without exchange
 
-    def prompt_arguments(self, visual: np.ndarray) -> Mapping[str, Tensor]:
+    def prompt_arguments(self, positions: np.ndarray) -> Mapping[str, Tensor]:
         """What its ``generate`` wants of prompts beside tokens and pixels.
 
         Args:
-            visual: int64 ``[B, S]``, see ``positions``.
+            positions: int64 ``[..., B, S]``, those of the prompts; see ``Family.positions``.
         """
         return {}
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+from transformers.image_utils import SizeDict
+
+from ds_lvxattn.families.videos import VideoProcessor
 
 
 class ChannelsLast:
@@ -23,4 +28,34 @@ class ChannelsLast:
         return self._processor.preprocess(images, input_data_format="channels_last", **options)
 
     def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
+
+
+class ImagesAndVideos:
+    """An image processor, and beside it as ``video`` the video processor of a model that takes videos as such."""
+
+    def __init__(self, processor: Any, video: VideoProcessor) -> None:
+        self._processor, self.video = processor, video
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self._processor(*args, **options)
+
+    def with_video(self, video: VideoProcessor) -> ImagesAndVideos:
+        """This image processor beside another video processor."""
+        return ImagesAndVideos(self._processor, video)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """As of transformers' processors."""
+        self._processor.save_pretrained(folder)
+        self.video.save_pretrained(folder)
+
+    def take_video_settings(self, whole: Any) -> None:
+        """Give the video processor in the ``whole`` one of transformers the settings of this one."""
+        for name, value in self.video.settings.items():
+            if hasattr(whole.video_processor, name):
+                setattr(whole.video_processor, name, SizeDict(**value) if name == "size" else value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_processor":  # not made yet, as in a copy
+            raise AttributeError(name)
         return getattr(self._processor, name)

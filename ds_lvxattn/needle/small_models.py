@@ -30,6 +30,10 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
@@ -43,6 +47,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingoConfig, OpenFlamingoModel
 from ds_lvxattn.families.idefics import with_loss_over_all_tokens
 from ds_lvxattn.families.owl.hyper_qwen2 import MPlugOwl3Config, mPLUGOwl3Model
+from ds_lvxattn.families.processors import ImagesAndVideos
+from ds_lvxattn.families.videos import VideoProcessor
 from ds_lvxattn.needle.task import BOS, EOS, IMAGE, PAD, VOCABULARY, NeedleTask
 
 SIZE = NeedleTask().image_size
@@ -204,10 +210,30 @@ def llava(scale: Scale, feature_layer: int | list[int] = -1) -> PreTrainedModel:
     return LlavaForConditionalGeneration(config)
 
 
-def qwen2_5_vl(scale: Scale) -> PreTrainedModel:
-    """Qwen2.5-VL with four visual tokens a frame; the last of its vision layers attends beyond a window."""
+def qwen_vl_text(scale: Scale) -> dict[str, Any]:
+    """The language model of a model of Qwen, whose rotary embedding has three parts."""
     third = scale.width // HEADS // 6
     section = [scale.width // HEADS // 2 - 2 * third, third, third]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}
+    return {**scale.text, "rope_parameters": rope}
+
+
+def qwen2_vl(scale: Scale) -> PreTrainedModel:
+    """Qwen2-VL with four visual tokens a frame."""
+    config = Qwen2VLConfig(
+        image_token_id=IMAGE_ID,
+        vision_config={
+            "depth": 2, "embed_dim": scale.vision_width, "mlp_ratio": 2, "num_heads": scale.vision_heads,
+            "patch_size": SIZE // 4, "hidden_size": scale.width, "image_size": SIZE,
+            "initializer_range": scale.spread,
+        },
+        text_config=qwen_vl_text(scale),
+    )  # fmt: skip
+    return Qwen2VLForConditionalGeneration(config)
+
+
+def qwen2_5_vl(scale: Scale) -> PreTrainedModel:
+    """Qwen2.5-VL with four visual tokens a frame; the last of its vision layers attends beyond a window."""
     config = Qwen2_5_VLConfig(
         image_token_id=IMAGE_ID,
         vision_config={
@@ -216,11 +242,40 @@ def qwen2_5_vl(scale: Scale) -> PreTrainedModel:
             "out_hidden_size": scale.width, "fullatt_block_indexes": [1], "image_size": SIZE,
             "initializer_range": scale.spread,
         },
-        text_config={
-            **scale.text, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section},
-        },
+        text_config=qwen_vl_text(scale),
     )  # fmt: skip
     return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3_vl(scale: Scale) -> PreTrainedModel:
+    """Qwen3-VL with four visual tokens a frame, and features of two vision layers added behind two text layers."""
+    config = Qwen3VLConfig(
+        image_token_id=IMAGE_ID,
+        vision_config={
+            "depth": 3, "hidden_size": scale.vision_width, "intermediate_size": 2 * scale.vision_width,
+            "num_heads": scale.vision_heads, "patch_size": SIZE // 4, "out_hidden_size": scale.width,
+            "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1], "image_size": SIZE,
+            "initializer_range": scale.spread,
+        },
+        text_config={**qwen_vl_text(scale), "head_dim": scale.width // HEADS},
+    )  # fmt: skip
+    return Qwen3VLForConditionalGeneration(config)
+
+
+def qwen_vl_processor(kind: str, pixels: int) -> Any:
+    """Images and videos for a model of Qwen.
+
+    Args:
+        kind: transformers' class of the video processor.
+        pixels: of a frame, or of a video, at most.
+    """
+    images = Qwen2VLImageProcessorPil(patch_size=SIZE // 4, **PIXELS)
+    settings = {
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, **PIXELS, "resample": 3,
+        "patch_size": SIZE // 4, "merge_size": 2, "temporal_patch_size": 2, "video_processor_type": kind,
+        "size": {"shortest_edge": SQUARE["height"] ** 2, "longest_edge": pixels},
+    }  # fmt: skip
+    return ImagesAndVideos(images, VideoProcessor(settings))
 
 
 def blip2(scale: Scale, queries: int = 4) -> PreTrainedModel:
@@ -303,7 +358,9 @@ SMALL_MODELS: dict[str, tuple[Callable[[Scale], PreTrainedModel], Callable[[], A
         ),
     ),
     "small-aria": (aria, lambda: AriaImageProcessorPil(max_image_size=490, **PIXELS)),
-    "small-qwen2.5-vl": (qwen2_5_vl, lambda: Qwen2VLImageProcessorPil(patch_size=SIZE // 4, **PIXELS)),
+    "small-qwen2-vl": (qwen2_vl, lambda: qwen_vl_processor("Qwen2VLVideoProcessor", 16 * SIZE**2)),
+    "small-qwen2.5-vl": (qwen2_5_vl, lambda: qwen_vl_processor("Qwen2VLVideoProcessor", 16 * SIZE**2)),
+    "small-qwen3-vl": (qwen3_vl, lambda: qwen_vl_processor("Qwen3VLVideoProcessor", 64 * SIZE**2)),
 }
 
 

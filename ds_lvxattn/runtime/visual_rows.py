@@ -74,7 +74,7 @@ class VisualRows:
         Returns:
             ``[B, s, d]``, differentiable in ``text`` and ``visual``.
         """
-        arrived = self._travel(visual.to(text.dtype), comm)
+        arrived = self.travel(visual.to(text.dtype), comm)
         return text.flatten(0, 1).index_copy(0, self.rows, arrived).view_as(text)
 
     def fetch(self, visual: Tensor, comm: Communicator) -> Tensor:
@@ -82,9 +82,10 @@ class VisualRows:
 
         For a model that puts them into its text itself.
         """
-        return self._travel(visual, comm).index_select(0, self.rows.argsort())
+        return self.travel(visual, comm).index_select(0, self.rows.argsort())
 
-    def _travel(self, visual: Tensor, comm: Communicator) -> Tensor:
+    def travel(self, visual: Tensor, comm: Communicator) -> Tensor:
+        """The visual tokens of the rank's rows, ``[sum(received), d]``, in the order of ``rows``; see ``place``."""
         leaving = visual.reshape(-1, visual.shape[-1]).index_select(0, self.tokens)
         return _Travel.apply(leaving, comm, self.sent, self.received)
 

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ds_lvxattn.data.chat import encode
 from ds_lvxattn.data.check import Encode, Findings, check_rows
-from ds_lvxattn.data.conversations import messages_of
+from ds_lvxattn.data.conversations import messages_of, videos_of
 from ds_lvxattn.data.media import Media
 from ds_lvxattn.data.rows import Turn
 from ds_lvxattn.data.sample import IGNORE, SampleError, one_row
@@ -32,7 +32,7 @@ from ds_lvxattn.data.table import open_table
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of_config
 from ds_lvxattn.families.family import ANY_SIZE
-from ds_lvxattn.training.dataset import rows_of_frames
+from ds_lvxattn.training.dataset import rows_of_frames, videos_in_text
 from ds_lvxattn.training.settings import FinetuningConfig
 
 SHOWN = 20  # bad rows that the report for people lists
@@ -80,18 +80,23 @@ def check(asked: argparse.Namespace) -> Findings:
     table = open_table(asked.data)
     if asked.save is not None:
         asked.save.mkdir(parents=True, exist_ok=True)
+    encode, merged = (None, 1) if asked.model is None else encode_for(asked.model)
     return check_rows(
         table,
         max_frames=asked.frames or FinetuningConfig.model_fields["frames"].default,
         root=table.folder if asked.media_root is None else asked.media_root,
-        encode=None if asked.model is None else encode_for(asked.model),
+        encode=encode,
+        merged=merged,
         limit=asked.limit,
         save=asked.save,
     )
 
 
-def encode_for(name: str) -> Encode:
+def encode_for(name: str) -> tuple[Encode, int]:
     """How many tokens the model called ``name`` makes of a conversation; its weights are not loaded.
+
+    Returns:
+        That, and how many frames of a video it merges to one.
 
     Raises:
         ConfigError: nothing loads under the name, or no family knows it.
@@ -105,19 +110,21 @@ def encode_for(name: str) -> Encode:
     processor = visual.load_processor(name) if visual is not None and visual.keys_in_text else None
     rows_of = one_row if visual is None else rows_of_frames(visual, processor, ANY_SIZE)
     most = family.text_config.max_position_embeddings
+    videos = None if visual is None else videos_in_text(visual, tokenizer)
 
     def count(turns: Sequence[Turn], media: Sequence[Media]) -> tuple[int, int]:
         if visual is None and media:
             raise SampleError(f"{len(media)} images and videos, and the model takes text alone")
         text = "" if visual is None else visual.frame_text or visual.image_token
-        ids, labels = encode(messages_of(turns, media, text), tokenizer, text)
+        written = videos_of(media, videos)
+        ids, labels = encode(messages_of(turns, media, text, written), tokenizer, text, written)
         sizes = [size for medium in media for size in medium.frame_sizes]
         rows = len(ids) - len(sizes) + sum(map(rows_of, sizes))
         if rows > most:
             raise SampleError(f"{rows} tokens, and the model's positions reach {most}")
         return rows, sum(label != IGNORE for label in labels)
 
-    return count
+    return count, videos.merged if videos else 1
 
 
 def report(data: str, findings: Findings) -> str:

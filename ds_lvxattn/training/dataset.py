@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ds_lvxattn.data.chat import VideoText
 from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.data.media import PixelLimits
 from ds_lvxattn.data.sample import FrameSize, SampleSource, one_row
@@ -81,7 +82,16 @@ def frames_in_text(loaded: LoadedModel, limits: FrameLimits = ANY_SIZE) -> dict[
         "image_token": loaded.image_token,
         "frame_text": family.frame_text if loaded.image_token == family.image_token else "",
         "frame_tokens": rows_of_frames(family, loaded.processor, limits),
+        "videos": videos_in_text(family, loaded.tokenizer),
     }
+
+
+def videos_in_text(family: VisualFamily, tokenizer: Any) -> VideoText | None:
+    """How the model's text has a video; None: frame by frame, also where its tokenizer has no token for one."""
+    needed = [token for token in (family.video_token, family.image_token) if token]
+    if len(needed) < 2 or any(token not in tokenizer.get_vocab() for token in needed):
+        return None
+    return VideoText(family.merged_frames(), family.video_text, family.video_token, family.video_parts)
 
 
 def rows_of_frames(family: VisualFamily, processor: Any, limits: FrameLimits) -> Callable[[FrameSize], int]:

@@ -63,6 +63,7 @@ def finetune(args: argparse.Namespace, watchdog: Watchdog | None = None) -> None
     watchdog.enter("loading the model")
     ds_config = settings.ds_config
     loaded = load_model(args.model, ds_config, args.seed)
+    loaded.limits = settings.finetuning.frame_limits
     fill_model_sizes(ds_config, loaded.model.config)
     if (lora := settings.finetuning.lora) is not None:
         stage = ds_config.get("zero_optimization", {}).get("stage", 0)

@@ -22,6 +22,8 @@ from transformers.processing_utils import ProcessorMixin
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of, family_of_config
+from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
+from ds_lvxattn.families.processors import ImagesAndVideos
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.needle.small_models import SMALL_MODELS, small_model
 from ds_lvxattn.needle.task import IMAGE, build_tokenizer
@@ -42,6 +44,7 @@ class LoadedModel:
         image_token: the token that stands for a frame; None for a model that takes none.
         whole: its processor as transformers has it, of text and images and perhaps videos, to be saved with the model;
             None where there is none yet.
+        limits: how large pictures were in training, for what the saved processor can say of it.
     """
 
     model: PreTrainedModel
@@ -49,6 +52,7 @@ class LoadedModel:
     processor: Any
     image_token: str | None
     whole: Any = None
+    limits: FrameLimits = ANY_SIZE
 
     @property
     def image_id(self) -> int:
@@ -71,11 +75,16 @@ class LoadedModel:
         self.tokenizer.save_pretrained(folder)
         if self.processor is None:
             return
-        self.processor.save_pretrained(folder)
-        family, whole = family_of(self.model), self.whole or whole_processor(str(folder))
+        family, processor = family_of(self.model), self.processor
+        if isinstance(family, VisualFamily):
+            processor = family.limited(processor, self.limits)
+        processor.save_pretrained(folder)
+        whole = self.whole or whole_processor(str(folder))
         if whole is not None and isinstance(family, VisualFamily) and self.image_token is not None:
             whole.tokenizer = self.tokenizer  # some processors add tokens to theirs, which the model has no rows for
             family.complete_processor(whole, self.image_token)
+            if isinstance(processor, ImagesAndVideos):
+                processor.take_video_settings(whole)
             whole.save_pretrained(folder)
 
 

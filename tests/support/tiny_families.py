@@ -36,7 +36,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "idefics2": functools.partial(small_models.idefics2, TINY, latents=3),
     # torch's grouped products of the experts have no float64.
     "aria": functools.partial(small_models.aria, TINY, queries=3, experts_implementation="eager"),
+    "qwen2-vl": functools.partial(small_models.qwen2_vl, TINY),
     "qwen2.5-vl": functools.partial(small_models.qwen2_5_vl, TINY),
+    "qwen3-vl": functools.partial(small_models.qwen3_vl, TINY),
     "text only": text_only,
     "mplug_owl3, fused": mplug_owl3("fused"),
     "mplug_owl3, gate": mplug_owl3("gate"),

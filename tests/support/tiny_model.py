@@ -36,6 +36,8 @@ from ds_lvxattn.families.llava import Llava
 from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
+from ds_lvxattn.families.qwen2_vl import Qwen2VL
+from ds_lvxattn.families.qwen3_vl import Qwen3VL
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.needle.small_models import SIZE, SMALL_MODELS, Scale, mllama_config, random
 from ds_lvxattn.needle.task import IMAGE, VOCABULARY, build_tokenizer
@@ -155,15 +157,18 @@ PROCESSORS: dict[type, str] = {
     Blip2: "small-blip2",
     Idefics2: "small-idefics2",
     Aria: "small-aria",
+    Qwen2VL: "small-qwen2-vl",
     Qwen25VL: "small-qwen2.5-vl",
+    Qwen3VL: "small-qwen3-vl",
 }
 
 
 def tiny_batches(model: nn.Module, parallel: SequenceParallel | None = None, packing: int | None = None) -> Batches:
     name = PROCESSORS.get(type(family_of(model)))
     processor = SMALL_MODELS[name][1]() if name else None
-    dtype = next(model.parameters()).dtype
-    return Batches(model, processor, 0, IMAGE_TOKEN, CPU, dtype, parallel, packing=packing)
+    dtype, config = next(model.parameters()).dtype, model.config
+    image_id: Any = getattr(config, "image_token_id", IMAGE_TOKEN)  # another one with another vocabulary
+    return Batches(model, processor, 0, image_id, CPU, dtype, parallel, packing=packing)
 
 
 def start_deepspeed() -> None:

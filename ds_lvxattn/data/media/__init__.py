@@ -8,6 +8,7 @@ a player shows; ``images`` reads still and animated images; ``medium`` is a row'
 from ds_lvxattn.data.media.files import MediaError
 from ds_lvxattn.data.media.medium import (
     DEFAULT_LIMITS,
+    FRAMES_A_SECOND,
     NO_LIMITS,
     Media,
     PixelLimits,
@@ -22,6 +23,7 @@ from ds_lvxattn.data.media.timeline import VideoInfo
 
 __all__ = [
     "DEFAULT_LIMITS",
+    "FRAMES_A_SECOND",
     "NO_LIMITS",
     "Media",
     "MediaError",

@@ -14,7 +14,10 @@ from ds_lvxattn.data.media.index import film_index
 from ds_lvxattn.data.media.picture import Size, fitted
 from ds_lvxattn.data.media.timeline import VideoInfo
 from ds_lvxattn.data.rows import MediaKind, Source
-from ds_lvxattn.data.sample import FrameSize
+from ds_lvxattn.data.sample import FrameSize, Part
+
+# Of a video that is given as its frames, whose row does not say: what Qwen's processors take of a video.
+FRAMES_A_SECOND = 2.0
 
 
 def probe_video(path: str | os.PathLike[str]) -> VideoInfo:
@@ -99,6 +102,9 @@ class Media:
         times: when each of them was looked for, in seconds after the video's first frame; none where it has no times.
         size: of the decoded frames.
         upright: whether images are turned by their EXIF orientation; videos always are.
+        merged: frames of a video that count as one (``Part``).
+        step: seconds from one of ``frames`` to the next, on average.
+        rate: of a video that is given as its frames, how many there are in a second.
     """
 
     kind: MediaKind
@@ -107,14 +113,50 @@ class Media:
     times: tuple[float, ...] = ()
     size: Size = None
     upright: bool = True
+    merged: int = 1
+    step: float = 0.0
+    rate: float = FRAMES_A_SECOND
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it is taken as a video, and not as frames by themselves."""
+        return self.kind == "video" and self.merged > 1
+
+    @property
+    def parts(self) -> list[tuple[int, ...]]:
+        """``frames`` as they count: by themselves, or of a video ``merged`` each."""
+        if not self.is_video:
+            return [(frame,) for frame in self.frames]
+        filled = (*self.frames, *self.frames[-1:] * (-len(self.frames) % self.merged))
+        return [filled[at : at + self.merged] for at in range(0, len(filled), self.merged)]
+
+    @property
+    def part_times(self) -> list[float]:
+        """Of each of ``parts``, the mean of when its first and its last frame appear, in seconds."""
+        if len(self.sources) > 1:
+            starts = {frame: frame / self.rate for frame in self.frames}
+        else:
+            info = self._info(self.sources[0])
+            starts = {frame: float(int(info.starts[frame]) * info.unit) for frame in self.frames}
+        return [(starts[part[0]] + starts[part[-1]]) / 2 for part in self.parts]
 
     @property
     def frame_sizes(self) -> list[FrameSize]:
-        """Size of each of ``frames`` as it is decoded, from the headers of the files."""
+        """Size of each of ``parts`` as it is decoded, from the headers of the files.
+
+        Raises:
+            MediaError: a video is given as images of several sizes, and its frames are merged.
+        """
         info = [self._info(source) for source in self.sources]
         own = [info[frame if len(info) > 1 else 0] for frame in self.frames]
-        shown = (fitted(picture.width, picture.height, self.size) for picture in own)
-        return [FrameSize(height, width, self.kind == "video") for width, height in shown]
+        shown = [fitted(picture.width, picture.height, self.size) for picture in own]
+        if not self.is_video:
+            return [FrameSize(height, width, self.kind == "video") for width, height in shown]
+        if len(set(shown)) > 1:
+            raise MediaError(f"{self.name}: the frames of a video have several sizes: {sorted(set(shown))}")
+        (width, height), parts, seconds = shown[0], len(self.parts), self.merged * self.step
+        of_video = (Part(number, self.merged, len(self.frames), seconds) for number in range(parts))
+        return [FrameSize(height, width, True, part) for part in of_video]
 
     def _info(self, source: Source) -> VideoInfo:
         if self.kind == "image" or isinstance(source, bytes) or len(self.sources) > 1:
@@ -150,39 +192,48 @@ class Media:
 
 
 def load_frames(media: Sequence[Media], frames: Sequence[int]) -> list[np.ndarray]:
-    """Decode ``frames``, numbered over all ``media`` in order, to uint8 ``[H, W, 3]``, in the order given.
+    """Decode ``frames``, numbered over the ``parts`` of all ``media`` in order, in the order given.
+
+    Returns:
+        uint8 ``[H, W, 3]`` each, ``[merged, H, W, 3]`` of a part of a video.
 
     Raises:
         MediaError: naming the file: it is broken, or whatever else its decoder raises.
     """
     found: dict[int, np.ndarray] = {}
     for medium, own in _by_medium(media, frames):  # another file is not touched
+        numbers = [number for _, part in own for number in part]
         try:
-            decoded = medium.decode([number for _, number in own])
+            decoded = iter(medium.decode(numbers))
         except MediaError:
             raise
         except Exception as error:
             raise MediaError(f"{medium.name}: {type(error).__name__}: {error}") from error
-        found.update(zip((frame for frame, _ in own), decoded, strict=True))
+        for frame, part in own:
+            pictures = [next(decoded) for _ in part]
+            found[frame] = np.stack(pictures) if medium.is_video else pictures[0]
     return [found[frame] for frame in frames]
 
 
 def frame_groups(media: Sequence[Media], frames: Sequence[int]) -> list[list[int]]:
-    """``frames``, numbered over all ``media`` in order, without repeats, by what is decoded together."""
+    """``frames``, numbered as in ``load_frames``, without repeats, by what is decoded together.
+
+    A part of a video is decoded with its first frame.
+    """
     groups = []
     for medium, own in _by_medium(media, frames):
         places: dict[int, list[int]] = {}
-        for frame, number in own:
-            places.setdefault(number, []).append(frame)
+        for frame, part in own:
+            places.setdefault(part[0], []).append(frame)
         groups += [[frame for number in group for frame in places[number]] for group in medium.groups(list(places))]
     return groups
 
 
-def _by_medium(media: Sequence[Media], frames: Sequence[int]) -> list[tuple[Media, list[tuple[int, int]]]]:
+def _by_medium(media: Sequence[Media], frames: Sequence[int]) -> list[tuple[Media, list[tuple[int, tuple[int, ...]]]]]:
     """Each medium of which there are ``frames``, with those and their numbers in it."""
-    places = [(m, number) for m, medium in enumerate(media) for number in medium.frames]
-    own: dict[int, list[tuple[int, int]]] = {}
+    places = [(m, part) for m, medium in enumerate(media) for part in medium.parts]
+    own: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
     for frame in dict.fromkeys(frames):
-        m, number = places[frame]
-        own.setdefault(m, []).append((frame, number))
+        m, part = places[frame]
+        own.setdefault(m, []).append((frame, part))
     return [(media[m], pairs) for m, pairs in own.items()]

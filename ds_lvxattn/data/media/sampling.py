@@ -15,6 +15,7 @@ def sample_times(
     fps: float | None = None,
     start: float | None = None,
     end: float | None = None,
+    multiple: int = 1,
 ) -> list[Fraction]:
     """When to look at a video, in seconds after its first frame appears, in ascending order.
 
@@ -27,6 +28,7 @@ def sample_times(
         max_frames: frames to take, at most.
         fps: frames of each second to take; None: ``max_frames``, however long the video.
         start, end: the range in seconds; None: from the first frame, to the end.
+        multiple: the number of frames is one of it, rounded down, where the range has more.
 
     Raises:
         MediaError: the range is empty, or the video ends before it begins.
@@ -46,6 +48,7 @@ def sample_times(
     if len(shown) > 1 and info.starts[shown[-1]] * info.unit >= last:
         shown = shown[:-1]  # it appears when the range ends
     count = max_frames if fps is None else max(1, min(max_frames, round((last - first) * Fraction(fps))))
+    count -= count % multiple if count > multiple else 0
     if len(shown) <= count:
         return [max(first, int(info.starts[number]) * info.unit) for number in shown]
     return [first + (last - first) * (2 * part + 1) / (2 * count) for part in range(count)]

@@ -1,0 +1,159 @@
+"""Videos whose frames a model merges: Qwen's models on several ranks against those fed by their own processors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ds_lvxattn.batches.generation import generate
+from ds_lvxattn.data.sample import IGNORE, FrameSize, Part, Sample
+from ds_lvxattn.families import family_of
+from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
+from tests.support.distributed import run
+from tests.support.parity import Gradients, gradients_of, largest_differences, losses_of_steps, sum_over_ranks
+from tests.support.qwen_videos import (
+    FAMILIES,
+    VIDEO_TOKENS,
+    arguments_of,
+    loaded,
+    made_by_transformers,
+    model_of,
+    source_of,
+    write_rows,
+)
+from tests.support.tiny_model import MODES, attach, loss_of, tiny_batches
+
+NEW = 4
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows"))
+
+
+def samples_of(name: str, rows: Path) -> list[Sample]:
+    source = source_of(loaded(name), rows)
+    return [source.sample(row) for row in range(len(source))]
+
+
+def in_transformers(name: str, samples: list[Sample]) -> tuple[float, Gradients]:
+    """Loss and gradients of the unmodified model, with all that its own processor gives it, a row at a time."""
+    model = model_of(name, torch.float64)
+    layout = tiny_batches(model).collator.layout(samples)
+    total, items = torch.zeros((), dtype=torch.float64), 0
+    for row, length in enumerate(layout.lengths):
+        inputs = arguments_of(name, row, torch.float64)
+        # Here the token of an image stands for a part of a video too.
+        ids = inputs["input_ids"][0]
+        ids = ids.where(ids != model.config.video_token_id, model.config.image_token_id)
+        assert ids.tolist() == layout.input_ids[row, :length].tolist()
+        labels = torch.from_numpy(layout.shift_labels[row, :length])
+        total = total + cross_entropy(model(**inputs).logits[0], labels, ignore_index=IGNORE, reduction="sum")
+        items += int((labels != IGNORE).sum())
+    loss = total / items
+    loss.backward()
+    return loss.item(), gradients_of(model)
+
+
+def in_modes(name: str, rows: Path, modes: list[tuple[str, str, str]]) -> list[tuple[float, Gradients]]:
+    samples, results = samples_of(name, rows), []
+    for mode in modes:
+        model = model_of(name, torch.float64).train()
+        loss = loss_of(model, samples, attach(model, dist.get_world_size(), mode, samples, recompute="layer"))
+        loss.backward()
+        results.append(sum_over_ranks(loss, gradients_of(model)))
+    return results
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_loss_and_gradients_are_those_of_the_model_with_its_own_processor(name: str, rows: Path) -> None:
+    want = in_transformers(name, samples_of(name, rows))
+    modes = [MODES[0], MODES[2], MODES[4]]
+    for mode, got in zip(modes, run(2, in_modes, name, rows, modes)[0], strict=True):
+        loss, gradient = largest_differences(got, want)
+        assert loss < 1e-12 and gradient < 1e-11, (mode, loss, gradient)
+
+
+@pytest.mark.slow
+def test_loss_and_gradients_on_four_ranks(rows: Path) -> None:
+    want = in_transformers("qwen2.5-vl", samples_of("qwen2.5-vl", rows))
+    loss, gradient = largest_differences(run(4, in_modes, "qwen2.5-vl", rows, [MODES[4]])[0][0], want)
+    assert loss < 1e-12 and gradient < 1e-11, (loss, gradient)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pixels_are_those_of_the_video_processor(name: str, rows: Path) -> None:
+    collator, samples = tiny_batches(model_of(name)).collator, samples_of(name, rows)[:2]
+    layout = collator.layout(samples)
+    pixels = collator.pixels(layout, collator.load(samples, layout))
+    theirs = [arguments_of(name, row, torch.float32) for row in range(2)]
+    # A video, an image, a video; and a video.
+    videos, last = theirs[0]["pixel_values_videos"], theirs[1]["pixel_values_videos"]
+    ahead = int(theirs[0]["video_grid_thw"][0].prod())
+    want = torch.cat((videos[:ahead], theirs[0]["pixel_values"], videos[ahead:], last))
+    assert torch.equal(pixels["pixel_values"], want)
+    parts = [shape.pictures for shape in layout.shapes[0]]
+    assert parts == [2, 2, 2, 1, 2, 1]  # three frames are two parts, the last frame twice in the second
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_frames_are_scaled_as_the_video_processor_scales_them(name: str) -> None:
+    made = loaded(name)
+    family: Any = family_of(made.model)
+    patch = made.model.config.vision_config.patch_size
+    for case in made_by_transformers()[f"{name}/sizes"].tolist():
+        frames, height, width, least, most, cap, *sides = case
+        video = made.processor.video.with_settings(
+            size={"shortest_edge": least, "longest_edge": most},
+            cap_pixels_per_frame=bool(cap),
+            max_video_tokens=VIDEO_TOKENS,
+        )
+        size = FrameSize(height, width, True, Part(0, 2, frames, 1.0))
+        grid = family.shape_of(size, made.processor.with_video(video), ANY_SIZE).grid
+        assert [side * patch for side in grid] == sides, case
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_limit_of_pixels_holds_and_is_exported(name: str, tmp_path: Path) -> None:
+    made = loaded(name)
+    family: Any = family_of(made.model)
+    size, limits = FrameSize(720, 1280, True, Part(0, 2, 8, 1.0)), FrameLimits(frame_pixels=3000)
+    shape = family.shape_of(size, made.processor, limits)
+    assert 1000 < shape.encoder_tokens * 7**2 <= 3000
+    family.limited(made.processor, limits).save_pretrained(tmp_path)
+    again = family.load_processor(str(tmp_path))
+    assert family.shape_of(size, again, ANY_SIZE) == shape
+
+
+def answers(name: str, rows: Path) -> Tensor:
+    model, samples = model_of(name, torch.float64), samples_of(name, rows)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    batches = attach(model, ranks, MODES[0], samples) if ranks > 1 else tiny_batches(model)
+    return generate(model, batches, samples, max_new_tokens=NEW, do_sample=False, eos_token_id=10_000)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_are_those_of_the_model_with_its_own_processor(name: str, rows: Path) -> None:
+    model = model_of(name, torch.float64)
+    how: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": 10_000, "pad_token_id": 0}
+    want = [model.generate(**arguments_of(name, row, torch.float64), **how)[0, -NEW:].tolist() for row in range(3)]
+    assert answers(name, rows).tolist() == want
+    assert run(2, answers, name, rows)[0].tolist() == want
+
+
+def train(name: str, rows: Path, ranks: int) -> list[float]:
+    return losses_of_steps(model_of(name), samples_of(name, rows), ranks, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl"])
+def test_losses_under_zero3(name: str, rows: Path) -> None:
+    want, got = train(name, rows, 1), run(2, train, name, rows, 2)[0]
+    assert want[-1] < want[0]
+    assert got == pytest.approx(want, rel=1e-4)
