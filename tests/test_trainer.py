@@ -8,29 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import datasets
 import deepspeed
 import numpy as np
 import peft
 import pytest
 import torch
+from PIL import Image
 from torch import nn
-from transformers import AutoModelForImageTextToText, EvalPrediction, TrainingArguments
+from transformers import AutoModelForImageTextToText, AutoProcessor, EvalPrediction, TrainingArguments
 
 from ds_lvxattn import ConfigError
 from ds_lvxattn.hf import Rows, SequenceParallelTrainer
 from ds_lvxattn.hf.accelerator import use_groups
+from ds_lvxattn.needle.task import IMAGE, build_tokenizer
+from ds_lvxattn.training.loading import LoadedModel
 from tests.support.distributed import run
 from tests.support.hf import (
+    ARGUMENTS,
+    Divided,
     clean_state,
     deepspeed_block,
     divided_trainer,
     launched,
     logged,
+    optimizer_of,
     plain_trainer,
 )
 from tests.support.processes import REPOSITORY, launch
 from tests.support.rows import write_rows
-from tests.support.tiny_model import groups_of, loss_of, tiny_model, tiny_sample
+from tests.support.tiny_model import SIZE, groups_of, loss_of, tiny_model, tiny_processor, tiny_sample
 from tests.support.training import mixed_samples, one_rank, write_config, write_model
 
 STEPS, BATCH = 6, 2
@@ -209,6 +216,7 @@ def test_the_example(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "loss": ({"compute_loss_func": max}, {}, "compute_loss_func"),
+    "adapters": ({"peft_config": object()}, {}, "give peft.get_peft_model(model, peft_config)"),
     "collator": ({"data_collator": list}, {}, "data_collator"),
     "smoothing": ({}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
     "parallelism": ({}, {"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen"),
@@ -236,10 +244,74 @@ def test_other_datasets_are_told_from_samples(tmp_path: Path) -> None:
         len(Rows("rows.jsonl"))
 
 
-def test_trl_is_refused() -> None:
-    sft: Any = type("SFTTrainer", (), {"__module__": "trl.trainer.sft_trainer"})
+# As TRL asks of templates: the tokens that the assistant says are marked.
+MARKED = (
+    "{{ bos_token }} {% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+    "{% for part in m.content %}{{ part.text }} {% endfor %}{{ eos_token }} {% endgeneration %}{% else %}"
+    "{% for part in m.content %}{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }} {% endif %}{% endfor %}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def vision_rows() -> datasets.Dataset:
+    """Conversations about two pictures, as TRL's vision datasets have them."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "messages": [{"role": "user", "content": "which digit ?"}, {"role": "assistant", "content": str(n)}],
+            "images": [Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)) for _ in range(2)],
+        }
+        for n in range(6)
+    ]
+    turn = {"role": datasets.Value("string"), "content": datasets.Value("string")}
+    features = {"messages": datasets.List(turn), "images": datasets.List(datasets.Image())}
+    return datasets.Dataset.from_list(rows, features=datasets.Features(features))
+
+
+def sft_config(folder: Path, **how: Any) -> Any:
+    from trl import SFTConfig
+
+    off = {"bf16": False, "gradient_checkpointing": False}
+    sizes = {"per_device_train_batch_size": 2, "max_steps": 3}
+    return SFTConfig(str(folder), **{**ARGUMENTS, **off, **sizes, "assistant_only_loss": True, **how})
+
+
+def train_with_sft_config(folder: Path, model: Path) -> list[float]:
+    with launched():
+        model, processor = AutoModelForImageTextToText.from_pretrained(model), AutoProcessor.from_pretrained(model)
+        args = sft_config(folder, deepspeed=deepspeed_block(2))
+        trainer = Divided(model, args, train_dataset=vision_rows(), processing_class=processor)
+        trainer.train()
+        return logged(trainer, "loss")
+
+
+def test_a_script_for_trl_trains_as_there(tmp_path: Path) -> None:
+    """The rows, the arguments and the losses of ``SFTTrainer``; a class that inherits from it is refused."""
+    trl = pytest.importorskip("trl")
+    words = build_tokenizer()
+    words.chat_template = MARKED
+    loaded = LoadedModel(tiny_model(), words, tiny_processor(), IMAGE)
+    loaded.save(tmp_path / "model", dict(loaded.model.named_parameters()))
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    with clean_state():
+        optimizers = optimizer_of(loaded.model), None
+        theirs = trl.SFTTrainer(
+            loaded.model, sft_config(tmp_path), train_dataset=vision_rows(), processing_class=processor,
+            optimizers=optimizers,
+        )  # fmt: skip
+        theirs.train()
+    for losses in run(2, train_with_sft_config, tmp_path, tmp_path / "model"):
+        assert losses == pytest.approx(logged(theirs, "loss"), rel=1e-4)
+
     with pytest.raises(ConfigError, match="is a SFTTrainer, which tokenises its dataset"):
-        type("Mine", (SequenceParallelTrainer, sft), {})
+        type("Mine", (SequenceParallelTrainer, trl.SFTTrainer), {})
+    for given, part in (
+        ({"packing": True}, "SFTConfig.packing is True"),
+        ({"loss_type": "dft"}, "SFTConfig.loss_type is 'dft'"),
+        ({"assistant_only_loss": False}, "SFTConfig.assistant_only_loss is False, and loss is taken on answers"),
+    ):
+        with clean_state(), pytest.raises(ConfigError, match=part):
+            SequenceParallelTrainer(tiny_model(), sft_config(tmp_path, **given), train_dataset=vision_rows())
 
 
 def replaced_methods() -> str:

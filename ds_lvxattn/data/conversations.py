@@ -28,7 +28,7 @@ from ds_lvxattn.data.media import (
 )
 from ds_lvxattn.data.rows import MediaRef, Turn, read_row, unknown_keys
 from ds_lvxattn.data.sample import FrameSize, Sample, SampleError, one_row
-from ds_lvxattn.data.table import open_table
+from ds_lvxattn.data.table import Data, open_table
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ class ConversationSource:
     not depend on the seed or on the order of the rows.
 
     Args:
-        data: a file of one JSON object a line, of a JSON list or in Parquet; or a dataset that
-            ``datasets.load_dataset`` finds, as ``NAME``, ``NAME:SPLIT`` or ``NAME:CONFIG:SPLIT``. Its rows have the
+        data: a file of one JSON object a line, of a JSON list or in Parquet; a dataset that ``datasets.load_dataset``
+            finds, as ``NAME``, ``NAME:SPLIT`` or ``NAME:CONFIG:SPLIT``; or what it has loaded. Its rows have the
             layouts of ``ds_lvxattn.data.rows``.
         tokenizer: a fast tokenizer; its chat template renders the text, ``PLAIN_TEMPLATE`` if it has none.
         image_token: the token that stands for a frame; None for a model that takes none.
@@ -68,7 +68,7 @@ class ConversationSource:
 
     def __init__(
         self,
-        data: str | os.PathLike[str],
+        data: Data,
         tokenizer: PreTrainedTokenizerBase,
         *,
         image_token: str | None,
@@ -79,7 +79,7 @@ class ConversationSource:
         max_text_tokens: int | None = None,
         split: Literal["train", "eval"] = "train",
         eval_share: float = 0.05,
-        eval_data: str | os.PathLike[str] | None = None,
+        eval_data: Data | None = None,
         media_root: str | os.PathLike[str] | None = None,
         pixels: PixelLimits = NO_LIMITS,
         upright: bool = True,
@@ -101,7 +101,7 @@ class ConversationSource:
         self.pixels, self.upright, self.fps = pixels, upright, fps
 
         separate = eval_data is not None
-        self.table = open_table(os.fspath(eval_data if eval_data is not None and split == "eval" else data))
+        self.table = open_table(eval_data if eval_data is not None and split == "eval" else data)
         self.media_root = self.table.folder if media_root is None else os.fspath(media_root)
         keys = dict(self.table.media_keys())
         if not keys:

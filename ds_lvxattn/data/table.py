@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import datasets
 import pyarrow as pa
@@ -17,6 +17,8 @@ from ds_lvxattn.data.rows import MEDIA_KEYS, TURN_KEYS, media_keys_of
 from ds_lvxattn.data.sample import SampleError
 
 BOM = "\ufeff"
+
+Data: TypeAlias = str | os.PathLike[str] | datasets.Dataset  # a file, a name, or rows that are loaded
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,17 @@ class Table:
         return parsed
 
 
-def open_table(data: str) -> Table:
-    """The rows of a file, or of a dataset as ``NAME``, ``NAME:SPLIT`` or ``NAME:CONFIG:SPLIT``.
+def open_table(data: Data) -> Table:
+    """The rows of a file, of a dataset as ``NAME``, ``NAME:SPLIT`` or ``NAME:CONFIG:SPLIT``, or of one that is loaded.
 
     The name of a dataset on the hub may end in ``@REVISION``, a commit, tag or branch.
 
     Raises:
         ValueError: neither is there, or it cannot be read.
     """
+    if isinstance(data, datasets.Dataset):
+        return Table(name_of(data), data.with_format("arrow"), False, "row", "")
+    data = os.fspath(data)
     folder = str(Path(data).parent)
     if Path(data).suffix == ".parquet" and os.path.isfile(data):
         return Table(data, _load(data, "parquet", data_files=data, split="train"), False, "row", folder)
@@ -118,6 +123,11 @@ def open_table(data: str) -> Table:
         name, _, pinned["revision"] = name.rpartition("@")
     rows = _load(data, name, *config, split=split, **pinned)
     return Table(data, rows, False, "row", name if os.path.isdir(name) else "")
+
+
+def name_of(data: Data) -> str:
+    """Of a dataset, for messages."""
+    return f"the dataset of {len(data)} rows" if isinstance(data, datasets.Dataset) else os.fspath(data)
 
 
 def _load(data: str, *where: str, **what: str) -> datasets.Dataset:

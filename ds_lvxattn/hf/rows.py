@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from typing import Any
 
+import datasets
 from torch.utils.data import Dataset
 
 from ds_lvxattn.batches.loader import MakeSample, attempt
 from ds_lvxattn.data.sample import Sample, SampleError, SampleSource
+from ds_lvxattn.data.table import Data, name_of
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.training.attach import Attached
 
@@ -23,12 +24,13 @@ class Rows(Dataset[Found]):
     The Trainer that gets it makes samples of the rows, by its model's tokenizer.
 
     Args:
-        data: a file or a dataset of the hub; ``docs/your-data-and-model.md`` has the layouts of its rows.
+        data: a file, a dataset of the hub, or one that ``datasets`` has loaded; ``docs/your-data-and-model.md`` has
+            the layouts of its rows.
         max_frames: frames of a row.
         how: other arguments of ``ConversationSource``: ``max_text_tokens``, ``media_root``, ``limit``, ...
     """
 
-    def __init__(self, data: str | os.PathLike[str], *, max_frames: int = 64, **how: Any) -> None:
+    def __init__(self, data: Data, *, max_frames: int = 64, **how: Any) -> None:
         self.data, self.how = data, {"max_frames": max_frames, **how}
         self.source: SampleSource | None = None
 
@@ -49,7 +51,7 @@ class Rows(Dataset[Found]):
     @property
     def _bound(self) -> SampleSource:
         if self.source is None:
-            raise ConfigError(f"Rows({os.fspath(self.data)!r}) has no model yet; give it to SequenceParallelTrainer")
+            raise ConfigError(f"Rows({name_of(self.data)!r}) has no model yet; give it to SequenceParallelTrainer")
         return self.source
 
 
@@ -76,8 +78,11 @@ class Samples(Dataset[Found]):
         return found
 
 
-def as_dataset(dataset: Any) -> Any:
+def as_dataset(dataset: Any, **how: Any) -> Any:
     """What the Trainer is given, as a dataset of samples; a dict of evaluation datasets name by name.
+
+    Args:
+        how: arguments of ``Rows`` for what ``datasets`` has loaded.
 
     Raises:
         ConfigError: it has no length, as an iterable dataset.
@@ -85,7 +90,9 @@ def as_dataset(dataset: Any) -> Any:
     if dataset is None or isinstance(dataset, (str, Rows, Samples)):
         return dataset
     if isinstance(dataset, dict):
-        return {name: as_dataset(each) for name, each in dataset.items()}
+        return {name: as_dataset(each, **how) for name, each in dataset.items()}
+    if isinstance(dataset, datasets.Dataset):
+        return Rows(dataset, **how)
     if not hasattr(dataset, "__len__"):
         raise ConfigError(f"the dataset is a {type(dataset).__name__} without a length; give Rows(FILE), or a list")
     return Samples(dataset)

@@ -26,6 +26,7 @@ from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
 from ds_lvxattn.hf.accelerator import use_groups
 from ds_lvxattn.hf.rows import Found, as_dataset, as_made, as_they_are, bind
+from ds_lvxattn.hf.sft import of_trl, row_settings
 from ds_lvxattn.plan.layer_plan import write_plan
 from ds_lvxattn.plan.planner import Plan
 from ds_lvxattn.training.attach import Attached, group_loss, loaded_model
@@ -33,11 +34,13 @@ from ds_lvxattn.training.plan_times import PlanTimes
 from ds_lvxattn.training.settings import BLOCK_KEY
 from ds_lvxattn.training.tokens import with_gradient
 
-# What the Trainer can be given and what divided text has no room for: why.
+# What Trainers can be given and this one does not take: why.
 REFUSED = {
     "data_collator": "micro-batches are made where the ranks of a group agree on them",
     "compute_loss_func": "a rank has the logits of its own rows alone; the model's own loss is taken",
     "model_init": "the model is attached when the Trainer is made; give the model",
+    "peft_config": "adapters come with the model; give peft.get_peft_model(model, peft_config)",
+    "formatting_func": "rows are conversations already; map the dataset",
 }
 
 
@@ -51,8 +54,9 @@ class SequenceParallelTrainer(Trainer):
 
     Args:
         model: a transformers model of a known family, or a ``PeftModel`` of one.
-        args: with ``deepspeed``, unless there is one rank alone.
-        train_dataset, eval_dataset: ``Rows``, or datasets of ``ds_lvxattn.Sample``; no iterable datasets.
+        args: with ``deepspeed``, unless there is one rank alone; TRL's ``SFTConfig`` too.
+        train_dataset, eval_dataset: ``Rows``, a ``datasets.Dataset`` of such rows, or datasets of
+            ``ds_lvxattn.Sample``; no iterable datasets.
         processing_class: the model's processor or tokenizer; None: that of the path that the model was loaded from.
         on_bad_sample: ``skip`` broken media with a warning, or ``fail``.
         limits: how large frames may be.
@@ -81,12 +85,13 @@ class SequenceParallelTrainer(Trainer):
     ) -> None:
         for name, why in REFUSED.items():
             if others.pop(name, None) is not None:
-                raise ConfigError(f"{name} was given, which sequence parallelism does not take: {why}; leave it out")
+                raise ConfigError(f"{name} was given, which SequenceParallelTrainer does not take: {why}; leave it out")
         _check_arguments(args)
         if on_bad_sample not in ("skip", "fail"):
             raise ConfigError(f"on_bad_sample is {on_bad_sample!r}; choose 'skip' or 'fail'")
         self._attach = (model, processing_class, on_bad_sample == "skip", limits)
-        datasets = as_dataset(train_dataset), as_dataset(eval_dataset)
+        self._row_settings = row_settings(args, train_dataset, eval_dataset)
+        datasets = as_dataset(train_dataset, **self._row_settings), as_dataset(eval_dataset, **self._row_settings)
         self._datasets = datasets
         super().__init__(
             model=model, args=args, data_collator=as_they_are, train_dataset=datasets[0], eval_dataset=datasets[1],
@@ -101,11 +106,11 @@ class SequenceParallelTrainer(Trainer):
     def __init_subclass__(cls, **others: Any) -> None:
         super().__init_subclass__(**others)
         for base in cls.__mro__:
-            if base.__module__.partition(".")[0] == "trl":
+            if of_trl(base):
                 raise ConfigError(
-                    f"{cls.__name__} is a {base.__name__}, which tokenises its dataset and takes its loss from whole "
-                    "logits, which no rank has; use SequenceParallelTrainer over Rows, which takes the same "
-                    "conversations and takes loss on the answers"
+                    f"{cls.__name__} is a {base.__name__}, which tokenises its dataset and replaces the model's "
+                    "forward by one for whole texts, which no rank has; use SequenceParallelTrainer in its place, "
+                    "which takes the same rows and SFTConfig, and takes loss on the answers"
                 )
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -245,7 +250,7 @@ class SequenceParallelTrainer(Trainer):
         return super().predict(self._bound(test_dataset), *args, **kwargs)
 
     def _bound(self, dataset: Any) -> Any:
-        dataset = as_dataset(dataset)
+        dataset = as_dataset(dataset, **self._row_settings)
         bind(dataset, self.attached)
         return dataset
 

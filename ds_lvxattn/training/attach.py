@@ -24,6 +24,7 @@ from ds_lvxattn.calibration.extent import HeadLayout
 from ds_lvxattn.config import SequenceParallelConfig, load_ds_config, sequence_parallel_config
 from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.data.sample import Sample, SampleSource
+from ds_lvxattn.data.table import Data, name_of
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of, unwrapped
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
@@ -103,11 +104,12 @@ class Attached:
 
     # Data
 
-    def rows(self, data: str | os.PathLike[str], *, max_frames: int = 64, **how: Any) -> ConversationSource:
+    def rows(self, data: Data, *, max_frames: int = 64, **how: Any) -> ConversationSource:
         """Conversations about videos and images as samples for this model.
 
         Args:
-            data: a file or hub dataset; ``docs/your-data-and-model.md`` has the layouts of its rows.
+            data: a file, a hub dataset or a ``datasets.Dataset``; ``docs/your-data-and-model.md`` has the layouts of
+                its rows.
             max_frames: frames of a row.
             how: other arguments of ``ConversationSource``; here ``eval_share`` is 0.
 
@@ -119,7 +121,7 @@ class Attached:
         try:
             return ConversationSource(data, self.loaded.tokenizer, max_frames=max_frames, **how)
         except ValueError as error:
-            raise ConfigError(f"{os.fspath(data)}: {error}") from error
+            raise ConfigError(f"{name_of(data)}: {error}") from error
 
     def loader(self) -> SampleLoader:
         """A loader with groups of its own for its messages; all ranks call it."""
