@@ -16,7 +16,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.faults.ranks import LIMIT, ROOT, TIMEOUT, Fault, ds_config, free_port, left_in, write_config
+from benchmarks.faults.ranks import (
+    LIMIT,
+    ROOT,
+    TIMEOUT,
+    Fault,
+    ds_config,
+    free_port,
+    left_in,
+    python_path,
+    write_config,
+)
 
 VARIABLE = "CAMPAIGN_FAULT"
 AT_A_TIME = 9
@@ -46,7 +56,9 @@ def _trial(folder: Path, stage: int, fault: Fault) -> tuple[str, str, float]:
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port()),
         "--module", "benchmarks.faults.gpu", "--ds_config", str(config), "--output_dir", str(out),
     ]  # fmt: skip
-    environment = {**os.environ, VARIABLE: json.dumps(asdict(fault)), "WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ, VARIABLE: json.dumps(asdict(fault)), "WANDB_MODE": "disabled", "PYTHONPATH": python_path(),
+    }  # fmt: skip
     began = time.monotonic()
     try:
         done = subprocess.run(
@@ -74,7 +86,7 @@ def main() -> int:
     from ds_lvxattn.training.finetune import main as finetune
 
     fault = Fault(**json.loads(os.environ[VARIABLE]))
-    if fault.rank == int(os.environ["RANK"]):
+    if fault.hurts(int(os.environ["RANK"])):
         fault.install()
     return finetune()
 

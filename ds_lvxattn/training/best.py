@@ -41,7 +41,8 @@ class Best:
     def read(cls, folder: Path, done: int) -> Best:
         """That of a run that goes on after step ``done``; of a later step it is not known."""
         try:
-            found = cls(**json.loads((folder / FILE).read_text()))
-        except (OSError, ValueError, TypeError):
+            found = json.loads((folder / FILE).read_text())
+            best = cls(int(found["step"]), float(found["loss"]), int(found["since"]))
+        except (OSError, ValueError, TypeError, KeyError, OverflowError):
             return cls()
-        return found if found.step <= done else cls()
+        return best if best.step <= done else cls()

@@ -42,6 +42,7 @@ from ds_lvxattn.training.files import (
     sync_folder,
     writing,
 )
+from ds_lvxattn.training.metrics import METRICS, lines_of, text_digest
 from ds_lvxattn.training.outcome import gather, on_all_ranks, raise_first
 from ds_lvxattn.training.secrets import without_secrets
 
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 LIST = "run.json"
+OWN = "sha256"  # of the list, in itself
 LATEST = "latest"
 NAME = re.compile(r"step-(\d+)")
 
@@ -160,6 +162,9 @@ class Checkpoints:
         new_data: whether a checkpoint may be of a run on other rows.
         trained_only: leave parameters that do not train out; they come from the model that is loaded anyway.
         keep_last: checkpoints that stay when another is saved; 0: all.
+
+    Attributes:
+        metrics: on rank 0, digest of the metrics up to the step that was resumed; None: nothing was.
     """
 
     def __init__(
@@ -176,6 +181,7 @@ class Checkpoints:
         self.must_agree = [key for key in MUST_AGREE if not (new_data and key == "data")]
         self.engine, self.folder, self.facts, self.group = engine, output_dir / FOLDER, facts, group
         self.trained_only, self.keep_last = trained_only, keep_last
+        self.metrics: str | None = None
         self.files = CheckpointFiles(engine.checkpoint_engine.zipfile_serialization, progress)
         engine.checkpoint_engine = self.files
         # DeepSpeed copies two scripts beside every checkpoint on one rank, between barriers; here a full disk is
@@ -217,8 +223,15 @@ class Checkpoints:
                 remove(self.folder / name)
 
     def load_step(self, step: int) -> None:
-        """Take the parameters and the optimizer of the checkpoint of a step."""
-        on_all_ranks(lambda: self._load(f"step-{step}"), self.group)
+        """Take the parameters and the optimizer of the checkpoint of a step.
+
+        Raises:
+            RunError: on every rank: it is not whole any more.
+        """
+        name = f"step-{step}"
+        if (problem := self._problem(name)) is not None:
+            raise RunError(f"{self.folder / name} cannot be loaded: {problem}; {self.newest()}")
+        on_all_ranks(lambda: self._load(name), self.group)
 
     def newest(self) -> str:
         """The newest whole checkpoint, in words."""
@@ -249,7 +262,9 @@ class Checkpoints:
     def _finish(self, partial: Path, name: str, step: int, digests: dict[str, Digest]) -> None:
         """Rank 0: the list, the name, and ``latest``."""
         files = {file: asdict(digest) for file, digest in sorted(digests.items())}
-        replace_text(partial / LIST, json.dumps({"step": step, **asdict(self.facts), "files": files}, indent=2) + "\n")
+        metrics = text_digest(lines_of(self.folder.parent / METRICS, step))
+        content = {"step": step, **asdict(self.facts), "metrics": metrics, "files": files}
+        replace_text(partial / LIST, json.dumps({**content, OWN: _checksum(content)}, indent=2) + "\n")
         sync_folder(partial)
         replace_folder(partial, self.folder / name)
         replace_text(self.folder / LATEST, name)
@@ -283,6 +298,8 @@ class Checkpoints:
             )
         step = on_all_ranks(lambda: self._load(name), self.group)
         if dist.get_rank() == 0:
+            read = _read_list(self.folder / name)
+            self.metrics = read["metrics"] if isinstance(read, dict) else None
             print(f"resuming from {self.folder / name}", flush=True)
         return step
 
@@ -353,6 +370,8 @@ def _read_list(path: Path) -> dict[str, Any] | str:
     """``run.json`` of a checkpoint, or what is wrong with it."""
     try:
         found = json.loads((path / LIST).read_text(encoding="utf-8"))
+        if found.pop(OWN) != _checksum(found):
+            return f"{LIST} is damaged (its checksum differs)"
         if not isinstance(found["files"], dict) or not found["files"]:
             return f"{LIST} lists no files"
         RunFacts(**{key: found[key] for key in RunFacts.__dataclass_fields__})
@@ -360,9 +379,14 @@ def _read_list(path: Path) -> dict[str, Any] | str:
             Digest(**digest)
     except OSError:
         return f"it has no {LIST}, with which a whole checkpoint ends"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{LIST} is damaged"
     return found
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """SHA-256 of what ``run.json`` says beside it."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _damage(path: Path, expected: Digest) -> str | None:

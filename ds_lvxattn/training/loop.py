@@ -170,7 +170,9 @@ class Trainer:
         if begun > job.steps:
             raise ConfigError(f"--resume: the checkpoint is at step {begun} already; give --steps {begun} or more")
         # Every rank has loaded: from here on what is there is replaced.
-        log = RunLog(job.output_dir, dist.get_rank(), job.steps, job.ds_config, done, every.report_to)
+        log = RunLog(
+            job.output_dir, dist.get_rank(), job.steps, job.ds_config, done, every.report_to, self.checkpoints.metrics
+        )  # fmt: skip
         if dist.get_rank() == 0:
             write_provenance(job.output_dir, job.ds_config, job.seed, job.steps, dist.get_world_size())
         best = gather(Best.read(job.output_dir, begun), self.everyone)[0]

@@ -36,6 +36,11 @@ def run_rank(command: str, body: Callable[[Watchdog], None]) -> int:
         watchdog.failed(error)
         _leave(1)
     except BaseException as error:
+        if (ended := watchdog.end_of_others()) is not None:
+            # The collective that another rank has left. What matters is why, which that rank has told.
+            code, why = ended
+            print(f"{command}: {why}; here: {_first_line(error)}", file=sys.stderr, flush=True)
+            _leave(code)
         traceback.print_exc()
         watchdog.failed(error)
         _leave(1)
@@ -43,6 +48,10 @@ def run_rank(command: str, body: Callable[[Watchdog], None]) -> int:
     if dist.is_initialized():
         dist.destroy_process_group()
     return code
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _leave(code: int) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,8 @@ from rich.table import Table
 from ds_lvxattn.plan.layer_plan import LayerPlan, write_plan
 from ds_lvxattn.training.files import aside, replace_text, sync, writing
 from ds_lvxattn.training.memory_plan import MemoryPlan
+from ds_lvxattn.training.metrics import METRICS, keep_metrics, lines_of, text_digest
 from ds_lvxattn.training.trackers import start_tracker
-
-logger = logging.getLogger(__name__)
 
 MIB = 1 << 20
 
@@ -35,6 +32,7 @@ class RunLog:
         report_to: the tracker; None: wandb where it is installed.
         done: steps of an earlier run that goes on; what its metrics file says of later ones is dropped. None: a run
             that begins; a metrics file that is there keeps its content under another name.
+        digest: of the lines of those steps, when they were written; a file that has others is kept too.
     """
 
     def __init__(
@@ -45,17 +43,22 @@ class RunLog:
         settings: dict[str, Any],
         done: int | None,
         report_to: str | None = None,
+        digest: str | None = None,
     ) -> None:
         self.active = rank == 0
         if not self.active:
             return
         self.output_dir = output_dir
         self.console = Console()
-        self._path = output_dir / "metrics.jsonl"
+        self._path = output_dir / METRICS
         if done is None:
-            _keep(self._path)
+            keep_metrics(self._path, "an earlier run that left no checkpoint wrote metrics here")
         else:
-            replace_text(self._path, _lines_of(self._path, done))
+            lines = lines_of(self._path, done)
+            if digest not in (None, text_digest(lines)):
+                problem = f"{self._path} is not what it was at step {done}: lines are lost or changed"
+                keep_metrics(self._path, problem)
+            replace_text(self._path, lines)
         with writing(self._path):
             self._metrics = self._path.open("a", encoding="utf-8")
         self._tracker = start_tracker(report_to, output_dir, settings)
@@ -183,26 +186,3 @@ def _range(values: Iterable[float | None]) -> str:
         return ""
     low, high = f"{known[0]:.3g}", f"{known[-1]:.3g}"
     return low if low == high else f"{low} to {high}"
-
-
-def _keep(path: Path) -> None:
-    """Move the metrics of an earlier run aside, so that a new one does not erase them."""
-    if path.exists() and path.stat().st_size:
-        kept = path.with_name(f"metrics-{time.strftime('%Y%m%d-%H%M%S', time.localtime(path.stat().st_mtime))}.jsonl")
-        with writing(kept):
-            path.rename(kept)
-        logger.warning("an earlier run that left no checkpoint wrote metrics here; they are now in %s", kept)
-
-
-def _lines_of(path: Path, done: int) -> str:
-    """Lines of the first ``done`` steps of a metrics file; lines that are torn or repeated are not among them."""
-    lines: dict[int, str] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):
-            logger.warning("%s has a line that breaks off; it is dropped", path)
-            continue
-        if step <= done:
-            lines[step] = line
-    return "".join(f"{lines[step]}\n" for step in sorted(lines))

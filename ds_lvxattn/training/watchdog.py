@@ -75,6 +75,25 @@ class Watchdog:
         text = f"{code}|rank {self.rank} ended in the phase '{self.phase}': {type(error).__name__}: {error}"
         self._tell_once(text[:2000])
 
+    def end_of_others(self) -> tuple[int, str] | None:
+        """How another rank has ended the run, as exit code and reason; None: none has.
+
+        An error of this rank may be no more than the echo of that.
+        """
+        if not self._threads:
+            return None
+        asking = threading.Thread(target=self._try, args=(self._read_end,), daemon=True)
+        asking.start()
+        asking.join(2.0)
+        if self._ended is not None:
+            code, _, why = self._ended.partition("|")
+            return int(code), why
+        return (EXIT_CODE, "rank 0 has ended") if self._lost else None
+
+    def _read_end(self) -> None:
+        if self._store.check(["ended"]):
+            self._ended = self._store.get("ended").decode()
+
     def _tell_once(self, text: str) -> None:
         telling = threading.Thread(target=self._try, args=(self._store.set, "ended", text), daemon=True)
         telling.start()
@@ -105,8 +124,7 @@ class Watchdog:
     def _exchange(self) -> None:
         stalled = time.monotonic() - self._since
         self._store.set(str(self.rank), f"{self._beat}|{self.phase}|{stalled:.0f}")
-        if self._store.check(["ended"]):
-            self._ended = self._store.get("ended").decode()
+        self._read_end()
         if self.rank != 0 and stalled <= self.timeout / 2:
             self._others = {}  # of no interest, and old when they are again
             return

@@ -33,6 +33,7 @@ FAULTS = [
     Fault("kill", 0, "saving the checkpoint of step 4", 0.01),
     Fault("raise", 1, "evaluating"),
     Fault("ENOSPC", 1, "saving the checkpoint of step 4", 10_000),
+    Fault("ENOSPC", 0, "evaluating"),
 ]
 
 
@@ -59,7 +60,8 @@ def test_a_stopped_rank_is_named_and_the_others_leave(tmp_path: Path) -> None:
 def test_a_damaged_run_is_resumed_from_what_is_whole(name: str, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(whole, folder)
-    passed = DAMAGES[name](random.Random(name), folder)
+    DAMAGES[name](random.Random(name), folder)
+    passed = "step-4" not in left_in(folder, torn=True).checkpoints
     ended = train(folder, "--resume")
     assert judge_whole(ended, left_in(folder), left_in(whole)) == ""
     assert passed == ("passing over the checkpoint step-4" in ended.text)
@@ -108,3 +110,26 @@ def test_secrets_stay_out_of_checkpoints(tmp_path: Path) -> None:
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert files and not any(secret.encode() in path.read_bytes() for path in files)
     assert json.loads((folder / "checkpoints" / "step-2" / "run.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["metrics flipped", "list flipped"])
+def test_changed_metrics_and_lists_are_found_and_kept(name: str, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(whole, folder)
+    path = folder / ("metrics.jsonl" if name == "metrics flipped" else "checkpoints/step-4/run.json")
+    text = path.read_text()
+    # A number is another number: nothing that breaks the syntax.
+    changed = (
+        text.replace('"loss": 2', '"loss": 3', 1) if name == "metrics flipped" else text.replace(": 2,", ": 1,", 1)
+    )
+    assert changed != text
+    path.write_text(changed)
+    ended = train(folder, "--resume")
+    assert ended.codes == (0, 0), ended.text
+    if name == "metrics flipped":
+        assert "metrics.jsonl is not what it was at step 4" in ended.text
+        assert [kept.read_text() for kept in folder.glob("metrics-*.jsonl")] == [changed]
+    else:
+        assert "passing over the checkpoint step-4: run.json is damaged" in ended.text
+        assert left_in(folder) == left_in(whole)

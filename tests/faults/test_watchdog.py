@@ -87,3 +87,16 @@ def test_an_error_of_another_rank_is_told(pair: tuple[Watchdog, Watchdog]) -> No
     first.failed(ValueError("a fault"))
     pass_time(1, first, second)
     assert verdict(second) == "rank 0 ended in the phase 'step 7': ValueError: a fault"
+
+
+def test_the_echo_of_another_ranks_end_is_told_from_an_error_of_this_rank(pair: tuple[Watchdog, Watchdog]) -> None:
+    first, second = pair
+    assert Watchdog().end_of_others() is None  # without a process group
+    for rank in pair:
+        rank._threads = [watchdog.threading.current_thread()]
+    assert second.end_of_others() is None
+    first.failed(ValueError("a mistake"), 2)
+    assert second.end_of_others() == (2, "rank 0 ended in the phase 'starting': ValueError: a mistake")
+    second._ended, second._lost = None, True
+    second._store = None  # type: ignore[assignment]
+    assert second.end_of_others() == (1, "rank 0 has ended")
