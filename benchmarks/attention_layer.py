@@ -104,15 +104,18 @@ class Layer:
         )  # fmt: skip
         self.costed = CostedLayer(sizes, of_shape(sizes))
 
-    def exchange(self, **options: Any) -> Step:
+    def attend(self, **options: Any) -> Tensor:
+        """The forward pass, with ``options`` of ``sp_attention``."""
         two_levels = options.get("strategy") == "hybrid" and 1 < self.inner_size < self.comm.ranks
+        out, _ = sp_attention(
+            self.q, self.k, self.v, group=self.comm.group, interval=self.interval, shards=self.shards,
+            routes=self.routes_between if two_levels else self.routes, **options,
+        )  # fmt: skip
+        return out
 
+    def exchange(self, **options: Any) -> Step:
         def step() -> None:
-            out, _ = sp_attention(
-                self.q, self.k, self.v, group=self.comm.group, interval=self.interval, shards=self.shards,
-                routes=self.routes_between if two_levels else self.routes, **options,
-            )  # fmt: skip
-            torch.autograd.grad(out, (self.q, self.k, self.v), self.dout)
+            torch.autograd.grad(self.attend(**options), (self.q, self.k, self.v), self.dout)
 
         return step
 

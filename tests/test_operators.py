@@ -62,8 +62,10 @@ def opcheck_distributed(name: str, masked: bool, keep_queries: bool) -> dict[str
     forward, backward = getattr(ops, name), getattr(ops, f"{name}_backward")
     q, k, v = qkv(comm.rank)
     rows = [comm.ranks, 2, max(Q_LENGTHS)]
-    if name in ("kv_ring", "kv_gather"):
+    if name == "kv_gather":
         rows = [2, q.shape[2]]
+    elif name == "kv_ring":
+        rows = [comm.ranks, 2, q.shape[2]]
     elif name == "query_replicated":
         q, rows = qkv(0)[0], [1, 2, Q_LENGTHS[0]]
     start, stop = ranges(*rows) if masked else (None, None)
@@ -76,8 +78,8 @@ def opcheck_distributed(name: str, masked: bool, keep_queries: bool) -> dict[str
     call: tuple[Any, ...] = {
         "query_gather": (first, last, 0.3, "math", comm.name, "", q_lengths, [2, 1], keep_queries),
         "query_replicated": (first, last, 0.3, "math", comm.name, masked),
-        "query_ring": (start, stop, 0.3, "math", comm.name, q_lengths, *keys),
-        "kv_ring": (start, stop, 0.3, "math", comm.name, *keys),
+        "query_ring": (first, last, 0.3, "math", comm.name, q_lengths),
+        "kv_ring": (start, stop, 0.3, "math", comm.name, keys[0]),
         "kv_gather": (start, stop, places, 0.3, "math", comm.name, keys[0], keep_queries),
     }.get(name, ())
     if name == "query_routed":

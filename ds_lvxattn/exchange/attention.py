@@ -173,7 +173,10 @@ def _check_shards(q: Tensor, k: Tensor, shards: ShardLayout, comm: Communicator,
 def _rows_of_all_ranks(
     interval: KVInterval | None, q: Tensor, shards: ShardLayout, comm: Communicator, replicated: bool
 ) -> KVInterval | None:
-    """The ranges of the rows of every rank, ``[n, B, s_max, ...]`` (``[1, B, s_q, ...]`` for replicated queries)."""
+    """The ranges of the rows of every rank, ``[n, B, s_max, ...]`` (``[1, B, s_q, ...]`` for replicated queries).
+
+    The layers of a batch, which share an interval, get one and the same, unless it takes a collective.
+    """
     if interval is None:
         return None
     batch, rows = q.shape[0], q.shape[2]
@@ -185,10 +188,9 @@ def _rows_of_all_ranks(
     want = (*want, *several)
     if tuple(interval.start.shape) != tuple(want):
         raise ValueError(f"interval has shape {tuple(interval.start.shape)}; this call needs {tuple(want)}")
-    if interval.of_all_ranks:
-        return interval
-    if replicated or comm.ranks == 1:
-        return KVInterval(interval.start.unsqueeze(0), interval.stop.unsqueeze(0), ranges=interval.ranges)
+    if interval.of_all_ranks or replicated or comm.ranks == 1:
+        return interval.within(shards.kv.total)
     padding = (0, 0) * len(several) + (0, shards.q.longest - rows)
     padded = torch.nn.functional.pad(torch.stack((interval.start, interval.stop)), padding)
-    return KVInterval(*comm.all_gather(padded, "intervals").unbind(1), ranges=interval.ranges)
+    everyone = KVInterval(*comm.all_gather(padded, "intervals").unbind(1), ranges=interval.ranges)
+    return everyone.within(shards.kv.total)

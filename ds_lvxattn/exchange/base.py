@@ -55,6 +55,10 @@ class Exchange:
         """Keys of this rank that the rows of every rank see, ``[B, n * s_max, ...]``."""
         return (None, None) if self.interval is None else self.interval.local_to(self.layout.kv, self.comm.rank)
 
+    def own_ranges(self, rows: int) -> tuple[Tensor | None, Tensor | None]:
+        """Global key positions that the rank's own ``rows`` rows see, ``[B, rows]``."""
+        return (None, None) if self.interval is None else self.interval.rows_of(self.comm.rank, rows)
+
     @property
     def bounds(self) -> tuple[Tensor | None, Tensor | None]:
         """``start, stop`` of ``interval``."""

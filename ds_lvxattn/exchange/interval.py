@@ -5,13 +5,16 @@ Two int32 numbers a range replace a dense ``S_q x S_kv`` mask, so masks cost ``O
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ds_lvxattn.exchange.shards import SequenceShards
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,7 @@ class KVInterval:
     start: Tensor
     stop: Tensor
     ranges: int | None = field(default=None, kw_only=True)
-    _local: dict[tuple[SequenceShards, int], tuple[Tensor, Tensor]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-    _of_nodes: dict[tuple[SequenceShards, int], KVInterval] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.start.shape != self.stop.shape:
@@ -130,25 +128,49 @@ class KVInterval:
         """Whether the rows of every rank are given, ``[n, B, s_max]``."""
         return self.start.dim() - (self.ranges is not None) == 3
 
-    def local_to(self, kv: SequenceShards, rank: int) -> tuple[Tensor, Tensor]:
-        """``start, stop`` of the rows of every rank, ``[B, n * s_max, ...]``, as positions among the keys of ``rank``.
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """``make()``, or what it returned before for ``key``.
 
-        Computed once: the layers of a batch share its intervals.
+        The layers of a batch share its intervals. What they derive from them is the same tensor for all of them, by
+        which kernels find what they derived in turn (``kernels/derived.py``). Not for what takes a collective.
         """
-        if (kv, rank) not in self._local:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def within(self, keys: int) -> KVInterval:
+        """The ranges, ``[n, B, s_max, ...]`` (``n`` is 1 for own rows), clamped to ``keys`` positions."""
+
+        def clamped() -> KVInterval:
+            start, stop = (bound.clamp(0, keys) for bound in (self.start, self.stop))
+            if not self.of_all_ranks:
+                start, stop = start.unsqueeze(0), stop.unsqueeze(0)
+            return KVInterval(start, torch.maximum(start, stop), ranges=self.ranges)
+
+        return self.once(("within", keys), clamped)
+
+    def local_to(self, kv: SequenceShards, rank: int) -> tuple[Tensor, Tensor]:
+        """``start, stop`` of the rows of every rank, ``[B, n * s_max, ...]``, among the keys of ``rank``."""
+
+        def clipped() -> tuple[Tensor, Tensor]:
             start, stop = clip_to_rank(self.start, self.stop, kv, rank)
-            self._local[kv, rank] = start.transpose(0, 1).flatten(1, 2), stop.transpose(0, 1).flatten(1, 2)
-        return self._local[kv, rank]
+            return start.transpose(0, 1).flatten(1, 2), stop.transpose(0, 1).flatten(1, 2)
+
+        return self.once(("local to", kv, rank), clipped)
+
+    def rows_of(self, rank: int, rows: int) -> tuple[Tensor, Tensor]:
+        """``start, stop`` of the first ``rows`` rows of ``rank``, or of those that all ranks share."""
+        shard = 0 if self.start.shape[0] == 1 else rank
+        return self.once(("rows of", shard, rows), lambda: (self.start[shard, :, :rows], self.stop[shard, :, :rows]))
 
     def of_nodes(self, q: SequenceShards, size: int) -> KVInterval:
         """The ranges of the rows of every node of ``size`` ranks, ``[n / size, B, rows]``, in the sequence's order.
 
-        Computed once, like ``local_to``.
-
         Args:
             q: shards of the query sequence; the ranges are those of all ranks.
         """
-        if (q, size) not in self._of_nodes:
+
+        def of_nodes() -> KVInterval:
             nodes = range(q.ranks // size)
             rows, most = [], q.of_nodes(size).longest
             for node in nodes:
@@ -163,8 +185,9 @@ class KVInterval:
                 for bound in (self.start, self.stop)
             )
             start, stop = (bound.transpose(0, 1).contiguous() for bound in (start, stop))
-            self._of_nodes[q, size] = KVInterval(start, stop, ranges=self.ranges)
-        return self._of_nodes[q, size]
+            return KVInterval(start, stop, ranges=self.ranges)
+
+        return self.once(("of nodes", q, size), of_nodes)
 
 
 def _refuse_overlaps(start: Tensor, stop: Tensor) -> None:

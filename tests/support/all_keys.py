@@ -17,13 +17,10 @@ from ds_lvxattn.kernels.triton.delta import attention_delta
 def all_keys_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Attention of the rank's rows over the keys of all ranks; see ``exchange.base``."""
     keys = exchange.layout.kv
-    start, stop = exchange.bounds
-    if start is not None and stop is not None:
-        start, stop = (x[exchange.comm.rank, :, : q.shape[2]].clamp(0, keys.total) for x in (start, stop))
-        stop = torch.maximum(start, stop)
     return torch.ops.ds_lvxattn.all_keys(
-        q, k, v, start, stop, exchange.scale, exchange.kernel, exchange.comm.name, keys.lengths, keys.deal
-    )
+        q, k, v, *exchange.own_ranges(q.shape[2]), exchange.scale, exchange.kernel,
+        exchange.comm.name, keys.lengths, keys.deal,
+    )  # fmt: skip
 
 
 def _order(keys: SequenceShards, device: torch.device) -> Tensor:

@@ -25,10 +25,7 @@ from ds_lvxattn.plan.pipeline import keeps_keys, key_groups
 def kv_gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Attention of the rank's rows over the keys of all ranks; see ``exchange.base``."""
     layout, comm = exchange.layout, exchange.comm
-    start, stop = exchange.bounds
-    if start is not None and stop is not None:
-        start, stop = (x[comm.rank, :, : q.shape[2]].clamp(0, layout.kv.total) for x in (start, stop))
-        stop = torch.maximum(start, stop)
+    start, stop = exchange.own_ranges(q.shape[2])
     places = padded_order(layout.kv, range(comm.ranks), q.device)
     keep = keeps_keys(q.shape[1], k.shape[1], layout.q.lengths, layout.kv.lengths)
     out, lse, _ = torch.ops.ds_lvxattn.kv_gather(

@@ -12,7 +12,6 @@ from torch import Tensor
 from ds_lvxattn.exchange.base import Exchange
 from ds_lvxattn.exchange.comm import Communicator, Message, Transfer, communicator_by_name
 from ds_lvxattn.exchange.interval import clip_to_rank
-from ds_lvxattn.exchange.shards import SequenceShards
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.differentiable import attention_operator
 from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
@@ -23,14 +22,24 @@ from ds_lvxattn.kernels.triton.merge import merge_partials
 def kv_ring_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Attention of the rank's rows over the keys of all ranks; see ``exchange.base``."""
     layout = exchange.layout
-    start, stop = exchange.bounds
-    if start is not None and stop is not None:
-        own = (exchange.comm.rank, slice(None), slice(q.shape[2]))
-        start, stop = start[own], stop[own]
+    first, last = _ranges_of_owners(exchange, q.shape[2])
     return torch.ops.ds_lvxattn.kv_ring(
-        q, k, v, start, stop, exchange.scale, exchange.kernel,
-        exchange.comm.name, layout.kv.lengths, layout.kv.deal,
-    )  # fmt: skip
+        q, k, v, first, last, exchange.scale, exchange.kernel, exchange.comm.name, layout.kv.lengths
+    )
+
+
+def _ranges_of_owners(exchange: Exchange, rows: int) -> tuple[Tensor | None, Tensor | None]:
+    """What the rank's own rows see of the keys of every rank, as local positions, ``[n, B, s_q]``."""
+    interval, comm, kv = exchange.interval, exchange.comm, exchange.layout.kv
+    if interval is None:
+        return None, None
+
+    def clipped() -> tuple[Tensor, Tensor]:
+        own = interval.rows_of(comm.rank, rows)
+        first, last = zip(*(clip_to_rank(*own, kv, owner) for owner in range(kv.ranks)), strict=True)
+        return torch.stack(first), torch.stack(last)
+
+    return interval.once(("of owners", kv, comm.rank, rows), clipped)
 
 
 def _pass_on(comm: Communicator, held: Sequence[Tensor], lengths: Sequence[int], owner: int, what: str):
@@ -41,27 +50,23 @@ def _pass_on(comm: Communicator, held: Sequence[Tensor], lengths: Sequence[int],
     return arriving, comm.exchange([Message(what, x, to, y, of) for x, y in zip(held, arriving, strict=True)])
 
 
-def _ranges_of(start: Optional[Tensor], stop: Optional[Tensor], kv: SequenceShards, owner: int):
-    if start is None or stop is None:
-        return None, None
-    return clip_to_rank(start, stop, kv, owner)
+def _of(ranges: Optional[Tensor], owner: int) -> Optional[Tensor]:
+    return None if ranges is None else ranges[owner]
 
 
 def kv_ring(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    start: Optional[Tensor],
-    stop: Optional[Tensor],
+    first: Optional[Tensor],
+    last: Optional[Tensor],
     scale: float,
     kernel: str,
     group: str,
     kv_lengths: Sequence[int],
-    kv_deal: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Forward pass: ``out [B, H, s_q, D]`` and ``lse [B, H, s_q]``; ranges are those of the own rows."""
+    """Forward pass: ``out [B, H, s_q, D]`` and ``lse [B, H, s_q]``; ``first, last`` of ``_ranges_of_owners``."""
     comm = communicator_by_name(group)
-    kv = SequenceShards.of_deal(kv_lengths, kv_deal)
     held = [k.contiguous(), v.contiguous()]
     out = lse = None
     for step in range(comm.ranks):
@@ -69,8 +74,7 @@ def kv_ring(
         transfer = None
         if step < comm.ranks - 1:
             arriving, transfer = _pass_on(comm, held, kv_lengths, owner, "keys and values")
-        first, last = _ranges_of(start, stop, kv, owner)
-        part, part_lse = forward_local(q, held[0], held[1], first, last, scale, kernel)
+        part, part_lse = forward_local(q, held[0], held[1], _of(first, owner), _of(last, owner), scale, kernel)
         # The running result stays in float32: rounding it at every step would cost accuracy.
         part = part.to(part_lse.dtype)
         if out is None or lse is None:
@@ -92,18 +96,16 @@ def kv_ring_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    start: Optional[Tensor],
-    stop: Optional[Tensor],
+    first: Optional[Tensor],
+    last: Optional[Tensor],
     scale: float,
     kernel: str,
     group: str,
     kv_lengths: Sequence[int],
-    kv_deal: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: ``dq`` stays, ``dk`` and ``dv`` of other ranks' keys travel home with them in float32."""
     comm = communicator_by_name(group)
-    kv = SequenceShards.of_deal(kv_lengths, kv_deal)
-    chosen = backward_kernel(kernel, Call.backward(q, k, start is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, first is not None), dlse is not None)
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
     wide = lse.dtype
     dq = torch.zeros_like(q, dtype=wide)
@@ -116,10 +118,10 @@ def kv_ring_backward(
         transfer = None
         if step < comm.ranks - 1:
             arriving, transfer = _pass_on(comm, held, kv_lengths, owner, "keys and values")
-        first, last = _ranges_of(start, stop, kv, owner)
         part_dq, *parts = backward_local(
-            chosen, dout, q, held[0], held[1], out if chosen.needs_out else None, lse, delta, first, last, scale
-        )
+            chosen, dout, q, held[0], held[1], out if chosen.needs_out else None, lse, delta,
+            _of(first, owner), _of(last, owner), scale,
+        )  # fmt: skip
         dq += part_dq
         parts = [part.to(wide).contiguous() for part in parts]
         if step == 0:

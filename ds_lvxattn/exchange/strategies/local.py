@@ -17,8 +17,4 @@ def attend_locally(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple
     comm, keys = exchange.comm, exchange.layout.kv
     if keys.total > keys.lengths[comm.rank]:
         raise ValueError("strategy 'local' exchanges nothing, and other ranks hold keys; choose another strategy")
-    start, stop = exchange.bounds
-    if start is not None and stop is not None:
-        own = 0 if start.shape[0] == 1 else comm.rank
-        start, stop = start[own, :, : q.shape[2]], stop[own, :, : q.shape[2]]
-    return local_attention(q, k, v, start, stop, exchange.scale, exchange.kernel)
+    return local_attention(q, k, v, *exchange.own_ranges(q.shape[2]), exchange.scale, exchange.kernel)

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ds_lvxattn.exchange.base import Exchange
 from ds_lvxattn.exchange.comm import Communicator, Message, Transfer, communicator_by_name
-from ds_lvxattn.exchange.interval import clip_to_rank
-from ds_lvxattn.exchange.shards import SequenceShards
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.differentiable import attention_operator, empty_results
 from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
@@ -23,11 +21,9 @@ from ds_lvxattn.kernels.triton.merge import merge_partials
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Attention of the rank's rows over the keys of all ranks; see ``exchange.base``."""
-    layout = exchange.layout
     return torch.ops.ds_lvxattn.query_ring(
-        q, k, v, *exchange.bounds, exchange.scale, exchange.kernel,
-        exchange.comm.name, layout.q.lengths, layout.kv.lengths, layout.kv.deal,
-    )  # fmt: skip
+        q, k, v, *exchange.local_ranges, exchange.scale, exchange.kernel, exchange.comm.name, exchange.layout.q.lengths
+    )
 
 
 class _Ring:
@@ -91,34 +87,28 @@ class _Returns:
         return [torch.stack(kind) for kind in zip(*self.parts, strict=True)]
 
 
-def _ranges_of(
-    start: Optional[Tensor], stop: Optional[Tensor], kv: SequenceShards, rank: int, owner: int, rows: int
-) -> tuple[Optional[Tensor], Optional[Tensor]]:
-    if start is None or stop is None:
-        return None, None
-    return clip_to_rank(start[owner, :, :rows], stop[owner, :, :rows], kv, rank)
+def _of(ranges: Optional[Tensor], lengths: Sequence[int], owner: int) -> Optional[Tensor]:
+    """Of ``ranges [B, n * s_max]`` those of the rows of ``owner``."""
+    return None if ranges is None else ranges.narrow(1, owner * max(lengths), lengths[owner])
 
 
 def query_ring(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    start: Optional[Tensor],
-    stop: Optional[Tensor],
+    first: Optional[Tensor],
+    last: Optional[Tensor],
     scale: float,
     kernel: str,
     group: str,
     q_lengths: Sequence[int],
-    kv_lengths: Sequence[int],
-    kv_deal: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Forward pass: ``out [B, H, s_q, D]`` and ``lse [B, H, s_q]``."""
+    """Forward pass: ``out [B, H, s_q, D]`` and ``lse [B, H, s_q]``; ``first, last`` as ``Exchange.local_ranges``."""
     comm = communicator_by_name(group)
-    kv = SequenceShards.of_deal(kv_lengths, kv_deal)
     returns = _Returns(comm, q.shape[2])
     for owner, (queries,) in _Ring(comm, q_lengths, ("queries",), (q,)):
-        first, last = _ranges_of(start, stop, kv, comm.rank, owner, queries.shape[2])
-        returns.send(owner, forward_local(queries, k, v, first, last, scale, kernel), ("outputs", "lse"))
+        start, stop = _of(first, q_lengths, owner), _of(last, q_lengths, owner)
+        returns.send(owner, forward_local(queries, k, v, start, stop, scale, kernel), ("outputs", "lse"))
     out, lse = empty_results(q)
     outs, lses = returns.collect()
     merge_partials(outs, lses, out=out, lse=lse)
@@ -133,28 +123,25 @@ def query_ring_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    start: Optional[Tensor],
-    stop: Optional[Tensor],
+    first: Optional[Tensor],
+    last: Optional[Tensor],
     scale: float,
     kernel: str,
     group: str,
     q_lengths: Sequence[int],
-    kv_lengths: Sequence[int],
-    kv_deal: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: ``Q``, ``dO``, ``L`` and ``delta`` go round, ``dQ`` parts go to their owners."""
     comm = communicator_by_name(group)
-    kv = SequenceShards.of_deal(kv_lengths, kv_deal)
-    chosen = backward_kernel(kernel, Call.backward(q, k, start is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, first is not None), dlse is not None)
     delta = attention_delta(dout, out, dlse).to(lse.dtype)
     ring = _Ring(comm, q_lengths, ("queries", "output gradients", "lse", "lse"), (q, dout, lse, delta))
     wide = lse.dtype
     dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     returns = _Returns(comm, q.shape[2])
     for owner, (queries, douts, lses, deltas) in ring:
-        first, last = _ranges_of(start, stop, kv, comm.rank, owner, queries.shape[2])
+        start, stop = _of(first, q_lengths, owner), _of(last, q_lengths, owner)
         partial_dq, partial_dk, partial_dv = backward_local(
-            chosen, douts, queries, k, v, None, lses, deltas, first, last, scale
+            chosen, douts, queries, k, v, None, lses, deltas, start, stop, scale
         )
         returns.send(owner, (partial_dq.to(q.dtype),), ("query gradients",))
         dk += partial_dk

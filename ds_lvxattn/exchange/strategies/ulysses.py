@@ -24,15 +24,26 @@ from ds_lvxattn.kernels.operator import local_attention
 def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Attention of the rank's rows over the keys of all ranks; see ``exchange.base``."""
     layout = exchange.layout
-    start, stop = exchange.bounds
-    if start is not None and stop is not None:
-        order = padded_order(layout.q, range(layout.q.ranks), q.device)
-        start, stop = (_select(x.transpose(0, 1).flatten(1, 2), order) for x in (start, stop))
+    start, stop = _ranges_in_order(exchange)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return local_attention(q, k, v, start, stop, exchange.scale, exchange.kernel)
 
     return redistributed_heads(q, k, v, exchange.comm, layout, range(layout.q.ranks), attend)
+
+
+def _ranges_in_order(exchange: Exchange) -> tuple[Tensor | None, Tensor | None]:
+    """Keys that the rows of all ranks see, ``[B, rows]``, in the order of the sequence."""
+    interval, shards = exchange.interval, exchange.layout.q
+    if interval is None:
+        return None, None
+
+    def in_order() -> tuple[Tensor, Tensor]:
+        order = padded_order(shards, range(shards.ranks), interval.start.device)
+        start, stop = (_select(x.transpose(0, 1).flatten(1, 2), order) for x in (interval.start, interval.stop))
+        return start, stop
+
+    return interval.once(("in the order of", shards), in_order)
 
 
 def redistributed_heads(
@@ -132,8 +143,12 @@ def _padded(x: Tensor, length: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=128)
 def padded_order(shards: SequenceShards, members: range, device: torch.device) -> Tensor | None:
-    """Where the tokens of ``members`` lie in their rank-major sequence, padded to the longest; None: in place."""
+    """Where the tokens of ``members`` lie in their rank-major sequence, padded to the longest; None: in place.
+
+    Made once a batch and not once a layer: a copy to the device would wait for it.
+    """
     order = shards.order_from_padded(members, _longest(shards, members))
     return None if order is None else torch.tensor(order, dtype=torch.int64, device=device)
 

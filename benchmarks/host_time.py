@@ -1,0 +1,158 @@
+"""How long the host takes to issue one attention call, forward and backward, while the GPU is kept busy.
+
+    torchrun --nproc_per_node 1 benchmarks/host_time.py --output FILE.json    every local kernel, and sp_attention alone
+    torchrun --nproc_per_node 2 benchmarks/host_time.py --output FILE.json    every exchange
+
+A step of a model is bound by the host where its layers take less time than this. The GPU waits in a kernel that only
+waits, longer than the host needs for all calls of a turn, so that no call is held up by the one before. All candidates
+take turns; a figure is the median of its calls, of the slowest rank, with the quartiles. The layers have the heads of
+Llama-3.2-11B-Vision and few rows and keys: the host's time does not depend on sizes. Without a GPU the times include
+the compute, and say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from attention_layer import Layer, Shape, slowest
+from torch import Tensor
+
+from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.dispatch import usable_kernels
+from ds_lvxattn.kernels.operator import local_attention
+from ds_lvxattn.plan.modes import Mode, eligible_modes
+
+CALLS = 10  # of a turn
+TURNS = 12
+WARM_UP_TURNS = 2  # not counted
+BUSY_CYCLES = 300_000_000  # about a sixth of a second
+LOCAL_TARGETS = (60.0, 120.0)  # microseconds, forward and backward
+EXCHANGE_TARGETS = (400.0, 800.0)
+
+SHAPES = (Shape(128, 256, 32, 8, 128, "growing"), Shape(128, 256, 32, 8, 128))
+LOCAL = "local"
+
+Forward = Callable[[], Tensor]
+Spread = tuple[float, float, float]  # median, lower and upper quartile
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Microseconds of one call."""
+
+    layer: str
+    candidate: str
+    forward_us: Spread
+    backward_us: Spread
+    targets_us: tuple[float, float]
+
+
+def calls_of(layer: Layer) -> dict[str, Forward]:
+    """Each candidate's forward pass."""
+    shape = layer.shape
+    start, stop = (None, None) if layer.interval is None else layer.interval.rows_of(layer.comm.rank, layer.q.shape[2])
+
+    def local(kernel: str) -> Forward:
+        return lambda: local_attention(layer.q, layer.k, layer.v, start, stop, shape.head_dim**-0.5, kernel)[0]
+
+    def exchanged(mode: Mode) -> Forward:
+        return lambda: layer.attend(strategy=mode.strategy, schedule=mode.schedule)
+
+    kernels = usable_kernels(Call.forward(layer.q, layer.k, start is not None))
+    calls = {f"{LOCAL}, {kernel}": local(kernel) for kernel in kernels}
+    if layer.comm.ranks == 1:
+        calls[f"{LOCAL}, sp_attention"] = layer.attend
+    else:
+        for mode in eligible_modes():
+            if mode.adds(layer.costed) and mode.why_not(layer.costed.shape) is None:
+                calls[f"{mode.strategy} {mode.schedule}"] = exchanged(mode)
+    return calls
+
+
+def issued(layer: Layer, forward: Forward) -> tuple[list[float], list[float]]:
+    """Microseconds that the host takes to issue each of a turn's calls, forward and backward."""
+    dist.barrier(layer.comm.group)
+    if layer.q.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda._sleep(BUSY_CYCLES)
+    ways: tuple[list[float], list[float]] = [], []
+    for _ in range(CALLS):
+        begin = time.perf_counter()
+        out = forward()
+        middle = time.perf_counter()
+        torch.autograd.grad(out, (layer.q, layer.k, layer.v), layer.dout)
+        for way, seconds in zip(ways, (middle - begin, time.perf_counter() - middle), strict=True):
+            way.append(seconds * 1e6)
+    if layer.q.is_cuda:
+        torch.cuda.synchronize()
+    return ways
+
+
+def measure(layer: Layer) -> list[Figure]:
+    calls = calls_of(layer)
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
+    for turn in range(TURNS if layer.q.is_cuda else 3):
+        for name, forward in calls.items():
+            for kept, new in zip(times[name], issued(layer, forward), strict=True):
+                kept += new if turn >= WARM_UP_TURNS else []
+    return [
+        Figure(
+            str(layer.shape), name, *(spread(way, layer.comm.group) for way in ways),
+            LOCAL_TARGETS if name.startswith(LOCAL) else EXCHANGE_TARGETS,
+        )
+        for name, ways in times.items()
+    ]  # fmt: skip
+
+
+def spread(values: list[float], group: dist.ProcessGroup | None) -> Spread:
+    """Median and quartiles, of the slowest rank each."""
+    low, middle, high = (slowest(value, group) for value in statistics.quantiles(values, n=4))
+    return middle, low, high
+
+
+def report(figures: list[Figure]) -> None:
+    for shape in dict.fromkeys(figure.layer for figure in figures):
+        print(f"\n{shape}\n{'microseconds, median (quartiles)':32}{'forward':>28}{'backward':>28}")
+        for figure in figures:
+            if figure.layer == shape:
+                ways = zip((figure.forward_us, figure.backward_us), figure.targets_us, strict=True)
+                texts = [
+                    f"{middle:.0f} ({low:.0f} to {high:.0f}){'' if middle <= target else ' missed'}"
+                    for (middle, low, high), target in ways
+                ]
+                print(f"{figure.candidate:32}{texts[0]:>28}{texts[1]:>28}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
+    args = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu", int(os.environ["LOCAL_RANK"]) if on_gpu else 0)
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    figures = []
+    for shape in SHAPES:
+        figures += measure(Layer(shape, torch.bfloat16 if on_gpu else torch.float32, device))
+    if dist.get_rank() == 0:
+        chip = torch.cuda.get_device_name() if on_gpu else "CPU: times include the compute"
+        print(f"{chip}, {dist.get_world_size()} ranks, torch {torch.__version__}")
+        report(figures)
+        if args.output is not None:
+            about = {"device": chip, "ranks": dist.get_world_size(), "torch": torch.__version__}
+            args.output.write_text(json.dumps({**about, "figures": [asdict(f) for f in figures]}, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

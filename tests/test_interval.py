@@ -1,0 +1,58 @@
+"""What the layers of a batch derive from their common interval is derived once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
+from ds_lvxattn.kernels.math import MathKernel
+from tests.support.distributed import run
+
+MODES = [("ulysses", "auto"), ("lv_xattn", "gather"), ("hybrid", "kv_gather"), ("hybrid", "gather"), ("local", "auto")]
+
+
+def ranges_that_kernels_see(striped: bool) -> dict[tuple[str, str], int]:
+    """For each strategy how many different tensors of ranges reach the kernel in three layers."""
+    world = torch.distributed.group.WORLD
+    keys = SequenceShards.striped(8, 2, 2) if striped else SequenceShards.contiguous(8, 2)
+    layouts = {world: ShardLayout(SequenceShards((2, 2)), keys), None: ShardLayout(*map(SequenceShards, ((2,), (4,))))}
+    stop = torch.full((2, 1, 2), 5, dtype=torch.int32)
+    intervals = {world: KVInterval(torch.zeros_like(stop), stop), None: KVInterval(torch.zeros_like(stop[0]), stop[0])}
+    q, (k, v) = torch.randn(1, 4, 2, 8), torch.randn(2, 1, 2, 4, 8)
+    seen: list[torch.Tensor] = []
+    forward = MathKernel.forward
+
+    def record(self, q, k, v, start, stop, scale):
+        seen.append(start)
+        return forward(self, q, k, v, start, stop, scale)
+
+    counts = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MathKernel, "forward", record)
+        for strategy, schedule in MODES:
+            group = None if strategy == "local" else world
+            seen.clear()
+            for _ in range(3):
+                sp_attention(
+                    q, k, v, group=group, strategy=strategy, schedule=schedule, interval=intervals[group],
+                    shards=layouts[group], inner_size=1,
+                )  # fmt: skip
+            assert len(seen) >= 3
+            counts[strategy, schedule] = len({id(tensor) for tensor in seen})
+    return counts
+
+
+@pytest.mark.parametrize("striped", [False, True])
+def test_layers_share_what_is_derived(striped: bool) -> None:
+    for counts in run(2, ranges_that_kernels_see, striped):
+        assert set(counts.values()) == {1}, counts
+
+
+def test_positions_outside_the_sequence() -> None:
+    """They are clamped alike whether or not anything is exchanged."""
+    q, (k, v) = torch.randn(1, 2, 3, 8), torch.randn(2, 1, 2, 4, 8)
+    wide = KVInterval(torch.tensor([[-3, 2, 9]], dtype=torch.int32), torch.tensor([[7, 99, 12]], dtype=torch.int32))
+    inside = KVInterval(torch.tensor([[0, 2, 0]], dtype=torch.int32), torch.tensor([[4, 4, 0]], dtype=torch.int32))
+    for one, other in zip(sp_attention(q, k, v, interval=wide), sp_attention(q, k, v, interval=inside), strict=True):
+        assert torch.equal(one, other)
