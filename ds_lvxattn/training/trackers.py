@@ -150,7 +150,7 @@ class TensorBoard:
 class Trackio:
     """A run of trackio, in the project ``TRACKIO_PROJECT``."""
 
-    def __init__(self, config: dict[str, Any], **names: str) -> None:
+    def __init__(self, config: dict[str, Any], **names: Any) -> None:
         import trackio
 
         self._trackio = trackio
