@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers.utils import is_torchvision_available
 
 from ds_lvxattn.batches.prepare import Batches
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
@@ -22,6 +23,7 @@ from ds_lvxattn.needle.small_models import SMALL_MODELS
 from ds_lvxattn.needle.task import IMAGE, build_tokenizer
 from ds_lvxattn.training.dataset import frames_in_text
 from ds_lvxattn.training.loading import LoadedModel, load_model
+from tests.support import qwen_videos
 from tests.support.distributed import run
 from tests.support.tiny_families import tiny
 from tests.support.tiny_model import CPU, groups_of, tiny_config, tiny_model
@@ -48,13 +50,13 @@ def pretrained(name: str, folder: Path) -> None:
     LoadedModel(model, tokenizer, processor, IMAGE).save(folder, dict(model.named_parameters()))
 
 
-def trained(folder: str, export: str, rows: str) -> Tensor:
+def trained(folder: str, export: str, rows: str, max_frames: int = 4) -> Tensor:
     """Train two steps, save, and give the logits ``[S, V]`` of the first row on the ranks of the group."""
     ranks, loaded = dist.get_world_size(), load_model(folder, {}, seed=0)
     model: Any = loaded.model
     parallel = SequenceParallel(model, SequenceParallelConfig(size=ranks, strategy="lv_xattn"), groups_of(ranks))
     batches = Batches(model, loaded.processor, loaded.pad_token, loaded.image_id, CPU, torch.float32, parallel)
-    source = ConversationSource(rows, loaded.tokenizer, **frames_in_text(loaded), max_frames=4, eval_share=0.0)
+    source = ConversationSource(rows, loaded.tokenizer, **frames_in_text(loaded), max_frames=max_frames, eval_share=0.0)
     samples = [source.sample(row) for row in range(len(source))]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for _ in range(2):
@@ -97,6 +99,33 @@ def test_an_export_serves_what_was_trained(name: str, tmp_path: Path) -> None:
     ]
     text = processor.apply_chat_template(chat, tokenize=False)
     inputs = processor(text=[text], images=[pictures], return_tensors="pt")
+    with torch.no_grad():
+        want = model(**inputs).logits[0]
+    torch.testing.assert_close(got[: len(want)], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("qwen2-vl", 2), ("qwen2.5-vl", 4), ("qwen3-vl", 2)])
+def test_an_export_serves_videos(name: str, ranks: int, tmp_path: Path) -> None:
+    folder, export = tmp_path / "model", tmp_path / "export"
+    made = qwen_videos.loaded(name)
+    made.save(folder, dict(made.model.named_parameters()))
+    rows = qwen_videos.write_rows(tmp_path)
+    got = run(ranks, trained, str(folder), str(export), str(rows), qwen_videos.MAX_FRAMES)[0]
+
+    # What the model's own processor makes of the row, and that the export has all that it is made of.
+    inputs = qwen_videos.arguments_of(name, 0, torch.float32)
+    settings = json.loads((export / "video_preprocessor_config.json").read_text())
+    assert {**settings, **made.processor.video.settings} == settings
+    picture = qwen_videos.frames_of(45, 30)
+    images = AutoImageProcessor.from_pretrained(export, backend="pil")
+    assert torch.equal(images(picture, return_tensors="pt")["pixel_values"], inputs["pixel_values"])
+    assert AutoTokenizer.from_pretrained(export).chat_template == qwen_videos.TEMPLATE
+    if is_torchvision_available():
+        whole = qwen_videos.processed(AutoProcessor.from_pretrained(export), 0)
+        # With torchvision, images are scaled by it.
+        assert all(torch.equal(whole[key], x) for key, x in inputs.items() if key != "pixel_values")
+
+    model = AutoModelForImageTextToText.from_pretrained(export).eval()
     with torch.no_grad():
         want = model(**inputs).logits[0]
     torch.testing.assert_close(got[: len(want)], want, rtol=1e-4, atol=1e-4)

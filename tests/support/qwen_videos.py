@@ -81,8 +81,8 @@ def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
     config = copy.deepcopy(like.config)
     config.text_config.vocab_size = len(known)
     config.text_config.max_position_embeddings = 512
-    for token, name in zip(("vision_start", "vision_end", "image", "video"), TOKENS, strict=True):
-        setattr(config, f"{token}_token_id", known.convert_tokens_to_ids(name))
+    for kind, token in zip(("vision_start", "vision_end", "image", "video"), TOKENS, strict=True):
+        setattr(config, f"{kind}_token_id", known.convert_tokens_to_ids(token))
 
     def build() -> nn.Module:
         model = type(like)(config)
@@ -152,35 +152,37 @@ def whole_processor(made: LoadedModel, name: str) -> Any:
     return getattr(transformers, FAMILIES[name])(images, made.tokenizer, videos, chat_template=TEMPLATE)
 
 
+def processed(processor: Any, row: int) -> Any:
+    """What a whole processor of transformers makes of a row."""
+    given: dict[str, Any] = {"images": [], "videos": [], "video_metadata": []}
+    content: list[dict[str, str]] = []
+    for part in ROWS[row]:
+        if isinstance(part, str):
+            content.append({"type": "text", "text": part})
+        elif len(part) == 2:
+            content.append({"type": "image"})
+            given["images"].append(frames_of(*part)[0])
+        else:
+            content.append({"type": "video"})
+            pictures, taken = frames_of(*part), TAKEN[part[2]]
+            given["videos"].append(np.stack([pictures[at] for at in taken]))
+            given["video_metadata"].append({"total_num_frames": part[2], "fps": part[3], "frames_indices": list(taken)})
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}
+    text = processor.apply_chat_template([{"role": "user", "content": content}, answer], tokenize=False)
+    more = {key: value for key, value in given.items() if value}
+    if "videos" in more:
+        more["do_sample_frames"] = False
+    return processor(text=[text], **more, return_tensors="pt")
+
+
 def make() -> None:
     """Write the file."""
     arrays = {}
     for name in FAMILIES:
-        made = loaded(name)
-        processor = whole_processor(made, name)
-        for number, row in enumerate(ROWS):
-            given: dict[str, Any] = {"images": [], "videos": [], "video_metadata": []}
-            content: list[dict[str, str]] = []
-            for part in row:
-                if isinstance(part, str):
-                    content.append({"type": "text", "text": part})
-                elif len(part) == 2:
-                    content.append({"type": "image"})
-                    given["images"].append(frames_of(*part)[0])
-                else:
-                    content.append({"type": "video"})
-                    pictures, taken = frames_of(*part), TAKEN[part[2]]
-                    given["videos"].append(np.stack([pictures[at] for at in taken]))
-                    given["video_metadata"].append(
-                        {"total_num_frames": part[2], "fps": part[3], "frames_indices": list(taken)}
-                    )
-            answer = {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}
-            text = processor.apply_chat_template([{"role": "user", "content": content}, answer], tokenize=False)
-            more = {key: value for key, value in given.items() if value}
-            if "videos" in more:
-                more["do_sample_frames"] = False
-            of_row = processor(text=[text], **more, return_tensors="pt")
-            arrays |= {f"{name}/{number}/{key}": of_row[key].numpy() for key in ARGUMENTS if key in of_row}
+        processor = whole_processor(loaded(name), name)
+        for row in range(len(ROWS)):
+            of_row = processed(processor, row)
+            arrays |= {f"{name}/{row}/{key}": of_row[key].numpy() for key in ARGUMENTS if key in of_row}
         arrays[f"{name}/sizes"] = np.array(list(_sizes(processor.video_processor)))
     np.savez_compressed(FILE, **arrays)
 
