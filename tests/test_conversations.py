@@ -217,7 +217,7 @@ def test_text_limit_names_row_length_and_limit(source_of):
 def test_a_frame_is_written_and_counted_as_the_model_has_it(source_of):
     row, options = (
         chat("<image>what ?", image="red.png"),
-        {"frame_text": f"[{IMAGE}]", "frame_tokens": lambda size: 200},
+        {"frame_text": f"[{IMAGE}]", "frame_tokens": lambda size: (200,)},
     )
     sample = source_of(row, **options).sample(0)
     assert f"[{IMAGE}]what ?" in text_of(sample) and len(sample.input_ids) < 100

@@ -26,7 +26,7 @@ from ds_lvxattn.runtime.batch import AttentionInputs, SequenceParallelBatch
 from ds_lvxattn.runtime.layer_times import LayerTimes
 from ds_lvxattn.runtime.visual_rows import VisualRows
 
-Images = list[list[np.ndarray]]  # per sample, the frames that this rank loaded
+Images = list[list[np.ndarray]]  # per sample, the pictures that this rank decoded
 Pixels = dict[str, Any]  # the model's pixel arguments, made of them on the host
 
 
@@ -129,29 +129,32 @@ class Collator:
         sizes: Sequence[FrameSize | None] = sample.sizes or [None] * sample.num_frames
         if not isinstance(self.family, VisualFamily):
             return []
-        return [self.family.shape_of(size, self.processor, self.limits) for size in sizes]
+        return [shape for size in sizes for shape in self.family.crops_of(size, self.processor, self.limits)]
 
     def rank_in(self, layout: BatchLayout) -> int:
         """Which rank of ``layout`` this one is; one of a single rank is that of every rank."""
         return self.division.comm.rank if self.division and layout.keys.ranks > 1 else 0
 
     def check(self, sample: Sample) -> Sample:
-        """``sample``, if its text has one image token for each frame. Raises ``SampleError`` otherwise."""
+        """``sample``, if its text has the image tokens of its frames. Raises ``SampleError`` otherwise."""
         if not isinstance(self.family, VisualFamily):
             if sample.num_frames:
                 raise SampleError(f"{sample.name}: {sample.num_frames} frames, and {self.family.name} takes text alone")
             return sample
         tokens = sum(token == self.image_id for token in sample.input_ids)
-        if tokens != sample.num_frames:
+        wanted = len(self._frame_shapes(sample))
+        if tokens != wanted:
+            cut = "" if wanted == sample.num_frames else f", which its processor cuts into {wanted} images"
             raise SampleError(
                 f"{sample.name}: {tokens} image tokens (id {self.image_id}) in the text for {sample.num_frames} "
-                f"frames; write one {self.family.image_token} for each frame"
+                f"frames{cut}; write one {self.family.image_token} for each {'image' if cut else 'frame'}"
             )
         return sample
 
     def load(self, samples: Sequence[Sample], layout: BatchLayout) -> Images:
-        """Decode the frames that lie on this rank. Raises what ``Sample.pictures`` raises."""
-        return [sample.pictures(layout.own_frames(i, self.rank_in(layout))) for i, sample in enumerate(samples)]
+        """Decode the pictures of the frames that lie on this rank. Raises what ``Sample.pictures`` raises."""
+        rank = self.rank_in(layout)
+        return [sample.pictures(list(layout.own_pictures(i, rank))) for i, sample in enumerate(samples)]
 
     def sizes(self, layout: BatchLayout) -> BatchSizes:
         """What the planner must know of the batch."""
@@ -257,9 +260,10 @@ class Collator:
         family = self.family
         if not isinstance(family, VisualFamily):
             return {}
+        rank = self.rank_in(layout)
+        images = [self._cut(family, layout.own_pictures(i, rank), some) for i, some in enumerate(images)]
         flat = [image for sample in images for image in sample]
         # A caller may leave the pictures of a sample out.
-        rank = self.rank_in(layout)
         given = [layout.own_frames(i, rank) if some else [] for i, some in enumerate(images)]
         shapes = [layout.shapes[i][frame] for i, frames in enumerate(given) for frame in frames]
         if self.division:
@@ -279,6 +283,14 @@ class Collator:
         ranges = [[*rows, *[(0, 0)] * (layout.input_ids.shape[1] - len(rows))] for rows in layout.ranges]
         dense = family.dense_mask(ranges, layout.shapes)
         return {**{key: torch.cat([_pad_frames(p[key], frames) for p in of_samples]) for key in of_samples[0]}, **dense}
+
+    def _cut(self, family: VisualFamily, own: Mapping[int, Sequence[int]], pictures: list[np.ndarray]) -> list[Any]:
+        """The frames of a sample that this rank encodes, of the pictures that it decoded (or of none)."""
+        frames = []
+        for picture, crops in zip(pictures, own.values(), strict=bool(pictures)):
+            images = family.cut(picture, self.processor) if crops else []
+            frames += [images[crop] for crop in crops] or [picture]
+        return frames
 
     def _pixels(
         self, family: VisualFamily, frames: list[np.ndarray], shapes: Sequence[FrameShape]

@@ -162,8 +162,20 @@ class BatchLayout:
         return np.concatenate(places)
 
     def own_frames(self, sample: int, rank: int) -> list[int]:
-        """Frames of ``sample`` that ``rank`` decodes and encodes."""
+        """Frames of ``sample`` that ``rank`` encodes."""
         return [frame for frame, owner in enumerate(self.owners[sample]) if owner == rank]
+
+    def own_pictures(self, sample: int, rank: int) -> dict[int, list[int]]:
+        """Pictures of ``sample`` that ``rank`` decodes, each with the numbers of its images that ``rank`` encodes, as
+        ``FrameShape.crop``; none of a picture that stays whole."""
+        found: dict[int, list[int]] = {}
+        picture, shapes = -1, self.shapes[sample]
+        for shape, after, owner in zip(shapes, (*shapes[1:], None), self.owners[sample], strict=False):
+            picture += shape.crop == 0
+            if owner == rank:
+                is_cut = shape.crop > 0 or (after is not None and after.crop > 0)
+                found.setdefault(picture, []).extend([shape.crop] * is_cut)
+        return found
 
     def own_shapes(self, rank: int) -> list[FrameShape]:
         """What the model makes of the frames that ``rank`` encodes, over all samples."""

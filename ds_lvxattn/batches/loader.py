@@ -65,7 +65,7 @@ class _Begun:
 
     Attributes:
         layout: of the samples.
-        own: of each sample, the frames that lie on this rank.
+        own: of each sample, the pictures of the frames that lie on this rank.
         jobs: of each sample, frames that are loaded together, and when they are, a picture of each or an error.
         skipped: samples that were replaced.
     """
@@ -130,7 +130,7 @@ class SampleLoader:
     def _decode(self, samples: list[Sample], skipped: int) -> _Begun:
         layout = self.batches.layout(samples)
         rank = self.batches.collator.rank_in(layout)
-        own = [list(layout.own_frames(i, rank)) for i in range(len(samples))]
+        own = [list(layout.own_pictures(i, rank)) for i in range(len(samples))]
         jobs = [
             [(group, self._pool.submit(attempt, sample.pictures, group, sample.name)) for group in groups]
             for sample, groups in zip(samples, map(_groups, samples, own), strict=True)

@@ -173,6 +173,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     frame_text: str = "",
     videos: WrittenVideos = NO_VIDEOS,
+    write: Callable[[str], str] = str,
 ) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and labels that mask all but the answers and their end-of-turn tokens.
 
@@ -182,6 +183,7 @@ def encode(
 
     Args:
         messages, frame_text, videos: see ``render``.
+        write: what the model's processor makes of a rendered text; of its beginning, the beginning of that.
 
     Raises:
         SampleError: the template refuses the conversation, leaves words of it out, or rewrites earlier turns when later
@@ -199,9 +201,9 @@ def encode(
                     "cannot be told from the prompt; use a template that only appends"
                 )
             # White space behind the end-of-turn token belongs to the template.
-            answers.append((len(prompt), len(answered.rstrip())))
+            answers.append((len(write(prompt)), len(write(answered.rstrip()))))
     check_words(messages, text, frame_text, videos.text)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = tokenizer(write(text), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     input_ids = encoded["input_ids"]
     begin, end = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
     is_answer = np.zeros(len(input_ids), dtype=bool)

@@ -27,7 +27,7 @@ from ds_lvxattn.data.media import (
     sample_times,
 )
 from ds_lvxattn.data.rows import MediaRef, Turn, read_row, unknown_keys
-from ds_lvxattn.data.sample import FrameSize, Sample, SampleError, one_row
+from ds_lvxattn.data.sample import FrameSize, Sample, SampleError, as_it_is, one_row
 from ds_lvxattn.data.table import Data, open_table
 
 logger = logging.getLogger(__name__)
@@ -46,8 +46,9 @@ class ConversationSource:
         tokenizer: a fast tokenizer; its chat template renders the text, ``PLAIN_TEMPLATE`` if it has none.
         image_token: the token that stands for a frame; None for a model that takes none.
         frame_text: how a frame is written, with that token in it; by default the token alone.
-        frame_tokens: rows that the model makes of a frame's token, by the size of its picture.
+        frame_tokens: rows that the model makes of each image token of a frame, by the size of its picture.
         videos: how the model has videos in its text; None: frame by frame.
+        write: what the model's processor makes of a rendered conversation, by the sizes of its frames.
         max_frames: frames of a row; its videos share what its images leave.
         max_text_tokens: longest sample in tokens, image tokens included with the rows that the model makes of them;
             None for no limit.
@@ -73,8 +74,9 @@ class ConversationSource:
         *,
         image_token: str | None,
         frame_text: str = "",
-        frame_tokens: Callable[[FrameSize], int] = one_row,
+        frame_tokens: Callable[[FrameSize], Sequence[int]] = one_row,
         videos: VideoText | None = None,
+        write: Callable[[str, Sequence[FrameSize]], str] = as_it_is,
         max_frames: int,
         max_text_tokens: int | None = None,
         split: Literal["train", "eval"] = "train",
@@ -97,6 +99,7 @@ class ConversationSource:
         self.image_id = image_id
         self.tokenizer, self.image_token = tokenizer, image_token
         self.frame_text, self.frame_tokens, self.videos = frame_text or image_token or "", frame_tokens, videos
+        self.write = write
         self.max_frames, self.max_text_tokens, self.seed = max_frames, max_text_tokens, seed
         self.pixels, self.upright, self.fps = pixels, upright, fps
 
@@ -163,17 +166,21 @@ class ConversationSource:
         media = open_media(found, self.max_frames, self.media_root, self.pixels, self.upright, self.fps, merged)
         videos = videos_of(media, self.videos)
         messages = messages_of(turns, media, self.frame_text, videos)
-        input_ids, labels = encode(messages, self.tokenizer, self.frame_text, videos)
         sizes = [size for m in media for size in m.frame_sizes]
-        frames = len(sizes)
+
+        def write(text: str) -> str:
+            return self.write(text, sizes)
+
+        input_ids, labels = encode(messages, self.tokenizer, self.frame_text, videos, write)
+        frames, rows_of = len(sizes), [rows for size in sizes for rows in self.frame_tokens(size)]
         image_tokens = input_ids.count(self.image_id)
-        if image_tokens != frames:
+        if image_tokens != len(rows_of):
             raise SampleError(
-                f"{image_tokens} image tokens for {frames} frames; the text holds "
+                f"{image_tokens} image tokens for {len(rows_of)} frames; the text holds "
                 f"{self.image_token!r} outside the user's turns, or the chat template drops turns"
             )
-        of_frames = sum(map(self.frame_tokens, sizes))
-        rows = len(input_ids) - frames + of_frames
+        of_frames = sum(rows_of)
+        rows = len(input_ids) - image_tokens + of_frames
         if self.max_text_tokens is not None and rows > self.max_text_tokens:
             raise SampleError(
                 f"{rows} tokens, {of_frames} of them for frames, but max_text_tokens is "

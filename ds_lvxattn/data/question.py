@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,7 +12,7 @@ from ds_lvxattn.data.chat import VideoText, check_words, render
 from ds_lvxattn.data.conversations import messages_of, open_media, videos_of
 from ds_lvxattn.data.media import DEFAULT_LIMITS, load_frames
 from ds_lvxattn.data.rows import MediaRef, read_row
-from ds_lvxattn.data.sample import IGNORE, FrameSize, Sample, SampleError, one_row
+from ds_lvxattn.data.sample import IGNORE, FrameSize, Sample, SampleError, as_it_is, one_row
 
 
 def question_sample(
@@ -22,8 +22,9 @@ def question_sample(
     *,
     image_token: str | None,
     frame_text: str = "",
-    frame_tokens: Callable[[FrameSize], int] = one_row,
+    frame_tokens: Callable[[FrameSize], Sequence[int]] = one_row,
     videos: VideoText | None = None,
+    write: Callable[[str, Sequence[FrameSize]], str] = as_it_is,
     max_frames: int,
     max_text_tokens: int,
 ) -> Sample:
@@ -35,8 +36,9 @@ def question_sample(
         tokenizer: its chat template renders the text, ``PLAIN_TEMPLATE`` if it has none.
         image_token: the token that stands for a frame; None for a model that takes none.
         frame_text: how a frame is written, with that token in it; by default the token alone.
-        frame_tokens: rows that the model makes of a frame's token, by the size of its picture.
+        frame_tokens: rows that the model makes of each image token of a frame, by the size of its picture.
         videos: how the model has videos in its text; None: frame by frame.
+        write: what the model's processor makes of a rendered conversation, by the sizes of its frames.
         max_frames: frames taken, spread evenly over the video.
         max_text_tokens: longest prompt, with the rows of its frames.
 
@@ -52,18 +54,18 @@ def question_sample(
     found = [part for turn in turns for part in turn.parts if isinstance(part, MediaRef)]
     media = open_media(found, max_frames, "", DEFAULT_LIMITS, merged=videos.merged if videos else 1)
     frame_text = frame_text or image_token or ""
-    written = videos_of(media, videos)
-    messages = messages_of(turns, media, frame_text, written)
-    text = render(messages, tokenizer, True, frame_text, written)
-    check_words(messages, text, frame_text, written.text)
-    input_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    videos_here = videos_of(media, videos)
+    messages = messages_of(turns, media, frame_text, videos_here)
+    text = render(messages, tokenizer, True, frame_text, videos_here)
+    check_words(messages, text, frame_text, videos_here.text)
     sizes = [size for medium in media for size in medium.frame_sizes]
-    frames = len(sizes)
-    of_frames = sum(map(frame_tokens, sizes))
-    rows = len(input_ids) - frames + of_frames
+    input_ids = tokenizer(write(text, sizes), add_special_tokens=False, verbose=False)["input_ids"]
+    rows_of = [rows for size in sizes for rows in frame_tokens(size)]
+    of_frames = sum(rows_of)
+    rows = len(input_ids) - len(rows_of) + of_frames
     if rows > max_text_tokens:
         raise SampleError(
             f"{name}: the prompt has {rows} tokens, {of_frames} of them for frames, and there is room for "
             f"{max_text_tokens}; ask a shorter question, or take fewer frames"
         )
-    return Sample(input_ids, [IGNORE] * len(input_ids), frames, functools.partial(load_frames, media), name, sizes)
+    return Sample(input_ids, [IGNORE] * len(input_ids), len(sizes), functools.partial(load_frames, media), name, sizes)

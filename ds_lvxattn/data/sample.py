@@ -58,9 +58,14 @@ class FrameSize:
     part: Part | None = None
 
 
-def one_row(size: FrameSize) -> int:
-    """Rows that a model makes of the token of any frame, which sees visual tokens as keys of their own."""
-    return 1
+def one_row(size: FrameSize) -> Sequence[int]:
+    """Rows of a frame for a model that sees visual tokens as keys of their own: its one image token."""
+    return (1,)
+
+
+def as_it_is(text: str, sizes: Sequence[FrameSize]) -> str:
+    """A rendered conversation for a model whose processor adds nothing around its image tokens."""
+    return text
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class FrameShape:
         time: of a part of a video behind its first, how far behind that one its positions in time are; it shares the
             others. None: its positions are its own.
         pictures: that the frame stands for.
+        crop: of a picture that the image processor cuts into several images, which have an image token each, the number
+            of this one; 0 for the first, and for a picture that stays whole.
     """
 
     tokens: int
@@ -83,6 +90,7 @@ class FrameShape:
     padding: int = 0
     time: int | None = None
     pictures: int = 1
+    crop: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,8 @@ class Sample:
     """A tokenised conversation and its frames, which are decoded only when asked for.
 
     Attributes:
-        input_ids: token ids; one image token for each frame, in frame order.
+        input_ids: token ids; one image token for each frame, in frame order, or one for each image that the model's
+            processor cuts a frame into.
         labels: as long as ``input_ids``; the token itself where it is an answer, ``IGNORE`` elsewhere.
         num_frames: frames of all its media.
         sizes: their pictures' sizes, where the visual tokens of a frame follow from its size; None: every frame counts

@@ -14,6 +14,7 @@ from ds_lvxattn.families.family import Family, VisualFamily
 from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingo
 from ds_lvxattn.families.idefics import Idefics
 from ds_lvxattn.families.idefics2 import Idefics2
+from ds_lvxattn.families.idefics3 import Idefics3, SmolVLM
 from ds_lvxattn.families.llava import Llava
 from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
@@ -30,6 +31,8 @@ FAMILIES: tuple[type[Family], ...] = (
     Llava,
     Blip2,
     Idefics2,
+    Idefics3,
+    SmolVLM,
     Aria,
     Qwen2VL,
     Qwen25VL,

@@ -212,6 +212,30 @@ class VisualFamily(Family):
         """
         return FrameShape(self.frame_tokens(), self.encoder_tokens())
 
+    def crops_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> list[FrameShape]:
+        """What the model makes of the images that the processor cuts a frame into, numbered as ``FrameShape.crop``.
+
+        Each has an image token of its own, and is encoded by itself. Here: the frame stays whole.
+        """
+        return [self.shape_of(size, processor, limits)]
+
+    def cut(self, frame: np.ndarray, processor: Any) -> list[np.ndarray]:
+        """The images of a uint8 ``[H, W, 3]`` frame that has several, in the order of ``crops_of``."""
+        return [frame]
+
+    def write(self, text: str, sizes: Sequence[FrameSize], processor: Any, limits: FrameLimits) -> str:
+        """A rendered conversation as the model's own processor writes it: here as it is.
+
+        Args:
+            text: with one ``image_token`` for each frame.
+            sizes: of all frames; ``text`` may end ahead of the last ones.
+
+        Returns:
+            The text with an image token for each of ``crops_of``, and whatever the processor writes around them. What
+            it makes of the beginning of a text is the beginning of what it makes of the text.
+        """
+        return text
+
     @abstractmethod
     def visual_widths(self) -> tuple[int, ...]:
         """Sizes of a visual token's vectors that are kept once for all layers: feature, and input of the projector."""
@@ -274,7 +298,8 @@ class VisualFamily(Family):
         """The model's pixel arguments, ``[1, frames, ...]``, for frames of such shapes.
 
         Args:
-            frames: uint8 ``[H, W, 3]``, or ``[merged, H, W, 3]`` of a part of a video.
+            frames: uint8 ``[H, W, 3]``, or ``[merged, H, W, 3]`` of a part of a video; of a frame that has been cut,
+                each of its images.
         """
 
     @abstractmethod

@@ -2,11 +2,15 @@
 
 Its perceiver resamples each image by itself, so each rank runs it over its own frames; the latents of a frame stand in
 the text, as in LLaVA. A perceiver over all frames of a video is ``runtime.adapters``.
+
+Where its image processor splits images, an image is five to the model: its quarters, and the whole behind them. Each is
+scaled and encoded by itself, so those of one image may lie on several ranks. A frame of a video stays whole.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,11 +20,17 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, Idefics2ForConditionalGeneration
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverAttention, Idefics2VisionAttention
 
-from ds_lvxattn.data.sample import FrameShape
+from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.families.concatenation import Concatenation
+from ds_lvxattn.families.family import FrameLimits
 from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.families.processors import written
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
+
+FAKE = "<fake_token_around_image>"
+# The processor puts a blank between the images and a word that stands at their end.
+BEFORE_WORD = re.compile(rf"{re.escape(FAKE)}(?=[^\s<])")
 
 
 class Idefics2(Concatenation):
@@ -61,14 +71,27 @@ class Idefics2(Concatenation):
     def encoder_tokens(self) -> int:
         return _patches(self.config.vision_config)
 
+    def crops_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> list[FrameShape]:
+        whole = size is None or size.video or not processor.do_image_splitting
+        tokens = self.frame_tokens(), self.encoder_tokens()
+        return [FrameShape(*tokens, crop=crop, pictures=int(crop == 0)) for crop in range(1 if whole else 5)]
+
+    def cut(self, frame: np.ndarray, processor: Any) -> list[np.ndarray]:
+        height, width = frame.shape[0] // 2, frame.shape[1] // 2
+        halves = frame[:height], frame[height:]
+        return [part for half in halves for part in (half[:, :width], half[:, width:])] + [frame]
+
+    def write(self, text: str, sizes: Sequence[FrameSize], processor: Any, limits: FrameLimits) -> str:
+        counts = (len(self.crops_of(size, processor, limits)) for size in sizes)
+        text = written(text, self.image_token, (FAKE + (self.image_token + FAKE) * count for count in counts))
+        return BEFORE_WORD.sub(f"{FAKE} ", text.replace(FAKE + FAKE, FAKE))
+
     def complete_processor(self, processor: Any, image_token: str) -> None:
-        """An image is served as it was trained: whole."""
-        processor.image_processor.do_image_splitting = False
+        """It counts the visual tokens of an image by this."""
+        processor.image_seq_len = self.frame_tokens()
 
     def load_processor(self, name: str) -> Any:
-        return AutoImageProcessor.from_pretrained(
-            name, backend="pil", do_image_splitting=False, trust_remote_code=False
-        )
+        return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
 
     def pixels(
         self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any

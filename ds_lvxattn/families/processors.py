@@ -1,13 +1,21 @@
-"""Image processors as families call them."""
+"""Processors as families call them."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from transformers.image_utils import SizeDict
 
 from ds_lvxattn.families.videos import VideoProcessor
+
+
+def written(text: str, token: str, pieces: Iterable[str]) -> str:
+    """``text`` with the first of ``pieces`` in the place of the first ``token``, and so on; later tokens stay."""
+    waiting = iter(pieces)
+    return re.sub(re.escape(token), lambda _: next(waiting, token), text)
 
 
 class ChannelsLast:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from transformers import (
     CLIPVisionConfig,
     Idefics2Config,
     Idefics2ForConditionalGeneration,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
     IdeficsConfig,
     IdeficsForVisionText2Text,
     LlamaConfig,
@@ -34,15 +37,19 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingoConfig, OpenFlamingoModel
 from ds_lvxattn.families.idefics import with_loss_over_all_tokens
@@ -319,6 +326,20 @@ def idefics2(scale: Scale, latents: int = 4) -> PreTrainedModel:
     return model
 
 
+def idefics3(scale: Scale, smol: bool = False) -> PreTrainedModel:
+    """Idefics3, or SmolVLM, around a Llama model: four visual tokens a square, which stand in the text."""
+    vision = {
+        **scale.vision, "patch_size": SIZE // 4, "num_hidden_layers": 2, "initializer_range": scale.spread,
+    }  # fmt: skip
+    sizes: dict[str, Any] = {
+        "vision_config": vision, "text_config": LlamaConfig(**scale.text), "image_token_id": IMAGE_ID,
+        "scale_factor": 2, "initializer_range": scale.spread,
+    }  # fmt: skip
+    if smol:
+        return SmolVLMForConditionalGeneration(SmolVLMConfig(**sizes))
+    return Idefics3ForConditionalGeneration(Idefics3Config(**sizes))
+
+
 def aria(scale: Scale, queries: int = 4, **options: Any) -> PreTrainedModel:
     """Aria with four experts: its projector makes ``queries`` visual tokens of a frame, which stand in the text.
 
@@ -355,6 +376,18 @@ SMALL_MODELS: dict[str, tuple[Callable[[Scale], PreTrainedModel], Callable[[], A
         idefics2,
         lambda: Idefics2ImageProcessorPil(
             size={"shortest_edge": SIZE, "longest_edge": SIZE}, do_image_splitting=False, **PIXELS
+        ),
+    ),
+    "small-idefics3": (
+        idefics3,
+        lambda: Idefics3ImageProcessorPil(
+            size={"longest_edge": 4 * SIZE}, max_image_size={"longest_edge": SIZE}, **PIXELS
+        ),
+    ),
+    "small-smolvlm": (
+        functools.partial(idefics3, smol=True),
+        lambda: SmolVLMImageProcessorPil(
+            size={"longest_edge": 4 * SIZE}, max_image_size={"longest_edge": SIZE}, **PIXELS
         ),
     ),
     "small-aria": (aria, lambda: AriaImageProcessorPil(max_image_size=490, **PIXELS)),

@@ -9,12 +9,13 @@ Exit code 0: every row is good; 1: some are bad; 2: the data cannot be read.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ds_lvxattn.data.check import Encode, Findings, check_rows
 from ds_lvxattn.data.conversations import messages_of, videos_of
 from ds_lvxattn.data.media import Media
 from ds_lvxattn.data.rows import Turn
-from ds_lvxattn.data.sample import IGNORE, SampleError, one_row
+from ds_lvxattn.data.sample import IGNORE, FrameSize, SampleError, as_it_is, one_row
 from ds_lvxattn.data.table import open_table
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of_config
@@ -104,11 +105,15 @@ def encode_for(name: str) -> tuple[Encode, int]:
     try:
         family = family_of_config(AutoConfig.from_pretrained(name))
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        visual = family if isinstance(family, VisualFamily) else None
+        processor = None if visual is None else visual.load_processor(name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--model {name}: cannot be loaded ({error})") from error
-    visual = family if isinstance(family, VisualFamily) else None
-    processor = visual.load_processor(name) if visual is not None and visual.keys_in_text else None
-    rows_of = one_row if visual is None else rows_of_frames(visual, processor, ANY_SIZE)
+    rows_of: Callable[[FrameSize], Sequence[int]] = one_row
+    write: Callable[..., str] = as_it_is
+    if visual is not None:
+        rows_of = rows_of_frames(visual, processor, ANY_SIZE)
+        write = functools.partial(visual.write, processor=processor, limits=ANY_SIZE)
     most = family.text_config.max_position_embeddings
     videos = None if visual is None else videos_in_text(visual, tokenizer)
 
@@ -117,9 +122,12 @@ def encode_for(name: str) -> tuple[Encode, int]:
             raise SampleError(f"{len(media)} images and videos, and the model takes text alone")
         text = "" if visual is None else visual.frame_text or visual.image_token
         written = videos_of(media, videos)
-        ids, labels = encode(messages_of(turns, media, text, written), tokenizer, text, written)
         sizes = [size for medium in media for size in medium.frame_sizes]
-        rows = len(ids) - len(sizes) + sum(map(rows_of, sizes))
+        ids, labels = encode(
+            messages_of(turns, media, text, written), tokenizer, text, written, functools.partial(write, sizes=sizes)
+        )
+        found = [rows for size in sizes for rows in rows_of(size)]
+        rows = len(ids) - len(found) + sum(found)
         if rows > most:
             raise SampleError(f"{rows} tokens, and the model's positions reach {most}")
         return rows, sum(label != IGNORE for label in labels)

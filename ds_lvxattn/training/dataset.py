@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from ds_lvxattn.data.chat import VideoText
 from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.data.media import PixelLimits
-from ds_lvxattn.data.sample import FrameSize, SampleSource, one_row
+from ds_lvxattn.data.sample import FrameSize, SampleSource
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
+from ds_lvxattn.families.processors import written
 from ds_lvxattn.needle.source import NeedleSource
 from ds_lvxattn.needle.task import VOCABULARY, NeedleTask
 from ds_lvxattn.training.loading import LoadedModel
@@ -78,12 +79,17 @@ def frames_in_text(loaded: LoadedModel, limits: FrameLimits = ANY_SIZE) -> dict[
     family = family_of(loaded.model)
     if not isinstance(family, VisualFamily):
         return {"image_token": None}
-    return {
+    rows = rows_of_frames(family, loaded.processor, limits)
+    how: dict[str, Any] = {
         "image_token": loaded.image_token,
-        "frame_text": family.frame_text if loaded.image_token == family.image_token else "",
-        "frame_tokens": rows_of_frames(family, loaded.processor, limits),
+        "frame_tokens": rows,
         "videos": videos_in_text(family, loaded.tokenizer),
     }
+    # The tokenizer of a small model has the token alone.
+    if loaded.image_token is not None and loaded.image_token != family.image_token:
+        return {**how, "write": functools.partial(write_crops, rows, loaded.image_token)}
+    write = functools.partial(family.write, processor=loaded.processor, limits=limits)
+    return {**how, "frame_text": family.frame_text, "write": write}
 
 
 def videos_in_text(family: VisualFamily, tokenizer: Any) -> VideoText | None:
@@ -94,11 +100,17 @@ def videos_in_text(family: VisualFamily, tokenizer: Any) -> VideoText | None:
     return VideoText(family.merged_frames(), family.video_text, family.video_token, family.video_parts)
 
 
-def rows_of_frames(family: VisualFamily, processor: Any, limits: FrameLimits) -> Callable[[FrameSize], int]:
-    """Rows that the model makes of the token of a frame."""
-    if not family.keys_in_text:
-        return one_row
-    return lambda size: family.shape_of(size, processor, limits).tokens
+def rows_of_frames(family: VisualFamily, processor: Any, limits: FrameLimits) -> Callable[[FrameSize], Sequence[int]]:
+    """Rows that the model makes of each image token of a frame."""
+    crops = functools.partial(family.crops_of, processor=processor, limits=limits)
+    return lambda size: [shape.tokens if family.keys_in_text else 1 for shape in crops(size)]
+
+
+def write_crops(
+    rows: Callable[[FrameSize], Sequence[int]], image_token: str, text: str, sizes: Sequence[FrameSize]
+) -> str:
+    """A conversation with the image token of a frame for each image that it is cut into, and nothing around them."""
+    return written(text, image_token, (image_token * len(rows(size)) for size in sizes))
 
 
 def text_limit(model: PreTrainedModel) -> int:

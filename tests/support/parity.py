@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_lvxattn.batches.prepare import Batches
 from ds_lvxattn.data.sample import Sample
 from ds_lvxattn.training.loading import parameter_groups, partition_over_all_ranks
 from tests.support.tiny_families import tiny
@@ -102,10 +103,12 @@ def loss_and_gradients(model: torch.nn.Module, patterns: Sequence[str]) -> tuple
     return value.item(), gradients_of(model)
 
 
-def losses_of_steps(model: torch.nn.Module, samples: Sequence[Sample], ranks: int, steps: int) -> list[float]:
+def losses_of_steps(
+    model: torch.nn.Module, samples: Sequence[Sample], ranks: int, steps: int, batches: Batches | None = None
+) -> list[float]:
     """Losses of a few steps on one batch: under ZeRO-3 on several ranks, with torch's AdamW on one."""
     model = model.train()
-    batches = attach(model, ranks, MODES[0], samples) if ranks > 1 else tiny_batches(model)
+    batches = batches or (attach(model, ranks, MODES[0], samples) if ranks > 1 else tiny_batches(model))
     inputs = batches.prepare(samples).inputs
     losses = []
     if batches.parallel is None:

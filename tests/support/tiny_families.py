@@ -12,6 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from ds_lvxattn.needle import small_models
 from ds_lvxattn.needle.small_models import random
+from ds_lvxattn.needle.task import build_tokenizer
 from tests.support.tiny_model import FOUR_LAYERS, TINY
 
 
@@ -46,11 +47,44 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 
-def tiny(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+# Those whose image processor cuts pictures, with the tokens that it writes around them.
+CUTTING: dict[str, Callable[[], Any]] = {
+    "idefics2": FAMILIES["idefics2"],
+    "idefics3": functools.partial(small_models.idefics3, TINY),
+    "smolvlm": functools.partial(small_models.idefics3, TINY, smol=True),
+}
+TAGS = (
+    "<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "\n",
+    *(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)),
+)  # fmt: skip
+
+
+def tagged_tokenizer() -> Any:
+    """That of the needle task, which also knows ``TAGS``."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(TAGS)})
+    return tokenizer
+
+
+def cutting(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The model called ``name`` in ``CUTTING``, with a vocabulary for ``tagged_tokenizer``; see ``tiny``."""
+    tokenizer = tagged_tokenizer()
+
+    def build() -> Any:
+        model = CUTTING[name]()
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+        return model
+
+    return tiny(build, dtype)
+
+
+def tiny(name: str | Callable[[], Any], dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model called ``name``, with the same weights at every call: norms and embeddings at random too."""
+    made = FAMILIES[name] if isinstance(name, str) else name
 
     def build() -> nn.Module:
-        model = FAMILIES[name]()
+        model = made()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))

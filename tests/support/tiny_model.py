@@ -32,6 +32,7 @@ from ds_lvxattn.families.blip2 import Blip2
 from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingo
 from ds_lvxattn.families.idefics import Idefics
 from ds_lvxattn.families.idefics2 import Idefics2
+from ds_lvxattn.families.idefics3 import Idefics3, SmolVLM
 from ds_lvxattn.families.llava import Llava
 from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
@@ -156,6 +157,8 @@ PROCESSORS: dict[type, str] = {
     Llava: "small-llava",
     Blip2: "small-blip2",
     Idefics2: "small-idefics2",
+    Idefics3: "small-idefics3",
+    SmolVLM: "small-smolvlm",
     Aria: "small-aria",
     Qwen2VL: "small-qwen2-vl",
     Qwen25VL: "small-qwen2.5-vl",

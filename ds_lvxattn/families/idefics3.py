@@ -1,0 +1,155 @@
+"""Idefics3 and SmolVLM: models of transformers, unmodified, whose processor cuts an image into squares.
+
+An image is scaled to the processor's longest edge and cut into squares of the vision encoder's size; the whole image,
+scaled into one such square, comes behind them. Each square is encoded by itself, a pixel shuffle makes fewer and wider
+tokens of its patches, and its tokens stand in the text behind a tag that says which square it is. So a square is what
+ranks share: those of one image may lie on several. A frame of a video is one square, as in SmolVLM's video processor.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoImageProcessor,
+    Idefics3ForConditionalGeneration,
+    PreTrainedModel,
+    SmolVLMForConditionalGeneration,
+)
+from transformers.models.idefics3.image_processing_pil_idefics3 import get_resize_output_image_size
+from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionAttention
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionAttention
+
+from ds_lvxattn.data.sample import FrameShape, FrameSize
+from ds_lvxattn.families.concatenation import Concatenation
+from ds_lvxattn.families.family import FrameLimits
+from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.families.processors import written
+from ds_lvxattn.runtime.batch import SequenceParallelBatch
+from ds_lvxattn.runtime.recompute import Recomputation
+
+FAKE, WHOLE = "<fake_token_around_image>", "<global-img>"
+
+
+class Idefics3(Concatenation):
+    """The Idefics3 family; see ``VisualFamily``. ``FrameShape.grid``: rows and columns of squares of a cut picture."""
+
+    name = "Idefics3"
+    model_class: type[PreTrainedModel] = Idefics3ForConditionalGeneration
+    image_token = "<image>"
+
+    def is_local(self, module: nn.Module) -> bool:
+        return isinstance(module, (Idefics3VisionAttention, SmolVLMVisionAttention))
+
+    def encode(
+        self, model: Any, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
+    ) -> Tensor:
+        vision = functools.partial(_states, model.vision_model)
+        return model.connector(encode_in_portions(model.vision_model, vision, pixels, batch, recomputation))
+
+    def trainable_by_default(self) -> tuple[str, ...]:
+        head = () if self.config.tie_word_embeddings else ("*lm_head.*",)
+        return ("*text_model.*", "*connector.*", *head)
+
+    def visual_widths(self) -> tuple[int, ...]:
+        shuffled = self.config.vision_config.hidden_size * self.config.scale_factor**2
+        return (self.config.text_config.hidden_size, shuffled)
+
+    def frame_tokens(self) -> int:
+        return self.encoder_tokens() // self.config.scale_factor**2
+
+    def encoder_tokens(self) -> int:
+        vision = self.config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2
+
+    def crops_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> list[FrameShape]:
+        grid: tuple[int, ...] = ()
+        if size is not None and not size.video and processor.do_image_splitting:
+            grid = _grid(size.height, size.width, processor)
+        tokens = self.frame_tokens(), self.encoder_tokens()
+        return [
+            FrameShape(*tokens, grid, crop=crop, pictures=int(crop == 0))
+            for crop in range(math.prod(grid) + 1 if grid else 1)
+        ]
+
+    def cut(self, frame: np.ndarray, processor: Any) -> list[np.ndarray]:
+        made = processor(
+            [[frame]], do_image_splitting=True, do_rescale=False, do_normalize=False, do_pad=False, return_tensors="np"
+        )
+        return [np.ascontiguousarray(square.transpose(1, 2, 0)) for square in made["pixel_values"][0]]
+
+    def write(self, text: str, sizes: Sequence[FrameSize], processor: Any, limits: FrameLimits) -> str:
+        grids = (self.crops_of(size, processor, limits)[0].grid for size in sizes)
+        return written(text, self.image_token, map(self._picture_text, grids))
+
+    def _picture_text(self, grid: tuple[int, ...]) -> str:
+        """How the processor writes a picture of such squares."""
+        whole = f"{FAKE}{WHOLE}{self.image_token}{FAKE}"
+        if not grid:
+            return whole
+        rows, columns = map(range, grid)
+        squares = (
+            "".join(f"{FAKE}<row_{row + 1}_col_{column + 1}>{self.image_token}" for column in columns) for row in rows
+        )
+        return "\n".join((*squares, "", whole))
+
+    def complete_processor(self, processor: Any, image_token: str) -> None:
+        """It counts the visual tokens of a square by this."""
+        processor.image_seq_len = self.frame_tokens()
+
+    def load_processor(self, name: str) -> Any:
+        return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+
+    def pixels(
+        self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
+    ) -> Mapping[str, Tensor]:
+        """``pixel_values [1, squares, ...]``; those of a picture that was cut have their size already."""
+        made: list[Tensor] = []
+        for is_cut, part in itertools.groupby(zip(frames, shapes, strict=True), lambda pair: bool(pair[1].grid)):
+            images = [frame for frame, _ in part]
+            processed = processor([images], do_image_splitting=False, do_resize=not is_cut, return_tensors="pt")
+            made.append(processed["pixel_values"])
+        return {"pixel_values": torch.cat(made, dim=1)}
+
+    def blank_pixels(self) -> Mapping[str, Tensor]:
+        vision = self.config.vision_config
+        # Not zeros, which the unmodified model takes for padding.
+        return {"pixel_values": torch.ones(1, 1, vision.num_channels, vision.image_size, vision.image_size)}
+
+    def pad_tiles(self, pixels: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return pixels  # the model takes the images of a batch one after the other
+
+
+class SmolVLM(Idefics3):
+    """The SmolVLM family; see ``Idefics3``."""
+
+    name = "SmolVLM"
+    model_class = SmolVLMForConditionalGeneration
+
+
+def _states(vision: nn.Module, values: Tensor) -> Tensor:
+    return vision(pixel_values=values).last_hidden_state
+
+
+def _grid(height: int, width: int, processor: Any) -> tuple[int, ...]:
+    """Rows and columns of squares that the processor cuts a picture into; none where it leaves it whole."""
+    side = processor.max_image_size["longest_edge"]
+    if processor.do_resize:
+        picture = np.broadcast_to(np.uint8(0), (3, height, width))  # whose size alone is read
+        height, width = get_resize_output_image_size(picture, processor.size["longest_edge"])
+    # The longer edge becomes a multiple of the square's, the other one follows it and then becomes one, too.
+    ratio = width / height
+    if width >= height:
+        columns = -(-width // side)
+        rows = -(-int(columns * side / ratio) // side)
+    else:
+        rows = -(-height // side)
+        columns = -(-int(rows * side * ratio) // side)
+    return (rows, columns) if rows > 1 or columns > 1 else ()

@@ -1,0 +1,161 @@
+"""Pictures that the model's processor cuts into several images: on several ranks against the model fed by it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import Idefics2Processor, Idefics3Processor
+
+from ds_lvxattn.batches.prepare import Batches
+from ds_lvxattn.batches.sequence_parallel import SequenceParallel
+from ds_lvxattn.config import SequenceParallelConfig
+from ds_lvxattn.data.sample import IGNORE, FrameSize, Sample
+from ds_lvxattn.families import family_of
+from ds_lvxattn.families.family import ANY_SIZE
+from ds_lvxattn.needle.small_models import SMALL_MODELS
+from tests.support.distributed import run
+from tests.support.parity import Gradients, gradients_of, largest_differences, losses_of_steps, sum_over_ranks
+from tests.support.tiny_families import CUTTING, cutting, tagged_tokenizer
+from tests.support.tiny_model import CPU, MODES, groups_of
+
+# Rows of text, and heights and widths in pixels of their pictures, which the processors cut into 1 to 12 images.
+ROWS = (
+    ("which <image> digit ? <image> 3 which <image> ? 5", ((40, 90), (30, 25), (50, 50))),
+    ("<image><image> digit 7", ((20, 90), (70, 30))),
+    ("which digit ? 1", ()),
+)
+ANSWERS = set("0123456789")
+
+
+def image_processor(name: str) -> Any:
+    processor = SMALL_MODELS[f"small-{name}"][1]()
+    processor.do_image_splitting = True
+    return processor
+
+
+def pictures_of(seed: int, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+
+
+def labels_of(ids: Sequence[int]) -> list[int]:
+    words = tagged_tokenizer().convert_ids_to_tokens(ids)
+    return [token if word in ANSWERS else IGNORE for token, word in zip(ids, words, strict=True)]
+
+
+def samples_of(name: str, video: bool) -> list[Sample]:
+    family, tokenizer = family_of(cutting(name)), tagged_tokenizer()
+    made = []
+    for seed, (text, sizes) in enumerate(ROWS):
+        shown = [FrameSize(*size, video) for size in sizes]
+        ids = tokenizer(family.write(text, shown, image_processor(name), ANY_SIZE))["input_ids"]
+        take = functools.partial(_take, pictures_of(seed, sizes))
+        made.append(Sample(ids, labels_of(ids), len(sizes), take, text, shown))
+    return made
+
+
+def _take(frames: Sequence[np.ndarray], wanted: Sequence[int]) -> list[np.ndarray]:
+    return [frames[index] for index in wanted]
+
+
+@functools.cache
+def in_transformers(name: str, video: bool) -> tuple[float, Gradients]:
+    """Loss and gradients of the unmodified model, with all that its own processor gives it, a sample at a time."""
+    model, images = cutting(name, torch.float64), image_processor(name)
+    images.do_image_splitting = not video
+    whole = Idefics2Processor if name == "idefics2" else Idefics3Processor
+    processor = whole(images, tagged_tokenizer(), image_seq_len=family_of(model).frame_tokens())
+    losses, items = [], 0
+    for seed, (text, sizes) in enumerate(ROWS):
+        pictures = [Image.fromarray(picture) for picture in pictures_of(seed, sizes)]
+        made = processor(text=[text], images=[pictures] if sizes else None, return_tensors="pt")
+        labels = torch.tensor([*labels_of(made["input_ids"][0].tolist())[1:], IGNORE])
+        arguments = {key: x.double() if x.is_floating_point() else x for key, x in made.items()}
+        losses.append(cross_entropy(model(**arguments).logits[0], labels, ignore_index=IGNORE, reduction="sum"))
+        items += int((labels != IGNORE).sum())
+    loss = torch.stack(losses).sum() / items
+    loss.backward()
+    return loss.item(), gradients_of(model)
+
+
+def attached(name: str, model: Any, mode: tuple[str, str, str] | None, **block: Any) -> Batches:
+    parallel = None
+    if mode is not None:
+        strategy, schedule, placement = mode
+        ranks = dist.get_world_size()
+        config = SequenceParallelConfig(strategy=strategy, schedule=schedule, placement=placement, size=ranks, **block)  # type: ignore[arg-type]
+        parallel = SequenceParallel(model, config, groups_of(ranks))
+    tokenizer, dtype = tagged_tokenizer(), next(model.parameters()).dtype
+    return Batches(
+        model, image_processor(name), tokenizer.pad_token_id, model.config.image_token_id, CPU, dtype, parallel
+    )
+
+
+def loss_of(model: Any, samples: Sequence[Sample], batches: Batches) -> Tensor:
+    inputs = batches.prepare(samples).inputs
+    labels, items = inputs.pop("shift_labels"), inputs.pop("num_items_in_batch")
+    del inputs["labels"]
+    logits = model(**inputs).logits
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum") / items
+
+
+def in_modes(name: str) -> list[tuple[float, Gradients]]:
+    results = []
+    for mode, video in ((MODES[0], False), (MODES[1], False), (MODES[2], True)):
+        model, samples = cutting(name, torch.float64).train(), samples_of(name, video)
+        loss = loss_of(model, samples, attached(name, model, mode, recompute="layer"))
+        loss.backward()
+        results.append(sum_over_ranks(loss, gradients_of(model)))
+    return results
+
+
+@pytest.mark.parametrize("name", CUTTING)
+def test_loss_and_gradients_are_those_of_the_model_with_its_own_processor(name: str) -> None:
+    for number, got in enumerate(run(2, in_modes, name)[0]):
+        loss, gradient = largest_differences(got, in_transformers(name, number == 2))
+        assert loss < 1e-12 and gradient < 1e-11, (number, loss, gradient)
+
+
+def test_the_path_without_exchange_is_exact_too() -> None:
+    for name in CUTTING:
+        model, samples = cutting(name, torch.float64), samples_of(name, False)
+        loss = loss_of(model, samples, attached(name, model, None))
+        loss.backward()
+        assert max(largest_differences((loss.item(), gradients_of(model)), in_transformers(name, False))) < 1e-11, name
+
+
+def train(name: str, ranks: int) -> list[float]:
+    model = cutting(name)
+    return losses_of_steps(
+        model, samples_of(name, False), ranks, 3, attached(name, model, MODES[0] if ranks > 1 else None)
+    )
+
+
+def test_losses_under_zero3() -> None:
+    want, got = train("idefics3", 1), run(2, train, "idefics3", 2)[0]
+    assert want[-1] < want[0]
+    assert got == pytest.approx(want, rel=1e-4)
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(28, 150))
+def test_a_picture_has_the_squares_that_its_size_tells(height: int, width: int, longest: int) -> None:
+    family, processor = family_of(cutting("idefics3")), image_processor("idefics3")
+    processor.size = {"longest_edge": longest}
+    frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    shapes = family.crops_of(FrameSize(height, width), processor, ANY_SIZE)
+    theirs = processor([[frame]], return_row_col_info=True, return_tensors="pt")
+    assert [theirs["rows"], theirs["cols"]] == [[[side]] for side in shapes[0].grid or (0, 0)]
+    squares = family.cut(frame, processor) if len(shapes) > 1 else [frame]
+    assert torch.equal(family.pixels(squares, shapes, processor)["pixel_values"], theirs["pixel_values"])
