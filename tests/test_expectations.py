@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from ds_lvxattn.training.answers import judge, question_and_answer
 from ds_lvxattn.training.best import Best
 from ds_lvxattn.training.run_settings import read_settings
 from tests.support.distributed import run
+from tests.support.hub import hub_server
 from tests.support.processes import finish
 from tests.support.tiny_model import ds_config
 from tests.support.training import finetune, metrics_in, write_config, write_model
@@ -114,12 +117,64 @@ def test_settings_that_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert isinstance(trackers.start_tracker(None, tmp_path, {}), trackers.Nowhere)
 
 
-def test_a_push_that_fails_does_not_cost_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError("no network")
+@pytest.mark.slow
+def test_trackio_and_the_hub_get_a_run(tmp_path: Path) -> None:
+    """By the command, offline and with a server of this machine: steps in trackio's files, both exports on the hub."""
+    pytest.importorskip("trackio")
+    model = write_model(tmp_path / "model")
+    file = write_config(
+        tmp_path / "ds.json", ds_config(2, 2, 2, size=1), eval_examples=0, report_to="trackio", push_to_hub="me/digits",
+        lora={"r": 2, "target_modules": ["q_proj"], "merge": True},
+    )  # fmt: skip
+    out, words = tmp_path / "out", ["--ds_config", file, "--model", model, "--steps", 2]
+    with hub_server() as server:
+        done = finish(
+            [sys.executable, "-m", "ds_lvxattn.training.finetune", *words, "--output_dir", out], cwd=tmp_path,
+            TRACKIO_DIR=str(tmp_path / "trackio"), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
+            HF_ENDPOINT=server.address, HF_TOKEN="hf_secret", HF_HUB_OFFLINE=None,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "pushed to" in done.stdout and "is not pushed" not in done.stdout and "hf_secret" not in done.stdout
+    for name, at in (("model", ""), ("adapter", "adapter/")):
+        for path in (out / name).iterdir():
+            assert server.files[f"me/digits/{at}{path.name}"] == path.read_bytes()
+    assert server.tokens == {"Bearer hf_secret"}
 
-    monkeypatch.setattr(hub.huggingface_hub, "create_repo", refuse)
-    assert "not pushed to me/model: no network" in hub.push(tmp_path, "me/model")
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "ds_lvxattn.db")) as database:
+        rows = [(step, json.loads(told)) for step, told in database.execute("SELECT step, metrics FROM metrics")]
+    told = {step: values["train/loss"] for step, values in rows if "train/loss" in values}
+    assert list(told.values()) == pytest.approx(metrics_in(out)) and list(told) == [1, 2]
+
+
+def test_a_push_that_fails_does_not_cost_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    monkeypatch.setattr(hub.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    client = hub.huggingface_hub.hf_api.api
+    with hub_server() as server:
+        monkeypatch.setattr(client, "endpoint", server.address)
+        assert "pushed to" in hub.push(folder, "me/model") and server.files == {"me/model/config.json": b"{}"}
+        for server.fails in ("/create", "/commit/main"):  # a token without rights, and a server that takes no files
+            told = hub.push(folder, "me/model", "inside")
+            assert "not pushed to me/model: " in told and f"'hf upload me/model {folder} inside'" in told
+            assert "hf_secret" not in told
+    assert "not pushed to me/model" in hub.push(folder, "me/model")  # no server any more
+    assert (folder / "config.json").exists()
+
+
+def test_a_tracker_that_fails_does_not_cost_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("in the way")  # of its folder
+    started = trackers.start_tracker("tensorboard", tmp_path, {})
+    started.log({"train/loss": 1.0}, 1)
+    started.table("plan", ["layer"], [["a"]])
+    started.close()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "tensorboard fails, and nothing more is recorded with it" in caplog.text
 
 
 def test_nothing_is_imported_that_is_not_used() -> None:

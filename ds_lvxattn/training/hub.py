@@ -23,11 +23,20 @@ def check_hub(repository: str | None) -> None:
         raise ConfigError(f"{given}, and there is no token; run 'hf auth login', or set HF_TOKEN")
 
 
-def push(folder: Path, repository: str) -> str:
-    """Upload a folder. What fails is told, not raised: the folder is there, and can be uploaded by hand."""
+def push(folder: Path, repository: str, inside: str = "") -> str:
+    """Upload a folder, to a folder ``inside`` the repository or as the whole of it; returns what to tell of it.
+
+    What fails is told, not raised: the folder is there, and can be uploaded by hand.
+    """
     try:
         made = huggingface_hub.create_repo(repository, private=True, exist_ok=True)
-        address = huggingface_hub.upload_folder(repo_id=made.repo_id, folder_path=folder)
+        address = huggingface_hub.upload_folder(
+            repo_id=made.repo_id,
+            folder_path=folder,
+            path_in_repo=inside or None,
+            commit_message=f"Upload {folder.name}",
+        )
         return f"{folder} pushed to {address.commit_url}"
     except Exception as error:  # of the network, the server, its rules
-        return f"{folder} is not pushed to {repository}: {error}; push it with 'hf upload {repository} {folder}'"
+        by_hand = " ".join(filter(None, ("hf upload", repository, str(folder), inside)))
+        return f"{folder} is not pushed to {repository}: {error}; push it with '{by_hand}'"

@@ -329,7 +329,9 @@ class Trainer:
             folder = on_all_ranks(make if first else lambda: None, self.everyone)
             log.say(f"{name} saved in {folder}")
             if folder is not None and job.finetuning.push_to_hub:
-                log.say(push(folder, job.finetuning.push_to_hub))
+                # Beside merged weights, an adapter at the top would be added to them a second time by whoever loads.
+                inside = name if len(writers) > 1 and name == "adapter" else ""
+                log.say(push(folder, job.finetuning.push_to_hub, inside))
 
 
 def peak_memory() -> int:

@@ -5,10 +5,11 @@ A tracker is imported when a run starts it, and never costs a run: what is wrong
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,11 +62,11 @@ def start_tracker(report_to: str | None, output_dir: Path, config: dict[str, Any
     if report_to is None:
         report_to = "wandb" if importlib.util.find_spec("wandb") else "none"
     if report_to == "wandb":
-        return Wandb(output_dir, config, **names)
+        return NeverFatal(report_to, lambda: Wandb(output_dir, config, **names))
     if report_to == "tensorboard":
-        return TensorBoard(output_dir, config)
+        return NeverFatal(report_to, lambda: TensorBoard(output_dir, config))
     if report_to == "trackio":
-        return Trackio(config, **names)
+        return NeverFatal(report_to, lambda: Trackio(config, **names))
     return Nowhere()
 
 
@@ -83,6 +84,48 @@ class Nowhere:
 
     def close(self) -> None:
         return
+
+
+class NeverFatal:
+    """A tracker, until it fails: then that is said once, and nothing is recorded from there on.
+
+    Args:
+        name: of the tracker, for the message.
+        start: makes it.
+    """
+
+    def __init__(self, name: str, start: Callable[[], Tracker]) -> None:
+        self._name = name
+        self._tracker: Tracker = Nowhere()
+        with self._told():
+            self._tracker = start()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of the tracker, its service, the network or the disk
+            logger.warning(
+                "%s fails, and nothing more is recorded with it (metrics.jsonl has it all): %s", self._name,
+                _first_line(error),
+            )  # fmt: skip
+            self._tracker = Nowhere()
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        with self._told():
+            self._tracker.log(values, step)
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        with self._told():
+            self._tracker.table(name, columns, rows)
+
+    def pictures(self, paths: Sequence[Path]) -> None:
+        with self._told():
+            self._tracker.pictures(paths)
+
+    def close(self) -> None:
+        with self._told():
+            self._tracker.close()
 
 
 class Wandb:

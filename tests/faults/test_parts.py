@@ -185,7 +185,7 @@ def test_whatever_is_wrong_with_wandb_the_run_is_recorded_offline(
     with caplog.at_level(logging.WARNING):
         started: Any = start_tracker("wandb", tmp_path, {"comet": {"api_key": "secret!"}, "lr": 1})
     assert modes == ["offline"] and caplog.records
-    assert started._run.arguments["config"] == {"comet": {"api_key": "(left out)"}, "lr": 1}
+    assert started._tracker._run.arguments["config"] == {"comet": {"api_key": "(left out)"}, "lr": 1}
 
 
 def test_wandb_that_does_not_start_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def test_wandb_that_does_not_start_ends_no_run(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(wandb, "init", broken)
     started: Any = start_tracker("wandb", tmp_path, {})
-    assert started._run == "disabled"
+    assert started._tracker._run == "disabled"
 
 
 def test_secrets_by_name_and_in_addresses() -> None:
