@@ -81,7 +81,12 @@ from ds_lvxattn.batches.prepare import Batches, Loaded  # noqa: E402
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel  # noqa: E402
 from ds_lvxattn.config import sequence_parallel_config  # noqa: E402
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed  # noqa: E402
-from ds_lvxattn.training.loading import loss_factor, parameter_groups, select_trainable  # noqa: E402
+from ds_lvxattn.training.loading import (  # noqa: E402
+    loss_factor,
+    parameter_groups,
+    partition_over_all_ranks,
+    select_trainable,
+)
 
 SETTLING = 2  # steps of a strategy ahead of the rounds: kernels compile, connections open, memory finds its place
 COPIED = "+"  # behind a strategy: text on every rank
@@ -146,6 +151,7 @@ class Runner:
                 self.model, processor, 0, sizes.image_token_index, self.device, dtype, self.parallel
             )
         self.factor = loss_factor(settings, self.ranks)
+        partition_over_all_ranks(self.model, settings, groups)
         self.engine, *_ = deepspeed.initialize(
             model=self.model, model_parameters=parameter_groups(self.model), config=settings, mpu=groups
         )

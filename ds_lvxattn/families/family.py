@@ -25,6 +25,9 @@ from ds_lvxattn.runtime.recompute import Recomputation
 # that all frames at once would be the peak of the whole step.
 TOKENS_AT_ONCE = 1 << 15
 
+# Names that models give to their vision encoder.
+ENCODERS = ("vision_model", "vision_tower", "visual", "vision_encoder")
+
 
 @dataclass(frozen=True)
 class FrameLimits:
@@ -191,6 +194,11 @@ class VisualFamily(Family):
 
     def load_model(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
         return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+
+    def encoder(self, model: nn.Module) -> nn.Module | None:
+        """The vision encoder of ``model``, if each of its calls is one of the whole module; None otherwise."""
+        named = ((name.rpartition(".")[2], module) for name, module in model.named_modules())
+        return next((module for name, module in named if name in ENCODERS), None)
 
     # Visual tokens
 

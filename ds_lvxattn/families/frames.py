@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ds_lvxattn.exchange.shards import runs, split_by_size
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation, recompute
+from ds_lvxattn.runtime.zero3 import gathered_once
 
 
 def refuse_mask(kwargs: Mapping[str, Any], name: str) -> None:
@@ -37,7 +38,8 @@ def encode_in_portions(
 
     Every rank makes ``batch.portions`` calls, as ZeRO-3 needs: a rank with fewer frames than portions encodes its
     first one again, which no row sees. Portions cost about equally. Where ``module`` trains, its activations are
-    computed again in the backward pass, a portion at a time, unless the policy is ``none``.
+    computed again in the backward pass, a portion at a time, unless the policy is ``none``. Where it is frozen, ZeRO-3
+    gathers it once for all portions if it is small enough (``training.zero3``).
 
     Args:
         module: holds the parameters that ``encode`` uses.
@@ -68,7 +70,7 @@ def encode_in_portions(
         whole = torch.cat([encoded(part, recomputation.policy != "none") for part in parts])
         # What is encoded again is part of the result, so that its backward pass runs on this rank too.
         return whole if len(parts) == len(own) else whole[: sum(rows[: len(own)])]
-    with torch.no_grad():
+    with torch.no_grad(), gathered_once(module):
         first = encoded(parts[0])
         if portions == 1:
             return first.contiguous()

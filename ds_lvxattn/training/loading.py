@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from deepspeed import zero
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import set_z3_leaf_modules
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
@@ -27,6 +26,7 @@ from ds_lvxattn.families.processors import ImagesAndVideos
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.needle.small_models import SMALL_MODELS, small_model
 from ds_lvxattn.needle.task import IMAGE, build_tokenizer
+from ds_lvxattn.training.zero3 import take_as_wholes
 
 QUICKSTART = "quickstart"
 # Weights in formats of other libraries, which a repository may hold besides.
@@ -196,7 +196,8 @@ def select_trainable(model: nn.Module, name: str, trainable: str | Sequence[str]
 
 
 def partition_over_all_ranks(model: nn.Module, ds_config: dict[str, Any], groups: SequenceParallelGroups) -> None:
-    """Under ZeRO-3, partition a model that is not yet: over all ranks, as ZeRO reduces its gradients.
+    """Under ZeRO-3, partition a model that is not yet: over all ranks, as ZeRO reduces its gradients. What ZeRO-3 takes
+    as a whole is marked, and its sizes in ``ds_config`` are filled in where they are missing.
 
     Left to ``deepspeed.initialize``, DeepSpeed 0.19.8 partitions parameters over the data-parallel group of an
     ``mpu``, and then sums their gradients over that group alone, not over the ranks of a sequence.
@@ -206,11 +207,7 @@ def partition_over_all_ranks(model: nn.Module, ds_config: dict[str, Any], groups
     """
     if ds_config.get("zero_optimization", {}).get("stage") != 3:
         return
-    # Experts that are computed one by one call their activation as often as tokens reach one of them, which differs
-    # between the ranks, and DeepSpeed compares what they called: it is to take them as a whole.
-    experts = {type(module) for module in model.modules() if type(module).__name__.endswith("Experts")}
-    if experts:
-        set_z3_leaf_modules(model, list(experts))
+    ds_config["zero_optimization"] = take_as_wholes(model, ds_config["zero_optimization"])
     partitioned = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
     for parameter in partitioned:
         ranks = dist.get_world_size(parameter.ds_process_group)  # type: ignore[attr-defined]

@@ -111,6 +111,9 @@ class MPlugOwl3(VisualFamily):
     def visual_widths(self) -> tuple[int, ...]:
         return (self.config.hidden_size, self.config.vision_config.hidden_size)
 
+    def encoder(self, model: nn.Module) -> nn.Module | None:
+        return None  # its layers are called one by one, see ``hyper_qwen2.vision_states``
+
     def frame_tokens(self) -> int:
         vision = self.config.vision_config
         return (vision.image_size // vision.patch_size) ** 2
