@@ -60,7 +60,7 @@ ONE_RANK: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "strategy": (
         lambda: sp_attention(*qkv(), strategy="megatron"),
-        r"strategy is 'megatron'; choose one of \['hybrid', 'lv_xattn', 'ring', 'ulysses'\]",
+        r"strategy is 'megatron'; choose one of \['hybrid', 'lv_xattn', 'ring',.* 'ulysses'",
     ),
     "schedule": (
         lambda: sp_attention(*qkv(), schedule="tree"),

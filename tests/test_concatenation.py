@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -57,6 +58,20 @@ def test_a_frame_has_a_row_for_each_of_its_visual_tokens() -> None:
     # What pads a sample, or a shard, sees nothing.
     assert stop.transpose(0, 1).flatten(1).tolist() == [[*range(1, 12), 0], [1, 2, *[0] * 10]]
     assert list(layout.roles) == ["self"]
+
+
+def error_of_fewer_tokens() -> str:
+    with mock.patch.object(Llava, "frame_tokens", lambda self: PER_FRAME - 1):
+        model, samples = tiny("llava"), samples_of(("tIIta",))
+        batches = attach(model, 1, ("lv_xattn", "gather", "contiguous"), samples)
+        with pytest.raises(ValueError) as error:
+            loss_of(model, samples, batches)
+    return str(error.value)
+
+
+def test_an_encoder_must_make_the_tokens_that_its_family_promises() -> None:
+    [said] = run(1, error_of_fewer_tokens)
+    assert "Llava.encode made 8 visual tokens of 2 frames" in said and "promise 6" in said
 
 
 @pytest.mark.parametrize("pattern", ["ttItItttIa", "Ita", "tta"])

@@ -31,7 +31,7 @@ from tests.support.distributed import run
 from tests.support.reference import dense_attention, visible
 from tests.support.tiny_model import attach, loss_of, tiny_model, tiny_sample
 
-FREE = replace(ALL_KEYS, passes=lambda layer, profile: Passes(Pass(), Pass()))
+FREE = replace(ALL_KEYS, passes=lambda layer, profile: Passes(Pass(), Pass()), host_like=())
 
 
 @contextlib.contextmanager

@@ -81,6 +81,7 @@ def formulas(layer: Layer, mode: tuple[str, str, str], rank: int) -> tuple[dict[
             "lse": rows * stat // n,
         }
         return forward, forward if layer.lse_in_loss else {k: b for k, b in forward.items() if k != "lse"}
+    assert mode == KV_RING, f"write down what {mode} receives"
     key = 2 * layer.batch * layer.kv_heads * layer.head_dim
     keys = sum(layer.kv_lengths)
     visiting = (keys - layer.kv_lengths[rank]) * key * size

@@ -122,7 +122,7 @@ def _visual_tokens(
     if not isinstance(pixels, tuple):
         return get_image_features(pixels, **options)
     own_pixels, batch = pixels
-    tokens = family.encode(model, [own_pixels], batch, recomputation)
+    tokens = family.encoded(model, [own_pixels], batch, recomputation)
     in_rows = batch.visual_rows.fetch(tokens, batch.comm)
     return BaseModelOutputWithVisionQformerOutputs(pooler_output=in_rows)
 

@@ -57,6 +57,24 @@ class Concatenation(VisualFamily):
         assert batch.visual_rows is not None
         return {"inputs_embeds": batch.visual_rows.place(text, visual, batch.comm)}
 
+    def encoded(
+        self, model: Any, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
+    ) -> Tensor:
+        """``encode``, whose tokens are those that the layout has rows for.
+
+        Raises:
+            ValueError: they are more or fewer.
+        """
+        visual = self.encode(model, pixels, batch, recomputation)
+        made, wanted = visual.shape[:-1].numel(), sum(shape.tokens for shape in batch.shapes)
+        if made != wanted:
+            raise ValueError(
+                f"{self.name}: {type(self).__name__}.encode made {made} visual tokens of {len(batch.shapes)} frames, "
+                f"for which frame_tokens or shape_of promise {wanted}; they belong to family_of(model), the first of "
+                "FAMILIES that has such a model"
+            )
+        return visual
+
     def role_of(self, module: nn.Module) -> str | None:
         return "local" if self.is_local(module) else self_attention_role(module)
 
@@ -98,6 +116,6 @@ def _embed(
     model: Any = module
     rest = dict(kwargs)
     pixels = [rest.pop(name)[0] for name in family.pixel_arguments]
-    visual = family.encode(model, pixels, batch, recomputation)
+    visual = family.encoded(model, pixels, batch, recomputation)
     text = model.get_input_embeddings()(rest.pop("input_ids"))
     return args, {**rest, **family.placed(text, visual, batch)}

@@ -99,7 +99,7 @@ def reason(strategies: dict[str, Any], best: tuple[float, str] | None, profile: 
 def show(found: dict[str, Any]) -> None:
     """The report as tables."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console()
     console.width = max(console.width, 120)
@@ -110,13 +110,13 @@ def show(found: dict[str, Any]) -> None:
     )
     kind = "self" if found["keys_in_text"] else "cross"
     layer = Table(
-        "strategy", "schedule", "forward", "backward", "kernels", "passes", "exchange", "projection", "total",
-        "received", "from other nodes",
+        Column("strategy", no_wrap=True), "schedule", "forward", "backward", "kernels", "passes", "exchange",
+        "projection", "total", "received", "from other nodes",
         title=f"one {kind}-attention layer, ms (exchange: what is not hidden); MiB a GPU",
     )  # fmt: skip
     step = Table(
-        "strategy", "cross", "self", "text", "vision", "ZeRO-3", "optimizer", "total", "received", "memory",
-        "most frames", title="training step, s; GiB a GPU",
+        Column("strategy", no_wrap=True), "cross", "self", "text", "vision", "ZeRO-3", "optimizer", "total",
+        "received", "memory", "most frames", title="training step, s; GiB a GPU",
     )  # fmt: skip
     for name, s in found["strategies"].items():
         if "obstacle" in s:
@@ -134,7 +134,7 @@ def show(found: dict[str, Any]) -> None:
         )  # fmt: skip
     console.print(layer)
     console.print(step)
-    console.print(f"choice: {found['choice']}; {found['reason']}", highlight=False)
+    console.print(f"choice: {found['choice'] or 'none'}; {found['reason']}", highlight=False)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from ds_lvxattn.plan import network
 from ds_lvxattn.plan.cost import Layer, Pass, Passes, kernel_times, moved
+from ds_lvxattn.plan.modes.gather import GATHER
 from ds_lvxattn.plan.modes.mode import Mode, own_inputs, own_results
 from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.plan.traffic import LayerShape, Traffic, from_sources
@@ -57,4 +58,5 @@ ALL_KEYS = Mode(
     returned=own_results,
     inputs=own_inputs,
     colour="#e08214",
+    host_like=(GATHER,),
 )
