@@ -8,7 +8,7 @@ and the padding patches of all tiles behind them; nothing is moved from layer to
 patches, which is no multiple of eight, so there is padding in every tile.)
 
 Of the layers' hidden states only those are kept that the model's output holds, and of those only the rows of the tiles
-that the caller reads.
+that the caller reads; in the last layer no others are computed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.runtime.registration import ENCODER_IMPLEMENTATION
@@ -31,6 +32,8 @@ def install_encoder(vision: Any) -> None:
     """Let a ``MllamaVisionModel`` compute ``encode_tiles`` if it is called with ``tiles``; other calls stay its own."""
     vision.set_attn_implementation(ENCODER_IMPLEMENTATION)
     vision.forward = functools.partial(_forward, vision, vision.forward)
+    last = vision.global_transformer.layers[-1]
+    last.forward = functools.partial(_last_layer, last, last.forward)
 
 
 def _forward(
@@ -77,12 +80,35 @@ def encode_tiles(vision: Any, pixels: Tensor, ids: Tensor, mask: Tensor, *, tile
     embed = vision.post_tile_positional_embedding
     parts = hidden.split((count * tokens, count * padding), dim=1)
     hidden = torch.cat([embed(part.unflatten(1, (count, -1)), ids).flatten(1, 2) for part in parts], dim=1)
-    for layer in vision.global_transformer.layers:
+    for layer in vision.global_transformer.layers[:-1]:
         hidden = layer(hidden, attention_mask=seen)
+    hidden = vision.global_transformer.layers[-1](hidden, attention_mask=seen, read=read)
     # The model stacks the states along the last dimension, behind the features.
     between = torch.stack([states[number] for number in wanted], dim=-1)
-    features = torch.cat((hidden[:, :read], between.flatten(2)), dim=-1)
+    features = torch.cat((hidden, between.flatten(2)), dim=-1)
     return features.unflatten(1, (tiles, tokens))
+
+
+def _last_layer(
+    layer: Any, forward: Callable[..., Any], hidden_states: Tensor, attention_mask: Any = None, read: int | None = None
+) -> Tensor:
+    """The layer's own forward, or with ``read`` its first rows alone; they still see all."""
+    if read is None or read == hidden_states.shape[1]:
+        rows: Tensor = forward(hidden_states, attention_mask=attention_mask)
+        return rows
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden_states)
+    q, k, v = attention.q_proj(normed[:, :read]), attention.k_proj(normed), attention.v_proj(normed)
+    q, k, v = (x.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2) for x in (q, k, v))
+    seen = KVInterval(attention_mask.start[:, :read], attention_mask.stop[:, :read])
+    attend = ALL_ATTENTION_FUNCTIONS[ENCODER_IMPLEMENTATION]
+    attended, _ = attend(attention, q, k, v, seen, scaling=attention.scaling)
+    rows = hidden_states[:, :read] + _gated(layer, "gate_attn", attention.o_proj(attended.flatten(2)))
+    return rows + _gated(layer, "gate_ffn", layer.mlp(layer.post_attention_layernorm(rows)))
+
+
+def _gated(layer: Any, gate: str, x: Tensor) -> Tensor:
+    return getattr(layer, gate).tanh() * x if layer.is_gated else x
 
 
 def _with_blank(patches: Tensor, tiles: int) -> Tensor:
