@@ -2,7 +2,9 @@
 
     torchrun --nproc_per_node 4 benchmarks/step.py --stage 2 --link nvlink --output step_nvlink.json
     torchrun --nproc_per_node 4 benchmarks/step.py --stage 3 --link nodes --work 96:4:384 --output step_nodes.json
-    python benchmarks/step.py --read step_nvlink.json step_nodes.json --plot step.png
+    torchrun --nproc_per_node 4 benchmarks/step.py --stage 3 --work 96:4:384 --strategies lv_xattn --largest
+    torchrun --nproc_per_node 1 benchmarks/step.py --strategies lv_xattn --work 24:1:384 --output step_one.json
+    python benchmarks/step.py --read step_nvlink.json step_nodes.json step_one.json --plot step.png
 
 Random weights and pixels, bf16; cross-attention and projector train; the optimizer's step is in it, with a learning
 rate of 0, so that every step has the same loss, whatever the strategy. In a round each strategy makes a step that does
@@ -12,7 +14,9 @@ while the step before runs. A step's time is that of the slowest rank.
 ``--link``: ``nvlink``, whatever NCCL finds; ``slow``, without peer-to-peer (``NCCL_P2P_DISABLE=1``); ``nodes``, halves
 of the ranks that NCCL takes for hosts (``NCCL_HOSTID``), with sockets between. ``--work``: FRAMES:TILES:TEXT, several.
 The floor of a strategy is the time in which compute kernels are busy in a profiled step, exchanges left out. What is
-measured is written after every round. ``--tiny`` runs a small model, on CPUs too, which checks that everything runs.
+measured is written after every round. ``--largest`` doubles the frames of the last item until a step does not fit; what
+fits is written. ``--read`` compares a run on one GPU with one of as many frames a GPU on several. ``--tiny`` runs a
+small model, on CPUs too, which checks that everything runs.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -54,6 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=150, help="for each item of --work, profile not counted")
     parser.add_argument("--rounds", type=int, default=9, help="at most, for each item of --work")
     parser.add_argument("--layers", type=int, default=40, help="text layers, of which every fifth is cross-attention")
+    parser.add_argument("--largest", action="store_true", help="go on with twice the frames until a step does not fit")
     parser.add_argument("--no_profile", action="store_true")
     parser.add_argument("--zero", type=json.loads, default={}, help="more keys of 'zero_optimization', as JSON")
     parser.add_argument("--tiny", action="store_true", help="a small model")
@@ -364,10 +369,37 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def works(listed: str, largest: bool) -> Iterator[tuple[int, int, int]]:
+    """Frames, tiles and text of what is listed, and with ``largest`` of ever more frames."""
+    items = [tuple(map(int, item.split(":"))) for item in listed.split(",")]
+    for frames, tiles, text in items:
+        yield frames, tiles, text
+    while largest:
+        frames *= 2
+        yield frames, tiles, text
+
+
+def weak_scaling(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each strategy, a step on one GPU over one of as many frames a GPU on several."""
+    lines = []
+    for one in (run for run in runs if run["ranks"] == 1):
+        for many in (run for run in runs if run["ranks"] > 1):
+            alike = all(one[key] == many[key] for key in ("tiles", "text", "device", "stage"))
+            if not alike or many["frames"] != one["frames"] * many["ranks"]:
+                continue
+            for name in one["strategies"].keys() & many["strategies"].keys():
+                alone, together = (median(run["strategies"][name]["steps"]) for run in (one, many))
+                lines.append(
+                    f"{name}, {many['link']}: {one['frames']} frames on one {one['device']} {alone:.3f} s, "
+                    f"{many['frames']} on {many['ranks']} {together:.3f} s: {alone / together:.3f}"
+                )
+    return lines
+
+
 def main(args: argparse.Namespace) -> None:
     if args.read:
         runs = [run for path in args.read for run in json.loads(path.read_text())["runs"]]
-        print("\n".join(map(report, runs)))
+        print("\n".join([*map(report, runs), *weak_scaling(runs)]))
         if args.plot:
             draw(runs, args.plot)
         return
@@ -385,13 +417,12 @@ def main(args: argparse.Namespace) -> None:
             runs = [*done, {**common, "link": args.link, **run}]
             args.output.write_text(json.dumps({"runs": runs}, indent=1))
 
-    for item in args.work.split(","):
-        frames, tiles, text = map(int, item.split(":"))
+    for frames, tiles, text in works(args.work, args.largest):
         try:
             run = measure(runner, (frames, tiles, text), args.seconds, args.rounds, not args.no_profile, save)
         except torch.cuda.OutOfMemoryError:
             # The other ranks wait in a collective; only leaving ends the run. What was measured is written.
-            print(f"rank {dist.get_rank()}: {item} does not fit", flush=True)
+            print(f"rank {dist.get_rank()}: {frames}:{tiles}:{text} does not fit", flush=True)
             os._exit(3)
         done.append({**common, "link": args.link, **run})
         if first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,21 @@ def test_every_strategy_makes_the_same_step(stage: int, tmp_path: Path) -> None:
     assert all(name in step.report(whole) for name in strategies)
     step.draw([whole], tmp_path / "step.png")
     assert (tmp_path / "step.png").stat().st_size
+
+
+def test_work_grows_until_it_does_not_fit() -> None:
+    assert list(step.works("24:1:384,96:4:4096", largest=False)) == [(24, 1, 384), (96, 4, 4096)]
+    assert list(itertools.islice(step.works("96:4:384", largest=True), 3)) == [(96 * 2**n, 4, 384) for n in range(3)]
+
+
+def test_weak_scaling_is_of_as_many_frames_a_gpu() -> None:
+    common = {"tiles": 1, "text": 384, "device": "H100", "stage": 2, "link": "nvlink"}
+    times = {"lv_xattn": {"steps": [1.0, 1.2, 1.1]}}
+    runs = [
+        {**common, "ranks": 1, "frames": 24, "strategies": times},
+        *({**common, "ranks": 4, "frames": frames, "strategies": times | {"ring": {}}} for frames in (96, 48)),
+    ]
+    assert step.weak_scaling(runs) == ["lv_xattn, nvlink: 24 frames on one H100 1.100 s, 96 on 4 1.100 s: 1.000"]
 
 
 def event(name: str, begin: float, end: float) -> Any:
