@@ -13,6 +13,7 @@ at a time. The exit code is 1 when a trial shows a fault.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import random
@@ -56,7 +57,7 @@ KINDS = {
 }  # fmt: skip
 STAGES = (1, 2, 3)
 STOP_TIMEOUT = 2 * TIMEOUT  # longer than what a busy machine makes a rank that is well wait
-LANES = 3  # runs side by side, one of which may be waiting for a timeout
+LANES = 4  # runs side by side, one of which may be waiting for a timeout
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,15 @@ class Campaign:
             if ended.codes != (0, 0):
                 raise RuntimeError(ended.text)
 
-    def train(self, folder: Path, stage: int, resume: bool = False, fault: Fault | None = None) -> Ended:
+    def train(
+        self, folder: Path, stage: int, resume: bool = False, fault: Fault | None = None, logs: str = "-logs"
+    ) -> Ended:
         timeout = STOP_TIMEOUT if fault is not None and fault.kind == "stop" else PATIENCE
         config = self.folder / f"zero{stage}-{timeout}" / "ds_config.json"
         if not config.exists():
             write_config(config.parent, ds_config(stage, timeout_s=timeout))
         words = ["--ds_config", config, "--output_dir", folder, *(["--resume"] if resume else [])]
-        return run(words, folder.with_name(folder.name + "-logs"), fault)
+        return run(words, folder.with_name(folder.name + logs), fault)
 
     def chain(self, number: int) -> list[Trial]:
         """One run, hurt several times."""
@@ -123,7 +126,8 @@ class Campaign:
                 chain.run(None)
         if not chain.problem:  # otherwise there is something to look at
             shutil.rmtree(folder, ignore_errors=True)
-            shutil.rmtree(folder.with_name(folder.name + "-logs"), ignore_errors=True)
+            for logs in folder.parent.glob(f"{folder.name}-logs*"):
+                shutil.rmtree(logs, ignore_errors=True)
         return chain.trials
 
     def _fill_disk(self, draw: random.Random, chain: Chain) -> None:
@@ -184,6 +188,9 @@ class Chain:
 
     def hurt_and_run(self, draw: random.Random) -> None:
         """Damage the files, or hurt the ranks, or both."""
+        if draw.random() < 0.04 and (not has_checkpoints(self.folder) or left_in(self.folder, torn=True).checkpoints):
+            self.two_runs()
+            return
         what = draw.random()
         if what < 0.65 and self.folder.exists():
             name = draw.choice(sorted(DAMAGES))
@@ -214,6 +221,27 @@ class Chain:
             self.trials.append(Trial(part, kind, text, ended.seconds, self.number))
         self.pending = []
 
+    def two_runs(self) -> None:
+        """Two runs are started in the folder at once."""
+        resume = has_checkpoints(self.folder)
+        with ThreadPoolExecutor(2) as pool:
+            train = functools.partial(self.campaign.train, self.folder, self.stage, resume)
+            runs = [job.result() for job in [pool.submit(train, logs=f"-logs-{name}") for name in ("one", "other")]]
+        self.told |= any("is not what it was at step" in ended.text or "breaks off" in ended.text for ended in runs)
+        first, second = sorted(runs, key=lambda ended: ended.codes != (0, 0))
+        after = left_in(self.folder, torn=True)
+        problem = judge_whole(first, after, self._expected(after))
+        if not problem and second.codes != (0, 0):
+            told = "in use by another run" in second.text or "holds checkpoints of an earlier run" in second.text
+            if second.codes != (2, 2) or not told or "Traceback" in second.text:
+                problem = f"the other run: {second.codes} {second.text[-800:]}"
+        self.done, self.over = not problem, bool(problem)
+        self.trials.append(Trial("fault", "two runs", problem, first.seconds, self.number))
+
+    def _expected(self, after: Left) -> Left:
+        """What an unbroken run leaves, but for metrics that were damaged, of which a run has told."""
+        return replace(self.expected, losses=after.losses) if self.torn and self.told else self.expected
+
     def _judge(self, fault: Fault | None, full: bool, refused: bool, ended: Ended, before: Left, after: Left) -> str:
         """What is wrong with a run."""
         hurt_here = HURT in ended.text
@@ -221,9 +249,7 @@ class Chain:
             return f"ranks are left after {ended.seconds:.0f} s: {ended.codes}"
         if "Traceback" in ended.text and (fault is None or not hurt_here or fault.kind.startswith("E")):
             return f"a traceback: {ended.text[-1500:]}"
-        expected = self.expected
-        if self.torn and self.told:
-            expected = replace(expected, losses=after.losses)
+        expected = self._expected(after)
         if self.done:
             problem = judge_whole(ended, after, expected)
             newest = next(iter(before.checkpoints), None)

@@ -46,7 +46,7 @@ def test_ranks_are_started_by_the_launcher_on_a_free_port(monkeypatch: pytest.Mo
         with pytest.raises(SystemExit):
             cli.main(["finetune", *options, *rest])
     free, given = started
-    assert free[1:5] == ["-m", "deepspeed.launcher.runner", "--num_gpus", "4"]
+    assert free[1:5] == ["-m", "ds_lvxattn.training.runner", "--num_gpus", "4"]
     assert free[5] == "--master_port" and free[7:] == ["--module", "ds_lvxattn.training.finetune", *rest]
     assert given[3:7] == ["--num_gpus", "3", "--master_port", "7777"]
 

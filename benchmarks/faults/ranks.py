@@ -170,6 +170,8 @@ def run(words: Sequence[object], logs: Path, fault: Fault | None = None, ranks: 
 
 
 def _run_once(words: Sequence[object], files: Sequence[Path], fault: Fault | None) -> Ended:
+    for file in files:
+        file.write_text("")  # nothing of an earlier run
     port, began = free_port(), time.monotonic()
     pids = [
         nursery().start(
@@ -178,9 +180,14 @@ def _run_once(words: Sequence[object], files: Sequence[Path], fault: Fault | Non
         )
         for rank, file in enumerate(files)
     ]  # fmt: skip
-    waits = [pid for rank, pid in enumerate(pids) if not (fault and fault.kind == "stop" and fault.hurts(rank))]
     codes = nursery().codes
-    while any(pid not in codes for pid in waits) and time.monotonic() - began < START + LIMIT:
+
+    def awaited(rank: int) -> bool:
+        """Whether a rank has still to end: not one that is stopped, which the others must not wait for."""
+        stops = fault is not None and fault.kind == "stop" and fault.hurts(rank)
+        return pids[rank] not in codes and not (stops and HURT in files[rank].read_text(errors="replace"))
+
+    while any(map(awaited, range(len(pids)))) and time.monotonic() - began < START + LIMIT:
         time.sleep(0.05)
         nursery().look()
     seconds = time.monotonic() - began
@@ -370,7 +377,8 @@ def is_whole(checkpoint: Path) -> bool:
         own = found.pop("sha256")
         if own != hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest():
             return False
-        return all(
+        listed = {path.name for path in checkpoint.glob("*.pt")} <= set(found["files"])
+        return listed and all(
             hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() == digest["sha256"]
             for name, digest in found["files"].items()
         )

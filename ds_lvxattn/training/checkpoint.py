@@ -343,7 +343,7 @@ class Checkpoints:
             raise ConfigError(
                 f"--resume: {self.folder / name} holds more than tensors and plain values, and is not loaded: {error}"
             ) from error
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
+        except (OSError, RuntimeError, KeyError, ValueError, AssertionError) as error:
             raise ConfigError(f"--resume: {self.folder / name} cannot be loaded: {error}") from error
         if path is None:
             raise ConfigError(f"--resume: DeepSpeed finds no checkpoint in {self.folder / name}")
@@ -377,6 +377,10 @@ def _read_list(path: Path) -> dict[str, Any] | str:
         RunFacts(**{key: found[key] for key in RunFacts.__dataclass_fields__})
         for digest in found["files"].values():
             Digest(**digest)
+        # DeepSpeed reads whatever has the right name.
+        stray = [name for name in _files_in(path) if name.endswith(".pt") and name not in found["files"]]
+        if stray:
+            return f"it holds files that {LIST} does not name ({', '.join(stray)}); move them away"
     except OSError:
         return f"it has no {LIST}, with which a whole checkpoint ends"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 PORT = "--master_port"
+RUNNER = "ds_lvxattn.training.runner"
 
 
 def launch_command(program: Sequence[str], options: Sequence[str]) -> list[str]:
@@ -19,7 +20,7 @@ def launch_command(program: Sequence[str], options: Sequence[str]) -> list[str]:
         options: the launcher's own; without a port among them, one that is free on this machine is chosen.
     """
     port = [] if any(word.split("=")[0] == PORT for word in options) else [PORT, str(free_port())]
-    return [sys.executable, "-m", "deepspeed.launcher.runner", *options, *port, *program]
+    return [sys.executable, "-m", RUNNER, *options, *port, *program]
 
 
 def launch_environment() -> dict[str, str]:

@@ -19,7 +19,7 @@ PR_SET_PDEATHSIG = 1
 # What stands in the command line of a process that starts ranks and waits for them.
 LAUNCHERS = ("deepspeed.launcher.launch", "torch.distributed.run", "torch.distributed.launch", "torchrun")
 # The outer process of ``deepspeed``, which starts the one above and waits for it.
-RUNNERS = ("deepspeed.launcher.runner", "bin/deepspeed", "bin/ds")
+RUNNERS = ("ds_lvxattn.training.runner", "deepspeed.launcher.runner", "bin/deepspeed", "bin/ds")
 
 
 def follow_launcher() -> None:

@@ -26,6 +26,7 @@ from ds_lvxattn.training.divergence import FiniteLoss
 from ds_lvxattn.training.files import Digest, replace_folder, replace_text, storage_problem, writing
 from ds_lvxattn.training.loading import at_revision, load_model
 from ds_lvxattn.training.run_folder import RunFolder
+from ds_lvxattn.training.runner import _Launcher
 from ds_lvxattn.training.secrets import without_secrets
 from ds_lvxattn.training.trackers import start_tracker
 
@@ -253,6 +254,13 @@ def test_a_lock_that_nobody_holds_is_removed(tmp_path: Path) -> None:
     os.utime(lock.parent, (1, 1))
     await_builds(tmp_path, idle=60.0)
     assert not lock.exists()
+
+
+def test_a_launcher_that_is_killed_is_a_failure() -> None:
+    """DeepSpeed's runner ends with the code of its launcher where that is above 0."""
+    launcher = _Launcher([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+    assert launcher.wait() == launcher.returncode == 128 + signal.SIGKILL
+    assert _Launcher([sys.executable, "-c", "raise SystemExit(2)"]).wait() == 2
 
 
 # A rank below the two processes of ``deepspeed``, which are told by their command lines.

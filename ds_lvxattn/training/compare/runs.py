@@ -58,7 +58,7 @@ def train(
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
     if code == 0:
-        # DeepSpeed's runner gives 0 also when the launcher that it started was killed.
+        # A code says what the processes of this machine did; the files say whether the run is whole.
         return unfinished(folder, args.steps)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
     return f"exit code {code}; the last lines of {log}:\n{tail}"

@@ -1,0 +1,31 @@
+"""DeepSpeed's runner, which starts a launcher and gives its exit code; but 0 where a signal killed it. Not here.
+
+python -m ds_lvxattn.training.runner [options of deepspeed] PROGRAM [arguments]
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from deepspeed.launcher import runner
+
+
+class _Launcher(subprocess.Popen):
+    """A process that the runner starts, which looks at ``returncode > 0`` for a failure."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        code = super().wait(timeout)
+        if code < 0:  # the signal, as a shell has it
+            self.returncode = 128 - code
+        return self.returncode
+
+
+def main() -> None:
+    """Run it with the arguments of this process, which does nothing else."""
+    subprocess.Popen = _Launcher  # type: ignore[misc]
+    runner.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
