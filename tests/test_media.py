@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import struct
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from ds_lvxattn.data.conversations import open_media
 from ds_lvxattn.data.media import (
     Media,
     MediaError,
@@ -31,6 +33,8 @@ from ds_lvxattn.data.media import (
 )
 from ds_lvxattn.data.media.files import open_film
 from ds_lvxattn.data.media.picture import as_shown
+from ds_lvxattn.data.rows import MediaRef
+from tests.support.avif import tiled_avif
 
 
 def sample_frames(info: VideoInfo, max_frames: int, **how: float) -> list[int]:
@@ -369,6 +373,30 @@ def test_avif_is_read_and_heif_is_refused(tmp_path: Path) -> None:
         probe_video(tmp_path / "phone.heic")
     with pytest.raises(MediaError, match=r"phone.heic"):
         probe_image(str(tmp_path / "phone.heic"))
+    # Another brand in front does not make a film of it.
+    (tmp_path / "odd.mp4").write_bytes(b"\0\0\0\x18ftypmiaf\0\0\0\0heicmif1\0\0\0\x0cmeta\0\0\0\0" + bytes(100))
+    with pytest.raises(MediaError, match=r"odd.mp4: HEIF images are not read; convert it"):
+        probe_video(tmp_path / "odd.mp4")
+
+
+def test_an_avif_of_tiles_is_shown_whole(tmp_path: Path) -> None:
+    tiles = [Image.new("RGB", (64, 64), (level, level, level)) for level in (40, 200)]
+    shown = both_ways(tmp_path, tiled_avif(tiles))
+    assert shown.shape == (64, 128, 3)
+    np.testing.assert_allclose(shown[32, [32, 96], 0].astype(int), [40, 200], atol=3)
+
+
+def test_media_are_compared_with_the_checksums_of_their_rows(tmp_path: Path) -> None:
+    path = write_film(tmp_path / "a.webm", [0, 50, 100], codec="libvpx")
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    ref = MediaRef("video", path.name, sha256=(checksum,))
+    assert len(open_media([ref], 3, str(tmp_path))[0].frames) == 3
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(MediaError, match=r"a.webm: damaged, or another file: its SHA-256 is .*, and the row has"):
+        open_media([ref], 3, str(tmp_path))
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])

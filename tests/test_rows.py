@@ -114,6 +114,9 @@ def test_layouts(row, turns):
         (asked([{"type": "image"}, {"type": "image", "image": "a.png"}]), "1 placeholders .* for 0"),
         (asked("hi", video="a.mp4", fps="fast"), "'fps' is 'fast'"),
         (asked("hi", video="a.mp4", start=3, end=2), "'end' is 2, which is not behind 'start' 3"),
+        (asked("hi", video="a.mp4", sha256="12"), "'sha256' is '12'; give 64 hexadecimal digits"),
+        (asked("hi", images=["a.png", "b.png"], sha256=["0" * 64]), "'sha256' is .* for 2 images and videos"),
+        (asked("hi", video="a.mp4", sha256=7), "'sha256' is 7; give 64"),
         (asked("cut \ud83d"), "half of a pair of surrogates"),
         ({"query": "c", "response": "d", "history": ["a"]}, "'history' holds 'a'"),
         (
@@ -125,6 +128,20 @@ def test_layouts(row, turns):
 def test_refusals(row, message):
     with pytest.raises(SampleError, match=message):
         read_row(row)
+
+
+def test_checksums_stand_beside_their_media():
+    one, other = "0a" * 32, "0B" * 32
+    for row in (
+        asked("hi", images=["a.png", "b.png"], sha256=[one, other]),
+        asked("hi", images=[{"path": "a.png", "sha256": one}, {"path": "b.png", "sha256": other}]),
+        asked([{"type": "image", "image": name, "sha256": x} for name, x in (("a.png", one), ("b.png", other))]),
+    ):
+        media = [part for part in read_row(row)[0].parts if not isinstance(part, str)]
+        assert [medium.sha256 for medium in media] == [(one,), (other.lower(),)]
+    [turn, _] = read_row(asked("hi", video=["a.png", "b.png"], sha256=[[one, other]]))
+    assert turn.parts[0].sha256 == (one, other.lower())
+    assert read_row(asked("hi", video="a.mp4", sha256=None))[0].parts[0].sha256 == ()
 
 
 def test_sampling_of_a_row_and_of_a_part():

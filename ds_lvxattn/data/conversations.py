@@ -19,6 +19,7 @@ from ds_lvxattn.data.media import (
     NO_LIMITS,
     Media,
     PixelLimits,
+    check_sha256,
     frame_groups,
     load_frames,
     probe_image,
@@ -224,6 +225,8 @@ def open_media(
         listed = medium.source if isinstance(medium.source, tuple) else (medium.source,)
         sources = tuple(os.path.join(root, source) if isinstance(source, str) else source for source in listed)
         first = sources[0]
+        for source, checksum in zip(sources, medium.sha256, strict=False):  # none where the row does not say
+            check_sha256(source, checksum)
         if medium.kind == "video" and isinstance(first, bytes) and len(sources) == 1:
             raise SampleError("an embedded video cannot be read; store videos as files and give their paths")
         # Every rank looks at every file of a sample: what is missing is missing on all of them.

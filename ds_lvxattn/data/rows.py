@@ -18,7 +18,7 @@ import binascii
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any, Literal
 from urllib.parse import unquote
@@ -42,11 +42,14 @@ SAMPLING_KEYS = {
     "fps": "fps", "start": "start", "video_start": "start", "end": "end", "video_end": "end",
     "max_frames": "frames", "nframes": "frames",
 }  # fmt: skip
+CHECKSUM = "sha256"  # of a medium, beside it or in a column of its own
 KNOWN_KEYS = {
     *MEDIA_KEYS, *TURN_KEYS, *SAMPLING_KEYS, *(key for pair in PAIRS for key in pair), "input", "system", "id",
+    CHECKSUM,
 }  # fmt: skip
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".ppm"}
 
+SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 PLACEHOLDER = re.compile(r"<image>|<video>|<\|image\|>")
 # Lines of placeholders and blanks alone.
 _TAG = PLACEHOLDER.pattern
@@ -62,11 +65,13 @@ class MediaRef:
         source: a path, relative ones as the row has them; an encoded image; or, of a video that is given as its frames,
             those of its images.
         sampling: how its frames are chosen: ``fps``, ``start`` and ``end`` in seconds, ``frames`` at most.
+        sha256: of its content, or of each of its images; empty where the row does not say.
     """
 
     kind: MediaKind
     source: Source | tuple[Source, ...]
     sampling: Mapping[str, float] = field(default_factory=dict)
+    sha256: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def media_of(row: Mapping[str, Any]) -> list[MediaRef]:
         SampleError: a medium that is neither a path nor embedded, or a number that is none.
     """
     sampling = _sampling(row)
-    found = []
+    found: list[MediaRef] = []
     for key, kind in MEDIA_KEYS.items():
         value = row.get(key)
         if value is None or value == "" or value == []:
@@ -137,7 +142,16 @@ def media_of(row: Mapping[str, Any]) -> list[MediaRef]:
         for one in value if isinstance(value, list | tuple) else [value]:
             if one is not None and one != "":
                 found.append(_medium(kind, one, sampling))
-    return found
+    checksums = row.get(CHECKSUM)
+    if checksums is None:
+        return found
+    one_each = isinstance(checksums, list | tuple) and len(checksums) == len(found)
+    listed = checksums if one_each else [checksums]
+    if len(listed) != len(found):
+        raise SampleError(
+            f"'{CHECKSUM}' is {checksums!r} for {len(found)} images and videos beside the turns; give one for each"
+        )
+    return [replace(medium, sha256=_checksums(one, medium.source)) for one, medium in zip(listed, found, strict=True)]
 
 
 def media_keys_of(row: Mapping[str, Any]) -> str:
@@ -249,7 +263,8 @@ def _media_part(part: Mapping[str, Any], kind: MediaKind) -> MediaRef | _Slot:
                 value = value["url"]
             if key == "base64":
                 value = f"data:;base64,{value}"
-            return _medium(kind, value, _sampling(part))
+            medium = _medium(kind, value, _sampling(part))
+            return replace(medium, sha256=_checksums(part[CHECKSUM], medium.source)) if CHECKSUM in part else medium
     return _Slot(kind)
 
 
@@ -267,7 +282,20 @@ def _medium(kind: MediaKind, value: Any, sampling: Mapping[str, float]) -> Media
         if kind == "image":
             raise SampleError(f"an image is a list, {value!r}; give one path for each image")
         return MediaRef(kind, tuple(_source(one) for one in value), sampling)
-    return MediaRef(kind, _source(value), sampling if kind == "video" else {})
+    source = _source(value)
+    checksum = value.get(CHECKSUM) if isinstance(value, dict) else None
+    return MediaRef(kind, source, sampling if kind == "video" else {}, _checksums(checksum, source))
+
+
+def _checksums(value: Any, source: Source | tuple[Source, ...]) -> tuple[str, ...]:
+    """SHA-256 of each of the sources, in small letters; empty for null."""
+    if value is None:
+        return ()
+    listed = value if isinstance(value, list | tuple) else [value]
+    count = len(source) if isinstance(source, tuple) else 1
+    if len(listed) != count or not all(isinstance(one, str) and SHA256.fullmatch(one) for one in listed):
+        raise SampleError(f"'{CHECKSUM}' is {value!r}; give 64 hexadecimal digits for each file")
+    return tuple(one.lower() for one in listed)
 
 
 def _source(value: Any) -> Source:

@@ -5,7 +5,7 @@
 a player shows; ``images`` reads still and animated images; ``medium`` is a row's image or video.
 """
 
-from ds_lvxattn.data.media.files import MediaError
+from ds_lvxattn.data.media.files import MediaError, check_sha256
 from ds_lvxattn.data.media.medium import (
     DEFAULT_LIMITS,
     FRAMES_A_SECOND,
@@ -29,6 +29,7 @@ __all__ = [
     "MediaError",
     "PixelLimits",
     "VideoInfo",
+    "check_sha256",
     "decode_frames",
     "frame_groups",
     "load_frames",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import BinaryIO
 
 import av
 import av.error
@@ -51,6 +54,35 @@ def check_file(path: str) -> os.stat_result:
     return status
 
 
+def check_sha256(source: str | bytes, expected: str) -> None:
+    """Read a file, or an embedded medium, and compare it with its SHA-256: damage that breaks no syntax is found too.
+
+    A file is read once for as long as it is not written.
+
+    Raises:
+        MediaError: it is another, or cannot be read.
+    """
+    if isinstance(source, bytes):
+        name, found = "an embedded medium", hashlib.sha256(source).hexdigest()
+    else:
+        status = check_file(source)
+        name, found = source, _sha256(source, status.st_mtime_ns, status.st_size)
+    if found != expected:
+        raise MediaError(f"{name}: damaged, or another file: its SHA-256 is {found}, and the row has {expected}")
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _sha256(path: str, mtime_ns: int, size: int) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise MediaError(f"{path}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
 @contextmanager
 def open_film(path: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """A container and its film. Every failure of FFmpeg inside the block becomes a ``MediaError``."""
@@ -84,6 +116,28 @@ def _film(container: av.container.InputContainer, path: str) -> av.VideoStream:
 
 def _refuse_heif(path: str) -> None:
     with open(path, "rb") as file:
-        start = file.read(12)
-    if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:
-        raise MediaError(f"{path}: HEIF images are not read; convert it to JPEG, PNG or AVIF")
+        size, kind = int.from_bytes(file.read(4), "big"), file.read(4)
+        if kind != b"ftyp":
+            return
+        brands = file.read(max(min(size, 1 << 12) - 8, 0))
+        named = {brands[at : at + 4] for at in range(0, len(brands), 4) if at != 4}  # what comes second is a version
+        # A film may be made to hold a picture too; it has an index of packets, and a picture has none.
+        if brands[:4] in HEIF_BRANDS or (named & HEIF_BRANDS and b"moov" not in _boxes(file, size)):
+            raise MediaError(f"{path}: HEIF images are not read; convert it to JPEG, PNG or AVIF")
+
+
+def _boxes(file: BinaryIO, at: int) -> set[bytes]:
+    """Kinds of the boxes of an MP4 file from a place on."""
+    found: set[bytes] = set()
+    for _ in range(64):
+        file.seek(at)
+        head = file.read(16)
+        if len(head) < 8:
+            break
+        size = int.from_bytes(head[:4], "big")
+        size = int.from_bytes(head[8:16], "big") if size == 1 else size
+        found.add(head[4:8])
+        if size < 8:  # to the end of the file
+            break
+        at += size
+    return found

@@ -107,6 +107,8 @@ def _build(path: str) -> FilmIndex:
         info = VideoInfo(width, height, np.arange(count), count, 1 / rate)
         return FilmIndex(info, None, np.zeros(count, dtype=np.int32), keys)
     stamps, key_of = times
+    if not len(stamps):
+        raise MediaError(f"{path}: no decodable frame")
     # Durations are stored in decoding order: that of the last packet is what is said of the end.
     last = packets[-1].duration
     last = last or (int(np.median(np.diff(stamps))) if len(stamps) > 1 else round(1 / rate / unit)) or 1

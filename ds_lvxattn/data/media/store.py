@@ -8,6 +8,7 @@ import io
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -72,7 +73,7 @@ def _read(entry: Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(entry, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
         return None  # not there, or cut off where a disk was full
 
 
