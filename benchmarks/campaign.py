@@ -26,7 +26,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.faults.configs import mistake, verdict
+from benchmarks.faults.configs import bases, mistake, verdict
 from benchmarks.faults.damage import DAMAGES, hurt
 from benchmarks.faults.disk import SmallDisk, can_mount
 from benchmarks.faults.gpu import gpu_trials
@@ -34,7 +34,6 @@ from benchmarks.faults.ranks import (
     HURT,
     LIMIT,
     PATIENCE,
-    ROOT,
     TIMEOUT,
     Ended,
     Fault,
@@ -145,9 +144,9 @@ class Campaign:
     def configs(self, count: int) -> Iterator[Trial]:
         """Mistakes in the configs that come along."""
         draw = random.Random(self.seed)
-        bases = [json.loads(path.read_text()) for path in sorted((ROOT / "ds_configs").glob("*.json"))]
+        right = bases()
         for _ in range(count):
-            mistaken = mistake(draw, draw.choice(bases))
+            mistaken = mistake(draw, draw.choice(right))
             found = verdict(mistaken, self.folder)
             yield Trial("config", mistaken.kind, "" if found in ("refused", "accepted") else found)
 

@@ -7,6 +7,7 @@ import json
 import logging
 from typing import Any
 
+import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +15,9 @@ from hypothesis import strategies as st
 from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.data.rows import MediaRef, read_row
 from ds_lvxattn.data.sample import SampleError
+from ds_lvxattn.data.table import open_table
+from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.hf.rows import as_dataset
 from tests.support.conversations import IMAGE, TOKENIZER
 
 ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "Grey."}]}
@@ -206,3 +210,15 @@ def test_rows_that_python_itself_gives_up_on_are_bad_samples(tmp_path):
     assert len(source) == 2 and source.sample(0).num_frames == 0
     with pytest.raises((SampleError, RecursionError)):
         source.sample(1)
+
+
+def test_what_has_no_rows_by_number_is_refused_by_name():
+    rows = datasets.Dataset.from_dict({"query": ["a"], "response": ["b"]})
+    for data, message in (
+        (rows.to_iterable_dataset(), "a streaming dataset .* load it without streaming=True"),
+        (datasets.DatasetDict(train=rows, test=rows), r"splits \['test', 'train'\]; give one of them"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_table(data)
+        with pytest.raises(ConfigError, match=message):
+            as_dataset(data)

@@ -107,6 +107,7 @@ def open_table(data: Data) -> Table:
     """
     if isinstance(data, datasets.Dataset):
         return Table(name_of(data), data.with_format("arrow"), False, "row", "")
+    check_has_rows(data)
     data = os.fspath(data)
     folder = str(Path(data).parent)
     if Path(data).suffix == ".parquet" and os.path.isfile(data):
@@ -123,6 +124,21 @@ def open_table(data: Data) -> Table:
         name, _, pinned["revision"] = name.rpartition("@")
     rows = _load(data, name, *config, split=split, **pinned)
     return Table(data, rows, False, "row", name if os.path.isdir(name) else "")
+
+
+def check_has_rows(data: object) -> None:
+    """Refuse what ``datasets`` has loaded and what is no table of rows.
+
+    Raises:
+        ValueError: a streaming dataset, or several splits.
+    """
+    if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
+        raise ValueError(
+            "a streaming dataset has neither a number of rows nor a row by its number, by which a run orders its rows, "
+            "holds some out and resumes; load it without streaming=True: its rows stay on the disk, not in memory"
+        )
+    if isinstance(data, datasets.DatasetDict):
+        raise ValueError(f"a dataset of the splits {sorted(data)}; give one of them")
 
 
 def name_of(data: Data) -> str:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from ds_lvxattn.batches.loader import MakeSample, attempt
 from ds_lvxattn.data.sample import Sample, SampleError, SampleSource
-from ds_lvxattn.data.table import Data, name_of
+from ds_lvxattn.data.table import Data, check_has_rows, name_of
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.training.attach import Attached
 
@@ -85,10 +85,14 @@ def as_dataset(dataset: Any, **how: Any) -> Any:
         how: arguments of ``Rows`` for what ``datasets`` has loaded.
 
     Raises:
-        ConfigError: it has no length, as an iterable dataset.
+        ConfigError: it has no length, as an iterable dataset, or is all splits of one where one is wanted.
     """
     if dataset is None or isinstance(dataset, (str, Rows, Samples)):
         return dataset
+    try:
+        check_has_rows(dataset)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if isinstance(dataset, dict):
         return {name: as_dataset(each, **how) for name, each in dataset.items()}
     if isinstance(dataset, datasets.Dataset):

@@ -6,7 +6,6 @@ python -m ds_lvxattn.training.runner [options of deepspeed] PROGRAM [arguments]
 from __future__ import annotations
 
 import subprocess
-import sys
 
 from deepspeed.launcher import runner
 
@@ -28,4 +27,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

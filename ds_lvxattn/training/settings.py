@@ -27,12 +27,17 @@ class LoraSettings(DeepSpeedConfigModel):
         bits: 4 holds the model's linear layers in 4 bits (QLoRA), by bitsandbytes; None: as they are.
     """
 
-    r: int = Field(8, ge=1)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    r: int = Field(8, ge=1, le=1 << 16)
     alpha: float = Field(16, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: list[str] | str = Field(["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1)
     merge: bool = False
     bits: Literal[4] | None = None
+
+    def __init__(self, **keys: Any) -> None:
+        super().__init__(strict=True, **keys)  # otherwise DeepSpeed's model drops keys whose value is "auto"
 
 
 class FinetuningConfig(DeepSpeedConfigModel):
@@ -75,10 +80,10 @@ class FinetuningConfig(DeepSpeedConfigModel):
         push_to_hub: repository of the hub that takes the exported folders; None: none.
     """
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    steps: int = Field(200, ge=1)
-    epochs: float | None = Field(None, gt=0)
+    steps: int = Field(200, ge=1, lt=1 << 31)
+    epochs: float | None = Field(None, gt=0, le=1e6)
     trainable: Literal["default", "all"] | list[str] = "default"
     frames: int = Field(64, ge=1)
     image_tiles: int | None = Field(None, ge=1)
@@ -97,10 +102,10 @@ class FinetuningConfig(DeepSpeedConfigModel):
     media_root: str | None = None
     eval_data: str | None = None
     eval_share: float = Field(0.05, gt=0, lt=1)
-    eval_examples: int = Field(128, ge=0)
+    eval_examples: int = Field(128, ge=0, lt=1 << 31)
     eval_every: int = Field(0, ge=0)
     save_every: int = Field(0, ge=0)
-    timeout_s: int = Field(1800, ge=10)
+    timeout_s: int = Field(1800, ge=10, le=10_000_000)
     lora: LoraSettings | None = None
     report_to: Literal["wandb", "tensorboard", "trackio", "none"] | None = None
     keep_last: int = Field(0, ge=0)

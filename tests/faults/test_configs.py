@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.faults.configs import mistake, put, verdict
+from benchmarks.faults.configs import bases, mistake, put, verdict
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.training.ds_config import fill_model_sizes
 from ds_lvxattn.training.run_settings import RunSettings, read_settings
@@ -82,6 +82,12 @@ def test_the_configs_that_come_along(file: Path) -> None:
         ("train_batch_size", "8", ("'train_batch_size' is '8'",)),
         ("finetuning.steps", "5", ("'finetuning.steps'",)),
         ("finetuning.eval_every", True, ("'finetuning.eval_every'",)),
+        ("finetuning.fps", float("inf"), ("'finetuning.fps' is inf", "finite")),
+        ("finetuning.timeout_s", 10**12, ("'finetuning.timeout_s' is 1000000000000",)),
+        ("finetuning.lora", {"merge": "false"}, ("'finetuning.lora.merge' is 'false'",)),
+        ("finetuning.lora", {"dropout": "auto"}, ("'finetuning.lora.dropout' is 'auto'",)),
+        ("finetuning.lora", {"alpha": float("inf")}, ("'finetuning.lora.alpha' is inf",)),
+        ("steps_per_print", 10.5, ("'steps_per_print' is 10.5; give a whole number",)),
     ],
     ids=str,
 )
@@ -163,6 +169,8 @@ def test_auto_is_what_the_trainer_of_transformers_makes_of_it(tmp_path: Path) ->
 
 def test_a_thousand_mistakes(tmp_path: Path) -> None:
     draw = random.Random(1)
-    bases = [json.loads(file.read_text()) for file in CONFIGS]
-    found = {verdict(mistake(draw, draw.choice(bases)), tmp_path) for _ in range(1000)}
+    right = bases()
+    for config in right:
+        read(tmp_path, config)
+    found = {verdict(mistake(draw, draw.choice(right)), tmp_path) for _ in range(1000)}
     assert found <= {"refused", "accepted"}, sorted(found - {"refused", "accepted"})[:5]

@@ -111,9 +111,9 @@ def _deepspeed_says(block: WatchedBlock) -> list[str]:
         path = block.trail[-1] if block.trail else "the config"
         value = value_at(block, path)
         if isinstance(error, (AttributeError, TypeError)) and not isinstance(value, dict):
-            return list(of_kind(path, value, default_kind(block, path), False)) or [
-                f"'{path}' is {value!r}; give an object"
-            ]
+            # Where it fails is not always where the value is that leads to it.
+            wrong = list(of_kind(path, value, default_kind(block, path), False)) or list(wrong_types(block))
+            return wrong or [f"'{path}' is {value!r}; give an object"]
         return [f"'{path}' is {value!r}: DeepSpeed says: {error}"]
     finally:
         block.pop(MICRO_BATCH)

@@ -26,6 +26,7 @@ AUTO_STAYS = {"data_types.keep_in_fp32_modules", *(f"zero_optimization.{key}" fo
 FREE_TEXT = ("tensorboard.", "wandb.", "csv_monitor.", "comet.", f"{BLOCK_KEY}.", f"{settings.BLOCK_KEY}.")
 # Positive numbers though DeepSpeed says nothing of it: it divides by them.
 POSITIVE = ("steps_per_print", "gradient_predivide_factor")
+WHOLE = ("steps_per_print",)  # a number of steps, of which it asks only whether one divides it
 CLOSE = 0.75  # likeness above which another key is suggested
 SCALARS = {bool, int, float, str, type(None)}
 WORDS = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
@@ -133,6 +134,9 @@ def of_kind(path: str, value: Any, kinds: set[type], negative: bool) -> Iterator
     if path in POSITIVE and not number:
         yield f"'{path}' is {value!r}; give a number"
         return
+    if path in WHOLE and isinstance(value, float) and value % 1:
+        yield f"'{path}' is {value!r}; give a whole number"
+        return
     if object not in kinds:
         if isinstance(value, (dict, list)) and kinds <= SCALARS:
             what = "number" if kinds & {int, float} else "text" if str in kinds else "true or false"
@@ -146,6 +150,9 @@ def of_kind(path: str, value: Any, kinds: set[type], negative: bool) -> Iterator
             return
         if number and bool in kinds and not kinds & {int, float}:
             yield f"'{path}' is {value!r}; give true or false"
+            return
+        if isinstance(value, float) and value % 1 and kinds <= {int, type(None)}:  # sizes may be written as 5e8
+            yield f"'{path}' is {value!r}; give a whole number"
             return
         if isinstance(value, str) and kinds <= {bool, int, float, type(None)}:
             yield f"'{path}' is {value!r}; give a {'number' if kinds & {int, float} else 'true or false'}"
