@@ -29,6 +29,7 @@ ZERO3 = (
     "open_flamingo, immediate",
     "llava",
     "qwen2.5-vl",
+    "qwen3-vl-moe",
     "blip2",
     "idefics2",
     "aria",

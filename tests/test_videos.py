@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ds_lvxattn.batches.generation import generate
-from ds_lvxattn.data.sample import IGNORE, FrameSize, Part, Sample
+from ds_lvxattn.data.conversations import open_media
+from ds_lvxattn.data.media import decode_frames, frame_groups, load_frames
+from ds_lvxattn.data.rows import MediaRef
+from ds_lvxattn.data.sample import IGNORE, FrameSize, Part, Sample, SampleError
 from ds_lvxattn.families import family_of
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
+from ds_lvxattn.families.qwen_vl import QwenVL
+from tests.support.conversations import write_video
 from tests.support.distributed import run
 from tests.support.parity import Gradients, gradients_of, largest_differences, losses_of_steps, sum_over_ranks
 from tests.support.qwen_videos import (
@@ -30,6 +38,8 @@ from tests.support.qwen_videos import (
 from tests.support.tiny_model import MODES, attach, loss_of, tiny_batches
 
 NEW = 4
+ONE_ROW = 1000
+Mode = tuple[tuple[str, str, str], int | None]  # strategy, schedule and placement; tokens of a packed row
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +71,12 @@ def in_transformers(name: str, samples: list[Sample]) -> tuple[float, Gradients]
     return loss.item(), gradients_of(model)
 
 
-def in_modes(name: str, rows: Path, modes: list[tuple[str, str, str]]) -> list[tuple[float, Gradients]]:
+def in_modes(name: str, rows: Path, modes: list[Mode]) -> list[tuple[float, Gradients]]:
     samples, results = samples_of(name, rows), []
-    for mode in modes:
+    for mode, packing in modes:
         model = model_of(name, torch.float64).train()
-        loss = loss_of(model, samples, attach(model, dist.get_world_size(), mode, samples, recompute="layer"))
+        batches = attach(model, dist.get_world_size(), mode, samples, packing, recompute="layer")
+        loss = loss_of(model, samples, batches, batches.collator.layout(samples, packing))
         loss.backward()
         results.append(sum_over_ranks(loss, gradients_of(model)))
     return results
@@ -74,7 +85,7 @@ def in_modes(name: str, rows: Path, modes: list[tuple[str, str, str]]) -> list[t
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_and_gradients_are_those_of_the_model_with_its_own_processor(name: str, rows: Path) -> None:
     want = in_transformers(name, samples_of(name, rows))
-    modes = [MODES[0], MODES[2], MODES[4]]
+    modes: list[Mode] = [(MODES[0], None), (MODES[2], None), (MODES[4], ONE_ROW)]
     for mode, got in zip(modes, run(2, in_modes, name, rows, modes)[0], strict=True):
         loss, gradient = largest_differences(got, want)
         assert loss < 1e-12 and gradient < 1e-11, (mode, loss, gradient)
@@ -83,8 +94,22 @@ def test_loss_and_gradients_are_those_of_the_model_with_its_own_processor(name: 
 @pytest.mark.slow
 def test_loss_and_gradients_on_four_ranks(rows: Path) -> None:
     want = in_transformers("qwen2.5-vl", samples_of("qwen2.5-vl", rows))
-    loss, gradient = largest_differences(run(4, in_modes, "qwen2.5-vl", rows, [MODES[4]])[0][0], want)
+    loss, gradient = largest_differences(run(4, in_modes, "qwen2.5-vl", rows, [(MODES[4], None)])[0][0], want)
     assert loss < 1e-12 and gradient < 1e-11, (loss, gradient)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_vision_encoder_asks_the_device_for_nothing(name: str, rows: Path) -> None:
+    model, samples = model_of(name), samples_of(name, rows)
+    collator, family = tiny_batches(model).collator, family_of(model)
+    assert isinstance(family, QwenVL)
+    layout = collator.layout(samples)
+    pixels = collator.pixels(layout, collator.load(samples, layout))
+    # A tensor without values has none to tell.
+    vision = model.model.visual.to("meta")
+    given = (pixels[key].to("meta") for key in family.pixel_arguments)
+    visual = family.encode_portion(vision, *given, [shape for shapes in layout.shapes for shape in shapes])
+    assert visual.shape == (layout.visual_tokens, family.visual_widths()[0])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -129,6 +154,41 @@ def test_a_limit_of_pixels_holds_and_is_exported(name: str, tmp_path: Path) -> N
     family.limited(made.processor, limits).save_pretrained(tmp_path)
     again = family.load_processor(str(tmp_path))
     assert family.shape_of(size, again, ANY_SIZE) == shape
+
+
+def test_parts_of_a_film(tmp_path: Path) -> None:
+    path = str(tmp_path / "film.mp4")
+    write_video(Path(path), 7)  # five a second
+    (medium,) = open_media([MediaRef("video", path)], 7, "", merged=2)
+    assert len(medium.frames) == 6 and len(medium.parts) == 3
+    assert medium.part_times == pytest.approx([(a + b) / 2 / 5 for a, b in medium.parts])
+    sizes = medium.frame_sizes
+    assert [size.part for size in sizes] == [Part(n, 2, 6, pytest.approx(2 * 7 / 5 / 6)) for n in range(3)]
+    taken = [2, 0, 1, 0]
+    pictures = load_frames([medium], taken)
+    for part, got in zip(taken, pictures, strict=True):
+        assert (got == np.stack(decode_frames(path, medium.parts[part]))).all()
+    assert sorted(part for group in frame_groups([medium], taken) for part in group) == [0, 1, 2]
+    (short,) = open_media([MediaRef("video", path)], 1, "", merged=2)
+    assert short.parts == [(short.frames[0],) * 2]
+
+
+def test_rows_that_cannot_be_read_as_videos(tmp_path: Path) -> None:
+    paths = []
+    for number, side in enumerate((20, 30)):
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(np.zeros((side, side, 3), dtype=np.uint8)).save(paths[-1])
+    answer = {"role": "assistant", "content": "Yes."}
+    rows = [
+        {"video": paths, "messages": [{"role": "user", "content": "?"}, answer]},
+        {"messages": [{"role": "user", "content": "What is <|video_pad|>?"}, answer]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    source = source_of(loaded("qwen2.5-vl"), path)
+    for row, reason in enumerate(("several sizes", "outside its 0 videos")):
+        with pytest.raises(SampleError, match=reason):
+            source.sample(row)
 
 
 def answers(name: str, rows: Path) -> Tensor:

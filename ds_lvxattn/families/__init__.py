@@ -20,7 +20,7 @@ from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.families.qwen2_vl import Qwen2VL
-from ds_lvxattn.families.qwen3_vl import Qwen3VL
+from ds_lvxattn.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
 from ds_lvxattn.families.text_only import TextOnly
 
 FAMILIES: tuple[type[Family], ...] = (
@@ -37,6 +37,7 @@ FAMILIES: tuple[type[Family], ...] = (
     Qwen2VL,
     Qwen25VL,
     Qwen3VL,
+    Qwen3VLMoe,
     TextOnly,  # last: any causal language model of transformers
 )
 

@@ -1,4 +1,4 @@
-"""Qwen3-VL: ``Qwen3VLForConditionalGeneration`` of transformers, unmodified; see ``QwenVL``.
+"""Qwen3-VL: ``Qwen3VLForConditionalGeneration`` of transformers, unmodified, and that with experts; see ``QwenVL``.
 
 What some layers of the vision encoder give is added to the visual rows behind the first layers of the language model
 (deep-stack). These features belong to a visual token as its embedding does, and travel to its row with it.
@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionAttention
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionAttention
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 from ds_lvxattn.data.sample import FrameSize, Part
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.family import FrameLimits
 from ds_lvxattn.families.qwen_vl import QwenVL
 from ds_lvxattn.families.videos import VideoProcessor
@@ -32,8 +34,8 @@ class Qwen3VL(QwenVL):
     """The Qwen3-VL family."""
 
     name = "Qwen3-VL"
-    model_class = Qwen3VLForConditionalGeneration
-    vision_attention = Qwen3VLVisionAttention
+    model_class: type[PreTrainedModel] = Qwen3VLForConditionalGeneration
+    vision_attention: type[nn.Module] = Qwen3VLVisionAttention
     # Pixels of all frames of a video.
     video_processor = ("Qwen3VLVideoProcessor", {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768})
 
@@ -100,6 +102,22 @@ class Qwen3VL(QwenVL):
 
     def video_parts(self, times: Sequence[float]) -> str:
         return "".join(f"<{time:.1f} seconds>{self.frame_text}" for time in times)
+
+
+class Qwen3VLMoe(Qwen3VL):
+    """The Qwen3-VL family with experts, which work token by token on the rank of the token."""
+
+    name = "Qwen3-VL with experts"
+    model_class = Qwen3VLMoeForConditionalGeneration
+    vision_attention = Qwen3VLMoeVisionAttention
+
+    def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
+        if getattr(self.text_config, "output_router_logits", False):
+            raise ConfigError(
+                "the model's 'text_config.output_router_logits' is true, so that its loss balances experts over all "
+                "tokens, of which a rank has a part; set it to false, or 'sequence_parallel_size' to 1"
+            )
+        super().install_hooks(model, recomputation)
 
 
 def _hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

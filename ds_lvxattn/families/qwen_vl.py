@@ -69,10 +69,18 @@ class QwenVL(Concatenation):
     def encode(
         self, model: Any, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
     ) -> Tensor:
-        encode = functools.partial(self._encoded, model.visual)
+        encode = functools.partial(self.encode_portion, model.visual)
         return encode_in_portions(model.visual, encode, pixels, batch, recomputation, ragged=True, patches=1)
 
-    def _encoded(self, vision: Any, pixels: Tensor, grid: Tensor, shapes: Sequence[FrameShape]) -> Tensor:
+    def encode_portion(self, vision: Any, pixels: Tensor, grid: Tensor, shapes: Sequence[FrameShape]) -> Tensor:
+        """Visual tokens ``[tokens, d]`` of a portion of pictures, without a question to the device.
+
+        Args:
+            vision: the vision encoder.
+            pixels: ``[patches, values]`` of all of them.
+            grid: int64 ``[f, 3]``.
+            shapes: of the pictures.
+        """
         known = self.encoder_arguments(torch.tensor([(1, *shape.grid) for shape in shapes]))
         # The ends of sequences are read on the host, unless FlashAttention reads them.
         flash = "flash" in str(vision.config._attn_implementation)

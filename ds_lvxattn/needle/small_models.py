@@ -37,6 +37,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
@@ -256,17 +258,28 @@ def qwen2_5_vl(scale: Scale) -> PreTrainedModel:
 
 def qwen3_vl(scale: Scale) -> PreTrainedModel:
     """Qwen3-VL with four visual tokens a frame, and features of two vision layers added behind two text layers."""
-    config = Qwen3VLConfig(
-        image_token_id=IMAGE_ID,
-        vision_config={
-            "depth": 3, "hidden_size": scale.vision_width, "intermediate_size": 2 * scale.vision_width,
-            "num_heads": scale.vision_heads, "patch_size": SIZE // 4, "out_hidden_size": scale.width,
-            "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1], "image_size": SIZE,
-            "initializer_range": scale.spread,
-        },
-        text_config={**qwen_vl_text(scale), "head_dim": scale.width // HEADS},
-    )  # fmt: skip
+    text = {**qwen_vl_text(scale), "head_dim": scale.width // HEADS}
+    config = Qwen3VLConfig(image_token_id=IMAGE_ID, vision_config=qwen3_vl_vision(scale), text_config=text)
     return Qwen3VLForConditionalGeneration(config)
+
+
+def qwen3_vl_moe(scale: Scale, **options: Any) -> PreTrainedModel:
+    """Qwen3-VL with four experts, two for each token."""
+    text = {
+        **qwen_vl_text(scale), "head_dim": scale.width // HEADS, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": scale.width,
+    }  # fmt: skip
+    config = Qwen3VLMoeConfig(image_token_id=IMAGE_ID, vision_config=qwen3_vl_vision(scale), text_config=text)
+    return Qwen3VLMoeForConditionalGeneration._from_config(config, **options)
+
+
+def qwen3_vl_vision(scale: Scale) -> dict[str, Any]:
+    return {
+        "depth": 3, "hidden_size": scale.vision_width, "intermediate_size": 2 * scale.vision_width,
+        "num_heads": scale.vision_heads, "patch_size": SIZE // 4, "out_hidden_size": scale.width,
+        "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1], "image_size": SIZE,
+        "initializer_range": scale.spread,
+    }  # fmt: skip
 
 
 def qwen_vl_processor(kind: str, pixels: int) -> Any:
@@ -394,6 +407,7 @@ SMALL_MODELS: dict[str, tuple[Callable[[Scale], PreTrainedModel], Callable[[], A
     "small-qwen2-vl": (qwen2_vl, lambda: qwen_vl_processor("Qwen2VLVideoProcessor", 16 * SIZE**2)),
     "small-qwen2.5-vl": (qwen2_5_vl, lambda: qwen_vl_processor("Qwen2VLVideoProcessor", 16 * SIZE**2)),
     "small-qwen3-vl": (qwen3_vl, lambda: qwen_vl_processor("Qwen3VLVideoProcessor", 64 * SIZE**2)),
+    "small-qwen3-vl-moe": (qwen3_vl_moe, lambda: qwen_vl_processor("Qwen3VLVideoProcessor", 64 * SIZE**2)),
 }
 
 

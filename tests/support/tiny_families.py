@@ -40,6 +40,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen2-vl": functools.partial(small_models.qwen2_vl, TINY),
     "qwen2.5-vl": functools.partial(small_models.qwen2_5_vl, TINY),
     "qwen3-vl": functools.partial(small_models.qwen3_vl, TINY),
+    "qwen3-vl-moe": functools.partial(small_models.qwen3_vl_moe, TINY, experts_implementation="eager"),
     "text only": text_only,
     "mplug_owl3, fused": mplug_owl3("fused"),
     "mplug_owl3, gate": mplug_owl3("gate"),

@@ -38,7 +38,7 @@ from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.families.qwen2_vl import Qwen2VL
-from ds_lvxattn.families.qwen3_vl import Qwen3VL
+from ds_lvxattn.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.needle.small_models import SIZE, SMALL_MODELS, Scale, mllama_config, random
 from ds_lvxattn.needle.task import IMAGE, VOCABULARY, build_tokenizer
@@ -163,6 +163,7 @@ PROCESSORS: dict[type, str] = {
     Qwen2VL: "small-qwen2-vl",
     Qwen25VL: "small-qwen2.5-vl",
     Qwen3VL: "small-qwen3-vl",
+    Qwen3VLMoe: "small-qwen3-vl-moe",
 }
 
 
