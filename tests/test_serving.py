@@ -25,6 +25,7 @@ from ds_lvxattn.training.dataset import frames_in_text
 from ds_lvxattn.training.loading import LoadedModel, load_model
 from tests.support import qwen_videos
 from tests.support.distributed import run
+from tests.support.image_models import IMAGE_MODELS, SERVED, image_model
 from tests.support.tiny_families import tiny
 from tests.support.tiny_model import CPU, groups_of, tiny_config, tiny_model
 
@@ -45,6 +46,11 @@ def pretrained(name: str, folder: Path) -> None:
         processor = SMALL_MODELS["quickstart"][1]()
         processor.max_image_tiles = TILES
         model: Any = tiny_model(tiny_config(TILES))
+    elif name in IMAGE_MODELS:
+        model = image_model(name)
+        processor = model.own_processor
+        tokenizer = processor.tokenizer
+        tokenizer.chat_template = TEMPLATE
     else:
         processor, model = SMALL_MODELS[f"small-{name}"][1](), tiny(name)
     LoadedModel(model, tokenizer, processor, IMAGE).save(folder, dict(model.named_parameters()))
@@ -78,7 +84,7 @@ def trained(folder: str, export: str, rows: str, max_frames: int = 4) -> Tensor:
     return torch.cat(rows_of)
 
 
-@pytest.mark.parametrize("name", ["mllama", "llava"])
+@pytest.mark.parametrize("name", ["mllama", "llava", *SERVED])
 def test_an_export_serves_what_was_trained(name: str, tmp_path: Path) -> None:
     folder, export, rows = tmp_path / "model", tmp_path / "export", tmp_path / "rows.jsonl"
     pretrained(name, folder)

@@ -142,7 +142,7 @@ class Collator:
                 raise SampleError(f"{sample.name}: {sample.num_frames} frames, and {self.family.name} takes text alone")
             return sample
         tokens = sum(token == self.image_id for token in sample.input_ids)
-        wanted = len(self._frame_shapes(sample))
+        wanted = sum(len(shape.rows) for shape in self._frame_shapes(sample))
         if tokens != wanted:
             cut = "" if wanted == sample.num_frames else f", which its processor cuts into {wanted} images"
             raise SampleError(
@@ -297,7 +297,7 @@ class Collator:
     ) -> Mapping[str, Tensor]:
         """Pixel arguments of these frames, or of a blank one."""
         if not frames:
-            return family.blank_pixels()
+            return family.blank(self.processor, self.limits)
         return family.pixels(frames, shapes, self.processor)
 
     def _exchange(

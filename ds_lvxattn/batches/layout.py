@@ -253,7 +253,7 @@ def lay_out(
     """
     # Text that sees visual tokens as keys of their own has one row for the image token of a frame.
     rows_of = [
-        _rows(sample, image_id, [shape.tokens if family.keys_in_text else 1 for shape in of_frames])
+        _rows(sample, image_id, [n for shape in of_frames for n in (shape.rows if family.keys_in_text else (1,))])
         for sample, of_frames in zip(samples, shapes, strict=True)
     ]
     spans = first_fit([len(ids) for ids, _ in rows_of], packing)

@@ -82,6 +82,8 @@ class FrameShape:
         pictures: that the frame stands for.
         crop: of a picture that the image processor cuts into several images, which have an image token each, the number
             of this one; 0 for the first, and for a picture that stays whole.
+        runs: visual tokens of each of its image tokens in the text, where the model's processor writes text between
+            them; empty: it has one image token.
     """
 
     tokens: int
@@ -91,6 +93,12 @@ class FrameShape:
     time: int | None = None
     pictures: int = 1
     crop: int = 0
+    runs: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Visual tokens of each of its image tokens."""
+        return self.runs or (self.tokens,)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingo
 from ds_lvxattn.families.idefics import Idefics
 from ds_lvxattn.families.idefics2 import Idefics2
 from ds_lvxattn.families.idefics3 import Idefics3, SmolVLM
+from ds_lvxattn.families.image_features import ImageFeatures
 from ds_lvxattn.families.llava import Llava
 from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
@@ -38,6 +39,7 @@ FAMILIES: tuple[type[Family], ...] = (
     Qwen25VL,
     Qwen3VL,
     Qwen3VLMoe,
+    ImageFeatures,  # any other model of transformers with images in its text
     TextOnly,  # last: any causal language model of transformers
 )
 

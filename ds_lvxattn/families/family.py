@@ -200,6 +200,10 @@ class VisualFamily(Family):
         named = ((name.rpartition(".")[2], module) for name, module in model.named_modules())
         return next((module for name, module in named if name in ENCODERS), None)
 
+    def token_of(self, tokenizer: Any) -> str:
+        """The token of ``tokenizer`` that stands for a frame in the text."""
+        return self.image_token
+
     # Visual tokens
 
     @abstractmethod
@@ -313,6 +317,10 @@ class VisualFamily(Family):
     @abstractmethod
     def blank_pixels(self) -> Mapping[str, Tensor]:
         """Pixel arguments of one blank frame, for a rank that has none."""
+
+    def blank(self, processor: Any, limits: FrameLimits) -> Mapping[str, Tensor]:
+        """The same, where it takes the image processor to make them."""
+        return self.blank_pixels()
 
     # The unmodified model, without exchange
 

@@ -30,7 +30,7 @@ def encode_in_portions(
     encode: Callable[..., Tensor],
     inputs: Sequence[Tensor],
     batch: SequenceParallelBatch,
-    recomputation: Recomputation,
+    recomputation: Recomputation | None,
     ragged: bool = False,
     patches: int = 0,
 ) -> Tensor:
@@ -48,6 +48,7 @@ def encode_in_portions(
         inputs: ``[frames, ...]`` each, but for the first ``patches`` of them: ``[encoder tokens, ...]`` of all frames,
             one after another.
         batch: says what they are, and in how many portions they are encoded.
+        recomputation: the model's; None: nothing is computed again.
 
     Returns:
         ``[frames, tokens, d]``, or ``[tokens, d]``.
@@ -67,7 +68,8 @@ def encode_in_portions(
 
     with_graph = any(p.requires_grad for p in module.parameters()) or any(x.requires_grad for x in inputs)
     if torch.is_grad_enabled() and with_graph:
-        whole = torch.cat([encoded(part, recomputation.policy != "none") for part in parts])
+        again = recomputation is not None and recomputation.policy != "none"
+        whole = torch.cat([encoded(part, again) for part in parts])
         # What is encoded again is part of the result, so that its backward pass runs on this rank too.
         return whole if len(parts) == len(own) else whole[: sum(rows[: len(own)])]
     with torch.no_grad(), gathered_once(module):

@@ -8,7 +8,7 @@ refused, with the reason.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -54,13 +54,7 @@ class TextOnly(Family):
 
     def attention_layers(self, model: nn.Module) -> dict[nn.Module, AttentionLayer]:
         """See ``Family``. A model that would be wrong on a part of its text is refused, with the reason."""
-        for hinders in OBSTACLES:
-            reason = hinders(model)
-            if reason is not None:
-                raise ConfigError(
-                    f"{type(model).__name__} cannot be sequence-parallel: {reason}. Set 'sequence_parallel_size' to 1, "
-                    "or write a family for it (docs/adding-a-family.md)"
-                )
+        refuse(model, (hinders(model) for hinders in OBSTACLES))
         return super().attention_layers(model)
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
@@ -71,6 +65,16 @@ class TextOnly(Family):
 
     def load_model(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+
+
+def refuse(model: nn.Module, reasons: Iterable[str | None]) -> None:
+    """Raise ``ConfigError`` with the first of ``reasons`` why ``model`` would be computed wrongly, if there is one."""
+    for reason in reasons:
+        if reason is not None:
+            raise ConfigError(
+                f"{type(model).__name__} cannot be sequence-parallel: {reason}. Set 'sequence_parallel_size' to 1, "
+                "or write a family for it (docs/adding-a-family.md)"
+            )
 
 
 def _registry(model: Any) -> str | None:

@@ -120,7 +120,7 @@ def encode_for(name: str) -> tuple[Encode, int]:
     def count(turns: Sequence[Turn], media: Sequence[Media]) -> tuple[int, int]:
         if visual is None and media:
             raise SampleError(f"{len(media)} images and videos, and the model takes text alone")
-        text = "" if visual is None else visual.frame_text or visual.image_token
+        text = "" if visual is None else visual.frame_text or visual.token_of(tokenizer)
         written = videos_of(media, videos)
         sizes = [size for medium in media for size in medium.frame_sizes]
         ids, labels = encode(

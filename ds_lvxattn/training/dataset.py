@@ -86,7 +86,7 @@ def frames_in_text(loaded: LoadedModel, limits: FrameLimits = ANY_SIZE) -> dict[
         "videos": videos_in_text(family, loaded.tokenizer),
     }
     # The tokenizer of a small model has the token alone.
-    if loaded.image_token is not None and loaded.image_token != family.image_token:
+    if loaded.image_token is not None and loaded.image_token != family.token_of(loaded.tokenizer):
         return {**how, "write": functools.partial(write_crops, rows, loaded.image_token)}
     write = functools.partial(family.write, processor=loaded.processor, limits=limits)
     return {**how, "frame_text": family.frame_text, "write": write}
@@ -103,7 +103,7 @@ def videos_in_text(family: VisualFamily, tokenizer: Any) -> VideoText | None:
 def rows_of_frames(family: VisualFamily, processor: Any, limits: FrameLimits) -> Callable[[FrameSize], Sequence[int]]:
     """Rows that the model makes of each image token of a frame."""
     crops = functools.partial(family.crops_of, processor=processor, limits=limits)
-    return lambda size: [shape.tokens if family.keys_in_text else 1 for shape in crops(size)]
+    return lambda size: [rows for shape in crops(size) for rows in (shape.rows if family.keys_in_text else (1,))]
 
 
 def write_crops(

@@ -78,8 +78,11 @@ class LoadedModel:
         family, processor = family_of(self.model), self.processor
         if isinstance(family, VisualFamily):
             processor = family.limited(processor, self.limits)
-        processor.save_pretrained(folder)
-        whole = self.whole or whole_processor(str(folder))
+        if isinstance(processor, ProcessorMixin):
+            whole = processor
+        else:
+            processor.save_pretrained(folder)
+            whole = self.whole or whole_processor(str(folder))
         if whole is not None and isinstance(family, VisualFamily) and self.image_token is not None:
             whole.tokenizer = self.tokenizer  # some processors add tokens to theirs, which the model has no rows for
             family.complete_processor(whole, self.image_token)
@@ -134,7 +137,7 @@ def image_token_of(model: nn.Module, tokenizer: Any) -> str | None:
     family = family_of(model)
     if not isinstance(family, VisualFamily):
         return None
-    wanted = family.image_token
+    wanted = family.token_of(tokenizer)
     # The small models are saved with the tokenizer of the needle task.
     found = next((token for token in (wanted, IMAGE) if token in tokenizer.get_vocab()), None)
     if found is None:

@@ -25,8 +25,8 @@ from ds_lvxattn.batches.prepare import Batches
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.data.sample import IGNORE, Sample
-from ds_lvxattn.families import VisualFamily, family_of, mllama
 from ds_lvxattn.families import family as encoding
+from ds_lvxattn.families import family_of, mllama
 from ds_lvxattn.families.aria import Aria
 from ds_lvxattn.families.blip2 import Blip2
 from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingo
@@ -168,8 +168,9 @@ PROCESSORS: dict[type, str] = {
 
 
 def tiny_batches(model: nn.Module, parallel: SequenceParallel | None = None, packing: int | None = None) -> Batches:
-    family = family_of(model)
-    processor = SMALL_MODELS[PROCESSORS[type(family)]][1]() if isinstance(family, VisualFamily) else None
+    name = PROCESSORS.get(type(family_of(model)))
+    # A model that no small one is of brings its own.
+    processor = SMALL_MODELS[name][1]() if name else getattr(model, "own_processor", None)
     dtype, config = next(model.parameters()).dtype, model.config
     image_id: Any = getattr(config, "image_token_id", IMAGE_TOKEN)  # another one with another vocabulary
     return Batches(model, processor, 0, image_id, CPU, dtype, parallel, packing=packing)

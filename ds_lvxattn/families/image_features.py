@@ -1,0 +1,385 @@
+"""Models of transformers whose forward puts the visual tokens of ``get_image_features`` in the place of image tokens.
+
+LLaVA-NeXT, InternVL and many others have this in common: the model asks its own ``get_image_features`` for the visual
+tokens of all images, in the order of the text, and its language model reads them in one causal text. What else there is
+to know is read off config, modules and signatures, or asked of the model's own processor, which makes the pixels of
+each picture and says how many tokens it has. Models that would be computed wrongly are refused, with the reason.
+
+Here each rank asks for its own pictures, and the tokens then go to the ranks that hold their rows. What is replaced is
+``get_image_features`` of the instance rather than the model's forward: so whatever else the forward does is done, and
+the visual tokens are made where ZeRO-3 has gathered the parameters of the module itself (line breaks of LLaVA-NeXT).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from ds_lvxattn.data.sample import FrameShape, FrameSize, SampleError
+from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.families.concatenation import Concatenation
+from ds_lvxattn.families.family import FrameLimits
+from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.families.processors import written
+from ds_lvxattn.families.text_only import OBSTACLES, refuse
+from ds_lvxattn.plan.layer_plan import AttentionLayer
+from ds_lvxattn.runtime.batch import SequenceParallelBatch
+from ds_lvxattn.runtime.recompute import Recomputation
+
+SQUARE = 336  # pixels of a side, where the vision config has no image size
+# Arguments that models read on the host: on the device they would be waited for.
+ON_HOST = ("image_sizes",)
+
+
+class ImageFeatures(Concatenation):
+    """Models of transformers with ``get_image_features``; see ``VisualFamily``. Its processor is the model's whole one.
+
+    A frame of a video is an image. Where the processor cuts images into as many tiles as it is told, it is told the
+    limits; elsewhere a frame has at most the pixels of a square of the vision config's ``image_size``, unless told
+    otherwise.
+    """
+
+    name = "images in the text"
+    model_class = PreTrainedModel
+    image_token = "<image>"
+
+    @classmethod
+    def has_model(cls, model: nn.Module) -> bool:
+        return isinstance(model, PreTrainedModel) and cls.has_config(model.config)
+
+    @classmethod
+    def has_config(cls, config: Any) -> bool:
+        known = isinstance(config, PreTrainedConfig) and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        return known and hasattr(_class_of(config), "get_image_features")
+
+    # Modules
+
+    def is_local(self, module: nn.Module) -> bool:
+        of_text = type(getattr(module, "config", None)) is type(self.text_config)
+        return "Attention" in type(module).__name__ and not of_text
+
+    def sizes_of(self, module: Any) -> tuple[int, int, int]:
+        if not self.is_local(module):
+            return super().sizes_of(module)
+        config = getattr(module, "config", None)
+        named = ((x, key) for x in (module, config) for key in ("num_heads", "num_attention_heads"))
+        heads = next((int(getattr(x, key)) for x, key in named if hasattr(x, key)), 1)
+        return heads, heads, getattr(module, "head_dim", 1)
+
+    def attention_layers(self, model: nn.Module) -> dict[nn.Module, AttentionLayer]:
+        """See ``Family``. A model that would be computed wrongly is refused, with the reason."""
+        refuse(model, _obstacles(model))
+        return super().attention_layers(model)
+
+    def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
+        _Asked(self, model.get_submodule("model"), recomputation)
+
+    def encode(
+        self, model: Any, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
+    ) -> Tensor:
+        raise NotImplementedError("pixels have no fixed order here: see _Asked")
+
+    def trainable_by_default(self) -> tuple[str, ...]:
+        """All but vision encoders: parts that hold attention, beside the language model."""
+        with torch.device("meta"):
+            model = _class_of(self.config)(self.config)
+        inner: Any = model.get_submodule("model")
+        encoders = {part for part in _visual_parts(inner) if any(map(self.is_local, part.modules()))}
+        names = [name for name, part in inner.named_children() if part not in encoders]
+        alone = [name for name, _ in inner.named_parameters(recurse=False)]
+        head = [] if self.config.tie_word_embeddings else ["*lm_head.*"]
+        return (*(f"*model.{name}.*" for name in names), *(f"*model.{name}" for name in alone), *head)
+
+    # Visual tokens
+
+    def visual_widths(self) -> tuple[int, ...]:
+        hidden = self.config.text_config.hidden_size
+        return (hidden, getattr(self.config.vision_config, "hidden_size", hidden))
+
+    def frame_tokens(self) -> int:
+        return getattr(self.config, "image_seq_length", None) or self.encoder_tokens()
+
+    def encoder_tokens(self) -> int:
+        return (self._square // _patch(self.config.vision_config)) ** 2
+
+    def shape_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> FrameShape:
+        """``grid``: rows of pixels, height and width that the processor gets, tiles at most (0: as it has it)."""
+        return self._looked_at(size, processor, limits)[0]
+
+    def write(self, text: str, sizes: Sequence[FrameSize], processor: Any, limits: FrameLimits) -> str:
+        # Some processors have one token for an image in a conversation, and another one for its visual tokens.
+        token = self.token_of(processor.tokenizer)
+        pictures = (self._looked_at(size, processor, limits)[1] for size in sizes)
+        return written(text.replace(processor.image_token, token), token, pictures)
+
+    def _looked_at(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> tuple[FrameShape, str]:
+        """The shape of a picture, and how the processor writes it."""
+        size = size or FrameSize(self._square, self._square, video=True)
+        cuts = hasattr(_whole(processor).image_processor, "max_patches")
+        most = (limits.frame_tiles if size.video else limits.image_tiles) or 0
+        height, width = size.height, size.width
+        if size.video and not cuts:
+            scale = ((limits.frame_pixels or self._square**2) / (height * width)) ** 0.5
+            height, width = (max(1, round(side * min(scale, 1))) for side in (height, width))
+        return _looked_at(
+            processor, height, width, most if cuts else 0, self._image_id, _patch(self.config.vision_config)
+        )
+
+    @property
+    def _square(self) -> int:
+        """Pixels of a side of a square that the vision encoder takes."""
+        size = getattr(self.config.vision_config, "image_size", SQUARE)
+        return size[0] if isinstance(size, (list, tuple)) else size
+
+    @property
+    def _image_id(self) -> int:
+        return getattr(self.config, "image_token_id", None) or self.config.image_token_index
+
+    def token_of(self, tokenizer: Any) -> str:
+        return tokenizer.convert_ids_to_tokens(self._image_id)
+
+    def limited(self, processor: Any, limits: FrameLimits) -> Any:
+        images = _whole(processor).image_processor
+        if limits.image_tiles is None or not hasattr(images, "max_patches"):
+            return processor
+        told, told_images = copy.copy(processor), copy.copy(images)
+        told_images.max_patches = limits.image_tiles
+        told_images.min_patches = min(images.min_patches, limits.image_tiles)
+        told.image_processor = told_images
+        return told
+
+    # Pixels
+
+    def load_processor(self, name: str) -> Any:
+        try:
+            return AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        except ImportError as error:
+            raise ConfigError(f"its processor does not load here: {error}") from error
+
+    def pixels(self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any) -> Mapping[str, Any]:
+        names = inspect.signature(_class_of(self.config).get_image_features).parameters
+        made = []
+        for frame, shape in zip(frames, shapes, strict=True):
+            _, height, width, most = shape.grid
+            if frame.shape[:2] != (height, width):
+                frame = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+            made.append(_made(processor, frame, most))
+            tokens = made[-1]["input_ids"].count(self._image_id)
+            if tokens != shape.tokens:
+                raise SampleError(
+                    f"a picture of {width} x {height} pixels has {tokens} visual tokens, and one without its contents "
+                    f"{shape.tokens}"
+                )
+        joined = {key: _joined([of[key] for of in made])[None] for key in made[0] if key in names}
+        return {key: x.numpy() if key in ON_HOST else x for key, x in joined.items()}
+
+    def blank(self, processor: Any, limits: FrameLimits) -> Mapping[str, Any]:
+        shape = self.shape_of(None, processor, limits)
+        return self.pixels([np.zeros((self._square, self._square, 3), np.uint8)], [shape], processor)
+
+    def blank_pixels(self) -> Mapping[str, Tensor]:
+        raise NotImplementedError("the processor makes them: see blank")
+
+    def pad_tiles(self, pixels: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        return {key: torch.as_tensor(x[0]) for key, x in pixels.items()}
+
+
+class _Asked:
+    """``get_image_features`` of a model that is attached: the visual tokens of the rank's own rows, in their order.
+
+    Args:
+        family: the model's family.
+        inner: the module inside the model for conditional generation.
+        recomputation: see ``encode_in_portions``.
+    """
+
+    def __init__(self, family: ImageFeatures, inner: Any, recomputation: Recomputation) -> None:
+        self.family, self.inner, self.recomputation = family, inner, recomputation
+        self.features = inner.get_image_features
+        self.names = inspect.signature(self.features).parameters
+        self.batch: SequenceParallelBatch | None = None
+        self.pixels: dict[str, Tensor] = {}
+        inner.register_forward_pre_hook(self.take, with_kwargs=True)
+        inner.get_image_features = self.answer
+
+    def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before the model: note the batch, which its forward does not hand on."""
+        batch: SequenceParallelBatch | None = kwargs.get("sequence_parallel")
+        if batch is None or not batch.brings_frames:
+            self.batch = None
+            return None
+        known = [key for key in self.names if isinstance(kwargs.get(key), (Tensor, np.ndarray))]
+        given = {key: torch.as_tensor(kwargs[key][0]) for key in known}
+        self.batch, self.pixels = batch, given
+        return args, {**kwargs, **given}
+
+    def answer(self, *args: Any, **options: Any) -> Any:
+        """What the model's forward gets when it asks for the visual tokens of its text."""
+        if self.batch is None:
+            return self.features(*args, **options)
+        (batch, self.batch), (pixels, self.pixels) = (self.batch, None), (self.pixels, {})
+        parts = _visual_parts(self.inner)
+        encoders = [part for part in parts if any(map(self.family.is_local, part.modules()))]
+        form: list[Any] = []
+        tokens = encode_in_portions(
+            _holder(self.inner, parts),
+            functools.partial(self._portion, pixels, form, batch.shapes),
+            [torch.arange(len(batch.shapes))],  # on the host: which frames a portion has
+            batch,
+            # What projects the output of a frozen encoder keeps little; the encoder need not run twice for it.
+            self.recomputation if any(p.requires_grad for e in encoders for p in e.parameters()) else None,
+            ragged=True,
+        )
+        assert batch.visual_rows is not None
+        in_rows = batch.visual_rows.fetch(tokens, batch.comm)
+        listed, dimensions = form[0]
+        in_rows = in_rows[(None,) * (dimensions - 2)]
+        return BaseModelOutputWithPooling(pooler_output=[in_rows] if listed else in_rows)  # type: ignore[arg-type]
+
+    def _portion(
+        self,
+        pixels: Mapping[str, Tensor],
+        form: list[Any],
+        of_rank: Sequence[FrameShape],
+        frames: Tensor,
+        shapes: Sequence[FrameShape],
+    ) -> Tensor:
+        """The visual tokens of some of the rank's frames, ``[tokens, d]``; notes in what form the model gives them."""
+        first, last = int(frames[0]), int(frames[-1]) + 1
+        rows = [0, *np.cumsum([shape.grid[0] for shape in of_rank]).tolist()]
+        given = {}
+        for key, x in pixels.items():
+            begin, end = (first, last) if len(x) == len(of_rank) else (rows[first], rows[last])
+            given[key] = x[begin:end]
+        features: Any = self.features(**given, return_dict=True).pooler_output
+        listed = isinstance(features, (list, tuple))
+        parts = features if listed else [features]
+        form[:] = [(listed, parts[0].dim())]
+        tokens = torch.cat([part.flatten(0, -2) for part in parts])
+        wanted = sum(shape.tokens for shape in shapes)
+        if len(tokens) != wanted:
+            raise ValueError(
+                f"{type(self.inner).__name__} makes {len(tokens)} visual tokens of pictures whose text has {wanted}; "
+                "its processor and its config do not fit together"
+            )
+        return tokens
+
+
+def _class_of(config: Any) -> Any:
+    """The class of the models with such a config."""
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+
+
+def _obstacles(model: Any) -> Iterator[str | None]:
+    """Why ``model`` would be computed wrongly; None for what it has no trouble with."""
+    config, inner = model.config, cast(Any, getattr(model, "model", None))
+    if not hasattr(inner, "get_image_features") or not hasattr(inner, "get_placeholder_mask"):
+        yield "there is no module 'model' that puts the tokens of its 'get_image_features' into the text"
+    if config.is_encoder_decoder:
+        yield "it is an encoder and a decoder"
+    if "text_config" not in config.sub_configs or "vision_config" not in config.sub_configs:
+        yield "its config has no 'text_config' beside a 'vision_config'"
+    if getattr(config, "image_token_id", None) is None and getattr(config, "image_token_index", None) is None:
+        yield "its config names no token that stands for an image"
+    if hasattr(inner, "get_rope_index"):
+        yield "its rotary positions follow from the places of its images ('get_rope_index')"
+    if "token_type_ids" in inspect.signature(inner.forward).parameters:
+        yield "tokens of an image see each other in both directions ('token_type_ids')"
+    if any("deepstack" in key for key in _keys(config.to_dict())):
+        yield "visual features go into several of its layers ('deepstack')"
+    for of_text in OBSTACLES:
+        yield of_text(model.get_decoder())
+
+
+def _keys(tree: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of nested dicts."""
+    for key, value in tree.items():
+        yield str(key)
+        if isinstance(value, dict):
+            yield from _keys(value)
+
+
+def _visual_parts(inner: Any) -> list[nn.Module]:
+    """The parts of a model beside its language model."""
+    decoder = inner.get_decoder()
+    return [part for part in inner.children() if part is not decoder]
+
+
+def _holder(inner: nn.Module, parts: Sequence[nn.Module]) -> nn.Module:
+    """A module with the parameters of ``parts`` and with those of ``inner`` itself."""
+    holder = nn.ModuleList(parts)
+    for name, parameter in inner.named_parameters(recurse=False):
+        holder.register_parameter(name, parameter)
+    return holder
+
+
+def _whole(processor: Any) -> Any:
+    """``processor``, which is to be the model's whole one.
+
+    Raises:
+        ConfigError: it is an image processor.
+    """
+    if not hasattr(processor, "image_processor"):
+        raise ConfigError(
+            f"the processor is a {type(processor).__name__}; give the model's whole one "
+            "(AutoProcessor.from_pretrained), which knows how many tokens an image has"
+        )
+    return processor
+
+
+def _patch(vision: Any) -> int:
+    """Pixels of a side of a patch."""
+    size = getattr(vision, "patch_size", 14)
+    return size[0] if isinstance(size, (list, tuple)) else size
+
+
+@functools.lru_cache(maxsize=4096)
+def _looked_at(processor: Any, height: int, width: int, most: int, image_id: int, patch: int) -> tuple[FrameShape, str]:
+    """What the processor makes of a picture of that size, told from a blank one, and how it writes it."""
+    made = _made(processor, np.zeros((height, width, 3), np.uint8), most)
+    values = next(x for key, x in made.items() if key.startswith("pixel_values"))
+    tokenizer, text, runs = processor.tokenizer, "", []
+    for is_image, ids in itertools.groupby(made["input_ids"], lambda token: token == image_id):
+        run = list(ids)
+        text += tokenizer.decode(run[:1] if is_image else run, clean_up_tokenization_spaces=False)
+        runs += [len(run)] * is_image
+    encoder_tokens = max(values.numel() // (3 * patch**2), 1)
+    grid = (len(values), height, width, most)
+    return FrameShape(sum(runs), encoder_tokens, grid, runs=tuple(runs) if len(runs) > 1 else ()), text
+
+
+def _made(processor: Any, picture: np.ndarray, most: int) -> dict[str, Any]:
+    """What the processor makes of a picture and the token that stands for it: tensors, and token ids in a list.
+
+    Args:
+        most: tiles at most; 0: as the processor has it.
+    """
+    cut: dict[str, Any] = {}
+    if most:
+        least = min(processor.image_processor.min_patches, most)
+        cut = {"crop_to_patches": most > 1, "min_patches": least, "max_patches": most}
+    made = processor([picture], text=[processor.image_token], return_tensors="pt", add_special_tokens=False, **cut)
+    return {**made, "input_ids": made["input_ids"][0].tolist()}
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """``parts`` one after another, each padded with zeros to the largest."""
+    largest = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    padded = []
+    for part in parts:
+        missing = [wanted - have for wanted, have in zip(largest, part.shape[1:], strict=True)]
+        padded.append(pad(part, [side for size in reversed(missing) for side in (0, size)]))
+    return torch.cat(padded)

@@ -1,0 +1,116 @@
+"""Small random models of transformers with images in their text, each with its own processor, for ``tiny_model``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForImageTextToText,
+    AyaVisionConfig,
+    AyaVisionProcessor,
+    CLIPVisionConfig,
+    InternVLConfig,
+    InternVLProcessor,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextProcessor,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+from ds_lvxattn.needle.small_models import PIXELS, SIZE, SQUARE, random
+from ds_lvxattn.needle.task import IMAGE, build_tokenizer
+from tests.support.tiny_model import IMAGE_TOKEN, TINY
+
+# Height and width, in pixels, that a picture is padded to.
+PINPOINTS = [[SIZE * rows, SIZE * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))]
+
+
+def tagged(tags: Sequence[str], **named: str) -> tuple[Any, dict[str, Any]]:
+    """The tokenizer of the needle task, which also knows ``tags``, and the sizes of a text model for it."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tags)}, replace_extra_special_tokens=False)
+    for name, token in named.items():
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+    return tokenizer, {**TINY.text, "vocab_size": len(tokenizer)}
+
+
+def llava_next() -> tuple[Any, Any]:
+    """Four patches a tile, in tiles of every shape, without their padding."""
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**TINY.vision, num_hidden_layers=2), text_config=LlamaConfig(**TINY.text),
+        image_token_index=IMAGE_TOKEN, image_grid_pinpoints=PINPOINTS, vision_feature_layer=[-2, -1],
+    )  # fmt: skip
+    images = LlavaNextImageProcessorPil(size=SQUARE, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS, **PIXELS)
+    processor = LlavaNextProcessor(
+        images, build_tokenizer(), patch_size=SIZE // 2, vision_feature_select_strategy="default",
+        image_token=IMAGE, num_additional_image_tokens=1,
+    )  # fmt: skip
+    return config, processor
+
+
+class ImagesAlone(InternVLProcessor):
+    """Without a video processor, which needs torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        return None
+
+
+def internvl() -> tuple[Any, Any]:
+    """Four patches become a token, four of them a tile; up to three tiles and a thumbnail, between tags."""
+    start, end = "<img>", "</img>"
+    tokenizer, text = tagged(
+        (start, end, "<video>"), start_image_token=start, end_image_token=end, context_image_token=IMAGE,
+        video_token="<video>",
+    )  # fmt: skip
+    vision = {**TINY.vision, "patch_size": SIZE // 4, "num_hidden_layers": 2}
+    config = InternVLConfig(
+        vision_config=vision, text_config=Qwen2Config(**text), image_token_id=IMAGE_TOKEN, image_seq_length=4
+    )
+    images = GotOcr2ImageProcessorPil(size=SQUARE, max_patches=3, **PIXELS)
+    return config, ImagesAlone(images, tokenizer, None, image_seq_length=4)
+
+
+def aya_vision() -> tuple[Any, Any]:
+    """Up to three tiles and a thumbnail, each with its name ahead of it in the text."""
+    tags = ("<start>", "<end>", "TILE_1", "TILE_2", "TILE_3", "TILE_GLOBAL")
+    tokenizer, text = tagged(tags)
+    vision = SiglipVisionConfig(**{**TINY.vision, "patch_size": SIZE // 4}, num_hidden_layers=2, vision_use_head=False)
+    config = AyaVisionConfig(vision_config=vision, text_config=LlamaConfig(**text), image_token_index=IMAGE_TOKEN)
+    images = GotOcr2ImageProcessorPil(size=SQUARE, max_patches=3, crop_to_patches=True, **PIXELS)
+    processor = AyaVisionProcessor(
+        images, tokenizer, patch_size=SIZE // 4, img_size=SIZE, image_token=IMAGE, downsample_factor=2,
+        start_of_img_token="<start>", end_of_img_token="<end>", img_patch_token=IMAGE,
+    )  # fmt: skip
+    return config, processor
+
+
+# Configs and processors by the model's type.
+IMAGE_MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "llava_next": llava_next,
+    "internvl": internvl,
+    "aya_vision": aya_vision,
+}
+# Those whose whole processor loads without torchvision.
+SERVED = ("llava_next", "aya_vision")
+
+
+def image_model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The model called ``kind``, with the same weights at every call, and its processor as ``own_processor``."""
+    config, processor = IMAGE_MODELS[kind]()
+
+    def build() -> nn.Module:
+        model = AutoModelForImageTextToText.from_config(config)
+        model.own_processor = processor
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return model
+
+    return nn.Module.to(random(build, seed=1), dtype)
