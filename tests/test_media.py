@@ -447,17 +447,21 @@ def test_damage_is_told_and_not_concealed(tmp_path: Path) -> None:
 
 def test_half_a_film_is_none(tmp_path: Path) -> None:
     film = write_film(tmp_path / "film.mp4", [10 * i for i in range(20)], codec="mpeg4")
-    with (
-        av.open(str(film)) as source,
-        av.open(str(tmp_path / "half.mp4"), "w", options={"movflags": "faststart"}) as copy,
-    ):
-        stream = copy.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(video=0):
-            if packet.size:
-                packet.stream = stream
-                copy.mux(packet)
+    for name, flags in (("half.mp4", "faststart"), ("parts.mp4", "frag_keyframe+empty_moov")):
+        with av.open(str(film)) as source, av.open(str(tmp_path / name), "w", options={"movflags": flags}) as copy:
+            stream = copy.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.size:
+                    packet.stream = stream
+                    copy.mux(packet)
+        assert probe_video(tmp_path / name).num_frames == 20
     write_film(tmp_path / "film.webm", [10 * i for i in range(20)], codec="libvpx")
-    for name in ("film.mp4", "half.mp4", "film.webm"):  # in MP4 the list of frames is at the end, or at the start
+    for name in (
+        "film.mp4",
+        "half.mp4",
+        "parts.mp4",
+        "film.webm",
+    ):  # in MP4 the list of frames is at the end, or at the start
         data = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(data[: len(data) * 3 // 4])
         with pytest.raises(MediaError, match=rf"{name}: (cannot decode|damaged: the file is cut off)"):
