@@ -32,10 +32,6 @@ class SmallDisk:
         """Make room."""
         _call("mount", "-o", "remount,size=256m", str(self.folder))
 
-    def read_only(self) -> None:
-        """Take no more writes."""
-        _call("mount", "-o", "remount,ro", str(self.folder))
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         _call("umount", "-l", str(self.folder))
 

@@ -72,10 +72,13 @@ def replace_folder(new: Path, path: Path) -> None:
         remove(old)
 
 
-def remove(folder: Path) -> None:
-    """Remove a folder and what is in it, if it is there."""
+def remove(path: Path) -> None:
+    """Remove a folder and what is in it, or what stands in its place, if it is there."""
     with suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def sync(file: IO) -> None:

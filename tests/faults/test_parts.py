@@ -51,6 +51,11 @@ def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
         (tmp_path / name / "file").write_text(name)
     replace_folder(tmp_path / "new", tmp_path / "model")
     assert (tmp_path / "model" / "file").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "model").rename(tmp_path / "new")
+    for stray in ("model", "model.old"):
+        (tmp_path / stray).write_text("a file where a folder is meant to be")
+    replace_folder(tmp_path / "new", tmp_path / "model")
+    assert (tmp_path / "model" / "file").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
