@@ -341,13 +341,18 @@ def judge_whole(ended: Ended, left: Left, expected: Left) -> str:
     return "" if left.checkpoints[:1] == expected.checkpoints[:1] else f"checkpoints {left.checkpoints}"
 
 
+def in_table(trial: Trial) -> str:
+    """The kind of a trial, of a fault without its phase."""
+    return trial.kind.partition(" in ")[0] if trial.part == "fault" else trial.kind
+
+
 def table(trials: Sequence[Trial]) -> str:
     """Markdown: kinds of each part with their trials, problems and the longest end."""
     lines = ["| part | what | trials | problems | longest, s |", "| --- | --- | ---: | ---: | ---: |"]
     for part in dict.fromkeys(trial.part for trial in trials):
         some = [trial for trial in trials if trial.part == part]
-        for kind, count in sorted(Counter(trial.kind for trial in some).items()):
-            of_kind = [trial for trial in some if trial.kind == kind]
+        for kind, count in sorted(Counter(map(in_table, some)).items()):
+            of_kind = [trial for trial in some if in_table(trial) == kind]
             problems = sum(bool(trial.problem) for trial in of_kind)
             seconds = max(trial.seconds for trial in of_kind)
             lines.append(f"| {part} | {kind} | {count} | {problems} | {f'{seconds:.0f}' if seconds else ''} |")

@@ -8,4 +8,5 @@ out=${1:?usage: launch/gpu_faults.sh OUTPUT_DIR}
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$out"
-timeout 235 python3 -m benchmarks.campaign --gpu --output "$out/faults.json" 2>&1 | tee "$out/faults.txt"
+rm -f "$out/faults.jsonl"
+timeout 235 python3 -m benchmarks.campaign --gpu --output "$out/faults.jsonl" 2>&1 | tee "$out/faults.txt"
