@@ -18,7 +18,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.training.lora import add_adapters
 from ds_lvxattn.training.settings import LoraSettings, finetuning_config
 from tests.support.distributed import run
-from tests.support.tiny_model import ds_config, loss_of, tiny_model
+from tests.support.tiny_model import ds_config, loss_of, tiny_batches, tiny_model
 from tests.support.training import finetune, metrics_in, mixed_samples, write_config, write_model
 
 STEPS = 4
@@ -36,6 +36,15 @@ def loss(model: Any) -> float:
     return loss_of(model.eval(), mixed_samples(4).samples).item()
 
 
+def fresh(folder: Path) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(folder / "model")
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**tiny_batches(tiny_model()).prepare(mixed_samples(4).samples).inputs).logits
+
+
 @pytest.mark.parametrize("stage", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_trained_resumed_loaded_and_merged(stage: int, tmp_path: Path) -> None:
     """The loss of rank's adapters is that of one rank without sequence parallelism; PEFT and the merged model agree."""
@@ -44,7 +53,7 @@ def test_trained_resumed_loaded_and_merged(stage: int, tmp_path: Path) -> None:
     assert run(1, finetune, arguments(tmp_path, 1, "single", size=1), timeout=300) == [""]
     assert metrics_in(tmp_path / "whole") == pytest.approx(metrics_in(tmp_path / "single"), rel=1e-5)
 
-    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    plain = fresh(tmp_path)
     untrained = loss(plain)
     tuned: Any = PeftModel.from_pretrained(plain, tmp_path / "whole" / "adapter")
     trained = loss(tuned.get_base_model())
@@ -53,6 +62,9 @@ def test_trained_resumed_loaded_and_merged(stage: int, tmp_path: Path) -> None:
     if stage != 2:
         merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole" / "model")
         assert loss(merged) == pytest.approx(trained, rel=1e-5)
+        torch.testing.assert_close(logits(merged), logits(tuned.get_base_model()), rtol=1e-4, atol=1e-5)
+    alone: Any = PeftModel.from_pretrained(fresh(tmp_path), tmp_path / "single" / "adapter")
+    torch.testing.assert_close(logits(tuned.get_base_model()), logits(alone.get_base_model()), rtol=1e-3, atol=1e-4)
 
     # What a run leaves that ends after step 2: adapters alone are in its checkpoint.
     stopped = tmp_path / "stopped"

@@ -16,8 +16,9 @@ import deepspeed
 import peft
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
 
 import ds_lvxattn
 from ds_lvxattn import ConfigError, attach
@@ -94,29 +95,50 @@ def with_adapters(model: nn.Module) -> nn.Module:
 SAMPLES = [tiny_sample("IItaIItItaaI", seed) for seed in range(4)]
 
 
-def train_with_adapters(stage: int, when: str) -> list[float]:
-    """Losses of a few steps on the ranks of the pool."""
+def prepared(when: str, folder: Path) -> nn.Module:
+    """The model as a loop of one's own has it: adapters ahead of attaching, weights in 4 bits, or frozen layers."""
+    if when == "4 bits":
+        small = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=small, device_map="cpu")
+        model = with_adapters(peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False))
+        return model.train()  # what bitsandbytes runs on CPUs otherwise needs wider layers
+    model = tiny_model()
+    if when == "frozen layers":
+        for layer in model.model.language_model.layers[:2]:
+            layer.requires_grad_(False)
+    return with_adapters(model) if when == "before" else model
+
+
+def train_with_adapters(stage: int, when: str, folder: Path) -> tuple[list[float], torch.Tensor | None]:
+    """Losses of a few steps on the ranks of the pool, and what the model gives then; its adapters are saved."""
     start_deepspeed()
-    model: Any = tiny_model()
     config = {**ds_config(stage, 1, 1), "gradient_clipping": 0.0}
-    if when == "before":
-        model = with_adapters(model)
+    model: Any = prepared(when, folder)
     parallel = attach(model, config, tokenizer=tokenizer(), processor=tiny_processor())
     if when == "after":
         model = with_adapters(model)
     assert family_of(model).name == "Llama 3.2 Vision"
     engine, *_ = deepspeed.initialize(**parallel.engine_arguments(model))
-    assert sum(p.requires_grad for p in engine.parameters()) == 2 * 4 * (4 + 2)  # two a projection, text and vision
+    if when in ("before", "after"):
+        assert sum(p.requires_grad for p in engine.parameters()) == 2 * 4 * (4 + 2)  # two a projection, text and vision
     losses = []
     for sample in SAMPLES:
         loss = parallel.loss(engine(**parallel.prepare([sample]).inputs).loss)
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
-    if stage < 3:
+    if stage == 3:
+        return losses, None
+    if when != "4 bits":
         tokens = generate(model, parallel.batches, SAMPLES[:1], max_new_tokens=2, do_sample=False)
         assert tokens.shape == (1, 2)
-    return losses
+    if when != "frozen layers" and dist.get_rank() == 0:
+        model.save_pretrained(folder / "adapter")
+    with torch.no_grad():
+        own = engine(**parallel.prepare(SAMPLES[:1]).inputs).logits
+    rows: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(rows, own)
+    return losses, torch.cat(rows, 1)
 
 
 def tokenizer() -> Any:
@@ -125,8 +147,8 @@ def tokenizer() -> Any:
     return build_tokenizer()
 
 
-def train_adapters_on_one_rank() -> list[float]:
-    model, losses = with_adapters(tiny_model()), []
+def train_adapters_on_one_rank(when: str, folder: Path) -> tuple[list[float], torch.Tensor]:
+    model, losses = prepared("before" if when == "after" else when, folder), []
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, **ADAMW)
     batches = tiny_batches(tiny_model())
@@ -136,13 +158,29 @@ def train_adapters_on_one_rank() -> list[float]:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return losses
+    with torch.no_grad():
+        return losses, model(**batches.prepare(SAMPLES[:1]).inputs).logits
 
 
-@pytest.mark.parametrize(("stage", "when"), [(2, "before"), (2, "after"), (3, "before"), (3, "after")])
-def test_adapters_before_and_after_attaching(stage: int, when: str) -> None:
-    for losses in run(2, train_with_adapters, stage, when):
-        assert losses == pytest.approx(train_adapters_on_one_rank(), rel=1e-5)
+@pytest.mark.parametrize(
+    ("stage", "when"),
+    [(2, "before"), (2, "after"), (3, "before"), (3, "after"), (2, "4 bits"), (2, "frozen layers")],
+)
+def test_adapters_before_and_after_attaching(stage: int, when: str, tmp_path: Path) -> None:
+    """Losses and logits of one rank; the saved adapters give the same logits in plain transformers."""
+    if when == "4 bits":
+        pytest.importorskip("bitsandbytes")
+        write_model(tmp_path)
+    want, logits = train_adapters_on_one_rank(when, tmp_path)
+    for losses, got in run(2, train_with_adapters, stage, when, tmp_path):
+        assert losses == pytest.approx(want, rel=1e-4 if when == "frozen layers" else 1e-5)  # whole weights change
+        if got is not None:
+            torch.testing.assert_close(got, logits, rtol=1e-3, atol=1e-3)
+    if when in ("before", "after") and stage < 3:
+        plain = peft.PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")
+        with torch.no_grad():
+            loaded = plain(**tiny_batches(tiny_model()).prepare(SAMPLES[:1]).inputs).logits
+        torch.testing.assert_close(loaded, got, rtol=1e-4, atol=1e-5)
 
 
 def mistakes() -> dict[str, str]:

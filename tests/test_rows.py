@@ -88,6 +88,10 @@ PNG = base64.b64encode(b"pixels").decode()
         ),
         ({"instruction": "a", "input": "b", "output": "Grey."}, [("user", "a\nb")]),
         ({"question": "a", "answer": "Grey."}, [("user", "a")]),
+        (
+            {"question": "a?", "options": ["A. Black.", "Grey."], "answer": "Grey."},
+            [("user", "a?\nA. Black.\nB. Grey.\nAnswer with the letter of the best option alone.")],
+        ),
     ],
 )  # fmt: skip
 def test_layouts(row, turns):

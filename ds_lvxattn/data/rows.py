@@ -5,7 +5,8 @@ Layouts, all of which may have media beside them (``video``, ``videos``, ``image
 - ``conversations`` of ``from`` and ``value`` (LLaVA), or ``messages`` of ``role`` and ``content`` (Hugging Face), where
   a content is text, or parts that hold media themselves: ``{"type": "video", "video": "a.mp4"}``;
 - ``prompt`` and ``completion``, each text or messages;
-- ``query`` and ``response`` with ``history``; ``instruction``, ``input`` and ``output``; ``question`` and ``answer``.
+- ``query`` and ``response`` with ``history``; ``instruction``, ``input`` and ``output``; ``question`` and ``answer``,
+  with ``options`` to choose from (Video-MME).
 
 ``<image>``, ``<video>`` and ``<|image|>`` in the user's text stand for the media beside it, where their number is that
 of the media. Where there are more, those that have a line to themselves do; the others are text.
@@ -37,6 +38,8 @@ ROLES = {
 MEDIA_KEYS: dict[str, MediaKind] = {"image": "image", "images": "image", "video": "video", "videos": "video"}
 TURN_KEYS = ("conversations", "messages", "prompt", "completion", "query", "response", "history")
 PAIRS = (("instruction", "output"), ("query", "response"), ("question", "answer"))
+LETTERS = "ABCDEFGH"  # of the options of a question
+CHOOSE = "Answer with the letter of the best option alone."
 # How a row or a part asks for the frames of its videos, by the names that other tools use, and the names here.
 SAMPLING_KEYS = {
     "fps": "fps", "start": "start", "video_start": "start", "end": "end", "video_end": "end",
@@ -44,8 +47,8 @@ SAMPLING_KEYS = {
 }  # fmt: skip
 CHECKSUM = "sha256"  # of a medium, beside it or in a column of its own
 KNOWN_KEYS = {
-    *MEDIA_KEYS, *TURN_KEYS, *SAMPLING_KEYS, *(key for pair in PAIRS for key in pair), "input", "system", "id",
-    CHECKSUM,
+    *MEDIA_KEYS, *TURN_KEYS, *SAMPLING_KEYS, *(key for pair in PAIRS for key in pair), CHECKSUM,
+    "input", "options", "system", "id",
 }  # fmt: skip
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".ppm"}
 
@@ -203,9 +206,24 @@ def _speech(row: Mapping[str, Any]) -> Iterator[tuple[Any, Any, Any]]:
             question = row[asked]
             if asked == "instruction" and row.get("input"):
                 question = f"{question}\n{row['input']}"
+            if asked == "question" and row.get("options"):
+                question = _with_options(question, row["options"])
             yield "user", question, None
             yield "assistant", row[answered], None
             return
+
+
+def _with_options(question: Any, options: Any) -> str:
+    """A multiple-choice question, its options below it; those without a letter get one."""
+    if not isinstance(options, list | tuple) or not all(isinstance(option, str) for option in options):
+        raise SampleError(f"'options' holds {options!r}; give a list of texts")
+    if len(options) > len(LETTERS):
+        raise SampleError(f"{len(options)} options, and there are letters for {len(LETTERS)}")
+    lettered = [
+        option if re.match(rf"\W?{letter}\W", option) else f"{letter}. {option}"
+        for letter, option in zip(LETTERS, options, strict=False)
+    ]
+    return "\n".join((str(question), *lettered, CHOOSE))
 
 
 def _is_messages(value: Any) -> bool:

@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from ds_lvxattn.batches.generation import generate
 from ds_lvxattn.batches.prepare import Batches
+from ds_lvxattn.data.rows import LETTERS
 from ds_lvxattn.data.sample import IGNORE, Sample, SampleError, SampleSource
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.groups import SequenceParallelGroups
 
-LETTERS = "ABCDEFGH"
 # "B", "(B)", "B.", "B) the red one", "Answer: B", "The best option is (B)."
 LEAD = r"(?:(?:the\s+)?(?:best\s+|correct\s+)?(?:answer|option)(?:\s+is)?\W*)?"
 CHOICE = re.compile(rf"^\W*{LEAD}\(?([{LETTERS}])(?![a-z0-9'])", re.IGNORECASE)
