@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ds_lvxattn.exchange.strategies.ulysses import padded_order
 from ds_lvxattn.plan.layer_sizes import LayerSizes
-from ds_lvxattn.plan.memory import POLICIES, ModelStates, frames_that_fit, kept_bytes, step_bytes
+from ds_lvxattn.plan.memory import POLICIES, ModelStates, faster_stage, frames_that_fit, kept_bytes, step_bytes
 from ds_lvxattn.plan.modes import eligible_modes
 from tests.support.distributed import run
 from tests.support.tiny_model import CPU, attach, loss_of, tiny_model, tiny_sample
@@ -112,6 +114,20 @@ def test_recomputing_layers_keep_nothing_of_the_length_of_the_keys(policy: str) 
 )  # fmt: skip
 def test_model_states(stage: int, offload: tuple[str, ...], want: int) -> None:
     assert ModelStates(1000, 100, 2, stage, 4, **dict.fromkeys(offload, True)).device_bytes == want
+
+
+def test_the_faster_stage_is_told_where_it_fits() -> None:
+    layers = [cross_layer(1601 * 24)] * 8
+    states = ModelStates(11 * 10**9, 2 * 10**9, 2, 3, 4)
+
+    def found(of: ModelStates, gib: int) -> tuple[int, int] | None:
+        return faster_stage(layers, "kv", of, 0, True, gib * 2**30)
+
+    fits = found(states, 80)
+    assert fits == (2, step_bytes(layers, "kv", replace(states, stage=2), 0, True))
+    assert found(states, 24) is None  # of which its parameters take 20
+    assert found(replace(states, stage=2), 80) is None
+    assert found(replace(states, offload_parameters=True), 80) is None
 
 
 def test_frames_that_fit() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ds_lvxattn.batches.layout import BatchLayout
 from ds_lvxattn.plan.layer_sizes import LayerSizes
-from ds_lvxattn.plan.memory import POLICIES, ModelStates, frames_that_fit, kept_bytes, step_bytes
+from ds_lvxattn.plan.memory import POLICIES, ModelStates, faster_stage, frames_that_fit, kept_bytes, step_bytes
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class MemoryPlan:
         shared: bytes of the visual features, and of what their projector keeps, which all layers share.
         states: bytes of parameters, gradients and optimizer on the device.
         frames: for each policy, the frames of a sample that would fit the device; None without a GPU.
+        faster: a ZeRO stage that is faster than the config's and fits the device, and the bytes of a step with it.
     """
 
     policy: str
@@ -32,6 +33,7 @@ class MemoryPlan:
     shared: int
     states: int
     frames: Mapping[str, int] | None
+    faster: tuple[int, int] | None = None
 
 
 def memory_plan(
@@ -60,7 +62,7 @@ def memory_plan(
     for each, of_role in kept.items():
         for layer in layers:
             of_role[layer.role] = of_role.get(layer.role, 0) + kept_bytes(layer, each)
-    frames = None
+    frames = faster = None
     if device.type == "cuda":
         capacity = torch.cuda.get_device_properties(device).total_memory
         per_frame = max(-(-layout.visual_tokens // max(sum(layout.frames), 1)), 1)
@@ -74,7 +76,8 @@ def memory_plan(
             return step_bytes(some, each, states, shared(some), features_train=True)
 
         frames = {each: frames_that_fit(functools.partial(step, each), capacity) for each in POLICIES}
-    return MemoryPlan(policy, kept, shared(layers), states.device_bytes, frames)
+        faster = faster_stage(layers, policy, states, shared(layers), True, capacity)
+    return MemoryPlan(policy, kept, shared(layers), states.device_bytes, frames, faster)
 
 
 def model_states(model: nn.Module, ds_config: Mapping[str, Any], ranks: int) -> ModelStates:

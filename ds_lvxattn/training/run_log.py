@@ -121,6 +121,13 @@ class RunLog:
             fit = "no GPU" if plan.frames is None else f"{plan.frames[policy]:,}"
             table.add_row(name, *(f"{kept[role] / MIB:,.1f}" for role in roles), fit)
         self.console.print(table)
+        if plan.faster is not None:
+            stage, needed = plan.faster
+            self.say(
+                f"warning: ZeRO-{stage} would be faster, which gathers no parameters ahead of layers: a step like the "
+                f"first is predicted to need {needed / MIB:,.0f} MiB with it, and fits; set 'zero_optimization.stage' "
+                f"to {stage}"
+            )
 
     def step(self, metrics: dict[str, Any]) -> None:
         """One object of ``metrics.jsonl``."""
