@@ -71,6 +71,7 @@ class Aria(Concatenation):
 
     def complete_processor(self, processor: Any, image_token: str) -> None:
         """An image is served as it was trained: whole, and of this size."""
+        processor.size_conversion = {self.config.vision_config.image_size: self.frame_tokens()}
         processor.image_processor.split_image = False
         processor.image_processor.max_image_size = self.config.vision_config.image_size
 

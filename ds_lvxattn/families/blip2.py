@@ -91,6 +91,10 @@ class Blip2(Concatenation):
     def encoder_tokens(self) -> int:
         return _vision_tokens(self.config.vision_config)
 
+    def complete_processor(self, processor: Any, image_token: str) -> None:
+        """It writes as many visual tokens ahead of a text."""
+        processor.num_query_tokens = self.config.num_query_tokens
+
     def load_processor(self, name: str) -> Any:
         return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
 

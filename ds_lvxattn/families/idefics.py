@@ -10,6 +10,7 @@ Each rank resamples its own frames: the perceiver works frame by frame.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,11 +23,16 @@ from transformers.models.idefics.modeling_idefics import IdeficsAttention, Idefi
 from transformers.models.idefics.perceiver import IdeficsPerceiverAttention
 from transformers.models.idefics.vision import IdeficsVisionAttention
 
-from ds_lvxattn.data.sample import FrameShape
-from ds_lvxattn.families.family import VisualFamily, dense_frame_mask
+from ds_lvxattn.data.sample import FrameShape, FrameSize
+from ds_lvxattn.families.family import FrameLimits, VisualFamily, dense_frame_mask
 from ds_lvxattn.families.frames import encode_in_portions, in_samples, refuse_mask
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
+
+FAKE = "<fake_token_around_image>"
+GROUP = re.compile(
+    rf"(?:{FAKE})?((?:<image>)+)(?:{FAKE})?"
+)  # of adjacent images, which a row may have written so itself
 
 
 class Idefics(VisualFamily):
@@ -59,6 +65,10 @@ class Idefics(VisualFamily):
 
     def visual_widths(self) -> tuple[int, ...]:
         return (self.config.vision_config.embed_dim,)
+
+    def write(self, text: str, sizes: Sequence[FrameSize], processor: Any, limits: FrameLimits) -> str:
+        """With the tokens that the processor puts around images, around each group of adjacent ones."""
+        return GROUP.sub(lambda found: FAKE + found[1] + FAKE, text)
 
     def frame_tokens(self) -> int:
         if self.config.use_resampler:

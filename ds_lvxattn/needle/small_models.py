@@ -149,15 +149,16 @@ def mllama(scale: Scale) -> PreTrainedModel:
     return model
 
 
-def idefics(scale: Scale, latents: int = 4, norms: bool = True) -> PreTrainedModel:
+def idefics(scale: Scale, latents: int = 4, norms: bool = True, additional: int = 1) -> PreTrainedModel:
     """Idefics with open gates; the image token is an additional one, as in published models.
 
     Args:
         latents: of the perceiver, which works on each frame; 0 leaves it out.
         norms: of queries and keys.
+        additional: tokens beyond the vocabulary.
     """
     config = IdeficsConfig(
-        **{**scale.text, "vocab_size": IMAGE_ID}, additional_vocab_size=1, cross_layer_interval=2,
+        **{**scale.text, "vocab_size": IMAGE_ID}, additional_vocab_size=additional, cross_layer_interval=2,
         qk_layer_norms=norms, alpha_initializer="ones", alpha_type="vector", use_resampler=latents > 0,
         freeze_text_layers=False, freeze_vision_layers=False,
         vision_config={

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from ds_lvxattn.families import family_of
 from ds_lvxattn.needle import small_models
 from ds_lvxattn.needle.small_models import random
 from ds_lvxattn.needle.task import build_tokenizer
@@ -55,26 +56,34 @@ CUTTING: dict[str, Callable[[], Any]] = {
     "smolvlm": functools.partial(small_models.idefics3, TINY, smol=True),
 }
 TAGS = (
-    "<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "\n",
+    "<|img|>", "<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "\n",
     *(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)),
 )  # fmt: skip
 
 
-def tagged_tokenizer() -> Any:
-    """That of the needle task, which also knows ``TAGS``."""
-    tokenizer = build_tokenizer()
+def tagged_tokenizer(**options: Any) -> Any:
+    """That of the needle task, which also knows ``TAGS``.
+
+    Args:
+        options: further arguments of a tokenizer.
+    """
+    needle = build_tokenizer()
+    special = {key: getattr(needle, key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    tokenizer = type(needle)(tokenizer_object=needle._tokenizer, **special, **options)
     tokenizer.add_special_tokens({"additional_special_tokens": list(TAGS)})
     return tokenizer
 
 
 def cutting(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The model called ``name`` in ``CUTTING``, with a vocabulary for ``tagged_tokenizer``; see ``tiny``."""
+    """The model called ``name`` in ``CUTTING`` or ``FAMILIES``, with a vocabulary for ``tagged_tokenizer``; see ``tiny``."""
     tokenizer = tagged_tokenizer()
 
     def build() -> Any:
-        model = CUTTING[name]()
+        if name == "idefics":
+            return small_models.idefics(FOUR_LAYERS, additional=len(tokenizer) - small_models.IMAGE_ID)
+        model = CUTTING.get(name, FAMILIES.get(name))()
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        model.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+        model.config.image_token_id = tokenizer.convert_tokens_to_ids(family_of(model).image_token)
         return model
 
     return tiny(build, dtype)
