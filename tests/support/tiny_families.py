@@ -75,7 +75,7 @@ def tagged_tokenizer(**options: Any) -> Any:
 
 
 def cutting(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The model called ``name`` in ``CUTTING`` or ``FAMILIES``, with a vocabulary for ``tagged_tokenizer``; see ``tiny``."""
+    """A model by its name in ``CUTTING`` or ``FAMILIES``, with a vocabulary for ``tagged_tokenizer``; see ``tiny``."""
     tokenizer = tagged_tokenizer()
 
     def build() -> Any:
