@@ -117,7 +117,8 @@ class Attached:
             ConfigError: the dataset cannot be read or is empty.
         """
         limit = text_limit(unwrapped(self.loaded.model))
-        how = {"eval_share": 0.0, "max_text_tokens": limit, **frames_in_text(self.loaded), **how}
+        in_text = frames_in_text(self.loaded, self.batches.collator.limits)
+        how = {"eval_share": 0.0, "max_text_tokens": limit, **in_text, **how}
         try:
             return ConversationSource(data, self.loaded.tokenizer, max_frames=max_frames, **how)
         except ValueError as error:
