@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from ds_lvxattn.data.sample import IGNORE, FrameSize, Sample
+from ds_lvxattn.data.sample import IGNORE, FrameSize, Sample, SampleError
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of
 from ds_lvxattn.families.family import ANY_SIZE
@@ -27,13 +27,15 @@ from tests.support.tiny_model import IMAGE_TOKEN, MODES, attach, loss_of, tiny_s
 
 # Patterns of text, and heights and widths of their pictures in pixels.
 BATCH = (("ttItIttaItta", ((56, 70), (98, 60), (30, 31))), ("tItaa", ((64, 200),)), ("ttta", ()))
+# Of one picture alone LLaVA-OneVision's processor makes tiles.
+ONE_EACH = (("ttItta", ((56, 70),)), ("tItaa", ((120, 117),)), ("ttta", ()))
 
 
 def samples(model: Any) -> list[Sample]:
     """As the family of ``model`` writes them."""
     processor, family, made = ChannelsLast(model.own_processor), family_of(model), []
     assert isinstance(family, VisualFamily)
-    for seed, (pattern, sizes) in enumerate(BATCH):
+    for seed, (pattern, sizes) in enumerate(ONE_EACH if model.config.model_type == "llava_onevision" else BATCH):
         rng, text = np.random.default_rng(seed), tiny_sample(pattern, seed)
         frames = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
         pictures = [FrameSize(*size) for size in sizes]
@@ -114,6 +116,14 @@ def test_losses_under_zero3() -> None:
     want, got = train("llava_next", 1), run(2, train, "llava_next", 2)[0]
     assert want[-1] < want[0]
     assert got == pytest.approx(want, rel=1e-4)
+
+
+def test_several_images_are_refused_where_they_have_other_pixels_than_one() -> None:
+    model = image_model("llava_onevision")
+    family, processor = family_of(model), ChannelsLast(model.own_processor)
+    assert isinstance(family, VisualFamily)
+    with pytest.raises(SampleError, match="2 images and frames, of which the model's processor makes other pixels"):
+        family.write(2 * IMAGE, [FrameSize(56, 70)] * 2, processor, ANY_SIZE)
 
 
 @pytest.mark.parametrize(

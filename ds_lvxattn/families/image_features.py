@@ -41,7 +41,7 @@ from ds_lvxattn.runtime.recompute import Recomputation
 
 SQUARE = 336  # pixels of a side, where the vision config has no image size
 # Arguments that models read on the host: on the device they would be waited for.
-ON_HOST = ("image_sizes",)
+ON_HOST = ("image_sizes", "batch_num_images")
 
 
 class ImageFeatures(Concatenation):
@@ -120,6 +120,14 @@ class ImageFeatures(Concatenation):
         return self._looked_at(size, processor, limits)[0]
 
     def write(self, text: str, sizes: Sequence[FrameSize], processor: Any, limits: FrameLimits) -> str:
+        if (
+            len(sizes) > 1
+            and "batch_num_images" in inspect.signature(_class_of(self.config).get_image_features).parameters
+        ):
+            raise SampleError(
+                f"{len(sizes)} images and frames, of which the model's processor makes other pixels than of "
+                "one alone; give one image a row, or a model without that difference"
+            )
         # Some processors have one token for an image in a conversation, and another one for its visual tokens.
         token = self.token_of(processor.tokenizer)
         pictures = (self._looked_at(size, processor, limits)[1] for size in sizes)

@@ -17,11 +17,14 @@ from transformers import (
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionProcessor,
     Qwen2Config,
     SiglipVisionConfig,
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from ds_lvxattn.needle.small_models import PIXELS, SIZE, SQUARE, random
 from ds_lvxattn.needle.task import IMAGE, build_tokenizer
@@ -55,11 +58,36 @@ def llava_next() -> tuple[Any, Any]:
     return config, processor
 
 
-class ImagesAlone(InternVLProcessor):
-    """Without a video processor, which needs torchvision."""
+class ImagesAlone:
+    """A processor without its video processor, which needs torchvision."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         return None
+
+
+class InternVL(ImagesAlone, InternVLProcessor):
+    """Without videos."""
+
+
+class LlavaOnevision(ImagesAlone, LlavaOnevisionProcessor):
+    """Without videos."""
+
+
+def llava_onevision() -> tuple[Any, Any]:
+    """As LLaVA-NeXT; an image of many tiles is scaled down to nine."""
+    tokenizer, text = tagged(("<video>",))
+    pinpoints = [*PINPOINTS, [4 * SIZE, 4 * SIZE]]
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**TINY.vision, num_hidden_layers=2, vision_use_head=False),
+        text_config=Qwen2Config(**text), image_token_index=IMAGE_TOKEN, vision_feature_layer=-1,
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"), image_grid_pinpoints=pinpoints,
+        vision_feature_select_strategy="full",
+    )  # fmt: skip
+    images = LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=pinpoints, **PIXELS)
+    processor = LlavaOnevision(
+        images, tokenizer, None, num_image_tokens=4, vision_feature_select_strategy="full", image_token=IMAGE
+    )
+    return config, processor
 
 
 def internvl() -> tuple[Any, Any]:
@@ -74,7 +102,7 @@ def internvl() -> tuple[Any, Any]:
         vision_config=vision, text_config=Qwen2Config(**text), image_token_id=IMAGE_TOKEN, image_seq_length=4
     )
     images = GotOcr2ImageProcessorPil(size=SQUARE, max_patches=3, **PIXELS)
-    return config, ImagesAlone(images, tokenizer, None, image_seq_length=4)
+    return config, InternVL(images, tokenizer, None, image_seq_length=4)
 
 
 def aya_vision() -> tuple[Any, Any]:
@@ -94,6 +122,7 @@ def aya_vision() -> tuple[Any, Any]:
 # Configs and processors by the model's type.
 IMAGE_MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
     "internvl": internvl,
     "aya_vision": aya_vision,
 }
