@@ -84,6 +84,15 @@ def test_hyper_attention_is_what_its_equations_say(kind: str) -> None:
     torch.testing.assert_close(got[0], module.o_proj(torch.stack(rows)))
 
 
+@pytest.mark.parametrize("kind", hyper_qwen2.HYPER_ATTENTION)
+def test_places_on_the_host_serve_a_model_on_a_device(kind: str) -> None:
+    module: Any = tiny(f"mplug_owl3, {kind}").get_submodule("language_model.model.layers.0.self_attn").to("meta")
+    text, images = torch.randn(1, 5, 32, device="meta"), torch.randn(2, 3, 32, device="meta")
+    angles = hyper_qwen2.rotary(torch.arange(5, device="meta")[None], module, torch.float32)
+    got, *_ = module(text, angles, images, [torch.tensor([1, 3])])
+    assert got.device.type == "meta" and got.shape == text.shape
+
+
 def test_what_text_sees_and_where_images_stand() -> None:
     ids, config = [4, IMAGE_TOKEN, IMAGE_TOKEN, 4], tiny("mplug_owl3, fused").config
     ranges = MPlugOwl3(config).frame_ranges(ids, IMAGE_TOKEN)

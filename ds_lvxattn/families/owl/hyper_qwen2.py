@@ -168,6 +168,8 @@ class HyperQwen2Attention(nn.Module):
         """Hyper attention of one sample, ``[S, H_q, D]``."""
         positions = torch.arange(q.shape[2], device=q.device)
         causal = positions[:, None] >= positions
+        ahead = int(places[0]) if len(places) else 0  # places come on the host
+        places = places.to(q.device)
         visual_k, visual_v = visual_keys(self, kv, places[None])
         sees = (positions[:, None] >= places).repeat_interleave(kv.shape[1], dim=1)
         if is_fused(self):
@@ -178,7 +180,6 @@ class HyperQwen2Attention(nn.Module):
         if not len(places):
             return text[0]
         # Text ahead of the first image passes no gate.
-        ahead = int(places[0])
         visual = scaled_dot_product_attention(q[:, :, ahead:], visual_k, visual_v, sees[ahead:], enable_gqa=True)
         return torch.cat((text[:, :ahead], gated(self, text[:, ahead:], visual.transpose(1, 2))), dim=1)[0]
 
