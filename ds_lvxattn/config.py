@@ -66,6 +66,7 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
             goes by the hosts of the ranks.
         text: whether text is ``divided`` over the ranks or, ``replicated``, on every rank, where only the frames are
             divided: then self-attention exchanges nothing, and cross-attention merges partial results.
+        compile: ``torch.compile`` for each layer of the language model and the vision encoder, around its attention.
         size: ranks of a sequence-parallel group, from ``sequence_parallel_size`` beside the block.
         offload: keep on the CPU what layers that recompute keep, from ``activation_checkpointing.cpu_checkpointing``.
     """
@@ -80,6 +81,7 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
     placement: Literal["contiguous", "striped"] = "contiguous"
     inner_size: int | None = Field(None, ge=1, strict=True)
     text: Literal["auto", "divided", "replicated"] = "auto"
+    compile: bool = False
     size: int = Field(1, ge=1)
     offload: bool = False
 

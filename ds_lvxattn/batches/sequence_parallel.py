@@ -17,6 +17,7 @@ from ds_lvxattn.families import family_of
 from ds_lvxattn.families.rotary import check_positions
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.plan.layer_plan import AttentionLayer
+from ds_lvxattn.runtime.compiled import compile_layers
 from ds_lvxattn.runtime.recompute import Recomputation
 from ds_lvxattn.runtime.registration import IMPLEMENTATION, refuse_other_masks, register_with_transformers
 
@@ -79,6 +80,10 @@ class SequenceParallel:
             config.offload,
         )
         self.family.install_hooks(model, self.recomputation)
+        if config.compile:
+            encoders = [module for module, layer in self.layers.items() if layer.role == "local"]
+            parents = [m for m in model.modules() if not set(m.children()).isdisjoint(encoders)]
+            compile_layers([*self.decoder_layers, *parents])
 
     @property
     def _exchanged(self) -> list[nn.Module]:

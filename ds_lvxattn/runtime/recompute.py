@@ -118,6 +118,7 @@ class Recomputation:
         setattr(module, "forward", recomputing)  # noqa: B010
 
 
+@torch._disable_dynamo  # its dispatch modes would see the operators of a graph, not those of the layer
 def recompute(
     module: nn.Module, function: Callable[..., Any], *args: Any, offload: bool = False, keep: bool = True
 ) -> Any:

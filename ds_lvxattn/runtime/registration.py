@@ -23,6 +23,7 @@ from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.kernels.operator import local_attention
 from ds_lvxattn.runtime.batch import Exchanging, SequenceParallelBatch
 
+# The attention functions are never part of a compiled graph: see ``runtime.compiled``.
 IMPLEMENTATION = "ds_lvxattn"
 ENCODER_IMPLEMENTATION = "ds_lvxattn_encoder"
 
@@ -36,6 +37,7 @@ def register_with_transformers() -> None:
     AttentionInterface.register(ENCODER_IMPLEMENTATION, encoder_attention)
 
 
+@torch._disable_dynamo
 def exchanged_attention(
     module: nn.Module,
     query: Tensor,
@@ -88,6 +90,7 @@ def exchanged_attention(
     return out.transpose(1, 2), None
 
 
+@torch._disable_dynamo
 def encoder_attention(
     module: nn.Module,
     query: Tensor,

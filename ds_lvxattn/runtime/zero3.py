@@ -41,6 +41,12 @@ def gathered_once(module: nn.Module) -> Iterator[None]:
             hook(module, (), None)
 
 
+def has_hooks_inside(module: nn.Module) -> bool:
+    """Whether DeepSpeed has hooks on submodules of ``module``: then it gathers them one by one."""
+    children = (child for child in module.modules() if child is not module)
+    return any(_of_zero3(child._forward_pre_hooks) for child in children)
+
+
 def _of_zero3(hooks: dict[int, Callable[..., Any]]) -> dict[int, Callable[..., Any]]:
     return {key: hook for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith(HOOKS_OF)}
 

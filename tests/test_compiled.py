@@ -1,0 +1,82 @@
+"""Layers under ``torch.compile``: the losses of one rank, with every strategy, recompute policy and ZeRO stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+
+from ds_lvxattn.runtime import compiled
+from ds_lvxattn.training.loading import loss_factor, parameter_groups, partition_over_all_ranks, select_trainable
+from tests.support.distributed import run
+from tests.support.parity import samples_of
+from tests.support.tiny_model import ADAMW, CLIPPING, attach, ds_config, groups_of, tiny_batches, tiny_model
+
+STEPS = (("tIIta",), ("IItaItII",))
+# Backend, ZeRO stage, strategy, schedule and recompute policy.
+CASES = (
+    ("eager", 1, "ring", "ring", "none"),
+    ("eager", 3, "ulysses", "auto", "kv"),
+    ("eager", 3, "lv_xattn", "ring", "layer"),
+)
+
+
+def made() -> torch.nn.Module:
+    model = tiny_model()
+    select_trainable(model, "pretrained", "default")
+    return model.train()
+
+
+def on_one_rank() -> list[float]:
+    model = made()
+    optimizer = torch.optim.AdamW(parameter_groups(model), **ADAMW)
+    losses = []
+    for patterns in STEPS:
+        loss = model(**tiny_batches(model).prepare(samples_of(patterns)).inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def on_ranks(cases: Sequence[tuple[str, int, str, str, str]]) -> list[tuple[list[float], int]]:
+    """Losses of each case, and the graphs that it compiled."""
+    usual, results = compiled.BACKEND, []
+    for backend, stage, strategy, schedule, policy in cases:
+        compiled.BACKEND = backend
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model, config = made(), ds_config(stage, 1, 1, 2)
+        mode = (strategy, schedule, "contiguous")
+        batches = attach(model, 2, mode, samples_of(STEPS[0]), recompute=policy, compile=True)
+        partition_over_all_ranks(model, config, groups_of(2))
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=parameter_groups(model), config=config, mpu=groups_of(2)
+        )
+        losses = []
+        for patterns in STEPS:
+            samples = samples_of(patterns)
+            inputs = batches.prepare(batches.load(samples, batches.collator.layout(samples))).inputs
+            loss = engine(**inputs).loss
+            engine.backward(loss * loss_factor(config, 2))
+            engine.step()
+            whole = loss.detach().clone()
+            dist.all_reduce(whole)
+            losses.append(whole.item())
+        engine.destroy()
+        results.append((losses, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+    compiled.BACKEND = usual
+    return results
+
+
+@pytest.mark.slow
+def test_losses_are_those_of_one_rank() -> None:
+    want = on_one_rank()
+    for case, (losses, graphs) in zip(CASES, run(2, on_ranks, CASES)[0], strict=True):
+        assert losses == pytest.approx(want, rel=1e-5), case
+        assert graphs, case
