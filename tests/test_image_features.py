@@ -18,6 +18,7 @@ from ds_lvxattn.data.sample import IGNORE, FrameSize, Sample, SampleError
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of
 from ds_lvxattn.families.family import ANY_SIZE
+from ds_lvxattn.families.image_features import ImageFeatures
 from ds_lvxattn.families.processors import ChannelsLast
 from ds_lvxattn.needle.task import IMAGE
 from tests.support.distributed import run
@@ -143,4 +144,4 @@ def test_models_that_would_be_wrong_are_refused_by_reason(kind: str, others: dic
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[kind](**others))
     with pytest.raises(ConfigError, match=f"cannot be sequence-parallel: {re.escape(reason)}"):
-        family_of(model).attention_layers(model)
+        ImageFeatures(model.config).attention_layers(model)

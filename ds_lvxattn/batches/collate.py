@@ -235,6 +235,8 @@ class Collator:
             "shift_labels": labels,
             "num_items_in_batch": (max(layout.supervised_tokens, 1) if tokens is None else tokens) * shares,
         }
+        of_blocks = self.family.block_arguments(layout.in_block)
+        inputs |= {key: torch.from_numpy(np.ascontiguousarray(x[:, own])) for key, x in of_blocks.items()}
         inputs |= images if isinstance(images, dict) else self.pixels(layout, images)
         inputs = {key: self._to_device(value) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         if self.division:

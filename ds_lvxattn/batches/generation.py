@@ -24,7 +24,7 @@ from ds_lvxattn.batches.agreement import agree
 from ds_lvxattn.batches.collate import Collator
 from ds_lvxattn.batches.layout import BatchLayout
 from ds_lvxattn.batches.prepare import Batches, Loaded
-from ds_lvxattn.data.sample import Sample
+from ds_lvxattn.data.sample import IGNORE, Sample
 from ds_lvxattn.exchange.comm import Communicator
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
@@ -71,7 +71,8 @@ def generate(model: Any, batches: Batches, samples: Sequence[Sample], *, seed: i
     lengths = [len(sample.input_ids) for sample in samples]
     if not min(lengths, default=0):
         raise ValueError(f"the prompts have {lengths} tokens; give at least one prompt, each with at least one token")
-    samples = [collator.check(sample) for sample in samples]
+    # Nothing of a prompt is an answer, whatever it is labelled.
+    samples = [collator.check(replace(s, labels=[IGNORE] * len(s.input_ids))) for s in samples]
     if not collator.family.generates:
         raise ValueError(f"{collator.family.name} cannot generate: {type(model).__name__} has no cache for it")
     settings.setdefault("pad_token_id", collator.pad_token)
@@ -93,7 +94,7 @@ def _on_one_rank(model: Any, batches: Batches, samples: Sequence[Sample], settin
     longest = max(lengths)
     padding = [longest - length for length in lengths]
     padded = [
-        replace(s, input_ids=[*[collator.pad_token] * n, *s.input_ids], labels=[*[0] * n, *s.labels])
+        replace(s, input_ids=[*[collator.pad_token] * n, *s.input_ids], labels=[*[IGNORE] * n, *s.labels])
         for s, n in zip(samples, padding, strict=True)
     ]
     loaded = batches.load(padded)
@@ -231,10 +232,16 @@ def _step(collator: Collator, layout: BatchLayout, plans: Plans, divided: KeyCac
         text_start = torch.from_numpy((layout.text.total - lengths).astype(np.int32)[:, None]).to(device)
     position = layout.positions(collator.family)[(..., *last)][..., None]
     sees_frame = torch.from_numpy(layout.sees_frame[last]).to(device, collator.dtype)
+    first_start = None
+    if layout.keys_in_text and not layout.blocks_in_window:
+        ends = zip(layout.blocks, lengths, strict=True)
+        firsts = [next((a for a, b in blocks if b == length), length) for blocks, length in ends]
+        first_start = torch.tensor(firsts, dtype=torch.int32, device=device)[None, :, None]
     rows = SequenceShards((1 if layout.keys_in_text else len(lengths),) * division.comm.ranks)
     return DecodingStep(
         division.comm, plans, division.kernel, divided, ShardLayout(rows, keys), interval,
         text_start, sees_frame[:, None, None, None], torch.from_numpy(position).to(device),
+        first_start,
     )  # fmt: skip
 
 

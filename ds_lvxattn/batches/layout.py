@@ -45,6 +45,8 @@ class BatchLayout:
         sees_frame: bool ``[B, S]``, tokens that see a frame.
         ranges: per sample, per token, the frames it sees; a frame's image token is one token here.
         visual: int64 ``[B, S]``, the visual token that a token takes, counted over the sample's frames; -1 for text.
+        blocks: per sample, runs of its tokens that see each other in both directions; see ``Family.blocks``.
+        blocks_in_window: see ``Family``.
         keys_in_text: see ``Family``.
         portions: how often the rank with most work calls the vision encoder, at least once: with a blank frame.
     """
@@ -61,6 +63,8 @@ class BatchLayout:
     sees_frame: np.ndarray
     ranges: tuple[tuple[tuple[int, int], ...], ...]
     visual: np.ndarray
+    blocks: tuple[tuple[tuple[int, int], ...], ...]
+    blocks_in_window: bool
     keys_in_text: bool
     portions: int
 
@@ -104,6 +108,15 @@ class BatchLayout:
         return self.text.index(rank if self.copies == 1 else 0)
 
     @property
+    def in_block(self) -> np.ndarray:
+        """bool ``[B, S]``, tokens of ``blocks``."""
+        inside = np.zeros(self.input_ids.shape, dtype=bool)
+        for span, blocks in zip(self.spans, self.blocks, strict=True):
+            for first, last in blocks:
+                inside[span.row, span.start + first : span.start + last] = True
+        return inside
+
+    @property
     def supervised_tokens(self) -> int:
         """Labels that count in the loss, over all samples and ranks."""
         return int((self.shift_labels != IGNORE).sum())
@@ -133,10 +146,15 @@ class BatchLayout:
         if role == "self":
             # Padding behind the samples of a row sees nothing, and none of their rows sees it.
             start, stop = np.zeros_like(start), np.zeros_like(stop)
-            for span in self.spans:
+            for span, blocks in zip(self.spans, self.blocks, strict=True):
                 place = span.row, slice(span.start, span.stop)
                 stop[place] = np.arange(span.start + 1, span.stop + 1)
                 start[place] = span.start if window is None else np.maximum(stop[place] - window, span.start)
+                for first, last in blocks:  # to the end of the block: with what a row sees before it, still one range
+                    block = span.row, slice(span.start + first, span.start + last)
+                    stop[block] = span.start + last
+                    if not self.blocks_in_window:
+                        start[block] = np.minimum(start[block], span.start + first)
         return self._by_rank(start, role == "cross"), self._by_rank(stop, role == "cross")
 
     def _by_rank(self, rows: np.ndarray, packed: bool) -> Tensor:
@@ -282,14 +300,18 @@ def lay_out(
     visual = np.full(shape, -1, dtype=np.int64)
     start, stop = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.int32)
     sees_frame = np.zeros(shape, dtype=bool)
+    blocks: list[tuple[tuple[int, int], ...]] = []
     before = 0  # visual tokens of the samples ahead
     for (ids, labels), span, seen, of_frames in zip(rows_of, spans, seen_of, shapes, strict=True):
         place = span.row, slice(span.start, span.stop)
         input_ids[place] = ids
         shift_labels[place][:-1] = labels[1:]
-        if not isinstance(family, VisualFamily) or family.keys_in_text:
+        own_keys = isinstance(family, VisualFamily) and not family.keys_in_text
+        if not own_keys:
             takes = ids == image_id
             visual[place][takes] = np.arange(takes.sum())
+        blocks.append(tuple(family.blocks(visual[place], labels)))
+        if not own_keys:
             continue
         bounds = np.array(seen, dtype=np.int64).reshape(len(ids), 2)
         hidden = bounds[:, 0] >= bounds[:, 1]
@@ -297,7 +319,7 @@ def lay_out(
         edges = before + np.cumsum([0, *(shape.tokens for shape in of_frames)])
         start[place], stop[place] = np.where(hidden, before, edges[bounds].T)
         behind = int(edges[-1]) + sum(shape.padding for shape in of_frames)
-        if family.hidden_rows_see_all():
+        if isinstance(family, VisualFamily) and family.hidden_rows_see_all():
             stop[place][hidden] = behind
         before = behind
     costs = [
@@ -306,7 +328,8 @@ def lay_out(
     ]
     return BatchLayout(
         spans, text, keys, owners, tuple(map(tuple, shapes)), input_ids, shift_labels, start, stop, sees_frame,
-        tuple(seen_of), visual, family.keys_in_text, max(map(portions_of, costs)),
+        tuple(seen_of), visual, tuple(blocks), family.blocks_in_window, family.keys_in_text,
+        max(map(portions_of, costs)),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from ds_lvxattn.families.aria import Aria
 from ds_lvxattn.families.blip2 import Blip2
 from ds_lvxattn.families.family import Family, VisualFamily
 from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingo
+from ds_lvxattn.families.gemma3 import Gemma3
 from ds_lvxattn.families.idefics import Idefics
 from ds_lvxattn.families.idefics2 import Idefics2
 from ds_lvxattn.families.idefics3 import Idefics3, SmolVLM
@@ -19,6 +20,7 @@ from ds_lvxattn.families.image_features import ImageFeatures
 from ds_lvxattn.families.llava import Llava
 from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
+from ds_lvxattn.families.paligemma import PaliGemma
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.families.qwen2_vl import Qwen2VL
 from ds_lvxattn.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
@@ -39,6 +41,8 @@ FAMILIES: tuple[type[Family], ...] = (
     Qwen25VL,
     Qwen3VL,
     Qwen3VLMoe,
+    Gemma3,
+    PaliGemma,
     ImageFeatures,  # any other model of transformers with images in its text
     TextOnly,  # last: any causal language model of transformers
 )

@@ -64,6 +64,7 @@ class Family(ABC):
             it, and no implementation is set.
         keys_in_text: whether all that text attends to is the text itself: the visual tokens of a frame, if the model
             takes frames, stand in the place of its image token, and attention of the role ``self`` is all there is.
+        blocks_in_window: whether a sliding window also limits what a row of a block (see ``blocks``) sees of it.
         generates: whether its models keep keys and values in a cache of transformers, which generation needs.
     """
 
@@ -71,6 +72,7 @@ class Family(ABC):
     model_class: type[PreTrainedModel]
     attention_config: str | None = ""
     keys_in_text: bool = False
+    blocks_in_window: bool = True
     generates: bool = True
 
     def __init__(self, config: Any) -> None:
@@ -168,6 +170,23 @@ class Family(ABC):
             shapes: of the sample's frames.
         """
         return np.arange(len(visual))
+
+    def blocks(self, visual: np.ndarray, labels: np.ndarray) -> Sequence[tuple[int, int]]:
+        """Runs ``[first, last)`` of a sample's rows that see each other in both directions, ascending; here none.
+
+        Args:
+            visual: see ``positions``.
+            labels: int64 ``[S]``, labels of the rows themselves.
+        """
+        return ()
+
+    def block_arguments(self, in_block: np.ndarray) -> Mapping[str, np.ndarray]:
+        """The model's own arguments that say so, ``[B, S]`` each.
+
+        Args:
+            in_block: bool ``[B, S]``, rows of a block.
+        """
+        return {}
 
     @abstractmethod
     def load_model(self, name: str, dtype: torch.dtype) -> PreTrainedModel:

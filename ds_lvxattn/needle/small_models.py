@@ -17,6 +17,8 @@ from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Idefics2Config,
     Idefics2ForConditionalGeneration,
     Idefics3Config,
@@ -30,6 +32,8 @@ from transformers import (
     MllamaConfig,
     MllamaForConditionalGeneration,
     OPTConfig,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -45,6 +49,7 @@ from transformers import (
 from transformers.models.aria.image_processing_pil_aria import AriaImageProcessorPil
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -375,6 +380,32 @@ def aria(scale: Scale, queries: int = 4, **options: Any) -> PreTrainedModel:
     return AriaForConditionalGeneration._from_config(config, **options)
 
 
+def gemma3(scale: Scale, window: int = 64) -> PreTrainedModel:
+    """Gemma 3 with four visual tokens a frame, which see each other; every third layer sees beyond a window."""
+    head = scale.width // HEADS
+    kinds = ["full_attention" if layer % 3 == 2 else "sliding_attention" for layer in range(scale.layers)]
+    config = Gemma3Config(
+        vision_config={**scale.vision, "model_type": "siglip_vision_model", "num_hidden_layers": 2,
+                       "vision_use_head": False},
+        text_config={**scale.text, "head_dim": head, "query_pre_attn_scalar": head, "sliding_window": window,
+                     "layer_types": kinds},
+        mm_tokens_per_image=4, image_token_index=IMAGE_ID, initializer_range=scale.spread,
+        boi_token_index=TOKENS["bos_token_id"], eoi_token_index=TOKENS["eos_token_id"],
+    )  # fmt: skip
+    return Gemma3ForConditionalGeneration(config)
+
+
+def paligemma(scale: Scale, **text: Any) -> PreTrainedModel:
+    """PaliGemma around Gemma with four visual tokens a frame; what is ahead of the first answer sees each other."""
+    config = PaliGemmaConfig(
+        vision_config={**scale.vision, "model_type": "siglip_vision_model", "num_hidden_layers": 2,
+                       "projection_dim": scale.width, "vision_use_head": False},
+        text_config={**scale.text, "model_type": "gemma", "head_dim": scale.width // HEADS, **text},
+        projection_dim=scale.width, hidden_size=scale.width, image_token_index=IMAGE_ID,
+    )  # fmt: skip
+    return PaliGemmaForConditionalGeneration(config)
+
+
 # The model by its name, and its image processor.
 SMALL_MODELS: dict[str, tuple[Callable[[Scale], PreTrainedModel], Callable[[], Any]]] = {
     "quickstart": (
@@ -409,6 +440,8 @@ SMALL_MODELS: dict[str, tuple[Callable[[Scale], PreTrainedModel], Callable[[], A
     "small-qwen2.5-vl": (qwen2_5_vl, lambda: qwen_vl_processor("Qwen2VLVideoProcessor", 16 * SIZE**2)),
     "small-qwen3-vl": (qwen3_vl, lambda: qwen_vl_processor("Qwen3VLVideoProcessor", 64 * SIZE**2)),
     "small-qwen3-vl-moe": (qwen3_vl_moe, lambda: qwen_vl_processor("Qwen3VLVideoProcessor", 64 * SIZE**2)),
+    "small-gemma3": (gemma3, lambda: Gemma3ImageProcessorPil(size=SQUARE, **PIXELS)),
+    "small-paligemma": (paligemma, lambda: SiglipImageProcessorPil(size=SQUARE, **PIXELS)),
 }
 
 

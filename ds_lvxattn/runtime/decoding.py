@@ -60,6 +60,8 @@ class DecodingStep:
             its padding; None without padding.
         sees_frame: ``[B, 1, 1, 1]`` in the model's dtype, 1 for samples whose new tokens see a frame.
         position: int64 ``[..., B, 1]``, position ids of the first new token.
+        first_start: int32 ``[1, B, 1]``, the first key that the first new token, the last one of the prompt, sees in
+            spite of a sliding window: where it is of a block that does (``Family.blocks_in_window``); None: of none.
     """
 
     comm: Communicator
@@ -71,6 +73,7 @@ class DecodingStep:
     text_start: Tensor | None
     sees_frame: Tensor
     position: Tensor
+    first_start: Tensor | None = None
 
     brings_frames: ClassVar[bool] = False
 
@@ -98,6 +101,8 @@ class DecodingStep:
         if plan.window is not None and interval is not None:
             # The prompt ends ahead of the new tokens, of which ``key`` has all.
             start = torch.maximum(interval.start, interval.stop - max(plan.window - key.shape[2], 0))
+            if self.first_start is not None and key.shape[2] == 1:
+                start = torch.minimum(start, self.first_start)
             interval = KVInterval(start, interval.stop)
             key, value = key[:, :, -plan.window :], value[:, :, -plan.window :]
         before = self._over_divided(module, query, interval, scale)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ds_lvxattn.batches.prepare import Batches
 from ds_lvxattn.data.sample import Sample
 from ds_lvxattn.training.loading import parameter_groups, partition_over_all_ranks
-from tests.support.tiny_families import tiny
+from tests.support.tiny_families import SINGLE, tiny
 from tests.support.tiny_model import (
     ADAMW,
     CLIPPING,
@@ -82,6 +82,11 @@ def norms_in_float64(model: torch.nn.Module) -> torch.nn.Module:
         if type(module).__name__.endswith("RMSNorm"):
             setattr(module, "forward", functools.partial(forward, module))  # noqa: B010
     return model
+
+
+def limits_of(family: str) -> tuple[float, float]:
+    """How far a float64 loss and gradient may be from those of one rank; see ``largest_differences``."""
+    return (1e-7, 1e-5) if family in SINGLE else (1e-12, 1e-11)
 
 
 def batches_of(family: str) -> tuple[tuple[str, ...], ...]:

@@ -27,6 +27,10 @@ def mplug_owl3(kind: str) -> Callable[[], Any]:
     return functools.partial(small_models.mplug_owl3, FOUR_LAYERS, kind, hyper_layers=(1, 2, 4), head=True)
 
 
+GEMMA2 = {
+    "model_type": "gemma2", "query_pre_attn_scalar": 6, "sliding_window": 5, "attn_logit_softcapping": None,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}  # fmt: skip
 # Odd numbers of visual tokens, so that frames do not divide as ranks do.
 FAMILIES: dict[str, Callable[[], Any]] = {
     "idefics": functools.partial(small_models.idefics, FOUR_LAYERS, latents=0, norms=False),
@@ -42,6 +46,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen2.5-vl": functools.partial(small_models.qwen2_5_vl, TINY),
     "qwen3-vl": functools.partial(small_models.qwen3_vl, TINY),
     "qwen3-vl-moe": functools.partial(small_models.qwen3_vl_moe, TINY, experts_implementation="eager"),
+    "gemma3": functools.partial(small_models.gemma3, TINY, window=5),
+    "paligemma": functools.partial(small_models.paligemma, TINY),
+    "paligemma2": functools.partial(small_models.paligemma, TINY, **GEMMA2),
     "text only": text_only,
     "mplug_owl3, fused": mplug_owl3("fused"),
     "mplug_owl3, gate": mplug_owl3("gate"),
@@ -87,6 +94,10 @@ def cutting(name: str, dtype: torch.dtype = torch.float32) -> Any:
         return model
 
     return tiny(build, dtype)
+
+
+# Their norms compute in float32, whatever the model.
+SINGLE = ("gemma3", "paligemma", "paligemma2")
 
 
 def tiny(name: str | Callable[[], Any], dtype: torch.dtype = torch.float32) -> nn.Module:

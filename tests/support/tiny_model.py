@@ -30,12 +30,14 @@ from ds_lvxattn.families import family_of, mllama
 from ds_lvxattn.families.aria import Aria
 from ds_lvxattn.families.blip2 import Blip2
 from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingo
+from ds_lvxattn.families.gemma3 import Gemma3
 from ds_lvxattn.families.idefics import Idefics
 from ds_lvxattn.families.idefics2 import Idefics2
 from ds_lvxattn.families.idefics3 import Idefics3, SmolVLM
 from ds_lvxattn.families.llava import Llava
 from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
+from ds_lvxattn.families.paligemma import PaliGemma
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.families.qwen2_vl import Qwen2VL
 from ds_lvxattn.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
@@ -161,6 +163,8 @@ PROCESSORS: dict[type, str] = {
     SmolVLM: "small-smolvlm",
     Aria: "small-aria",
     Qwen2VL: "small-qwen2-vl",
+    Gemma3: "small-gemma3",
+    PaliGemma: "small-paligemma",
     Qwen25VL: "small-qwen2.5-vl",
     Qwen3VL: "small-qwen3-vl",
     Qwen3VLMoe: "small-qwen3-vl-moe",

@@ -1,0 +1,78 @@
+"""PaliGemma: ``PaliGemmaForConditionalGeneration`` of transformers, unmodified, around Gemma or Gemma 2.
+
+A prefix language model: images and question, all that is ahead of the first answer, see each other in both directions,
+and what follows is causal. In a conversation of several turns the later questions follow, as the model has one prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, PaliGemmaForConditionalGeneration
+from transformers.models.gemma import modeling_gemma
+from transformers.models.siglip.modeling_siglip import SiglipAttention
+
+from ds_lvxattn.data.sample import IGNORE, FrameShape
+from ds_lvxattn.families.concatenation import Concatenation, last_hidden_states
+from ds_lvxattn.runtime.batch import SequenceParallelBatch
+from ds_lvxattn.runtime.recompute import Recomputation
+
+# Where Gemma scales its embeddings inside the model, PaliGemma divides visual tokens by the factor beforehand.
+SCALED_INSIDE = not hasattr(modeling_gemma, "GemmaTextScaledWordEmbedding")
+
+
+class PaliGemma(Concatenation):
+    """The PaliGemma family; see ``VisualFamily``."""
+
+    name = "PaliGemma"
+    model_class = PaliGemmaForConditionalGeneration
+    image_token = "<image>"
+    blocks_in_window = False
+
+    def is_local(self, module: nn.Module) -> bool:
+        return isinstance(module, SiglipAttention)
+
+    def encode(
+        self, model: Any, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
+    ) -> Tensor:
+        tokens = model.multi_modal_projector(last_hidden_states(model.vision_tower, pixels, batch, recomputation))
+        return tokens / self.config.text_config.hidden_size**0.5 if SCALED_INSIDE else tokens
+
+    def positions(self, visual: np.ndarray, shapes: Sequence[FrameShape]) -> np.ndarray:
+        return super().positions(visual, shapes) + 1
+
+    def blocks(self, visual: np.ndarray, labels: np.ndarray) -> Sequence[tuple[int, int]]:
+        answers = np.flatnonzero(labels != IGNORE)
+        return [(0, int(answers[0]) if len(answers) else len(labels))]
+
+    def block_arguments(self, in_block: np.ndarray) -> Mapping[str, np.ndarray]:
+        return {"token_type_ids": (~in_block).astype(np.int64)}
+
+    def trainable_by_default(self) -> tuple[str, ...]:
+        return (*super().trainable_by_default(), "*multi_modal_projector.*")
+
+    def visual_widths(self) -> tuple[int, ...]:
+        return (self.config.text_config.hidden_size, self.config.vision_config.hidden_size)
+
+    def frame_tokens(self) -> int:
+        return self.encoder_tokens()
+
+    def encoder_tokens(self) -> int:
+        vision = self.config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2
+
+    def load_processor(self, name: str) -> Any:
+        return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+
+    def pixels(
+        self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
+    ) -> Mapping[str, Tensor]:
+        return {"pixel_values": processor(list(frames), return_tensors="pt")["pixel_values"][None]}
+
+    def blank_pixels(self) -> Mapping[str, Tensor]:
+        vision = self.config.vision_config
+        return {"pixel_values": torch.zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size)}
