@@ -68,5 +68,5 @@ def use_groups(accelerator: Accelerator, groups: SequenceParallelGroups) -> None
     for name in ("split_batches", "dispatch_batches"):
         if getattr(accelerator, name):
             raise ConfigError(f"accelerator_config.{name} is set, which sequence parallelism does not do; leave it out")
-    setattr(accelerator, "_prepare_deepspeed", prepare_deepspeed)  # noqa: B010
-    setattr(accelerator, "prepare_data_loader", prepare_data_loader)  # noqa: B010
+    vars(accelerator)["_prepare_deepspeed"] = prepare_deepspeed
+    vars(accelerator)["prepare_data_loader"] = prepare_data_loader

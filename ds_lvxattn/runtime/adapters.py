@@ -306,7 +306,7 @@ def _multihead(
 
 def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     """On this instance; hooks of the module, such as ZeRO-3's, still run around it."""
-    setattr(module, "forward", functools.partial(forward, module))  # noqa: B010
+    vars(module)["forward"] = functools.partial(forward, module)
 
 
 ADAPTERS: dict[str, Callable[[Any], None]] = {

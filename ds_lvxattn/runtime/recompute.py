@@ -78,7 +78,7 @@ class Recomputation:
             switch(*args, **kwargs)
             self._adapt()
 
-        setattr(model, "_set_gradient_checkpointing", switch_and_adapt)  # noqa: B010
+        vars(model)["_set_gradient_checkpointing"] = switch_and_adapt
         self._adapt()
 
     def _adapt(self) -> None:
@@ -99,7 +99,7 @@ class Recomputation:
         for layer in self.layers:
             layer.gradient_checkpointing = self.policy == "layer" and layer in whole
             again = functools.partial(recompute, layer, offload=self.offload)
-            setattr(layer, "_gradient_checkpointing_func", again)  # noqa: B010
+            vars(layer)["_gradient_checkpointing_func"] = again
 
     def _wrap(self, module: nn.Module) -> None:
         """Let an attention module recompute by policy ``kv``, unless its decoder layer is recomputed as a whole."""
@@ -115,7 +115,7 @@ class Recomputation:
                 args = (kwargs.pop("hidden_states"), *args)
             return recompute(module, functools.partial(forward, **kwargs), *args, offload=self.offload)
 
-        setattr(module, "forward", recomputing)  # noqa: B010
+        vars(module)["forward"] = recomputing
 
 
 @torch._disable_dynamo  # its dispatch modes would see the operators of a graph, not those of the layer

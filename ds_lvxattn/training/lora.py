@@ -62,7 +62,7 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings, name: str, zero
             )
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in parameter_name)
-    setattr(model, "_lora", config)  # noqa: B010 (what the export needs to know)
+    vars(model)["_lora"] = config  # what the export needs to know
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -119,4 +119,4 @@ def _quantize(model: nn.Module, settings: LoraSettings, zero_stage: int, device:
         small.bias = layer.bias
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, small.to(device))
-    setattr(model, "is_loaded_in_4bit", True)  # noqa: B010 (PEFT asks for it)
+    vars(model)["is_loaded_in_4bit"] = True  # PEFT asks for it
