@@ -173,6 +173,13 @@ def test_a_picture_has_the_tiles_that_its_size_tells(height: int, width: int, li
         assert torch.equal(pixels["pixel_values"], theirs["pixel_values"][:, :, : shape.tokens // 5])
 
 
+def test_an_export_that_cannot_say_a_limit_of_tiles_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    Mllama(tiny_config(TILES)).limited(processor(), FrameLimits(image_tiles=TILES))
+    assert not caplog.records
+    Mllama(tiny_config(TILES)).limited(processor(), FrameLimits(image_tiles=2))
+    assert "at most 2 tiles" in caplog.text and "up to 4" in caplog.text
+
+
 def test_a_frame_of_a_video_has_one_tile_without_padding() -> None:
     family, size = Mllama(tiny_config(TILES)), FrameSize(3 * SIZE, 2 * SIZE, video=True)
     assert family.shape_of(size, processor(), ANY_SIZE) == FrameShape(5, 32, (1, 1))

@@ -14,6 +14,7 @@ the memory of the frames for the few tokens of a conversation ahead of its video
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -49,6 +50,9 @@ KEYS_AT_ONCE = 1 << 16
 PIXELS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
 
+logger = logging.getLogger(__name__)
+
+
 class Mllama(VisualFamily):
     """The Llama 3.2 Vision family; see ``VisualFamily``."""
 
@@ -79,6 +83,17 @@ class Mllama(VisualFamily):
 
     def load_processor(self, name: str) -> Any:
         return MllamaImageProcessorPil.from_pretrained(name)
+
+    def limited(self, processor: Any, limits: FrameLimits) -> Any:
+        """It cannot say a limit: it numbers aspect ratios by its ``max_image_tiles``, and the model reads the numbers."""
+        if limits.image_tiles is not None and limits.image_tiles < processor.max_image_tiles:
+            logger.warning(
+                "images were trained with at most %d tiles ('finetuning.image_tiles'), and the exported processor makes "
+                "up to %d: scale images down to that many tiles before it (docs/serving.md)",
+                limits.image_tiles,
+                processor.max_image_tiles,
+            )
+        return processor
 
     def shape_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> FrameShape:
         grid = (1, 1)
