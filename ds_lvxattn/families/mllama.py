@@ -85,11 +85,11 @@ class Mllama(VisualFamily):
         return MllamaImageProcessorPil.from_pretrained(name)
 
     def limited(self, processor: Any, limits: FrameLimits) -> Any:
-        """It cannot say a limit: it numbers aspect ratios by its ``max_image_tiles``, and the model reads the numbers."""
+        """It cannot say a limit: it numbers aspect ratios by its ``max_image_tiles``, as the model reads them."""
         if limits.image_tiles is not None and limits.image_tiles < processor.max_image_tiles:
             logger.warning(
-                "images were trained with at most %d tiles ('finetuning.image_tiles'), and the exported processor makes "
-                "up to %d: scale images down to that many tiles before it (docs/serving.md)",
+                "images were trained with at most %d tiles ('finetuning.image_tiles'), and the exported processor "
+                "makes up to %d: scale images down to that many tiles before it (docs/serving.md)",
                 limits.image_tiles,
                 processor.max_image_tiles,
             )
