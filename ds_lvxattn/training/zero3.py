@@ -9,6 +9,7 @@ from deepspeed.utils import set_z3_leaf_module, set_z3_leaf_modules
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of, unwrapped
 
 # Share of the device's memory that a frozen encoder may take while all portions of the frames go through it.
@@ -36,7 +37,10 @@ def take_as_wholes(model: nn.Module, zero: dict[str, Any]) -> dict[str, Any]:
     if experts:
         set_z3_leaf_modules(model, list(experts))
     base = unwrapped(model)
-    family = family_of(base)
+    try:
+        family = family_of(base)
+    except ConfigError:
+        return zero  # adapters or parts of a model by themselves: nothing is known of them
     roles = {module: layer.role for module, layer in family.attention_layers(base).items()}
     live, largest = 0, 0
     encoder = family.encoder(base) if isinstance(family, VisualFamily) else None
