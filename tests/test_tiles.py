@@ -24,9 +24,10 @@ from transformers.models.mllama.processing_mllama import (
 from ds_lvxattn.batches.layout import lay_out
 from ds_lvxattn.batches.prepare import Batches
 from ds_lvxattn.data.sample import IGNORE, FrameShape, FrameSize, Sample, SampleError
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
 from ds_lvxattn.families.mllama import Mllama
-from ds_lvxattn.needle.small_models import SIZE, SQUARE
+from ds_lvxattn.needle.small_models import SIZE, SQUARE, small_model
 from tests.support.distributed import run
 from tests.support.parity import Gradients, gradients_of, largest_differences, sum_over_ranks
 from tests.support.tiny_model import (
@@ -178,6 +179,23 @@ def test_an_export_that_cannot_say_a_limit_of_tiles_says_so(caplog: pytest.LogCa
     assert not caplog.records
     Mllama(tiny_config(TILES)).limited(processor(), FrameLimits(image_tiles=2))
     assert "at most 2 tiles" in caplog.text and "up to 4" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "limits"),
+    [
+        ("small-llava", {"image_tiles": 2}),
+        ("small-idefics3", {"frame_tiles": 4}),
+        ("small-qwen2.5-vl", {"frame_padding": True}),
+    ],
+)
+def test_a_limit_that_a_family_does_not_follow_is_refused(name: str, limits: dict[str, int]) -> None:
+    model, images = small_model(name, 0)
+    [(key, value)] = limits.items()
+    cpu = torch.device("cpu")
+    with pytest.raises(ConfigError, match=f"'finetuning.{key}' is {value}, which .* does not follow"):
+        Batches(model, images, 0, 1, cpu, torch.float32, None, FrameLimits(**limits))
+    Batches(model, images, 0, 1, cpu, torch.float32, None, FrameLimits(frame_tiles=None))
 
 
 def test_a_frame_of_a_video_has_one_tile_without_padding() -> None:

@@ -14,7 +14,7 @@ from ds_lvxattn.batches.layout import BatchLayout
 from ds_lvxattn.batches.planning import planner_for
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.data.sample import Sample
-from ds_lvxattn.families import family_of
+from ds_lvxattn.families import VisualFamily, family_of
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
 from ds_lvxattn.families.processors import ChannelsLast
 from ds_lvxattn.plan.layer_plan import LayerPlan
@@ -56,7 +56,8 @@ class Batches:
         planner: plans the attached model; None for the unmodified one.
 
     Raises:
-        ConfigError: on every rank, when the kernel that is set cannot run a layer.
+        ConfigError: on every rank, when the kernel that is set cannot run a layer, or the model does not follow what
+            ``limits`` sets.
         ValueError: packing of the unmodified model, whose attention would not keep samples apart.
     """
 
@@ -75,6 +76,9 @@ class Batches:
         self.parallel, self.packing = parallel, packing
         if packing is not None and parallel is None:
             raise ValueError("packing is of attached models: the unmodified one would mix the samples of a row")
+        family = family_of(model)
+        if isinstance(family, VisualFamily):
+            family.refuse_unheeded(processor, limits)
         processor = ChannelsLast(processor)
         division: Division | None = None
         self.planner: Planner | None = None
@@ -82,7 +86,7 @@ class Batches:
             self.planner = planner_for(parallel, device, dtype)
             config = parallel.config
             division = Division(parallel.comm, config.placement, parallel.windows, config.kernel)
-        self.collator = Collator(family_of(model), processor, pad_token, image_id, device, dtype, division, limits)
+        self.collator = Collator(family, processor, pad_token, image_id, device, dtype, division, limits)
         self._plan: Plan = ()
         self._plans: Mapping[nn.Module, LayerPlan] = {}
 

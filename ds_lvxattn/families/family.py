@@ -48,6 +48,8 @@ class FrameLimits:
 
 
 ANY_SIZE = FrameLimits()
+# What only some models follow, with what each is unless it is set.
+TILE_LIMITS = {name: getattr(ANY_SIZE, name) for name in ("image_tiles", "frame_tiles", "frame_padding")}
 
 
 class Family(ABC):
@@ -232,6 +234,20 @@ class VisualFamily(Family):
     @abstractmethod
     def encoder_tokens(self) -> int:
         """Tokens of such a frame inside the vision encoder, padding included: what encoding it costs."""
+
+    def tile_limits(self, processor: Any) -> tuple[str, ...]:
+        """Which of ``TILE_LIMITS`` the family follows with ``processor``."""
+        return ()
+
+    def refuse_unheeded(self, processor: Any, limits: FrameLimits) -> None:
+        """Raise ``ConfigError`` where ``limits`` asks for what ``tile_limits`` does not have."""
+        for name, usual in TILE_LIMITS.items():
+            value = getattr(limits, name)
+            if value not in (usual, None) and name not in self.tile_limits(processor):
+                raise ConfigError(
+                    f"'finetuning.{name}' is {value!r}, which {self.name} with a {type(processor).__name__} does not "
+                    "follow; leave it out, and change the processor's own settings (preprocessor_config.json) instead"
+                )
 
     def shape_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> FrameShape:
         """What the model makes of a frame. Here: of every frame the same.

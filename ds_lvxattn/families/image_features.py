@@ -159,6 +159,9 @@ class ImageFeatures(Concatenation):
     def token_of(self, tokenizer: Any) -> str:
         return tokenizer.convert_ids_to_tokens(self._image_id)
 
+    def tile_limits(self, processor: Any) -> tuple[str, ...]:
+        return ("image_tiles", "frame_tiles") if hasattr(_whole(processor).image_processor, "max_patches") else ()
+
     def limited(self, processor: Any, limits: FrameLimits) -> Any:
         images = _whole(processor).image_processor
         if limits.image_tiles is None or not hasattr(images, "max_patches"):

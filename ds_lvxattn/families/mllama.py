@@ -35,7 +35,7 @@ from transformers.models.mllama.modeling_mllama import (
 )
 
 from ds_lvxattn.data.sample import FrameShape, FrameSize
-from ds_lvxattn.families.family import FrameLimits, VisualFamily, dense_frame_mask
+from ds_lvxattn.families.family import TILE_LIMITS, FrameLimits, VisualFamily, dense_frame_mask
 from ds_lvxattn.families.frames import encode_in_portions, in_samples, refuse_mask
 from ds_lvxattn.families.mllama_encoder import install_encoder
 from ds_lvxattn.runtime.batch import Exchanging, SequenceParallelBatch
@@ -83,6 +83,9 @@ class Mllama(VisualFamily):
 
     def load_processor(self, name: str) -> Any:
         return MllamaImageProcessorPil.from_pretrained(name)
+
+    def tile_limits(self, processor: Any) -> tuple[str, ...]:
+        return tuple(TILE_LIMITS)
 
     def limited(self, processor: Any, limits: FrameLimits) -> Any:
         """It cannot say a limit: it numbers aspect ratios by its ``max_image_tiles``, as the model reads them."""
