@@ -155,6 +155,8 @@ def test_hidden_frames_are_no_frames(tmp_path: Path, codec: str) -> None:
     ("name", "codec", "options"),
     [
         ("film.mp4", "libx264", {"x264-params": "open-gop=1:keyint=12:bframes=3"}),
+        ("refreshed.mp4", "libx264", {"x264-params": "intra-refresh=1:keyint=12"}),
+        ("refreshed.ts", "libx264", {"x264-params": "intra-refresh=1:keyint=12:bframes=0"}),
         ("film.mkv", "libx265", {"x265-params": "log-level=none:keyint=12:open-gop=1"}),
         ("film.ts", "mpeg2video", {"bf": "2", "g": "12"}),
         ("film.avi", "mpeg4", {"bf": "2", "g": "12"}),
@@ -443,6 +445,58 @@ def test_damage_is_told_and_not_concealed(tmp_path: Path) -> None:
     for number in (10, 15, 19):
         with pytest.raises(MediaError, match=r"film.mp4: damaged near 1\.\d\d s"):
             decode_frames(film, [number])
+
+
+@pytest.mark.parametrize(
+    ("bframes", "damaged", "refused_from"), [(0, 24, 24), (2, 19, 19)], ids=["in order", "ahead of frames before it"]
+)
+def test_recovery_points_are_no_damage_and_damage_is(
+    tmp_path: Path, bframes: int, damaged: int, refused_from: int
+) -> None:
+    """With periodic intra refresh, pictures are whole some frames behind the place where decoding starts."""
+    rng = np.random.default_rng(0)
+    film = tmp_path / "film.mp4"
+    params = f"intra-refresh=1:keyint=10:bframes={bframes}:scenecut=0"
+    with av.open(str(film), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"x264-params": params})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(45):
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with open_film(str(film)) as (container, stream):
+        expected = [as_shown(frame, None) for frame in container.decode(stream)]
+    with av.open(str(film)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    assert sum(packet.is_keyframe for packet in packets) > 3
+    for number, picture in enumerate(expected):
+        np.testing.assert_array_equal(decode_frames(film, [number])[0], picture)
+    data, packet = bytearray(film.read_bytes()), packets[damaged]
+    assert packet.pos is not None
+    data[packet.pos + packet.size // 2 : packet.pos + packet.size] = b"\xff" * (packet.size - packet.size // 2)
+    film.write_bytes(data)
+    refused = []
+    for number, picture in enumerate(expected):
+        try:
+            found = decode_frames(film, [number])[0]
+        except MediaError as error:
+            assert "damaged near" in str(error)
+            refused.append(number)
+        else:
+            np.testing.assert_array_equal(found, picture)
+    # Up to where decoding from the next recovery point has all of the picture, and no further.
+    assert refused == [*range(refused_from, refused[-1] + 1)] and damaged < refused[-1] < 40
+
+
+def test_a_film_that_begins_at_a_recovery_point_is_shown_from_where_it_is_whole(tmp_path: Path) -> None:
+    params = "intra-refresh=1:keyint=12:bframes=0"
+    film = write_film(tmp_path / "film.mp4", [5 * i for i in range(40)], **{"x264-params": params})
+    cut = remux(film, tmp_path / "cut.mkv", lambda packet, number: number >= 12)
+    with open_film(str(cut)) as (container, stream):
+        shown = [as_shown(frame, None) for frame in container.decode(stream)]
+    assert 0 < len(shown) < 28 and probe_video(cut).num_frames == len(shown)
+    for number, picture in enumerate(shown):
+        np.testing.assert_array_equal(decode_frames(cut, [number])[0], picture)
 
 
 def test_half_a_film_is_none(tmp_path: Path) -> None:

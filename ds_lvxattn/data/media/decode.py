@@ -137,7 +137,8 @@ def _walk(
                 raise _DamageError(f"{path}: damaged {_place(frame, index)}: what is missing was made up")
             if frame.pts in wanted:
                 yield wanted[frame.pts], frame
-            if frame.pts >= last:
+            # With a frame by packet, what still comes was decoded ahead of the last one, which may refer to it.
+            if frame.pts >= last and not by_packet:
                 return
 
 

@@ -15,6 +15,7 @@ from ds_lvxattn.data.media.complete import is_cut_off
 from ds_lvxattn.data.media.files import MAX_PIXELS, MediaError, check_file, open_film
 from ds_lvxattn.data.media.hidden import shows_frame
 from ds_lvxattn.data.media.picture import size_as_shown
+from ds_lvxattn.data.media.recovery import RecoveryPoints
 from ds_lvxattn.data.media.store import fetch
 from ds_lvxattn.data.media.timeline import VideoInfo
 
@@ -37,7 +38,8 @@ class FilmIndex:
         info: what a player shows.
         stamps: int64 ``[num_frames]``, presentation time of each shown frame in the stream's time base, ascending; None
             when the file has no usable ones: frames are then counted from the start.
-        key_of: int32 ``[num_frames]``, the key frame that decoding of a frame starts from.
+        key_of: int32 ``[num_frames]``, the key frame that decoding of a frame starts from: the last one by which all of
+            its picture is there.
         keys: int64 ``[keys, 2]``, presentation and decoding time of the key frames, in decoding order.
     """
 
@@ -78,7 +80,13 @@ def _build(path: str) -> FilmIndex:
         if stream.width * stream.height > MAX_PIXELS:
             raise MediaError(f"{path}: {stream.width} x {stream.height} pixels; at most {MAX_PIXELS:,} are decoded")
         codec = stream.codec_context.name
-        packets = [_packet(codec, packet) for packet in container.demux(stream) if packet.size]
+        by_packet = is_frame_by_packet(stream)
+        points = RecoveryPoints(stream, by_packet)
+        packets: list[_Packet] = []
+        for packet in container.demux(stream):
+            if packet.size:
+                points.add(packet)
+                packets.append(_packet(codec, packet))
         # The list of its frames comes first in such a file: it is shorter than it says. Streams end anywhere.
         if is_cut_off(path) or (packets and packets[-1].is_corrupt and "mp4" in container.format.name):
             raise MediaError(f"{path}: damaged: the file is cut off")
@@ -91,15 +99,14 @@ def _build(path: str) -> FilmIndex:
         rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
         reorders = any(packet.pts != packet.dts for packet in packets)
         timeless = container.format.name in WITHOUT_TIMES and reorders
-        by_packet = is_frame_by_packet(stream)
     times = None
     if not timeless and by_packet:
-        times = _packet_times(packets)
+        times = _packet_times(packets, points.ends)
     if times is None:
         decoded = _decoded(path)
         if not decoded:
             raise MediaError(f"{path}: no decodable frame")
-        times = None if timeless else _frame_times(packets, decoded)
+        times = None if timeless else _frame_times(packets, decoded, points.ends)
     keys = np.array([(p.pts or 0, p.dts or 0) for p in packets if p.is_key], dtype=np.int64).reshape(-1, 2)
     width, height = _shown_size(path)
     if times is None:
@@ -132,8 +139,12 @@ def is_frame_by_packet(stream: av.VideoStream) -> bool:
     return stream.codec_context.name in PACKET_IS_FRAME and stream.codec_context.field_order in PROGRESSIVE
 
 
-def _packet_times(packets: list[_Packet]) -> tuple[np.ndarray, np.ndarray] | None:
-    """``stamps`` and ``key_of`` from packets in decoding order; None when they have no distinct times."""
+def _packet_times(packets: list[_Packet], whole_from: list[float]) -> tuple[np.ndarray, np.ndarray] | None:
+    """``stamps`` and ``key_of`` from packets in decoding order; None when they have no distinct times.
+
+    Args:
+        whole_from: ``RecoveryPoints.ends``.
+    """
     found: dict[int, int] = {}
     keys: list[int] = []
     for packet in packets:
@@ -143,6 +154,7 @@ def _packet_times(packets: list[_Packet]) -> tuple[np.ndarray, np.ndarray] | Non
             keys.append(packet.pts)
         # Leading frames of a key frame, shown before it, may refer to frames ahead of it.
         key = len(keys) - 1 - (packet.pts < keys[-1])
+        key = _whole(packet.pts, key, whole_from)
         if packet.shown and key >= 0:
             if packet.pts in found:
                 return None
@@ -151,7 +163,16 @@ def _packet_times(packets: list[_Packet]) -> tuple[np.ndarray, np.ndarray] | Non
     return np.array(stamps, dtype=np.int64), np.array([found[stamp] for stamp in stamps], dtype=np.int32)
 
 
-def _frame_times(packets: list[_Packet], decoded: list[int | None]) -> tuple[np.ndarray, np.ndarray] | None:
+def _whole(stamp: int, key: int, whole_from: list[float]) -> int:
+    """The last key frame, ``key`` or one before, by which the picture at ``stamp`` is whole; -1: there is none."""
+    while key >= 0 and stamp < whole_from[key]:
+        key -= 1
+    return key
+
+
+def _frame_times(
+    packets: list[_Packet], decoded: list[int | None], whole_from: list[float]
+) -> tuple[np.ndarray, np.ndarray] | None:
     """``stamps`` and ``key_of`` from the times of decoded frames; None when those do not ascend."""
     stamps = [stamp for stamp in decoded if stamp is not None]
     keys = [packet.pts for packet in packets if packet.is_key]
@@ -160,8 +181,9 @@ def _frame_times(packets: list[_Packet], decoded: list[int | None]) -> tuple[np.
     starts = [key for key in keys if key is not None]
     if len(starts) < len(keys) or starts != sorted(starts):
         return None
-    key_of = np.searchsorted(starts, stamps, side="right") - 1
-    return np.array(stamps, dtype=np.int64), np.maximum(key_of, 0).astype(np.int32)
+    last = np.searchsorted(starts, stamps, side="right") - 1
+    key_of = [max(_whole(stamp, key, whole_from), 0) for stamp, key in zip(stamps, last.tolist(), strict=True)]
+    return np.array(stamps, dtype=np.int64), np.array(key_of, dtype=np.int32)
 
 
 def _decoded(path: str) -> list[int | None]:

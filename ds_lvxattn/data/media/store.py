@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-VERSION = 1  # of what is stored; another one is another entry
+VERSION = 2  # of what is stored; another one is another entry
 # Smaller files are read again faster than a folder of very many entries is kept.
 WORTH_KEEPING = 4 << 20
 
