@@ -45,6 +45,11 @@ make_environment() {
   echo "$stamp" > .venv/.prepared
 }
 
+# A TCP port that nothing listens on: two runs on one machine do not meet. MASTER_PORT chooses another.
+free_port() {
+  echo "${MASTER_PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}"
+}
+
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
   set -euo pipefail
   cd "$(dirname "$0")/.."

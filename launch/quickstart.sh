@@ -9,5 +9,5 @@ if [ "${DS_ACCELERATOR:-}" != cpu ] && [ "$(nvidia-smi -L | wc -l)" -lt 2 ]; the
   export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1  # two ranks need two GPUs
 fi
 # exec: a signal to this script is one to the launcher, with which the ranks end.
-exec deepspeed --num_gpus 2 train/finetune.py --ds_config ds_configs/quickstart.json \
+exec deepspeed --num_gpus 2 --master_port "$(free_port)" train/finetune.py --ds_config ds_configs/quickstart.json \
   --output_dir "runs/quickstart-$(date +%Y%m%d-%H%M%S)" "$@"

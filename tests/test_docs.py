@@ -1,10 +1,13 @@
-"""What the documentation says to type: files that are there, arguments that the commands take, rows that are read."""
+"""What the documentation says to type: files that are there, arguments that are taken, and that it runs."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,37 +16,102 @@ import pytest
 from ds_lvxattn import cli
 from ds_lvxattn.data.rows import read_row
 from ds_lvxattn.training import finetune, generate
-from tests.support.processes import REPOSITORY
+from ds_lvxattn.training.loading import LoadedModel
+from tests.support.conversations import IMAGE, TOKENIZER, write_video
+from tests.support.processes import REPOSITORY, finish
+from tests.support.tiny_model import tiny_config, tiny_model, tiny_processor
+from tests.support.training import metrics_in
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 PARSERS = {"finetune": finetune.parse, "generate": generate.parse}
-SCRIPTS = re.compile(r"^(?:launch|train|examples|ds_configs)/[\w./-]+$")
+SCRIPTS = re.compile(r"^(?:launch|train|examples|benchmarks|ds_configs)/[\w./-]+$")
+INLINE = re.compile(r"`((?:ds-lvxattn|python|deepspeed|bash|[A-Z_]+=\S+ bash) [^`]+)`")
 
 
 def blocks(page: Path, language: str) -> Iterator[str]:
     yield from re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
-def commands() -> Iterator[tuple[str, list[str]]]:
-    for page in PAGES:
-        for block in blocks(page, "bash"):
-            for line in block.replace("\\\n", " ").splitlines():
-                if words := shlex.split(line, comments=True):
-                    yield page.name, words
+def texts(page: Path) -> list[str]:
+    """The commands of a page as they stand there, those in the middle of its sentences too."""
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    return [*filter(None, lines), *(" ".join(found.split()) for found in INLINE.findall(prose))]
 
 
-@pytest.mark.parametrize(
-    ("page", "words"), commands(), ids=lambda value: value if isinstance(value, str) else " ".join(value)[:60]
-)
-def test_commands(page: str, words: list[str]) -> None:
+COMMANDS = [(page.name, text) for page in PAGES for text in texts(page)]
+
+
+def started(words: list[str]) -> str:
+    """What a command starts: the script, the module, the command of ``ds-lvxattn``, or else its first word."""
+    if words[0] == "ds-lvxattn":
+        return " ".join(words[:2])
+    for before, word in zip(["", *words], words, strict=False):
+        if (SCRIPTS.match(word) and word.endswith((".py", ".sh"))) or before in ("-m", "--module"):
+            return word
+    return words[0]
+
+
+HERE = "tests/test_docs.py"
+GPUS = "measures or checks GPUs"
+# Where the tests run what the pages say to start.
+RUN = {
+    "ds-lvxattn calibrate": "tests/test_calibrate.py::test_ranks_measure_once_and_agree",
+    "ds-lvxattn compare": "tests/test_report.py::test_runs_through_the_launcher_and_goes_on_after_a_failure",
+    "ds-lvxattn data": f"{HERE}::test_one_s_own_rows",
+    "ds-lvxattn finetune": f"{HERE}::test_one_s_own_rows",
+    "ds-lvxattn generate": f"{HERE}::test_one_s_own_rows",
+    "ds_lvxattn.calibrate": "tests/test_calibrate.py::test_ranks_measure_once_and_agree",
+    "ds_lvxattn.plan": f"{HERE}::test_machines_that_are_not_there",
+    "examples/own_loop.py": "tests/test_own_loop.py::test_the_example_trains_as_the_command_does",
+    "examples/trainer.py": "tests/test_trainer.py::test_the_example",
+    "launch/single_node.sh": f"{HERE}::test_the_script_of_one_machine",
+    "train/compare.py": "tests/test_report.py::test_runs_through_the_launcher_and_goes_on_after_a_failure",
+    "train/finetune.py": "tests/test_training.py::test_the_command_and_its_resumption",
+    "train/generate.py": "tests/test_generation.py::test_the_command_gives_one_answer_on_any_number_of_ranks",
+    "benchmarks/rebuttal.py": "tests/test_rebuttal.py::test_the_command_knows_its_rows_by_name",
+}
+# What they do not run, and why.
+NOT_RUN = {
+    "benchmarks/accuracy.py": GPUS,
+    "benchmarks/decoding.py": "minutes of films that it writes itself",
+    "benchmarks/full_size.py": GPUS,
+    "benchmarks/kernels.py": GPUS,
+    "benchmarks/local_attention.py": GPUS,
+    "benchmarks/planner.py": GPUS,
+    "benchmarks/recompute.py": "hours of compute on one machine",
+    "benchmarks/scaling.py": GPUS,
+    "benchmarks/step.py": GPUS,
+    "launch/gpu_check.sh": GPUS,
+    "launch/gpu_faults.sh": GPUS,
+    "launch/kernel_check.sh": GPUS,
+    "launch/multi_node.sh": "needs several nodes, with ssh or SLURM",
+    "launch/quickstart.sh": "makes an environment; tests/test_cli.py trains with its config",
+    "launch/test.sh": "runs the tests",
+    "export": "sets what the tests run with",
+    "pip": "makes the environment that the tests run in",
+}
+
+
+def test_each_command_is_run_or_it_is_said_why_not() -> None:
+    found = {started(words): page for page, text in COMMANDS if (words := shlex.split(text, comments=True))}
+    assert found.keys() == RUN.keys() | NOT_RUN.keys() and not RUN.keys() & NOT_RUN.keys()
+    for test in RUN.values():
+        file, name = test.split("::")
+        assert f"\ndef {name}(" in (REPOSITORY / file).read_text(), test
+
+
+@pytest.mark.parametrize(("page", "text"), COMMANDS, ids=lambda value: value[:60])
+def test_commands(page: str, text: str) -> None:
+    words = shlex.split(text, comments=True)
     for word in words:
         assert not SCRIPTS.match(word) or (REPOSITORY / word).exists(), word
-    if "[" in " ".join(words):  # the arguments that there are, not a command
+    if "[" in text or "..." in text:  # the arguments that there are, not a command
         return
-    script = next((word for word in words if SCRIPTS.match(word)), "")
+    script = started(words)
     if words[0] == "ds-lvxattn":
         assert words[1] in cli.COMMANDS
-        if words[1] in PARSERS:
+        if words[1] in PARSERS and len(words) > 2:
             PARSERS[words[1]](cli._launcher_options(words[2:])[1])
     elif script in ("launch/single_node.sh", "launch/multi_node.sh"):
         config, *rest = words[words.index(script) + 1 :]
@@ -56,3 +124,88 @@ def test_rows() -> None:
     assert len(rows) >= 7
     for row in rows:
         assert read_row(row)[-1].role == "assistant"
+
+
+# The journeys: the commands as they stand on the pages, with other names
+
+
+ASKED = [
+    {"from": "human", "value": "<image>\nWhat happens?"},
+    {"from": "gpt", "value": "It rains."},
+    {"from": "human", "value": "And then?"},
+    {"from": "gpt", "value": "It snows."},
+]
+ROWS = [{"video": "clip.mp4", "conversations": ASKED}, {"conversations": ASKED[2:]}] * 8
+FEW_STEPS = "finetuning.steps=2 finetuning.eval_examples=2"
+
+
+def documented(page: str, start: str) -> str:
+    """The one command of the page that begins like this."""
+    [text] = [text for name, text in COMMANDS if name == page and text.startswith(start)]
+    return text
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder like a checkout, to which the commands may write, with a model and rows about a video."""
+    for name in ("ds_configs", "ds_lvxattn", "launch", "train"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    [(module, function)] = re.findall(r'^ds-lvxattn = "(.+):(.+)"', (REPOSITORY / "pyproject.toml").read_text(), re.M)
+    command = tmp_path / "bin" / "ds-lvxattn"  # as pip writes it, of these sources whatever is installed
+    command.parent.mkdir()
+    command.write_text(f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+    command.chmod(0o755)
+    config = tiny_config(vocab_size=len(TOKENIZER), max_position_embeddings=256)
+    config.image_token_index = TOKENIZER.convert_tokens_to_ids(IMAGE)
+    loaded = LoadedModel(tiny_model(config), TOKENIZER, tiny_processor(), IMAGE)
+    loaded.save(tmp_path / "MODEL", loaded.model.state_dict())
+    write_video(tmp_path / "clip.mp4", 12)
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return tmp_path
+
+
+def typed(text: str, folder: Path, **names: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in the folder as a shell does, on a machine without a GPU, ``names`` replaced in its text."""
+    for name, other in names.items():
+        assert name in text
+        text = text.replace(name, other)
+    path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = finish(
+        ["bash", "-euc", text], cwd=folder, PATH=path, CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu",
+        OMP_NUM_THREADS="1", WANDB_MODE="disabled", ENVIRONMENT="active",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_one_s_own_rows(checkout: Path) -> None:
+    """Looked at, trained on, and the model that comes of it asked."""
+    said = typed(documented("your-data-and-model.md", "ds-lvxattn data"), checkout, PATH="MODEL").stdout
+    assert f"{len(ROWS)} rows, {len(ROWS)} good, 0 bad" in said and "sampled: 12" in said
+    train = documented("README.md", "ds-lvxattn finetune")
+    typed(f"{train} {FEW_STEPS}", checkout, **{"meta-llama/Llama-3.2-11B-Vision-Instruct": "MODEL"})
+    out = checkout / "runs" / "mine"
+    assert len(metrics_in(out)) == 2 and json.loads((out / "eval.json").read_text())["examples"]
+    done = typed(f"{documented('README.md', 'ds-lvxattn generate')} --max_new_tokens 2", checkout)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_script_of_one_machine(checkout: Path) -> None:
+    """In the environment at hand; what makes another one is left out."""
+    script = documented("your-data-and-model.md", "GPUS=4 bash launch/single_node.sh")
+    names = {"GPUS=4": "GPUS=2", "PATH": "MODEL", "runs/mine": "runs/node"}
+    typed(f"{script} {FEW_STEPS}", checkout, **names)
+    assert len(metrics_in(checkout / "runs" / "node")) == 2
+
+
+@pytest.mark.slow
+def test_machines_that_are_not_there(checkout: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (checkout / "docs").mkdir()
+    asked = [text for _, text in COMMANDS if "ds_lvxattn.plan --" in text and "|" not in text]
+    assert len(asked) >= 3
+    for text in asked:
+        assert "choice: " in typed(text, checkout).stdout, text
+    assert {path.name for path in (checkout / "docs").iterdir()} == {"planner_map.png", "planner_scaling.png"}

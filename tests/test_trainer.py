@@ -108,6 +108,38 @@ def test_training_evaluation_and_resumption(stage: int, tmp_path: Path) -> None:
     assert first["eval_accuracy"] == first["whole logits"] == [want]
 
 
+def train_and_load_the_best(folder: Path) -> list[dict[str, Any]]:
+    """The best is the worst here, of a loss that falls: that of the first checkpoint, which is not the last one."""
+    samples, found = mixed_samples(6).samples, []
+    how = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 1, "max_steps": 3}
+    for stage in (2, 3):
+        out = folder / str(stage)
+        with launched():
+            trainer = divided_trainer(
+                out, deepspeed_block(stage), samples, eval_dataset=samples[:4], **how, **best, **sizes
+            )
+            trainer.train()
+            told = {"best": trainer.state.best_model_checkpoint, "losses": logged(trainer, "eval_loss")}
+            found.append({**told, "again": trainer.evaluate()["eval_loss"]})
+            trainer.save_model(str(out / "final"))
+    return found
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
+    first, second = run(2, train_and_load_the_best, tmp_path, timeout=300)
+    assert first == second
+    for stage, found in zip((2, 3), first, strict=True):
+        assert found["best"] == str(tmp_path / str(stage) / "checkpoint-1")
+        assert found["losses"][0] > found["losses"][-1] and len(found["losses"]) == 3
+        assert found["again"] == pytest.approx(found["losses"][0], rel=1e-6)
+        saved = AutoModelForImageTextToText.from_pretrained(tmp_path / str(stage) / "final")
+        losses = [loss_of(saved, [sample]).item() for sample in mixed_samples(6).samples[:4]]
+        assert found["again"] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
 def train_in_groups(folder: Path, how: dict[str, Any]) -> dict[str, Any]:
     samples = mixed_samples(24).samples
     with launched():

@@ -64,7 +64,7 @@ def load_sources(
         train = conversations(split="train")
         if not set(loaded.tokenizer.get_vocab()) - set(VOCABULARY):
             raise ConfigError(
-                f"--data {data}: the model's tokenizer knows the {len(VOCABULARY)} words of the needle task alone, so "
+                f"the model's tokenizer knows the {len(VOCABULARY)} words of the needle task alone, so "
                 "it would read every word of your rows as unknown; give --model a pretrained model"
             )
         if not finetuning.eval_examples:
