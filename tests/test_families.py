@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +27,7 @@ from transformers.models.opt.modeling_opt import OPTAttention
 
 from ds_lvxattn import merge_attention, sp_attention
 from ds_lvxattn.batches.sequence_parallel import attention_dropout
-from ds_lvxattn.data.sample import FrameShape, Sample, SampleError
+from ds_lvxattn.data.sample import FrameShape, FrameSize, Sample, SampleError
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.families import FAMILIES, VisualFamily, family_of, family_of_config, idefics, mllama
@@ -39,8 +41,8 @@ from ds_lvxattn.needle.small_models import SMALL_MODELS
 from ds_lvxattn.needle.task import IMAGE, build_tokenizer
 from ds_lvxattn.runtime.registration import exchanged_attention
 from ds_lvxattn.training.loading import load_model
+from tests.support.tiny_families import CUTTING, tiny
 from tests.support.tiny_families import FAMILIES as SMALL_FAMILIES
-from tests.support.tiny_families import tiny
 from tests.support.tiny_model import IMAGE_TOKEN, tiny_batches, tiny_model, tiny_sample
 
 # Masks
@@ -240,6 +242,29 @@ def test_channels_are_last_however_small_a_frame(name: str) -> None:
         for key, value in pixels(side).items():
             if isinstance(value, torch.Tensor):
                 torch.testing.assert_close(value, want[key])
+
+
+@pytest.mark.parametrize("name", [*(name for name in SMALL_FAMILIES if name != "text only"), "smolvlm", "mllama"])
+def test_pixels_are_the_same_from_threads(name: str) -> None:
+    """Bit by bit, with frames of several sizes, tiles and samples; without exchange as well."""
+    rng = np.random.default_rng(0)
+    sizes = [[(40, 30), (30, 90), (64, 64), (120, 41), (28, 28)], [(33, 77), (90, 30)]]
+    model: Any = tiny_model() if name == "mllama" else tiny(CUTTING.get(name, SMALL_FAMILIES.get(name)))
+    collator: Any = tiny_batches(model).collator
+    samples = []
+    for some in sizes:
+        frames = [FrameSize(height, width) for height, width in some]
+        crops = [crop for size in frames for crop in collator.family.crops_of(size, collator.processor, ANY_SIZE)]
+        samples.append(replace(tiny_sample("I" * len(crops) + "ta"), num_frames=len(some), sizes=frames))
+    images = [[rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in some] for some in sizes]
+    division: Any = SimpleNamespace(comm=SimpleNamespace(rank=0))
+    for each in (collator, replace(collator, division=division, dtype=torch.bfloat16)):
+        layout = each.undivided_layout(samples)
+        want = each.pixels(layout, images)
+        with ThreadPoolExecutor(3) as threads:
+            got = each.pixels(layout, images, threads)
+        assert want
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 def test_an_export_does_not_cut_images_that_training_left_whole() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,8 @@ from ds_lvxattn.runtime.visual_rows import VisualRows
 
 Images = list[list[np.ndarray]]  # per sample, the pictures that this rank decoded
 Pixels = dict[str, Any]  # the model's pixel arguments, made of them on the host
+
+FRAMES_AT_ONCE = 4  # that a thread makes pixels of, where several share the frames
 
 
 @dataclass(frozen=True)
@@ -193,14 +196,16 @@ class Collator:
         comm = self.division.comm
         return comm.node_size if comm.node_size < comm.ranks else None
 
-    def pixels(self, layout: BatchLayout, images: Images) -> Pixels:
+    def pixels(self, layout: BatchLayout, images: Images, threads: Executor | None = None) -> Pixels:
         """What ``collate`` would make of ``images``, so that a loader can do it ahead: it takes the host long.
 
         In the training dtype, and for a GPU in pinned memory.
+
+        Args:
+            threads: share the frames, where the model's family allows it; None: the caller's thread makes all of them.
         """
-        return {
-            key: self._on_host(x) if isinstance(x, Tensor) else x for key, x in self._visual(layout, images).items()
-        }
+        made = self._visual(layout, images, threads)
+        return {key: self._on_host(x) if isinstance(x, Tensor) else x for key, x in made.items()}
 
     def collate(
         self,
@@ -251,14 +256,17 @@ class Collator:
             sum(shape.pictures for shapes in layout.shapes for shape in shapes),
         )
 
+    def _in_dtype(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype) if x.is_floating_point() else x
+
     def _on_host(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype) if x.is_floating_point() else x
+        x = self._in_dtype(x)
         return x.pin_memory() if self.device.type == "cuda" else x
 
     def _to_device(self, x: Tensor) -> Tensor:
         return x.to(self.device, dtype=self.dtype if x.is_floating_point() else None, non_blocking=True)
 
-    def _visual(self, layout: BatchLayout, images: Images) -> dict[str, Any]:
+    def _visual(self, layout: BatchLayout, images: Images, threads: Executor | None) -> dict[str, Any]:
         family = self.family
         if not isinstance(family, VisualFamily):
             return {}
@@ -270,15 +278,15 @@ class Collator:
         shapes = [layout.shapes[i][frame] for i, frames in enumerate(given) for frame in frames]
         if self.division:
             # A rank without frames encodes a blank one, so that every rank runs the same modules and collectives.
-            return dict(self._pixels(family, flat, shapes))
+            return dict(self._pixels(family, flat, shapes, threads))
         frames = max(layout.frames)
         if not frames and not family.needs_frames:
             return {}  # the unmodified model skips its vision encoder
         if family.keys_in_text:
-            return dict(family.pad_tiles(self._pixels(family, flat, shapes)))
+            return dict(family.pad_tiles(self._pixels(family, flat, shapes, threads)))
         frames = max(frames, 1)
         of_samples = [
-            family.pad_tiles(self._pixels(family, some, [layout.shapes[i][frame] for frame in given[i]]))
+            family.pad_tiles(self._pixels(family, some, [layout.shapes[i][frame] for frame in given[i]], threads))
             for i, some in enumerate(images)
         ]
         # Rows of the padding behind a sample see nothing.
@@ -295,12 +303,25 @@ class Collator:
         return frames
 
     def _pixels(
-        self, family: VisualFamily, frames: list[np.ndarray], shapes: Sequence[FrameShape]
+        self,
+        family: VisualFamily,
+        frames: list[np.ndarray],
+        shapes: Sequence[FrameShape],
+        threads: Executor | None,
     ) -> Mapping[str, Tensor]:
         """Pixel arguments of these frames, or of a blank one."""
         if not frames:
             return family.blank(self.processor, self.limits)
-        return family.pixels(frames, shapes, self.processor)
+
+        def part(first: int, last: int) -> Mapping[str, Tensor]:
+            return family.pixels(frames[first:last], shapes[first:last], self.processor)
+
+        def part_in_dtype(first: int) -> Mapping[str, Tensor]:
+            return {key: self._in_dtype(x) for key, x in part(first, first + FRAMES_AT_ONCE).items()}
+
+        if threads is None or not family.pixels_apart or len(frames) <= FRAMES_AT_ONCE:
+            return part(0, len(frames))
+        return family.joined(list(threads.map(part_in_dtype, range(0, len(frames), FRAMES_AT_ONCE))))
 
     def _exchange(
         self,

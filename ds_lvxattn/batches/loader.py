@@ -80,15 +80,16 @@ class _Begun:
 class SampleLoader:
     """Loads micro-batches of samples on one rank, ahead of their use.
 
-    Threads decode: over samples, and over the groups of pictures of each. One thread more lays out, compares verdicts
-    and makes pixels, batch after batch, so that the ranks' messages come in one order.
+    Threads decode: over samples, and over the groups of pictures of each. As many make pixels, over frames, beside
+    them, so that they do not wait for what decodes ahead. One thread more lays out, compares verdicts and puts pixels
+    together, batch after batch, so that the ranks' messages come in one order.
 
     Args:
         batches: knows the layout.
         control: groups over which the verdicts travel; None: this rank is alone.
         skip_bad: whether a broken sample is skipped with a warning (and counted) or fatal.
         look_ahead: micro-batches that are loaded while one is used; as many are kept in memory.
-        workers: threads that decode; None: those of the host, divided over its ranks.
+        workers: threads that decode, and that make pixels; None: those of the host, divided over its ranks.
         remedy: what to do about a fatal sample, in words.
     """
 
@@ -104,7 +105,9 @@ class SampleLoader:
         self.batches, self.control, self.skip_bad = batches, control, skip_bad
         self.look_ahead, self.remedy = look_ahead, remedy
         self._nothing = Sample([batches.collator.pad_token], [IGNORE])
-        self._pool = ThreadPoolExecutor(workers or default_workers(), "decode")
+        workers = workers or default_workers()
+        self._pool = ThreadPoolExecutor(workers, "decode")
+        self._pixel_threads = ThreadPoolExecutor(workers, "pixels") if workers > 1 else None
 
     def load_samples(self, samples: Sequence[MakeSample | None]) -> Loaded:
         """The micro-batch of the samples that are made; None is a sample without content.
@@ -151,15 +154,15 @@ class SampleLoader:
 
     def _pixels(self, begun: _Begun, images: list[Any]) -> Pixels:
         """What the image processor makes of the frames. Those that it does not take become errors in ``images``."""
-        collator = self.batches.collator
         if any(isinstance(i, SampleError) for i in images):
             return {}
+        make = functools.partial(self.batches.collator.pixels, begun.layout, threads=self._pixel_threads)
         try:
-            return collator.pixels(begun.layout, images)
+            return make(images)
         except Exception:
             for at, sample in enumerate(begun.samples):
                 others = [image if number == at else [] for number, image in enumerate(images)]
-                images[at] = attempt(lambda _: collator.pixels(begun.layout, others), None, sample.name)  # noqa: B023
+                images[at] = attempt(make, others, sample.name)
                 if not isinstance(images[at], SampleError):
                     images[at] = []
             if not any(isinstance(i, SampleError) for i in images):

@@ -31,6 +31,7 @@ class Aria(Concatenation):
     model_class = AriaForConditionalGeneration
     image_token = "<|img|>"
     pixel_arguments = ("pixel_values", "pixel_mask")
+    pixels_apart = True
 
     def is_local(self, module: nn.Module) -> bool:
         return isinstance(module, (Idefics3VisionAttention, nn.MultiheadAttention))

@@ -35,6 +35,7 @@ class Blip2(Concatenation):
     model_class = Blip2ForConditionalGeneration
     image_token = "<image>"
     needs_frames = True
+    pixels_apart = True
 
     @property
     def text_config(self) -> Any:

@@ -205,6 +205,8 @@ class VisualFamily(Family):
             frame. A token of its own stands for a video only until its parts are written (``video_parts``).
         needs_frames: whether the unmodified model fails on a batch without any frame; it is then given a blank one
             that no row sees.
+        pixels_apart: whether the pixels of a frame are the same whatever frames are beside it, so that threads may
+            share the frames of a call of ``pixels`` and ``joined`` puts theirs together.
     """
 
     image_token: str
@@ -212,6 +214,7 @@ class VisualFamily(Family):
     video_token: str = ""
     video_text: str = ""
     needs_frames: bool = False
+    pixels_apart: bool = False
 
     def load_model(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
         return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)
@@ -348,6 +351,10 @@ class VisualFamily(Family):
             frames: uint8 ``[H, W, 3]``, or ``[merged, H, W, 3]`` of a part of a video; of a frame that has been cut,
                 each of its images.
         """
+
+    def joined(self, parts: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """``pixels`` of all frames of what it made of parts of them; with ``pixels_apart``."""
+        return {key: torch.cat([part[key] for part in parts], dim=1) for key in parts[0]}
 
     @abstractmethod
     def blank_pixels(self) -> Mapping[str, Tensor]:

@@ -30,6 +30,7 @@ class Gemma3(Concatenation):
     model_class = Gemma3ForConditionalGeneration
     image_token = "<image_soft_token>"
     frame_text = "\n\n<start_of_image><image_soft_token><end_of_image>\n\n"
+    pixels_apart = True
     # Releases without this function have the whole image seen inside a sliding window too.
     blocks_in_window = hasattr(modeling_gemma3, "create_masks_for_vision_model")
 

@@ -42,6 +42,7 @@ class Idefics(VisualFamily):
     model_class = IdeficsForVisionText2Text
     image_token = "<image>"
     needs_frames = True
+    pixels_apart = True
 
     def role_of(self, module: nn.Module) -> str | None:
         if isinstance(module, IdeficsAttention):

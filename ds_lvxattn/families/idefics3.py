@@ -44,6 +44,7 @@ class Idefics3(Concatenation):
     name = "Idefics3"
     model_class: type[PreTrainedModel] = Idefics3ForConditionalGeneration
     image_token = "<image>"
+    pixels_apart = True
 
     def is_local(self, module: nn.Module) -> bool:
         return isinstance(module, (Idefics3VisionAttention, SmolVLMVisionAttention))

@@ -30,6 +30,7 @@ class Llava(Concatenation):
     name = "LLaVA"
     model_class = LlavaForConditionalGeneration
     image_token = "<image>"
+    pixels_apart = True
 
     def is_local(self, module: nn.Module) -> bool:
         return isinstance(module, (CLIPAttention, SiglipAttention))

@@ -60,6 +60,7 @@ class Mllama(VisualFamily):
     model_class = MllamaForConditionalGeneration
     image_token = "<|image|>"
     attention_config = "text_config"
+    pixels_apart = True
 
     def role_of(self, module: nn.Module) -> str | None:
         return ROLES.get(type(module))
@@ -138,9 +139,16 @@ class Mllama(VisualFamily):
         tiles = max(height * width for height, width in (shape.grid for shape in shapes))
         return {key: made[key] if key == "aspect_ratio_ids" else made[key][:, :, :tiles] for key in PIXELS}
 
+    def joined(self, parts: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        tiles = max(part["aspect_ratio_mask"].shape[2] for part in parts)
+        return super().joined([self._padded(part, tiles) for part in parts])
+
     def pad_tiles(self, pixels: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self._padded(pixels, self.config.vision_config.max_num_tiles)
+
+    def _padded(self, pixels: Mapping[str, Tensor], tiles: int) -> Mapping[str, Tensor]:
         values, ids, mask = (pixels[key] for key in PIXELS)
-        missing = (0, self.config.vision_config.max_num_tiles - mask.shape[2])
+        missing = (0, tiles - mask.shape[2])
         values, mask = nn.functional.pad(values, (0, 0, 0, 0, 0, 0, *missing)), nn.functional.pad(mask, missing)
         return dict(zip(PIXELS, (values, ids, mask), strict=True))
 

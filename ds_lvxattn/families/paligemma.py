@@ -31,6 +31,7 @@ class PaliGemma(Concatenation):
     name = "PaliGemma"
     model_class = PaliGemmaForConditionalGeneration
     image_token = "<image>"
+    pixels_apart = True
     blocks_in_window = False
 
     def is_local(self, module: nn.Module) -> bool:

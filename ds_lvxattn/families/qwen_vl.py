@@ -55,6 +55,7 @@ class QwenVL(Concatenation):
     video_token = "<|video_pad|>"
     video_text = "<|vision_start|><|video_pad|><|vision_end|>"
     pixel_arguments = ("pixel_values", "image_grid_thw")
+    pixels_apart = True
     vision_attention: type[nn.Module]
     video_processor: tuple[str, Mapping[str, int]]
 

@@ -190,6 +190,7 @@ class OpenFlamingo(VisualFamily):
     image_token = "<image>"
     attention_config = "text_config"
     needs_frames = True
+    pixels_apart = True
 
     def role_of(self, module: nn.Module) -> str | None:
         if _is_cross_attention(module):

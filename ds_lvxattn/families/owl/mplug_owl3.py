@@ -55,6 +55,7 @@ class MPlugOwl3(VisualFamily):
     image_token = "<|image|>"
     attention_config = None
     generates = False
+    pixels_apart = True
 
     @classmethod
     def has_model(cls, model: nn.Module) -> bool:
