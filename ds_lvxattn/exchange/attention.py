@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_lvxattn.exchange.base import Exchange
+from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.comm import Communicator, communicator
 from ds_lvxattn.exchange.grid import grid_of, node_size
 from ds_lvxattn.exchange.interval import KVInterval

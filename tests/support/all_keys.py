@@ -5,7 +5,7 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
-from ds_lvxattn.exchange.base import Exchange
+from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.comm import Communicator, Part, communicator_by_name
 from ds_lvxattn.exchange.shards import SequenceShards
 from ds_lvxattn.kernels.base import Call
@@ -15,7 +15,7 @@ from ds_lvxattn.kernels.triton.delta import attention_delta
 
 
 def all_keys_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-    """Attention of the rank's rows over the keys of all ranks; see ``exchange.base``."""
+    """Attention of the rank's rows over the keys of all ranks; see ``exchange.arguments``."""
     keys = exchange.layout.kv
     return torch.ops.ds_lvxattn.all_keys(
         q, k, v, *exchange.own_ranges(q.shape[2]), exchange.scale, exchange.kernel,

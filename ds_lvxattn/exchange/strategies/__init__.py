@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from ds_lvxattn.exchange.base import Attention
+from ds_lvxattn.exchange.arguments import Attention
 from ds_lvxattn.plan.modes import Mode, modes
 
 _resolved: dict[str, Attention] = {}

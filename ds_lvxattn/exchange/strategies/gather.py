@@ -15,7 +15,7 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
-from ds_lvxattn.exchange.base import Exchange
+from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.query_rows import Waiting, attention_layout, gather_buffer, rows_by_name
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.differentiable import attention_operator, empty_results
@@ -26,12 +26,12 @@ from ds_lvxattn.plan.pipeline import head_groups, keeps_queries
 
 
 def gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-    """Attention of the rank's rows over the keys of all ranks; see ``exchange.base``."""
+    """Attention of the rank's rows over the keys of all ranks; see ``exchange.arguments``."""
     return _gathered(q, k, v, exchange, exchange.comm.name, "", *exchange.local_ranges)
 
 
 def two_level_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-    """The same, where rows and results cross from node to node once; see ``exchange.base``."""
+    """The same, where rows and results cross from node to node once; see ``exchange.arguments``."""
     assert exchange.grid is not None
     inner, outer = exchange.grid
     if 1 in (inner.ranks, outer.ranks):

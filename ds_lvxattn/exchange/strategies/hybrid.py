@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ds_lvxattn.exchange.base import Attention, Exchange
+from ds_lvxattn.exchange.arguments import Attention, Exchange
 from ds_lvxattn.exchange.strategies.gather import gather_attention
 from ds_lvxattn.exchange.strategies.kv_gather import kv_gather_attention
 from ds_lvxattn.exchange.strategies.kv_ring import kv_ring_attention
@@ -23,27 +23,27 @@ from ds_lvxattn.exchange.strategies.ulysses import redistributed_heads, ulysses_
 
 
 def gather_between_nodes(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-    """Queries cross by ``gather``; see ``exchange.base``."""
+    """Queries cross by ``gather``; see ``exchange.arguments``."""
     return _two_levels(q, k, v, exchange, gather_attention)
 
 
 def ring_between_nodes(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-    """Queries cross by a ring; see ``exchange.base``."""
+    """Queries cross by a ring; see ``exchange.arguments``."""
     return _two_levels(q, k, v, exchange, ring_attention)
 
 
 def routed_between_nodes(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-    """Queries cross to where they see something; ``routes`` are those of the outer group. See ``exchange.base``."""
+    """Queries cross to where they see something; ``routes`` are those of the outer group."""
     return _two_levels(q, k, v, exchange, routed_attention)
 
 
 def kv_ring_between_nodes(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-    """Keys and values cross by a ring; see ``exchange.base``."""
+    """Keys and values cross by a ring; see ``exchange.arguments``."""
     return _two_levels(q, k, v, exchange, kv_ring_attention)
 
 
 def kv_gather_between_nodes(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-    """Keys and values are gathered across nodes; see ``exchange.base``."""
+    """Keys and values are gathered across nodes; see ``exchange.arguments``."""
     return _two_levels(q, k, v, exchange, kv_gather_attention)
 
 

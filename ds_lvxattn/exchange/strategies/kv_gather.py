@@ -10,7 +10,7 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
-from ds_lvxattn.exchange.base import Exchange
+from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.comm import communicator_by_name
 from ds_lvxattn.exchange.query_rows import attention_layout, start_gather, start_return
 from ds_lvxattn.exchange.strategies.gather import InFlight, head_slices, pipelined
@@ -23,7 +23,7 @@ from ds_lvxattn.plan.pipeline import keeps_keys, key_groups
 
 
 def kv_gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-    """Attention of the rank's rows over the keys of all ranks; see ``exchange.base``."""
+    """Attention of the rank's rows over the keys of all ranks; see ``exchange.arguments``."""
     layout, comm = exchange.layout, exchange.comm
     start, stop = exchange.own_ranges(q.shape[2])
     places = padded_order(layout.kv, range(comm.ranks), q.device)

@@ -9,7 +9,7 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
-from ds_lvxattn.exchange.base import Exchange
+from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.comm import Communicator, Message, Transfer, communicator_by_name
 from ds_lvxattn.exchange.interval import clip_to_rank
 from ds_lvxattn.kernels.base import Call
@@ -20,7 +20,7 @@ from ds_lvxattn.kernels.triton.merge import merge_partials
 
 
 def kv_ring_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-    """Attention of the rank's rows over the keys of all ranks; see ``exchange.base``."""
+    """Attention of the rank's rows over the keys of all ranks; see ``exchange.arguments``."""
     layout = exchange.layout
     first, last = _ranges_of_owners(exchange, q.shape[2])
     return torch.ops.ds_lvxattn.kv_ring(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ds_lvxattn.exchange.base import Exchange
+from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.kernels.operator import local_attention
 
 

@@ -15,7 +15,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ds_lvxattn.exchange.base import Exchange
+from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.comm import Communicator, communicator_by_name
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.differentiable import attention_operator, empty_results, lse_dtype
@@ -27,7 +27,7 @@ ALIGNMENT = 8  # bytes: each rank's message holds values of up to so many
 
 
 def replicated_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-    """Attention of the shared rows over the keys of all ranks, on every rank; see ``exchange.base``."""
+    """Attention of the shared rows over the keys of all ranks, on every rank; see ``exchange.arguments``."""
     first, last = exchange.local_ranges
     return torch.ops.ds_lvxattn.query_replicated(
         q, k, v, first, last, exchange.scale, exchange.kernel, exchange.comm.name, exchange.gradient_parts

@@ -10,7 +10,7 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
-from ds_lvxattn.exchange.base import Exchange
+from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.comm import Communicator, Part, communicator_by_name
 from ds_lvxattn.exchange.routes import Routes
 from ds_lvxattn.exchange.strategies.gather import gather_attention
@@ -23,7 +23,7 @@ from ds_lvxattn.plan.pipeline import keeps_queries
 
 
 def routed_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-    """Attention of the rank's rows over the keys of all ranks; see ``exchange.base``."""
+    """Attention of the rank's rows over the keys of all ranks; see ``exchange.arguments``."""
     layout, interval, routes = exchange.layout, exchange.interval, exchange.routes
     if interval is None:  # every row sees keys of every rank: what is routed is all that there is to gather
         return gather_attention(q, k, v, exchange)

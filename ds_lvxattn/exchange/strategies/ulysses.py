@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ds_lvxattn.exchange.base import Exchange
+from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.comm import Communicator
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
 from ds_lvxattn.kernels.operator import local_attention
@@ -22,7 +22,7 @@ from ds_lvxattn.kernels.operator import local_attention
 # tensors with data. ``torch.compiler.disable`` is the same, but imports the compiler together with this module.
 @torch._disable_dynamo
 def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
-    """Attention of the rank's rows over the keys of all ranks; see ``exchange.base``."""
+    """Attention of the rank's rows over the keys of all ranks; see ``exchange.arguments``."""
     layout = exchange.layout
     start, stop = _ranges_in_order(exchange)
 

@@ -27,7 +27,7 @@ class Mode:
         strategy: its value of the config key ``strategy``.
         schedule: its value of the config key ``schedule``; ``auto`` where a strategy has but one way.
         implementation: ``module:function`` of the torch side, imported where it runs. The function takes
-            ``(q, k, v, exchange)``, see ``exchange.base``.
+            ``(q, k, v, exchange)``, see ``exchange.arguments``.
         operators: registered names of its forward operators, whose results recomputation keeps.
         traffic: ``(shape, rank)``, bytes that ``rank`` receives; exact, of uneven shards too.
         passes: ``(layer, profile)``, predicted seconds of attention and exchange on the slowest rank.
