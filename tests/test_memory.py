@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ds_lvxattn import KVInterval
 from ds_lvxattn.exchange.strategies.ulysses import padded_order
 from ds_lvxattn.plan.layer_sizes import LayerSizes
 from ds_lvxattn.plan.memory import POLICIES, ModelStates, faster_stage, frames_that_fit, kept_bytes, step_bytes
@@ -27,6 +29,7 @@ class Kept:
     def __init__(self, model: nn.Module) -> None:
         self.layers: list[dict[int, int]] = []
         self.alive: list[Tensor] = []
+        self.intervals: list[KVInterval] = []  # of which all layers share what is derived
         self.ignored = {p.untyped_storage().data_ptr() for p in model.parameters()}
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
@@ -40,7 +43,7 @@ class Kept:
         batch = kwargs["sequence_parallel"]
         for role in batch.roles.values():
             shared += [role.interval.start, role.interval.stop]
-            shared += role.interval.local_to(role.layout.kv, batch.comm.rank)
+            self.intervals.append(role.interval)
             # In which order Ulysses takes what arrives: made once for all layers.
             shared += [padded_order(shards, range(shards.ranks), CPU) for shards in (role.layout.q, role.layout.kv)]
         self.ignored |= {x.untyped_storage().data_ptr() for x in shared if isinstance(x, Tensor)}
@@ -58,7 +61,18 @@ class Kept:
         return x
 
     def bytes_of_layers(self) -> list[int]:
-        return [sum(layer.values()) for layer in self.layers]
+        shared = {x.untyped_storage().data_ptr() for interval in self.intervals for x in derived_from(interval)}
+        return [sum(size for place, size in layer.items() if place not in shared) for layer in self.layers]
+
+
+def derived_from(interval: KVInterval) -> Iterator[Tensor]:
+    """The tensors that ``interval`` keeps for all layers of a batch."""
+    for made in interval._made.values():
+        if isinstance(made, KVInterval):
+            yield from (made.start, made.stop)
+            yield from derived_from(made)
+        else:
+            yield from made
 
 
 def measured_and_planned(dtype: torch.dtype, policy: str, frames: int = 0) -> list[tuple[list[int], list[int]]]:

@@ -56,6 +56,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check the rows, print what was found; the exit code."""
     asked = parse(arguments)
+    disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # every finding is in the report
     datasets.disable_progress_bars()
     try:
@@ -63,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, ValueError, OSError) as error:
         print(f"ds-lvxattn data: {error}", file=sys.stderr)
         return 2
+    finally:
+        logging.disable(disabled)
     if asked.json:
         bad = [{"row": row, "reason": reason} for row, reason in findings.bad.items()]
         media = [asdict(medium) for medium in findings.media]

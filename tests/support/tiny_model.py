@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,7 +44,6 @@ from ds_lvxattn.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.needle.small_models import SIZE, SMALL_MODELS, Scale, mllama_config, random
 from ds_lvxattn.needle.task import IMAGE, VOCABULARY, build_tokenizer
-from ds_lvxattn.plan.modes import eligible_modes
 from ds_lvxattn.training.loading import LoadedModel
 
 CPU = torch.device("cpu")
@@ -60,16 +58,13 @@ PATTERNS = {
     "short clip": "tItta",
     "text only": "ttatta",
 }
-# How attention crosses the ranks: strategy, schedule, placement. Those that tell nodes apart are others on one node.
+# How attention crosses the ranks: strategy, schedule, placement.
 MODES = (
-    *(
-        (mode.strategy, mode.schedule, placement)
-        for mode, placement in zip(
-            (mode for mode in eligible_modes() if not mode.two_levels),
-            itertools.cycle(("contiguous", "striped", "striped")),
-            strict=False,
-        )
-    ),
+    ("lv_xattn", "gather", "contiguous"),
+    ("lv_xattn", "ring", "striped"),
+    ("ulysses", "auto", "striped"),
+    ("ring", "ring", "contiguous"),
+    ("lv_xattn", "routed", "striped"),
     ("auto", "auto", "contiguous"),
 )
 

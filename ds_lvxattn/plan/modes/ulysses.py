@@ -91,16 +91,12 @@ def returned(sizes: LayerSizes) -> int:
 
 
 def inputs(sizes: LayerSizes) -> int:
-    """Its share of the heads of q, k and v, and the output on its way back.
-
-    Two int32 a row say what it sees; of one sequence they are the batch's own, which all layers share. Key heads are
-    repeated until each rank has one.
-    """
+    """Its share of the heads of q, k and v, and the output on its way back; key heads are repeated until each rank has
+    one."""
     heads = max(sizes.kv_heads, sizes.ranks)
     keys = sizes.batch * sizes.total_keys * heads * sizes.head_dim * sizes.element // sizes.ranks
     queries = sizes.query_bytes(sizes.rows) + sizes.query_bytes(sizes.total_rows) // sizes.ranks
-    ranges = 8 * sizes.batch * sizes.total_rows if sizes.batch > 1 else 0
-    return queries + 2 * keys + ranges
+    return queries + 2 * keys
 
 
 ULYSSES = Mode(
