@@ -12,8 +12,8 @@ import torch.distributed as dist
 from ds_lvxattn.runtime import compiled
 from ds_lvxattn.training.loading import loss_factor, parameter_groups, partition_over_all_ranks, select_trainable
 from tests.support.distributed import run
-from tests.support.parity import samples_of
-from tests.support.tiny_model import ADAMW, CLIPPING, attach, ds_config, groups_of, tiny_batches, tiny_model
+from tests.support.parity import losses_of_batches, samples_of
+from tests.support.tiny_model import attach, ds_config, groups_of, tiny_model
 
 STEPS = (("tIIta",), ("IItaItII",))
 # Backend, ZeRO stage, strategy, schedule and recompute policy.
@@ -28,20 +28,6 @@ def made() -> torch.nn.Module:
     model = tiny_model()
     select_trainable(model, "pretrained", "default")
     return model.train()
-
-
-def on_one_rank() -> list[float]:
-    model = made()
-    optimizer = torch.optim.AdamW(parameter_groups(model), **ADAMW)
-    losses = []
-    for patterns in STEPS:
-        loss = model(**tiny_batches(model).prepare(samples_of(patterns)).inputs).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 def on_ranks(cases: Sequence[tuple[str, int, str, str, str]]) -> list[tuple[list[float], int]]:
@@ -76,7 +62,7 @@ def on_ranks(cases: Sequence[tuple[str, int, str, str, str]]) -> list[tuple[list
 
 @pytest.mark.slow
 def test_losses_are_those_of_one_rank() -> None:
-    want = on_one_rank()
+    want = losses_of_batches(made(), STEPS)
     for case, (losses, graphs) in zip(CASES, run(2, on_ranks, CASES)[0], strict=True):
         assert losses == pytest.approx(want, rel=1e-5), case
         assert graphs, case

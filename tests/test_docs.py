@@ -65,6 +65,7 @@ RUN = {
     "ds_lvxattn.plan": f"{HERE}::test_machines_that_are_not_there",
     "examples/own_loop.py": "tests/test_own_loop.py::test_the_example_trains_as_the_command_does",
     "examples/trainer.py": "tests/test_trainer.py::test_the_example",
+    "launch/quickstart.sh": f"{HERE}::test_the_quickstart",
     "launch/single_node.sh": f"{HERE}::test_the_script_of_one_machine",
     "train/compare.py": "tests/test_report.py::test_runs_through_the_launcher_and_goes_on_after_a_failure",
     "train/finetune.py": "tests/test_training.py::test_the_command_and_its_resumption",
@@ -86,7 +87,6 @@ NOT_RUN = {
     "launch/gpu_faults.sh": GPUS,
     "launch/kernel_check.sh": GPUS,
     "launch/multi_node.sh": "needs several nodes, with ssh or SLURM",
-    "launch/quickstart.sh": "makes an environment; tests/test_cli.py trains with its config",
     "launch/test.sh": "runs the tests",
     "export": "sets what the tests run with",
     "pip": "makes the environment that the tests run in",
@@ -200,6 +200,14 @@ def test_the_script_of_one_machine(checkout: Path) -> None:
     names = {"GPUS=4": "GPUS=2", "PATH": "MODEL", "runs/mine": "runs/node"}
     typed(f"{script} {FEW_STEPS}", checkout, **names)
     assert len(metrics_in(checkout / "runs" / "node")) == STEPS
+
+
+@pytest.mark.slow
+def test_the_quickstart(checkout: Path) -> None:
+    """A few of its steps, in the environment at hand."""
+    typed(f"{documented('README.md', 'bash launch/quickstart.sh')} {FEW_STEPS}", checkout)
+    [run] = (checkout / "runs").iterdir()
+    assert len(metrics_in(run)) == STEPS and (run / "model" / "config.json").exists()
 
 
 @pytest.mark.slow

@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import struct
-import zlib
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -24,49 +21,21 @@ from ds_lvxattn.data.media import (
     MediaError,
     VideoInfo,
     decode_frames,
-    index,
     probe_image,
     probe_video,
     sample_indices,
     sample_times,
-    store,
 )
 from ds_lvxattn.data.media.files import open_film
 from ds_lvxattn.data.media.picture import as_shown
 from ds_lvxattn.data.rows import MediaRef
 from tests.support.avif import tiled_avif
+from tests.support.films import corners, encoded, levels_of, remux, write_film
 
 
 def sample_frames(info: VideoInfo, max_frames: int, **how: float) -> list[int]:
     """The frames that are shown at the times to look at."""
     return [info.frame_at(time) for time in sample_times(info, max_frames, **how)]
-
-
-def write_film(
-    path: Path,
-    levels: list[int],
-    *,
-    codec: str = "libx264",
-    rate: int = 10,
-    times: list[int] | None = None,
-    **options: str,
-) -> Path:
-    """Grey frames of 64 x 48; ``times`` in thousandths of a second."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, options=options)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        if times:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        for number, level in enumerate(levels):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), level, dtype=np.uint8), format="rgb24")
-            frame.pts, frame.time_base = (times[number], Fraction(1, 1000)) if times else (number, Fraction(1, rate))
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
-
-
-def levels_of(path: Path, numbers: list[int]) -> list[int]:
-    return [round(float(frame.mean())) for frame in decode_frames(path, numbers)]
 
 
 # Sampling by time
@@ -106,17 +75,6 @@ def test_frames_a_second_and_ranges(tmp_path: Path) -> None:
 
 
 # What a player shows
-
-
-def remux(source: Path, target: Path, change: Callable[[av.Packet, int], bool | None] = lambda packet, n: None) -> Path:
-    """Copy a film packet by packet; ``change`` may alter one, or return False to leave it out."""
-    with av.open(str(source)) as film, av.open(str(target), "w") as copy:
-        stream = copy.add_stream_from_template(film.streams.video[0])
-        for number, packet in enumerate(p for p in film.demux(video=0) if p.size):
-            if change(packet, number) is not False:
-                packet.stream = stream
-                copy.mux(packet)
-    return target
 
 
 def test_what_is_not_shown_is_decoded_for_what_is(tmp_path: Path) -> None:
@@ -197,14 +155,6 @@ def picture_film(path: Path, image: np.ndarray, codec: str = "libx264", **attrib
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
-
-
-def corners(height: int = 48, width: int = 64) -> np.ndarray:
-    """A red, a green, a blue and a white quarter, from the top left on."""
-    image = np.zeros((height, width, 3), dtype=np.uint8)
-    colours = np.array([[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 255)]], dtype=np.uint8)
-    image[:] = colours.repeat(height // 2, axis=0).repeat(width // 2, axis=1)
-    return image
 
 
 @pytest.mark.parametrize(("angle", "turns"), [(-90, 3), (90, 1), (180, 2)])
@@ -297,12 +247,6 @@ def test_a_song_with_a_cover_is_no_video(tmp_path: Path) -> None:
 
 
 # Images
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    data = io.BytesIO()
-    image.save(data, kind, **options)
-    return data.getvalue()
 
 
 def both_ways(tmp_path: Path, data: bytes, **options: Any) -> np.ndarray:
@@ -405,197 +349,3 @@ def test_media_are_compared_with_the_checksums_of_their_rows(tmp_path: Path) -> 
 def test_pixels_without_a_range_are_refused(mode: str) -> None:
     with pytest.raises(MediaError, match="no agreed range"):
         Media("image", (encoded(Image.new(mode, (4, 4)), "TIFF"),), (0,)).decode([0])
-
-
-# Damage
-
-
-def test_half_a_picture_is_none(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    for kind in ("JPEG", "PNG", "WEBP"):
-        data = encoded(Image.fromarray(noise), kind)
-        (tmp_path / "half").write_bytes(data[: len(data) // 2])
-        for source in (str(tmp_path / "half"), data[: len(data) // 2]):
-            with pytest.raises(MediaError, match="(half|embedded image).*(cannot be decoded|damaged)"):
-                Media("image", (source,), (0,)).decode([0])
-    data = encoded(Image.fromarray(noise), "JPEG")
-    with pytest.raises(MediaError, match="an image is damaged"):  # the end is there, what is ahead of it is not
-        Media("image", (data[: len(data) // 2] + data[-2:],), (0,)).decode([0])
-
-
-def test_damage_is_told_and_not_concealed(tmp_path: Path) -> None:
-    """A flipped byte in a key frame spoils its group, and no other."""
-    rng = np.random.default_rng(0)
-    film = tmp_path / "film.mp4"
-    with av.open(str(film), "w") as container:
-        stream = container.add_stream("libx264", rate=10, options={"g": "10", "sc_threshold": "0"})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for _ in range(20):
-            frame = av.VideoFrame.from_ndarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    with av.open(str(film)) as container:
-        key = next(p for p in container.demux(video=0) if p.is_keyframe and p.pts)
-        assert key.pos is not None
-        place = key.pos + key.size // 2
-    data = bytearray(film.read_bytes())
-    data[place] ^= 0xFF
-    film.write_bytes(data)
-    assert len(decode_frames(film, range(10))) == 10
-    for number in (10, 15, 19):
-        with pytest.raises(MediaError, match=r"film.mp4: damaged near 1\.\d\d s"):
-            decode_frames(film, [number])
-
-
-@pytest.mark.parametrize(
-    ("bframes", "damaged", "refused_from"), [(0, 24, 24), (2, 19, 19)], ids=["in order", "ahead of frames before it"]
-)
-def test_recovery_points_are_no_damage_and_damage_is(
-    tmp_path: Path, bframes: int, damaged: int, refused_from: int
-) -> None:
-    """With periodic intra refresh, pictures are whole some frames behind the place where decoding starts."""
-    rng = np.random.default_rng(0)
-    film = tmp_path / "film.mp4"
-    params = f"intra-refresh=1:keyint=10:bframes={bframes}:scenecut=0"
-    with av.open(str(film), "w") as container:
-        stream = container.add_stream("libx264", rate=10, options={"x264-params": params})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for _ in range(45):
-            frame = av.VideoFrame.from_ndarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    with open_film(str(film)) as (container, stream):
-        expected = [as_shown(frame, None) for frame in container.decode(stream)]
-    with av.open(str(film)) as container:
-        packets = [packet for packet in container.demux(video=0) if packet.size]
-    assert sum(packet.is_keyframe for packet in packets) > 3
-    for number, picture in enumerate(expected):
-        np.testing.assert_array_equal(decode_frames(film, [number])[0], picture)
-    data, packet = bytearray(film.read_bytes()), packets[damaged]
-    assert packet.pos is not None
-    data[packet.pos + packet.size // 2 : packet.pos + packet.size] = b"\xff" * (packet.size - packet.size // 2)
-    film.write_bytes(data)
-    refused = []
-    for number, picture in enumerate(expected):
-        try:
-            found = decode_frames(film, [number])[0]
-        except MediaError as error:
-            assert "damaged near" in str(error)
-            refused.append(number)
-        else:
-            np.testing.assert_array_equal(found, picture)
-    # Up to where decoding from the next recovery point has all of the picture, and no further.
-    assert refused == [*range(refused_from, refused[-1] + 1)] and damaged < refused[-1] < 40
-
-
-def test_a_film_that_begins_at_a_recovery_point_is_shown_from_where_it_is_whole(tmp_path: Path) -> None:
-    params = "intra-refresh=1:keyint=12:bframes=0"
-    film = write_film(tmp_path / "film.mp4", [5 * i for i in range(40)], **{"x264-params": params})
-    cut = remux(film, tmp_path / "cut.mkv", lambda packet, number: number >= 12)
-    with open_film(str(cut)) as (container, stream):
-        shown = [as_shown(frame, None) for frame in container.decode(stream)]
-    assert 0 < len(shown) < 28 and probe_video(cut).num_frames == len(shown)
-    for number, picture in enumerate(shown):
-        np.testing.assert_array_equal(decode_frames(cut, [number])[0], picture)
-
-
-def test_half_a_film_is_none(tmp_path: Path) -> None:
-    film = write_film(tmp_path / "film.mp4", [10 * i for i in range(20)], codec="mpeg4")
-    for name, flags in (("half.mp4", "faststart"), ("parts.mp4", "frag_keyframe+empty_moov")):
-        with av.open(str(film)) as source, av.open(str(tmp_path / name), "w", options={"movflags": flags}) as copy:
-            stream = copy.add_stream_from_template(source.streams.video[0])
-            for packet in source.demux(video=0):
-                if packet.size:
-                    packet.stream = stream
-                    copy.mux(packet)
-        assert probe_video(tmp_path / name).num_frames == 20
-    write_film(tmp_path / "film.webm", [10 * i for i in range(20)], codec="libvpx")
-    for name in (
-        "film.mp4",
-        "half.mp4",
-        "parts.mp4",
-        "film.webm",
-    ):  # in MP4 the list of frames is at the end, or at the start
-        data = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(data[: len(data) * 3 // 4])
-        with pytest.raises(MediaError, match=rf"{name}: (cannot decode|damaged: the file is cut off)"):
-            probe_video(tmp_path / name)
-
-
-# A path is a path
-
-
-def test_names_are_taken_as_they_are(tmp_path: Path) -> None:
-    for name in ("a%03d.mp4", "b[1]*?.mp4", "concat:c|d.mp4", "http:e.mp4", "-i.mp4", "é\udcff.mp4"):
-        film = write_film(tmp_path / "plain.mp4", [0, 50])
-        film.rename(tmp_path / name)
-        assert levels_of(tmp_path / name, [1]) == pytest.approx([50], abs=2)
-
-
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "empty.mp4").touch()
-    refused = {
-        str(tmp_path): "not a regular file", str(tmp_path / "pipe"): "not a regular file",
-        "/dev/zero": "not a regular file", str(tmp_path / "a\0.mp4"): "not a path",
-        str(tmp_path / "\ud83d.mp4"): "not a path", str(tmp_path / "empty.mp4"): "is empty",
-        str(tmp_path / "none.mp4"): "No such file", "http://127.0.0.1/a.mp4": "No such file",
-    }  # fmt: skip
-    for path, message in refused.items():
-        for read in (probe_video, probe_image):
-            with pytest.raises(MediaError, match=message):
-                read(path)
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("list.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{film}\n#EXT-X-ENDLIST\n"),
-        ("list.mp4", "ffconcat version 1.0\nfile '{film}'\n"),
-        ("list.sdp", "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 96\n"),
-        ("list.mpd", '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"></MPD>'),
-    ],
-)
-def test_no_second_file_is_opened(tmp_path: Path, name: str, text: str) -> None:
-    film = write_film(tmp_path / "film.mp4", [0, 50])
-    (tmp_path / name).write_text(text.format(film=film))
-    with pytest.raises(MediaError, match="cannot decode"):
-        probe_video(tmp_path / name)
-
-
-def test_pictures_of_too_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
-    bomb = bytearray(encoded(Image.new("1", (8, 8)), "PNG"))
-    bomb[16:24] = struct.pack(">II", 12_000, 10_000)
-    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
-    (tmp_path / "bomb.png").write_bytes(bomb)
-    for source in (bytes(bomb), str(tmp_path / "bomb.png")):
-        with pytest.raises(MediaError, match="pixels"):
-            probe_image(source)
-    with pytest.raises(MediaError, match="pixels"):
-        probe_video(tmp_path / "bomb.png")
-
-
-def test_large_pictures_are_scaled(tmp_path: Path) -> None:
-    shown = Media("image", (encoded(Image.fromarray(corners(480, 640)), "JPEG"),), (0,), size=20_000).decode([0])[0]
-    assert shown.shape == (122, 163, 3)
-    np.testing.assert_allclose(shown[40::60, 40::80].astype(int), corners(2, 2), atol=12)
-
-
-# Indices kept on disk
-
-
-def test_an_index_is_read_from_disk_the_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(store, "WORTH_KEEPING", 0)
-    film = write_film(tmp_path / "film.mp4", [5 * i for i in range(40)], g="10")
-    first = index.film_index(str(film))
-    index._remembered.cache_clear()
-    monkeypatch.setattr(index, "_build", lambda path: pytest.fail("the film was read again"))
-    again = index.film_index(str(film))
-    for name in ("stamps", "key_of", "keys"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(first, name))
-    assert (again.info.length, again.info.unit, again.info.width) == (first.info.length, first.info.unit, 64)
-    index._remembered.cache_clear()
-    os.utime(film, (1, 1))  # another file by the same name
-    with pytest.raises(pytest.fail.Exception):
-        index.film_index(str(film))

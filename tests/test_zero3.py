@@ -16,17 +16,14 @@ from ds_lvxattn.data.sample import Sample
 from ds_lvxattn.training.loading import parameter_groups, partition_over_all_ranks, select_trainable
 from ds_lvxattn.training.zero3 import LIVE, PREFETCH, take_as_wholes
 from tests.support.distributed import run
-from tests.support.parity import samples_of
+from tests.support.parity import losses_of_batches, samples_of
 from tests.support.tiny_families import tiny
 from tests.support.tiny_model import (
-    ADAMW,
-    CLIPPING,
     MODES,
     attach,
     ds_config,
     frames_in_portions,
     groups_of,
-    tiny_batches,
     tiny_config,
     tiny_model,
 )
@@ -40,20 +37,6 @@ def made(family: str) -> torch.nn.Module:
     model = tiny_model() if family == "mllama" else tiny(family, torch.float32)
     select_trainable(model, "pretrained", "default")
     return model.train()
-
-
-def on_one_rank(family: str) -> list[float]:
-    model = made(family)
-    optimizer = torch.optim.AdamW(parameter_groups(model), **ADAMW)
-    losses = []
-    for patterns in STEPS:
-        loss = model(**tiny_batches(model).prepare(samples_of(patterns)).inputs).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 def on_ranks(cases: Sequence[tuple[str, str]]) -> list[tuple[list[float], list[int], int]]:
@@ -102,7 +85,7 @@ def step(engine: Any, batches: Any, samples: Sequence[Sample]) -> float:
 def test_losses_and_gathers() -> None:
     cases = (("mllama", "layer"), ("llava", "none"))
     for (family, _), (losses, gathers, wholes) in zip(cases, run(2, on_ranks, cases)[0], strict=True):
-        assert losses == pytest.approx(on_one_rank(family), rel=1e-5)
+        assert losses == pytest.approx(losses_of_batches(made(family), STEPS), rel=1e-5)
         assert wholes == (3 if family == "mllama" else 1), "the encoder, and the layers without cross-attention"
         # DeepSpeed knows the order of the modules from the first step, whatever the number of portions.
         assert len(set(gathers[1:])) == 1 and gathers[1] < gathers[0] / 2, gathers

@@ -59,10 +59,5 @@ class Exchange:
         """Global key positions that the rank's own ``rows`` rows see, ``[B, rows]``."""
         return (None, None) if self.interval is None else self.interval.rows_of(self.comm.rank, rows)
 
-    @property
-    def bounds(self) -> tuple[Tensor | None, Tensor | None]:
-        """``start, stop`` of ``interval``."""
-        return (None, None) if self.interval is None else (self.interval.start, self.interval.stop)
-
 
 Attention = Callable[[Tensor, Tensor, Tensor, Exchange], tuple[Tensor, Tensor]]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AriaForConditionalGeneration, AutoImageProcessor
+from transformers import AriaForConditionalGeneration
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionAttention
 
 from ds_lvxattn.data.sample import FrameShape
@@ -75,9 +75,6 @@ class Aria(Concatenation):
         processor.size_conversion = {self.config.vision_config.image_size: self.frame_tokens()}
         processor.image_processor.split_image = False
         processor.image_processor.max_image_size = self.config.vision_config.image_size
-
-    def load_processor(self, name: str) -> Any:
-        return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
 
     def pixels(
         self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any

@@ -10,17 +10,15 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, Blip2ForConditionalGeneration
+from transformers import Blip2ForConditionalGeneration
 from transformers.models.blip_2.modeling_blip_2 import (
     BaseModelOutputWithVisionQformerOutputs,
     Blip2Attention,
     Blip2QFormerMultiHeadAttention,
 )
 
-from ds_lvxattn.data.sample import FrameShape
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.frames import encode_in_portions
@@ -95,14 +93,6 @@ class Blip2(Concatenation):
     def complete_processor(self, processor: Any, image_token: str) -> None:
         """It writes as many visual tokens ahead of a text."""
         processor.num_query_tokens = self.config.num_query_tokens
-
-    def load_processor(self, name: str) -> Any:
-        return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
-
-    def pixels(
-        self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
-    ) -> Mapping[str, Tensor]:
-        return {"pixel_values": processor(list(frames), return_tensors="pt")["pixel_values"][None]}
 
     def blank_pixels(self) -> Mapping[str, Tensor]:
         size = self.config.vision_config.image_size

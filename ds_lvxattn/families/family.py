@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, PreTrainedModel
 
 from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.errors import ConfigError
@@ -329,9 +329,9 @@ class VisualFamily(Family):
 
     # Pixels
 
-    @abstractmethod
     def load_processor(self, name: str) -> Any:
         """The image processor of a local path or hub name; raises like ``load_model``."""
+        return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
 
     def complete_processor(self, processor: Any, image_token: str) -> None:
         """Fill in what the model's whole processor, as transformers saves it beside the model, has to know of it.
@@ -341,7 +341,6 @@ class VisualFamily(Family):
         """
         return None
 
-    @abstractmethod
     def pixels(
         self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
     ) -> Mapping[str, Tensor]:
@@ -351,14 +350,16 @@ class VisualFamily(Family):
             frames: uint8 ``[H, W, 3]``, or ``[merged, H, W, 3]`` of a part of a video; of a frame that has been cut,
                 each of its images.
         """
+        return {"pixel_values": processor(list(frames), return_tensors="pt")["pixel_values"][None]}
 
     def joined(self, parts: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         """``pixels`` of all frames of what it made of parts of them; with ``pixels_apart``."""
         return {key: torch.cat([part[key] for part in parts], dim=1) for key in parts[0]}
 
-    @abstractmethod
     def blank_pixels(self) -> Mapping[str, Tensor]:
         """Pixel arguments of one blank frame, for a rank that has none."""
+        vision = self.config.vision_config
+        return {"pixel_values": torch.zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size)}
 
     def blank(self, processor: Any, limits: FrameLimits) -> Mapping[str, Tensor]:
         """The same, where it takes the image processor to make them."""

@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, Gemma3ForConditionalGeneration
+from transformers import Gemma3ForConditionalGeneration
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
@@ -62,15 +61,8 @@ class Gemma3(Concatenation):
         vision = self.config.vision_config
         return (vision.image_size // vision.patch_size) ** 2
 
-    def load_processor(self, name: str) -> Any:
-        return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
-
     def pixels(
         self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
     ) -> Mapping[str, Tensor]:
         made = processor(list(frames), do_pan_and_scan=False, return_tensors="pt")
         return {"pixel_values": made["pixel_values"][None]}
-
-    def blank_pixels(self) -> Mapping[str, Tensor]:
-        vision = self.config.vision_config
-        return {"pixel_values": torch.zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size)}

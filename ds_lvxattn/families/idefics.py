@@ -90,10 +90,6 @@ class Idefics(VisualFamily):
     ) -> Mapping[str, Tensor]:
         return {"pixel_values": processor.preprocess(list(frames), return_tensors="pt")[None]}
 
-    def blank_pixels(self) -> Mapping[str, Tensor]:
-        vision = self.config.vision_config
-        return {"pixel_values": torch.zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size)}
-
     def dense_mask(
         self, ranges: Sequence[Sequence[tuple[int, int]]], shapes: Sequence[Sequence[FrameShape]]
     ) -> Mapping[str, Tensor]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, Idefics2ForConditionalGeneration
+from transformers import Idefics2ForConditionalGeneration
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverAttention, Idefics2VisionAttention
 
 from ds_lvxattn.data.sample import FrameShape, FrameSize
@@ -89,9 +89,6 @@ class Idefics2(Concatenation):
     def complete_processor(self, processor: Any, image_token: str) -> None:
         """It counts the visual tokens of an image by this."""
         processor.image_seq_len = self.frame_tokens()
-
-    def load_processor(self, name: str) -> Any:
-        return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
 
     def pixels(
         self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoImageProcessor,
     Idefics3ForConditionalGeneration,
     PreTrainedModel,
     SmolVLMForConditionalGeneration,
@@ -104,9 +103,6 @@ class Idefics3(Concatenation):
     def complete_processor(self, processor: Any, image_token: str) -> None:
         """It counts the visual tokens of a square by this."""
         processor.image_seq_len = self.frame_tokens()
-
-    def load_processor(self, name: str) -> Any:
-        return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
 
     def pixels(
         self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
-from ds_lvxattn.data.sample import FrameShape
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.frames import encode_in_portions
@@ -65,18 +63,6 @@ class Llava(Concatenation):
         processor.vision_feature_select_strategy = self.config.vision_feature_select_strategy
         processor.image_token = image_token
         processor.image_token_id = processor.tokenizer.convert_tokens_to_ids(image_token)
-
-    def load_processor(self, name: str) -> Any:
-        return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
-
-    def pixels(
-        self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
-    ) -> Mapping[str, Tensor]:
-        return {"pixel_values": processor(list(frames), return_tensors="pt")["pixel_values"][None]}
-
-    def blank_pixels(self) -> Mapping[str, Tensor]:
-        vision = self.config.vision_config
-        return {"pixel_values": torch.zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size)}
 
 
 def _selected(config: Any, tower: nn.Module, pixels: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, PaliGemmaForConditionalGeneration
+from transformers import PaliGemmaForConditionalGeneration
 from transformers.models.gemma import modeling_gemma
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
@@ -65,15 +64,3 @@ class PaliGemma(Concatenation):
     def encoder_tokens(self) -> int:
         vision = self.config.vision_config
         return (vision.image_size // vision.patch_size) ** 2
-
-    def load_processor(self, name: str) -> Any:
-        return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
-
-    def pixels(
-        self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
-    ) -> Mapping[str, Tensor]:
-        return {"pixel_values": processor(list(frames), return_tensors="pt")["pixel_values"][None]}
-
-    def blank_pixels(self) -> Mapping[str, Tensor]:
-        vision = self.config.vision_config
-        return {"pixel_values": torch.zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size)}

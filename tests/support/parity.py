@@ -108,6 +108,20 @@ def loss_and_gradients(model: torch.nn.Module, patterns: Sequence[str]) -> tuple
     return value.item(), gradients_of(model)
 
 
+def losses_of_batches(model: torch.nn.Module, batches: Sequence[Sequence[str]]) -> list[float]:
+    """Losses of a step on each of ``batches`` with torch's AdamW, on one rank, of the unmodified model."""
+    optimizer = torch.optim.AdamW(parameter_groups(model), **ADAMW)
+    losses = []
+    for patterns in batches:
+        loss = model(**tiny_batches(model).prepare(samples_of(patterns)).inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def losses_of_steps(
     model: torch.nn.Module, samples: Sequence[Sample], ranks: int, steps: int, batches: Batches | None = None
 ) -> list[float]:

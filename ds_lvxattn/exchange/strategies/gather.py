@@ -36,12 +36,22 @@ def two_level_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> 
     inner, outer = exchange.grid
     if 1 in (inner.ranks, outer.ranks):
         return gather_attention(q, k, v, exchange)
-    first, last = exchange.local_ranges
-    if first is not None and last is not None:
-        # From the order of the ranks to that of ``NodeRows``.
-        by_node = (outer.ranks, inner.ranks, exchange.layout.q.longest)
-        first, last = (x.unflatten(1, by_node).transpose(1, 2).flatten(1, 3) for x in (first, last))
-    return _gathered(q, k, v, exchange, outer.name, inner.name, first, last)
+    return _gathered(q, k, v, exchange, outer.name, inner.name, *_ranges_by_node(exchange, outer.ranks, inner.ranks))
+
+
+def _ranges_by_node(exchange: Exchange, nodes: int, size: int) -> tuple[Tensor | None, Tensor | None]:
+    """``Exchange.local_ranges`` in the order of ``NodeRows``, not of the ranks."""
+    interval, comm, layout = exchange.interval, exchange.comm, exchange.layout
+    if interval is None:
+        return None, None
+
+    def by_node() -> tuple[Tensor, Tensor]:
+        bounds = interval.local_to(layout.kv, comm.rank)
+        shape = (nodes, size, layout.q.longest)
+        first, last = (x.unflatten(1, shape).transpose(1, 2).flatten(1, 3) for x in bounds)
+        return first, last
+
+    return interval.once(("by node", layout.kv, comm.rank, nodes), by_node)
 
 
 def _gathered(

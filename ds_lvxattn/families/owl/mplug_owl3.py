@@ -137,15 +137,6 @@ class MPlugOwl3(VisualFamily):
     def load_processor(self, name: str) -> Any:
         return checkpoint_names.load_processor(name)
 
-    def pixels(
-        self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
-    ) -> Mapping[str, Tensor]:
-        return {"pixel_values": processor(list(frames), return_tensors="pt")["pixel_values"][None]}
-
-    def blank_pixels(self) -> Mapping[str, Tensor]:
-        vision = self.config.vision_config
-        return {"pixel_values": torch.zeros(1, 1, vision.num_channels, vision.image_size, vision.image_size)}
-
     def dense_mask(
         self, ranges: Sequence[Sequence[tuple[int, int]]], shapes: Sequence[Sequence[FrameShape]]
     ) -> Mapping[str, Any]:
