@@ -174,21 +174,19 @@ def measure(name: str, head_size: int, device: torch.device, groups: SequencePar
     return figure
 
 
-def report(figures: Sequence[Figure]) -> bool:
-    """Print the table; whether all figures hold."""
-    holds = True
-    for figure in figures:
-        worst = max(figure.over_bf16.values(), default=float("inf"))
-        holds &= worst <= LIMIT
-        generated = "" if figure.generated is None else f", generated {figure.generated:.0%}"
-        print(
-            f"{figure.model:20} D {figure.head_size:3}  bf16 error {figure.bf16_error:.2e}, of that at most {worst:.3f}"
-            f"{'' if worst <= LIMIT else ' TOO LARGE'}, whole in {figure.whole_over_divided_time:.2f} of the time"
-            f"{generated}\n    " + ", ".join(f"{mode} {ratio:.3f}" for mode, ratio in figure.over_bf16.items())
-        )
-        for what, why in figure.refused.items():
-            print(f"    {what}: {why}")
-    return holds
+def report(figure: Figure) -> bool:
+    """Print one; whether it holds."""
+    worst = max(figure.over_bf16.values(), default=float("inf"))
+    generated = "" if figure.generated is None else f", generated {figure.generated:.0%}"
+    print(
+        f"{figure.model:20} D {figure.head_size:3}  bf16 error {figure.bf16_error:.2e}, of that at most {worst:.3f}"
+        f"{'' if worst <= LIMIT else ' TOO LARGE'}, whole in {figure.whole_over_divided_time:.2f} of the time"
+        f"{generated}\n    " + ", ".join(f"{mode} {ratio:.3f}" for mode, ratio in figure.over_bf16.items()),
+        flush=True,
+    )
+    for what, why in figure.refused.items():
+        print(f"    {what}: {why}")
+    return worst <= LIMIT
 
 
 def main() -> None:
@@ -203,21 +201,24 @@ def main() -> None:
         torch.cuda.set_device(device)
     start_distributed()
     groups = SequenceParallelGroups(dist.get_world_size())
-    figures = []
+    about = {
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "ranks": dist.get_world_size(),
+        "torch": torch.__version__,
+    }
+    here = dist.get_rank() == 0
+    if here:
+        print(", ".join(f"{key} {value}" for key, value in about.items()))
+    figures: list[Figure] = []
+    holds = True
     for name in args.models.split(","):
         for head_size in map(int, args.head_sizes.split(",")):
             figures.append(measure(name, head_size, device, groups))
-    holds = True
-    if dist.get_rank() == 0:
-        about = {
-            "device": torch.cuda.get_device_name() if on_gpu else "CPU",
-            "ranks": dist.get_world_size(),
-            "torch": torch.__version__,
-        }
-        print(", ".join(f"{key} {value}" for key, value in about.items()))
-        holds = report(figures)
-        if args.output is not None:
-            args.output.write_text(json.dumps({**about, "figures": [asdict(f) for f in figures]}, indent=1) + "\n")
+            if here:
+                holds &= report(figures[-1])
+                if args.output is not None:  # what is measured is kept, should a later model end the command
+                    found = {**about, "figures": [asdict(f) for f in figures]}
+                    args.output.write_text(json.dumps(found, indent=1) + "\n")
     dist.barrier()
     dist.destroy_process_group()
     sys.exit(0 if holds else 1)
