@@ -37,7 +37,7 @@ on_gpu = pytest.mark.skipif(REASON is not None, reason=f"fa4: {REASON}")
 )
 @example(rows=2, keys=21, mask="sliding", tile=4, block=8, transposed=False, seed=0)  # no row sees the block between
 def test_block_lists(make_problem, rows, keys, mask, tile, block, transposed, seed):
-    """Whole blocks are those without a hidden pair; all listed are those between a tile's first and last visible key."""
+    """Whole blocks are those without a hidden pair; all listed touch a tile's first to last visible keys."""
     p = make_problem(batch=2, rows=rows, keys=keys, mask=mask, seed=seed)
     part, whole = block_lists(*padded_ranges(p.start, p.stop, tile), keys, tile, block)
     key = torch.arange(keys, device=p.start.device)
