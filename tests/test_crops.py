@@ -23,6 +23,7 @@ from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.data.sample import IGNORE, FrameSize, Sample
 from ds_lvxattn.families import family_of
 from ds_lvxattn.families.family import ANY_SIZE
+from ds_lvxattn.families.processors import ChannelsLast
 from ds_lvxattn.needle.small_models import SMALL_MODELS
 from tests.support.distributed import run
 from tests.support.parity import Gradients, gradients_of, largest_differences, losses_of_steps, sum_over_ranks
@@ -151,8 +152,9 @@ def test_losses_under_zero3() -> None:
 @settings(max_examples=30)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(28, 150))
 def test_a_picture_has_the_squares_that_its_size_tells(height: int, width: int, longest: int) -> None:
-    family, processor = family_of(cutting("idefics3")), image_processor("idefics3")
-    processor.size = {"longest_edge": longest}
+    family, pictures = family_of(cutting("idefics3")), image_processor("idefics3")
+    pictures.size = {"longest_edge": longest}
+    processor = ChannelsLast(pictures)  # a picture may be one pixel high
     frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     shapes = family.crops_of(FrameSize(height, width), processor, ANY_SIZE)
     theirs = processor([[frame]], return_row_col_info=True, return_tensors="pt")
