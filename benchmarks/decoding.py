@@ -24,7 +24,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from ds_lvxattn.data.media import Media, decode_frames, probe_video, sample_frames
+from ds_lvxattn.data.media import Media, decode_frames, probe_video, sample_times
 from ds_lvxattn.data.media.files import open_film
 from ds_lvxattn.data.media.picture import as_shown
 
@@ -146,7 +146,8 @@ def main() -> None:
         print(f"{film}: {info.num_frames} frames of {info.width} x {info.height}; index {took:.2f} s")
         part = info.seconds / arguments.samples
         samples = [
-            sample_frames(info, arguments.frames, start=part * n, end=part * (n + 1)) for n in range(arguments.samples)
+            [info.frame_at(seen) for seen in sample_times(info, arguments.frames, start=part * n, end=part * (n + 1))]
+            for n in range(arguments.samples)
         ]
         first = samples[0][:8]
         expected = sequential(film, first)

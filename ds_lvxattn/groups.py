@@ -10,7 +10,6 @@ over all ranks beforehand, which ``training.model.partition_over_all_ranks`` see
 from __future__ import annotations
 
 import os
-import socket
 from datetime import timedelta
 
 import deepspeed
@@ -108,7 +107,7 @@ def start_distributed(backend: str | None = None, timeout: timedelta | None = No
     """
     leave_out_shared_memory()
     if not dist.is_initialized() and not any(name in os.environ for name in WORLD_SIZES):
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # any
     limit = {} if timeout is None else {"timeout": timeout}
     try:
         deepspeed.init_distributed(backend, verbose=False, **limit)
@@ -123,12 +122,6 @@ def launched_ranks() -> int:
     if dist.is_initialized():
         return dist.get_world_size()
     return int(next(filter(None, map(os.environ.get, WORLD_SIZES)), 1))
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def set_timeouts(timeout: timedelta) -> None:

@@ -47,7 +47,7 @@ make_environment() {
 
 # A TCP port that nothing listens on: two runs on one machine do not meet. MASTER_PORT chooses another.
 free_port() {
-  echo "${MASTER_PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}"
+  echo "${MASTER_PORT:-$(python3 -c 'from ds_lvxattn.training.launch import free_port; print(free_port())')}"
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then

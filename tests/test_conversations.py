@@ -107,6 +107,16 @@ def test_video_is_sampled_and_only_the_asked_frames_are_decoded(source_of, monke
     assert sample.load_frames([]) == []
 
 
+def test_tokens_that_the_model_has_no_embedding_of(source_of):
+    """A token added to the tokenizer alone; the image token is not looked up, so it may be one."""
+    image, header = (TOKENIZER.convert_tokens_to_ids(token) for token in (IMAGE, "<|start_header_id|>"))
+    row = chat("what ?", video="media/long.mp4")
+    for embeddings in (image, header):
+        with pytest.raises(SampleError, match=rf"{header}, '<\|start_header_id\|>'.* embeddings of {embeddings} "):
+            source_of(row, embeddings=embeddings).sample(0)
+    assert image in source_of(row, embeddings=len(TOKENIZER)).sample(0).input_ids
+
+
 def test_real_clip(source_of):
     sample = source_of(chat(video=clip_path("bikes"))).sample(0)
     frames = sample.load_frames(range(sample.num_frames))

@@ -75,6 +75,7 @@ RUN = {
 # What they do not run, and why.
 NOT_RUN = {
     "benchmarks/accuracy.py": GPUS,
+    "benchmarks/data_wait.py": GPUS,
     "benchmarks/decoding.py": "minutes of films that it writes itself",
     "benchmarks/full_size.py": GPUS,
     "benchmarks/kernels.py": GPUS,

@@ -22,11 +22,11 @@ from benchmarks.faults.ranks import (
     TIMEOUT,
     Fault,
     ds_config,
-    free_port,
     left_in,
     python_path,
     write_config,
 )
+from ds_lvxattn.training.launch import free_port
 
 VARIABLE = "CAMPAIGN_FAULT"
 AT_A_TIME = 9

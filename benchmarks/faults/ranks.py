@@ -14,7 +14,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from ds_lvxattn.training.launch import free_port
 
 ROOT = Path(__file__).parents[2]
 # Timeouts of the runs, seconds: of one with a stopped rank, and of others, which a busy machine must not end.
@@ -321,13 +322,6 @@ def _rank(command: ModuleType, rank: int, ranks: int, port: int, words: list[str
 def python_path() -> str:
     """``PYTHONPATH`` of processes that import this project, the caller's own behind it."""
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)

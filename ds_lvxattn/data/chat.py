@@ -168,6 +168,30 @@ def check_words(messages: list[Message], text: str, frame_text: str = "", video_
             at = found + len(word)
 
 
+def check_tokens(
+    input_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, embeddings: int | None, image_token: str | None
+) -> None:
+    """Check that the model has an embedding of every token but the image token, whose place a picture takes.
+
+    Args:
+        embeddings: tokens that it has one of; None: all of them.
+
+    Raises:
+        SampleError: naming a token of which it has none.
+    """
+    if embeddings is None or max(input_ids, default=0) < embeddings:
+        return
+    missing = {number: tokenizer.convert_ids_to_tokens(number) for number in input_ids if number >= embeddings}
+    for number, token in missing.items():
+        if token == image_token:
+            continue
+        raise SampleError(
+            f"the tokenizer makes token {number}, {token!r}, and the model has "
+            f"embeddings of {embeddings} tokens; give it the tokenizer it was trained with, or call "
+            f"resize_token_embeddings({len(tokenizer)}) and save it"
+        )
+
+
 def encode(
     messages: list[Message],
     tokenizer: PreTrainedTokenizerBase,

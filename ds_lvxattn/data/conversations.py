@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ds_lvxattn.data.chat import NO_VIDEOS, Message, VideoText, WrittenVideos, encode
+from ds_lvxattn.data.chat import NO_VIDEOS, Message, VideoText, WrittenVideos, check_tokens, encode
 from ds_lvxattn.data.media import (
     FRAMES_A_SECOND,
     NO_LIMITS,
@@ -50,6 +50,7 @@ class ConversationSource:
         frame_tokens: rows that the model makes of each image token of a frame, by the size of its picture.
         videos: how the model has videos in its text; None: frame by frame.
         write: what the model's processor makes of a rendered conversation, by the sizes of its frames.
+        embeddings: tokens that the model has an embedding of; None: all of the tokenizer's.
         max_frames: frames of a row; its videos share what its images leave.
         max_text_tokens: longest sample in tokens, image tokens included with the rows that the model makes of them;
             None for no limit.
@@ -78,6 +79,7 @@ class ConversationSource:
         frame_tokens: Callable[[FrameSize], Sequence[int]] = one_row,
         videos: VideoText | None = None,
         write: Callable[[str, Sequence[FrameSize]], str] = as_it_is,
+        embeddings: int | None = None,
         max_frames: int,
         max_text_tokens: int | None = None,
         split: Literal["train", "eval"] = "train",
@@ -100,7 +102,7 @@ class ConversationSource:
         self.image_id = image_id
         self.tokenizer, self.image_token = tokenizer, image_token
         self.frame_text, self.frame_tokens, self.videos = frame_text or image_token or "", frame_tokens, videos
-        self.write = write
+        self.write, self.embeddings = write, embeddings
         self.max_frames, self.max_text_tokens, self.seed = max_frames, max_text_tokens, seed
         self.pixels, self.upright, self.fps = pixels, upright, fps
 
@@ -173,6 +175,7 @@ class ConversationSource:
             return self.write(text, sizes)
 
         input_ids, labels = encode(messages, self.tokenizer, self.frame_text, videos, write)
+        check_tokens(input_ids, self.tokenizer, self.embeddings, self.image_token)
         frames, rows_of = len(sizes), [rows for size in sizes for rows in self.frame_tokens(size)]
         image_tokens = input_ids.count(self.image_id)
         if image_tokens != len(rows_of):

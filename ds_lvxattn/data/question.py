@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from ds_lvxattn.data.chat import VideoText, check_words, render
+from ds_lvxattn.data.chat import VideoText, check_tokens, check_words, render
 from ds_lvxattn.data.conversations import messages_of, open_media, videos_of
 from ds_lvxattn.data.media import DEFAULT_LIMITS, load_frames
 from ds_lvxattn.data.rows import MediaRef, read_row
@@ -25,6 +25,7 @@ def question_sample(
     frame_tokens: Callable[[FrameSize], Sequence[int]] = one_row,
     videos: VideoText | None = None,
     write: Callable[[str, Sequence[FrameSize]], str] = as_it_is,
+    embeddings: int | None = None,
     max_frames: int,
     max_text_tokens: int,
 ) -> Sample:
@@ -39,6 +40,7 @@ def question_sample(
         frame_tokens: rows that the model makes of each image token of a frame, by the size of its picture.
         videos: how the model has videos in its text; None: frame by frame.
         write: what the model's processor makes of a rendered conversation, by the sizes of its frames.
+        embeddings: tokens that the model has an embedding of; None: all of the tokenizer's.
         max_frames: frames taken, spread evenly over the video.
         max_text_tokens: longest prompt, with the rows of its frames.
 
@@ -60,6 +62,7 @@ def question_sample(
     check_words(messages, text, frame_text, videos_here.text)
     sizes = [size for medium in media for size in medium.frame_sizes]
     input_ids = tokenizer(write(text, sizes), add_special_tokens=False, verbose=False)["input_ids"]
+    check_tokens(input_ids, tokenizer, embeddings, image_token)
     rows_of = [rows for size in sizes for rows in frame_tokens(size)]
     of_frames = sum(rows_of)
     rows = len(input_ids) - len(rows_of) + of_frames

@@ -77,19 +77,28 @@ def load_sources(
 def frames_in_text(loaded: LoadedModel, limits: FrameLimits = ANY_SIZE) -> dict[str, Any]:
     """How the model's text has a frame, as arguments of ``ConversationSource`` and ``question_sample``."""
     family = family_of(loaded.model)
+    embeddings = embedded_tokens(loaded.model)
     if not isinstance(family, VisualFamily):
-        return {"image_token": None}
+        return {"image_token": None, "embeddings": embeddings}
     rows = rows_of_frames(family, loaded.processor, limits)
     how: dict[str, Any] = {
         "image_token": loaded.image_token,
         "frame_tokens": rows,
         "videos": videos_in_text(family, loaded.tokenizer),
+        "embeddings": embeddings,
     }
     # The tokenizer of a small model has the token alone.
     if loaded.image_token is not None and loaded.image_token != family.token_of(loaded.tokenizer):
         return {**how, "write": functools.partial(write_crops, rows, loaded.image_token)}
     write = functools.partial(family.write, processor=loaded.processor, limits=limits)
     return {**how, "frame_text": family.frame_text, "write": write}
+
+
+def embedded_tokens(model: PreTrainedModel) -> int | None:
+    """Tokens that the model has an embedding of, those that were added beside it too; None: it does not say."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    rows = getattr(embedding, "num_embeddings", None)
+    return None if rows is None else rows + getattr(embedding, "num_additional_embeddings", 0)
 
 
 def videos_in_text(family: VisualFamily, tokenizer: Any) -> VideoText | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,12 @@ def launch_environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nothing listens on, and that no connection is given before the ranks listen there: not one of
+    those that systems give by themselves."""
+    while True:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", random.SystemRandom().randrange(10_000, 32_768)))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from ds_lvxattn.training.launch import free_port
 from tests.support.deadline import Deadline
 
 REPOSITORY = Path(__file__).parents[2]
@@ -65,13 +65,6 @@ def launch(
     settings |= {key: None for key in os.environ if key.startswith("WANDB_")}
     command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", ranks, "--master_port", free_port(), script]
     return finish((*command, *arguments), cwd=cwd, **{**settings, **environment})
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _family(process: psutil.Process) -> list[psutil.Process]:
