@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from ds_lvxattn.plan.choice import candidates, choose
+from ds_lvxattn.plan.cluster.job import ClusterJob
 from ds_lvxattn.plan.cluster.model_sizes import model_sizes
 from ds_lvxattn.plan.cluster.plots import Panel, choice_map
-from ds_lvxattn.plan.cluster.step import ClusterJob
 from ds_lvxattn.plan.cost import Layer
 from ds_lvxattn.plan.modes import LOCAL, Mode, eligible_modes, mode_named
 from ds_lvxattn.plan.profile import Profile, load_profile, profile_from_json, profile_to_json, write_profile

@@ -5,6 +5,7 @@
     torchrun --nproc_per_node 4 benchmarks/step.py --stage 3 --work 96:4:384 --strategies lv_xattn --largest
     torchrun --nproc_per_node 1 benchmarks/step.py --strategies lv_xattn --work 24:1:384 --output step_one.json
     python benchmarks/step.py --read step_nvlink.json step_nodes.json step_one.json --plot step.png
+    python benchmarks/step.py --read docs/step_*.json --predict docs/two_levels.json
 
 Random weights and pixels, bf16; cross-attention and projector train; the optimizer's step is in it, with a learning
 rate of 0, so that every step has the same loss, whatever the strategy. In a round each strategy makes a step that does
@@ -15,7 +16,8 @@ while the step before runs. A step's time is that of the slowest rank.
 of the ranks that NCCL takes for hosts (``NCCL_HOSTID``), with sockets between. ``--work``: FRAMES:TILES:TEXT, several.
 The floor of a strategy is the time in which compute kernels are busy in a profiled step, exchanges left out. What is
 measured is written after every round. ``--largest`` doubles the frames of the last item until a step does not fit; what
-fits is written. ``--read`` compares a run on one GPU with one of as many frames a GPU on several. ``--tiny`` runs a
+fits is written. ``--read`` compares a run on one GPU with one of as many frames a GPU on several; ``--predict`` prints
+what the planner predicts from a machine's profile beside what was measured (``step_prediction.py``). ``--tiny`` runs a
 small model, on CPUs too, which checks that everything runs.
 """
 
@@ -65,6 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("step.json"))
     parser.add_argument("--read", type=Path, nargs="*", help="print, and with --plot draw, what these files hold")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--predict", metavar="PROFILE", help="with --read: predicted beside measured steps")
     return parser.parse_args()
 
 
@@ -79,6 +82,7 @@ from deepspeed.accelerator import get_accelerator  # noqa: E402
 from full_size import model_config, video_sample  # noqa: E402
 from paired import LEAST, Comparison, compare, spread  # noqa: E402
 from step_parts import PARTS, WAITS, Marks, parts_of_host, parts_of_profile  # noqa: E402
+from step_prediction import prediction_report, predictions, read_profile  # noqa: E402
 from transformers import MllamaConfig, MllamaForConditionalGeneration  # noqa: E402
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil  # noqa: E402
 
@@ -400,6 +404,8 @@ def main(args: argparse.Namespace) -> None:
     if args.read:
         runs = [run for path in args.read for run in json.loads(path.read_text())["runs"]]
         print("\n".join([*map(report, runs), *weak_scaling(runs)]))
+        if args.predict:
+            print("\n" + prediction_report(predictions(runs, read_profile(args.predict))))
         if args.plot:
             draw(runs, args.plot)
         return

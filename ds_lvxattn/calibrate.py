@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from ds_lvxattn.calibration.clock import Clock, slowest
 from ds_lvxattn.calibration.collectives import collective_curves, level_curves, with_links
+from ds_lvxattn.calibration.dense import layer_host_times, products
 from ds_lvxattn.calibration.extent import CPU, DEFAULT_LAYOUTS, GPU, Extent, HeadLayout
 from ds_lvxattn.calibration.kernels import measured_kernels
 from ds_lvxattn.calibration.layers import host_times, projections
@@ -39,6 +40,7 @@ from ds_lvxattn.calibration.machine import (
     triton_version,
 )
 from ds_lvxattn.exchange.comm import Communicator, communicator
+from ds_lvxattn.plan.dense import GATHER
 from ds_lvxattn.plan.profile import (
     FORMAT,
     Profile,
@@ -96,7 +98,7 @@ def cache_path(
     facts = [
         FORMAT, device_name(device), dist.get_world_size(), dist.get_world_size(group), gpus_per_node(device),
         torch.__version__, triton_version(), torch.version.cuda, str(dtype), list(layouts),
-        sorted((k, v) for k, v in os.environ.items() if k.startswith("NCCL_")),
+        sorted((k, v) for k, v in os.environ.items() if k.startswith("NCCL_")), repr((GPU, CPU)),
     ]  # fmt: skip
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "ds_lvxattn" / f"profile-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
@@ -140,11 +142,14 @@ def calibrate(
         kernels=(),
         host={},
         host_ranks=comm.ranks,
+        products=products(clock, extent, device, dtype),
     )
     profile = with_links(profile, known, curves, comm.ranks)
     profile = replace(profile, projections=projections(profile, layouts, clock, device, dtype))
     profile = replace(profile, kernels=tuple(measured_kernels(profile, layouts, clock, extent, device, dtype)))
-    profile = replace(profile, host=host_times(group, comm.ranks, layouts[0], device, dtype))
+    host = {**layer_host_times(device, dtype), **host_times(group, comm.ranks, layouts[0], device, dtype)}
+    # What no measurement here covers stays as known.
+    profile = replace(profile, host={name: time for name, time in known.host.items() if name == GATHER} | host)
     seconds = time.perf_counter() - began
     profile = replace(profile, source=f"{profile.source}; {seconds:.1f} s")
     answer = [profile_to_json(profile)]

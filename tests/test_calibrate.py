@@ -15,6 +15,7 @@ from ds_lvxattn.calibrate import cache_path, calibrated
 from ds_lvxattn.calibration.extent import Extent, HeadLayout
 from ds_lvxattn.exchange.comm import communicator
 from ds_lvxattn.plan.cost import Layer
+from ds_lvxattn.plan.dense import ENCODER_LAYER, TEXT_LAYER
 from ds_lvxattn.plan.modes import eligible_modes
 from ds_lvxattn.plan.planner import BatchSizes, Plan
 from ds_lvxattn.plan.profile import profile_to_json
@@ -24,7 +25,7 @@ from tests.support.distributed import device, run
 from tests.support.tiny_model import attach, tiny_model, tiny_sample
 
 LAYOUTS = (HeadLayout(4, 2, 16),)
-SMALL = Extent((8, 16), (16, 64), 1e9, (1 << 8, 1 << 12), 1)
+SMALL = Extent((8, 16), (16, 64), 1e9, (1 << 8, 1 << 12), 1, ((8, 16, 32),))
 
 
 def measured_twice(cache: str) -> tuple[dict, dict, bool]:
@@ -54,9 +55,11 @@ def test_ranks_measure_once_and_agree(tmp_path: Path) -> None:
     for first, second, untouched in results:
         assert first == second == results[0][0] and untouched
     profile = results[0][0]
-    assert {c["op"] for c in profile["collectives"]} == {"all_gather", "all_to_all", "send"}
+    assert {c["op"] for c in profile["collectives"]} == {"all_gather", "all_to_all", "send", "all_reduce"}
     assert {(k["masked"], k["head_dim"]) for k in profile["kernels"]} == {(False, 16), (True, 16)}
     assert {"lv_xattn/gather", "lv_xattn/routed masked", "ulysses/auto", "ring/ring masked"} <= set(profile["host_ms"])
+    assert all(profile["host_ms"][name][0] > 0 for name in (TEXT_LAYER, ENCODER_LAYER))
+    assert [product[:3] for product in profile["products"]] == [[8, 16, 32]] and profile["products"][0][3] > 0
     assert "measured by ds_lvxattn.calibrate on 2 ranks" in profile["source"]
     assert 0 <= profile["overlap"] <= 1
 

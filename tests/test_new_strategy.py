@@ -19,8 +19,8 @@ from ds_lvxattn.config import sequence_parallel_config
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.comm import communicator
 from ds_lvxattn.plan.cluster import plots
+from ds_lvxattn.plan.cluster.job import ClusterJob
 from ds_lvxattn.plan.cluster.model_sizes import SHIPPED
-from ds_lvxattn.plan.cluster.step import ClusterJob
 from ds_lvxattn.plan.cost import Pass, Passes
 from ds_lvxattn.plan.layer_plan import AttentionLayer, LayerPlan, PlanSettings, plan_layers, write_plan
 from ds_lvxattn.plan.modes import Mode, modes, register, strategies, unregister

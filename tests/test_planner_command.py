@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from ds_lvxattn.plan.__main__ import main, report
+from ds_lvxattn.plan.cluster.job import ClusterJob
 from ds_lvxattn.plan.cluster.model_sizes import SHIPPED, ModelError, model_sizes
-from ds_lvxattn.plan.cluster.step import ClusterJob, layer_candidates, steps
+from ds_lvxattn.plan.cluster.step import layer_candidates, steps
 from ds_lvxattn.plan.profile import (
     ProfileError,
     load_profile,
@@ -113,7 +114,7 @@ def test_visual_tokens_in_the_text(tmp_path: Path, capsys: pytest.CaptureFixture
     job = ClusterJob(sizes, 1000, 100, 8)
     assert job.rows == (1000 + 100 * 576) // 8 and job.compared().shape.kv_lengths == (job.rows,) * 8
     profile = load_profile("h200")
-    assert report(job, profile)["strategies"]["ulysses"]["step_s"]["cross"] == 0
+    assert report(job, profile)["strategies"]["ulysses"]["step_s"]["cross-attention"] == 0
     vision = {"image_size": 336, "patch_size": 14, "num_hidden_layers": 24, "hidden_size": 1024}
     config = {"model_type": "llava", "text_config": {"vocab_size": 32064}, "vision_config": vision}
     (tmp_path / "config.json").write_text(

@@ -69,3 +69,19 @@ def slowest_of(values: Sequence[float], device: torch.device) -> list[float]:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def host_seconds(call: Callable[[], None], device: torch.device) -> float:
+    """Seconds from call to call while the device waits for the host; median of short runs, which others disturb."""
+    runs, calls = (5, 6) if device.type == "cuda" else (1, 3)
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(runs):
+        synchronize(device)
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        synchronize(device)
+        times.append((time.perf_counter() - began) / calls)
+    return statistics.median(times)

@@ -38,8 +38,13 @@ def collective_curves(comm: Communicator, clock: Clock, extent: Extent, device: 
         message = Message("calibration", out, following, arriving, before)
         return size, lambda: comm.exchange([message]).wait()
 
+    def all_reduce(size: int) -> tuple[int, Callable[[], object]]:  # of gradients, in float32
+        numbers = torch.zeros(max(size * n // (8 * (n - 1)), 1), device=device)
+        return 8 * numbers.numel() * (n - 1) // n, lambda: dist.all_reduce(numbers, group=comm.group)
+
     curves = []
-    for op, make in (("all_gather", all_gather), ("all_to_all", all_to_all), ("send", send)):
+    operations = ("all_gather", all_gather), ("all_to_all", all_to_all), ("send", send), ("all_reduce", all_reduce)
+    for op, make in operations:
         sizes, times = [], []
         for size in extent.messages:
             received, call = make(size)
@@ -89,7 +94,7 @@ def with_links(profile: Profile, known: Profile, curves: Sequence[Curve], ranks:
 
 
 def _link(curves: Sequence[Curve], known: Link) -> Link:
-    gather, _, hop = curves
+    gather, hop = (next(curve for curve in curves if curve.op == op) for op in ("all_gather", "send"))
     ranks = gather.ranks
     latency = min(gather.points[0][1], hop.points[0][1])
     message = max(gather.points[0][1] - latency, 0.0) / max(ranks - 2, 1) if ranks > 2 else known.message

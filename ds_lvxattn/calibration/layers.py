@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_lvxattn.calibration.clock import Clock, slowest_of, synchronize
+from ds_lvxattn.calibration.clock import Clock, host_seconds, slowest_of
 from ds_lvxattn.calibration.extent import HeadLayout
 from ds_lvxattn.exchange.attention import sp_attention
 from ds_lvxattn.exchange.comm import communicator
@@ -142,26 +140,10 @@ def host_times(
             layer(x, y)
 
         calls = (forward, layer_step(layer, x, y, False), layer_step(layer, x, y, True))
-        one, both, again = slowest_of([_host_seconds(call, device) for call in calls], device)
+        one, both, again = slowest_of([host_seconds(call, device) for call in calls], device)
         name = mode.name + " masked" * masked
         found[name] = HostTime(one, max(both - one, 0.0), max(again - both, 0.0))
     comm.reset()
     comm.received.update(counts[0])
     comm.between.update(counts[1])
     return found
-
-
-def _host_seconds(call: Callable[[], None], device: torch.device) -> float:
-    """Seconds from call to call while the device waits for the host; median of short runs, which others disturb."""
-    runs, calls = (5, 6) if device.type == "cuda" else (1, 3)
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(runs):
-        synchronize(device)
-        began = time.perf_counter()
-        for _ in range(calls):
-            call()
-        synchronize(device)
-        times.append((time.perf_counter() - began) / calls)
-    return statistics.median(times)

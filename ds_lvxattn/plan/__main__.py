@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ds_lvxattn.plan.choice import Candidate, choose
+from ds_lvxattn.plan.cluster.job import ClusterJob
 from ds_lvxattn.plan.cluster.model_sizes import SHIPPED, ModelError, model_sizes
-from ds_lvxattn.plan.cluster.step import USABLE, ClusterJob, Step, frames_that_fit, layer_candidates, steps
+from ds_lvxattn.plan.cluster.step import USABLE, frames_that_fit, layer_candidates, stages, steps
 from ds_lvxattn.plan.profile import Profile, ProfileError, load_profile, shipped_profiles
+from ds_lvxattn.plan.zero import STAGES, advice
 
 
 def report(job: ClusterJob, profile: Profile) -> dict[str, Any]:
@@ -27,7 +29,8 @@ def report(job: ClusterJob, profile: Profile) -> dict[str, Any]:
     assert own is not None
     strategies: dict[str, Any] = {}
     best: tuple[float, str] | None = None
-    for name, (candidate, step) in steps(job, profile).items():
+    found = steps(job, profile)
+    for name, (candidate, step) in found.items():
         if candidate.cost is None or step is None:
             strategies[name] = {"obstacle": candidate.obstacle}
             continue
@@ -37,7 +40,7 @@ def report(job: ClusterJob, profile: Profile) -> dict[str, Any]:
             "layer_ms": layer_milliseconds(candidate),
             "layer_received_bytes": candidate.received,
             "layer_received_between_nodes_bytes": candidate.between,
-            "step_s": {"total": step.total, **seconds_by_part(step)},
+            "step_s": {"total": step.total, **step.parts},
             "step_received_bytes": step.received,
             "memory_bytes": step.memory,
             "fits": fits,
@@ -45,6 +48,9 @@ def report(job: ClusterJob, profile: Profile) -> dict[str, Any]:
         }
         if fits and (best is None or step.total < best[0]):
             best = (step.total, name)
+    possible = {name: step for name, (_, step) in found.items() if step is not None}
+    fastest = min(possible, key=lambda name: possible[name].total)
+    of_stages = stages(job, found[fastest if best is None else best[1]][0], profile)
     return {
         "model": job.model.name,
         "cluster": profile.name,
@@ -59,6 +65,9 @@ def report(job: ClusterJob, profile: Profile) -> dict[str, Any]:
         "strategies": strategies,
         "choice": None if best is None else best[1],
         "reason": reason(strategies, best, profile),
+        "stage": job.stage,
+        "stages": [asdict(stage) for stage in of_stages],
+        "warning": advice(job.stage, of_stages),
     }
 
 
@@ -76,10 +85,6 @@ def layer_milliseconds(candidate: Candidate) -> dict[str, float]:
         "total": cost.total,
     }
     return {name: seconds * 1e3 for name, seconds in parts.items()}
-
-
-def seconds_by_part(step: Step) -> dict[str, float]:
-    return {name: value for name, value in asdict(step).items() if name not in ("received", "memory")}
 
 
 def reason(strategies: dict[str, Any], best: tuple[float, str] | None, profile: Profile) -> str:
@@ -102,7 +107,7 @@ def show(found: dict[str, Any]) -> None:
     from rich.table import Column, Table
 
     console = Console()
-    console.width = max(console.width, 120)
+    console.width = max(console.width, 140)
     console.print(
         f"{found['model']}, {found['text']:,} text tokens, {found['frames']:,} frames = {found['visual_tokens']:,} "
         f"visual tokens, {found['gpus']:,} GPUs, recompute {found['recompute']}\n{found['cluster']}: {found['source']}",
@@ -114,27 +119,39 @@ def show(found: dict[str, Any]) -> None:
         "projection", "total", "received", "from other nodes",
         title=f"one {kind}-attention layer, ms (exchange: what is not hidden); MiB a GPU",
     )  # fmt: skip
+    parts = {
+        "encoder": "encoder", "projection": "projector", "cross-attention": "cross", "text": "text",
+        "exchange": "exchange", "parameters and gradients": "ZeRO", "optimizer": "optimizer", "idle": "host",
+        "total": "total",
+    }  # fmt: skip
     step = Table(
-        Column("strategy", no_wrap=True), "cross", "self", "text", "vision", "ZeRO-3", "optimizer", "total",
-        "received", "memory", "most frames", title="training step, s; GiB a GPU",
+        Column("strategy", no_wrap=True), *parts.values(), "received", "memory", "most frames",
+        title=f"training step with ZeRO-{found['stage']}, s (exchange, ZeRO: not hidden; host: waiting for it); "
+        "GiB a GPU",
     )  # fmt: skip
     for name, s in found["strategies"].items():
         if "obstacle" in s:
             continue
-        ms, parts = s["layer_ms"], s["step_s"]
+        ms, seconds = s["layer_ms"], s["step_s"]
         keys = ("forward", "backward", "kernels", "passes", "exchange", "projection", "total")
         received = f"{s['layer_received_bytes'] / 2**20:,.1f}"
         between = f"{s['layer_received_between_nodes_bytes'] / 2**20:,.1f}"
         layer.add_row(name, s["schedule"], *(f"{ms[key]:.3g}" for key in keys), received, between)
-        keys = ("cross", "self_attention", "text", "vision", "zero", "optimizer", "total")
         memory = f"{s['memory_bytes'] / 2**30:.1f}" + ("" if s["fits"] else " too large")
         step.add_row(
-            name, *(f"{parts[key]:.3g}" for key in keys), f"{s['step_received_bytes'] / 2**30:.2f}", memory,
+            name, *(f"{seconds[key]:.3f}" for key in parts), f"{s['step_received_bytes'] / 2**30:.2f}", memory,
             f"{s['largest_frames']:,}",
         )  # fmt: skip
     console.print(layer)
     console.print(step)
     console.print(f"choice: {found['choice'] or 'none'}; {found['reason']}", highlight=False)
+    zero = Table("ZeRO", "step, s", "memory, GiB", title="stages of ZeRO, with that strategy")
+    for each in found["stages"]:
+        memory = f"{each['memory'] / 2**30:.1f}" + ("" if each["fits"] else " too large")
+        zero.add_row(f"{each['stage']}", f"{each['seconds']:.3g}", memory)
+    console.print(zero)
+    if found["warning"]:
+        console.print(f"warning: {found['warning']}", highlight=False)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -153,6 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, required=True, help="GPUs, all of one sequence-parallel group")
     parser.add_argument("--cluster", default="h200", help=f"{', '.join(shipped_profiles())} or a file (%(default)s)")
     parser.add_argument("--recompute", choices=("none", "kv", "layer"), default="kv", help="(default: %(default)s)")
+    parser.add_argument("--stage", type=int, choices=STAGES, default=3, help="of ZeRO (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw scaling curves over GPUs and frames")
     parser.add_argument("--map", type=Path, metavar="FILE", help="draw the fastest strategy by text and visual tokens")
@@ -167,7 +185,10 @@ def main(arguments: list[str] | None = None) -> int:
             model = model.with_tiles(args.tiles)
         if args.image_size is not None:
             model = model.with_image_size(args.image_size)
-        job = ClusterJob(model, args.text, args.frames, args.gpus, args.recompute, gpus_per_node=profile.gpus_per_node)
+        job = ClusterJob(
+            model, args.text, args.frames, args.gpus, args.recompute, gpus_per_node=profile.gpus_per_node,
+            stage=args.stage,
+        )  # fmt: skip
         if args.map and job.model.keys_in_text:
             raise ModelError("--map is of cross-attention layers, which this model has not; leave it out")
     except (ModelError, ProfileError) as error:

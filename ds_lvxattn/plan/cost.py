@@ -77,6 +77,7 @@ class Cost:
         projection: projecting K and V, forward and backward.
         projection_repeated: projecting K and V once more where they are recomputed.
         host: time that the host takes to issue the layer, forward and backward.
+        host_forward: of ``host``, the forward pass.
     """
 
     forward: Pass
@@ -85,6 +86,7 @@ class Cost:
     projection: float = 0.0
     projection_repeated: float = 0.0
     host: float = 0.0
+    host_forward: float = 0.0
 
     @property
     def attention(self) -> float:

@@ -9,6 +9,7 @@ measured is exact. Beyond them the ratio is that of the nearest.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -51,7 +52,7 @@ def kernel_seconds(profile: Profile, kernel: KernelRates, call: AttentionCall, b
     """Seconds on the device; a call without rows or keys takes none."""
     if min(call.batch, call.rows, call.keys) <= 0:
         return 0.0
-    ratio = _interpolated(_ratios(profile, kernel, call.element, backward), _place(kernel, call))
+    ratio = interpolated(_ratios(profile, kernel, call.element, backward), _place(kernel, call))
     return profile.launch + ratio * _computed(profile, kernel, call, backward)
 
 
@@ -147,7 +148,7 @@ def call_of(point: KernelPoint, kernel: KernelRates, element: int) -> AttentionC
     )
 
 
-def _interpolated(points: tuple[tuple[Place, float], ...], place: Place) -> float:
+def interpolated(points: Sequence[tuple[Sequence[float], float]], place: Sequence[float]) -> float:
     """Ratio at ``place``, moved into the range of the points: mean of theirs, by the inverse cube of the distance."""
     if not points:
         return 1.0

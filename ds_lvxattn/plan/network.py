@@ -50,6 +50,25 @@ def all_to_all(profile: Profile, ranks: int, own_bytes: float) -> float:
     return profile.inter.latency + max(near, far)
 
 
+def all_reduce(profile: Profile, ranks: int, size: float) -> float:
+    """Seconds until every rank has the sum of the ``size`` bytes of every rank.
+
+    Inside a node a ring; between nodes each node's sum crosses once, over all of its links.
+    """
+    if ranks == 1 or size <= 0:
+        return 0.0
+    received = 2 * size * (ranks - 1) / ranks
+    curve = profile.curve("all_reduce", ranks)
+    if curve is not None:
+        return interpolate(curve.points, received)
+    node, nodes = nodes_of(profile, ranks)
+    inside = profile.intra.latency + 2 * (ranks - 2) * profile.intra.message + received / profile.intra.bandwidth
+    if nodes == 1:
+        return inside
+    across = profile.inter.latency + nodes * profile.inter.message + size / node_bandwidth(profile.inter, node)
+    return max(inside if node > 1 else 0.0, across)
+
+
 def send(profile: Profile, ranks: int, size: float) -> float:
     """Seconds of one step of a ring: ``size`` bytes to the next rank while as many come from the one before."""
     if ranks == 1 or size <= 0:

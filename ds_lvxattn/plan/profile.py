@@ -45,7 +45,7 @@ class Curve:
     """Measured times of one collective on one group.
 
     Attributes:
-        op: ``all_gather``, ``all_to_all`` or ``send``.
+        op: ``all_gather``, ``all_to_all``, ``send`` or ``all_reduce``.
         ranks: ranks of the group that was measured.
         points: ``(bytes, seconds)`` in ascending order; bytes that a rank receives from the others.
         level: ``group`` for a group by itself; ``inner`` and ``outer`` for the groups of either level of a grid, all of
@@ -138,6 +138,16 @@ class Projection:
     backward: float
 
 
+@dataclass(frozen=True)
+class Product:
+    """One measured matrix product, ``[rows, inputs]`` by ``[inputs, outputs]`` in the training dtype."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    seconds: float
+
+
 @dataclass(frozen=True, eq=False)  # known by identity: hashing its points would cost more than using them
 class Profile:
     """A machine, or a cluster of equal ones.
@@ -156,8 +166,10 @@ class Profile:
         intra, inter: links inside a node and between nodes.
         kernels: attention kernels.
         curves: measured collectives; they go before the links where op and ranks agree.
-        host: host time by ``strategy/schedule``, and by ``strategy/schedule masked``, on ``host_ranks`` ranks.
+        host: host time by ``strategy/schedule``, and by ``strategy/schedule masked``, on ``host_ranks`` ranks; by the
+            names of ``plan/dense.py`` what else a step's layers and ZeRO take of the host.
         projections: of K and V.
+        products: measured matrix products, which correct ``matmul`` by their sizes.
     """
 
     name: str
@@ -177,6 +189,7 @@ class Profile:
     host: Mapping[str, HostTime] = field(default_factory=dict)
     host_ranks: int = 1
     projections: tuple[Projection, ...] = ()
+    products: tuple[Product, ...] = ()
 
     def kernel(self, head_dim: int, masked: bool) -> KernelRates:
         """The kernel for a head size: of the nearest size measured, with a mask if asked for and if known."""
@@ -273,6 +286,9 @@ def profile_from_json(data: Any, name: str = "profile") -> Profile:
             host={name: HostTime(*(ms * MS for ms in times)) for name, times in data.get("host_ms", {}).items()},
             host_ranks=int(data.get("host_ranks", 1)),
             projections=tuple(Projection(*numbers) for numbers in data.get("projections", ())),
+            products=tuple(
+                Product(rows, inputs, outputs, ms * MS) for rows, inputs, outputs, ms in data.get("products", ())
+            ),
         )
     except KeyError as error:
         raise ProfileError(f"{name}: the key {error} is missing") from error
@@ -292,6 +308,7 @@ def _link(data: Mapping[str, Any]) -> Link:
     )
 
 
+PRODUCT_KEYS = ("rows", "inputs", "outputs", "ms")
 PROJECTION_KEYS = ("width", "head_dim", "forward_over_computed", "backward_over_computed")
 POINT_KEYS = ("rows", "keys", "heads", "kv_heads", "seen", "drift", "forward_ms", "backward_ms")
 
@@ -366,6 +383,8 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
         },
         "projection_keys": list(PROJECTION_KEYS),
         "projections": [[p.width, p.head_dim, _short(p.forward), _short(p.backward)] for p in profile.projections],
+        "product_keys": list(PRODUCT_KEYS),
+        "products": [[p.rows, p.inputs, p.outputs, _short(p.seconds / MS)] for p in profile.products],
         "collectives": [
             {"op": c.op, "ranks": c.ranks, "bytes_ms": [[b, _short(s / MS)] for b, s in c.points]}
             | ({} if c.level == "group" else {"level": c.level})

@@ -33,6 +33,8 @@ class ModelSizes:
             inputs pass through it too.
         most_tiles: tiles of a frame, at most; ``frame_tokens`` is that of one, and the encoder always takes all.
         token_side: pixels along a side of a visual token, where a frame may have any size; 0: it has one size.
+        vision_head_dim: head size of the encoder.
+        vision_output: width of what the projector takes; 0: that of the encoder.
     """
 
     name: str
@@ -59,6 +61,8 @@ class ModelSizes:
     vision_tokens: int
     most_tiles: int = 1
     token_side: int = 0
+    vision_head_dim: int = 64
+    vision_output: int = 0
 
     def with_tiles(self, tiles: int) -> ModelSizes:
         """The model with frames of so many tiles.
@@ -105,6 +109,11 @@ class ModelSizes:
         return queries + keys + (3 if self.gated else 2) * self.width * self.cross_intermediate
 
     @property
+    def projected(self) -> int:
+        """Width of what the projector takes."""
+        return self.vision_output or self.vision_width
+
+    @property
     def vision_parameters(self) -> int:
         return self.vision_layers * self.vision_width * (4 * self.vision_width + 2 * self.vision_intermediate)
 
@@ -117,7 +126,7 @@ class ModelSizes:
     @property
     def trainable(self) -> int:
         """What trains by default: cross-attention layers, or else the whole language model, and the projector."""
-        projector = self.vision_width * self.features
+        projector = self.projected * self.features
         if self.keys_in_text:
             return self.self_layers * self.self_parameters + 2 * self.vocabulary * self.width + projector
         return self.cross_layers * self.cross_parameters + projector
@@ -133,6 +142,7 @@ def _llama(name: str, width: int, intermediate: int, self_layers: int, cross_lay
     return ModelSizes(
         name, "the model's config.json", width, intermediate, 128256, self_layers, cross_layers, heads, 8, 128,
         heads, 8, 128, intermediate, True, width, 1601, "full", 40, 1280, 5120, 4 * 1601, most_tiles=4,
+        vision_head_dim=80, vision_output=7680,
     )  # fmt: skip
 
 
@@ -155,6 +165,7 @@ def _concatenation(
     frame_tokens: int,
     vision: tuple[int, int, int, int],
     token_side: int = 0,
+    vision_head_dim: int = 64,
 ) -> ModelSizes:
     return ModelSizes(
         name,
@@ -173,6 +184,7 @@ def _concatenation(
         "growing",
         *vision,
         token_side=token_side,
+        vision_head_dim=vision_head_dim,
     )
 
 
@@ -185,18 +197,19 @@ SHIPPED = {
         _flamingo("OpenFlamingo-9B", 4096, 32, 8, 32),
         ModelSizes(
             "mPLUG-Owl3-7B", "the model's config.json (240728); Qwen2-7B and SigLIP so400m", 3584, 18944, 152064,
-            28, 4, 28, 4, 128, 28, 4, 128, 0, True, 3584, 729, "growing", 27, 1152, 4304, 729,
+            28, 4, 28, 4, 128, 28, 4, 128, 0, True, 3584, 729, "growing", 27, 1152, 4304, 729, vision_head_dim=72,
         ),
         ModelSizes(
             "NVLM-H-72B", "sizes like those of NVLM (arXiv 2409.11402) on Qwen2-72B and InternViT-6B", 8192, 29568,
             152064, 80, 10, 64, 8, 128, 64, 8, 128, 29568, True, 8192, 256, "growing", 45, 3200, 12800, 1024,
+            vision_head_dim=128,
         ),
         _concatenation(
             "LLaVA-1.5-7B", "the model's config.json", 4096, 11008, 32064, 32, (32, 32, 128), 576, (24, 1024, 4096, 577)
         ),
         _concatenation(
             "Qwen2.5-VL-7B", "the model's config.json; frames of 280 pixels", 3584, 18944, 152064, 28, (28, 4, 128),
-            100, (32, 1280, 5130, 400), token_side=28,
+            100, (32, 1280, 5130, 400), token_side=28, vision_head_dim=80,
         ),
     )
 }  # fmt: skip
@@ -245,6 +258,8 @@ def _from_config(config: dict[str, Any], path: Path) -> ModelSizes:
             heads, text["num_key_value_heads"], head_dim, text["intermediate_size"], True, width, per_tile, "full",
             vision["num_hidden_layers"] + vision["num_global_layers"], vision_width, vision["intermediate_size"],
             per_tile * vision["max_num_tiles"], vision["max_num_tiles"],
+            vision_head_dim=vision_width // vision.get("attention_heads", 16),
+            vision_output=vision.get("vision_output_dim", 7680),
         )  # fmt: skip
     if kind == "mplugowl3":
         vision = config["vision_config"]
@@ -255,6 +270,7 @@ def _from_config(config: dict[str, Any], path: Path) -> ModelSizes:
             len(config["hyper_layers"]), heads, config["num_key_value_heads"], width // heads,
             heads, config["num_key_value_heads"], width // heads, 0, True, width, tokens, "growing",
             vision["num_hidden_layers"], vision["hidden_size"], vision["intermediate_size"], tokens,
+            vision_head_dim=vision["hidden_size"] // vision.get("num_attention_heads", 16),
         )  # fmt: skip
     if kind == "llava":
         # transformers leaves out of a saved config what has the default of its class, here that of a Llama model.
@@ -266,6 +282,7 @@ def _from_config(config: dict[str, Any], path: Path) -> ModelSizes:
             name, str(path), text["hidden_size"], text["intermediate_size"], text["vocab_size"],
             text["num_hidden_layers"], layout, patches,
             (vision["num_hidden_layers"], vision["hidden_size"], vision["intermediate_size"], patches + 1),
+            vision_head_dim=vision["hidden_size"] // vision.get("num_attention_heads", 16),
         )  # fmt: skip
     if kind == "qwen2_5_vl":
         text, vision = {**config, **config.get("text_config", {})}, config["vision_config"]
@@ -278,9 +295,10 @@ def _from_config(config: dict[str, Any], path: Path) -> ModelSizes:
             # Its feed-forward parts have a gate: three matrices, where others have two.
             (vision["depth"], vision["hidden_size"], 3 * vision["intermediate_size"] // 2, side**2),
             token_side=vision["patch_size"] * vision["spatial_merge_size"],
+            vision_head_dim=vision["hidden_size"] // vision.get("num_heads", 16),
         )  # fmt: skip
     fields = {field.name for field in dataclasses.fields(ModelSizes)}
-    optional = {"name", "source", "most_tiles", "token_side"}
+    optional = {"name", "source", "most_tiles", "token_side", "vision_head_dim", "vision_output"}
     if fields - optional <= set(config):
         return ModelSizes(**{"name": name, "source": str(path), **{key: config[key] for key in fields & set(config)}})
     raise ModelError(

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ds_lvxattn.plan.choice import best_of_each, candidates
-from ds_lvxattn.plan.cluster.step import USABLE, ClusterJob, steps
+from ds_lvxattn.plan.cluster.job import ClusterJob
+from ds_lvxattn.plan.cluster.step import USABLE, steps
 from ds_lvxattn.plan.cost import Layer
 from ds_lvxattn.plan.modes import mode_named, strategies
 from ds_lvxattn.plan.profile import Profile

@@ -90,23 +90,24 @@ class Mode:
         forward, backward, repeated = self.passes(layer, profile)
         first, later, projected_again = projection_passes(layer, profile)
         recomputes = layer.shape.recompute != "none"
-        host_time = self._host(layer, profile)
+        host = self._host(layer, profile)
         return Cost(
-            forward, backward, repeated if recomputes else Pass(), first + later, projected_again, host_time
+            forward, backward, repeated if recomputes else Pass(), first + later, projected_again, sum(host), host[0]
         )  # fmt: skip
 
-    def _host(self, layer: Layer, profile: Profile) -> float:
+    def _host(self, layer: Layer, profile: Profile) -> tuple[float, float]:
         """Seconds that the host takes to issue ``layer``, forward and backward; 0 where the profile does not say."""
         shape, masked = layer.shape, " masked" if layer.mask.masked else ""
         known = self.name + masked in profile.host
         ranks = shape.nodes if self.two_levels and not known else shape.ranks
-        seconds = 0.0
+        forward = backward = 0.0
         for mode in (self,) if known else self.host_like:
             if (host := profile.host.get(mode.name + masked)) is not None:
                 repeated = host.repeated if shape.recompute != "none" else 0.0
                 scale = ranks / profile.host_ranks if mode.step_a_rank else 1.0
-                seconds += (host.forward + host.backward + repeated) * scale
-        return seconds
+                forward += host.forward * scale
+                backward += (host.backward + repeated) * scale
+        return forward, backward
 
 
 # What most modes' operators return and save

@@ -1,0 +1,145 @@
+"""What ZeRO adds to a step in each stage: transfers of parameters and gradients, the update of the optimizer. No torch.
+
+Stages 1 and 2 add gradients up over the ranks as they come, a bucket at a time behind the backward pass, and gather the
+updated parameters at the end. Stage 3 gathers parameters ahead of each layer, forward and backward, and has none to
+gather at the end. As DeepSpeed 0.19 does it: where ranks share a sequence gradients travel in float32, in stages 1 and
+2 by an all-reduce, of which each rank keeps its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ds_lvxattn.plan import network
+from ds_lvxattn.plan.dense import GATHER, host_time
+from ds_lvxattn.plan.memory import FITS, ModelStates
+from ds_lvxattn.plan.profile import Profile
+from ds_lvxattn.plan.timeline import TRANSFERS, Segment, seconds_by_part
+
+STAGES = (1, 2, 3)
+# Bytes that torch's AdamW and DeepSpeed read and write for each trained parameter of a rank: gradients flattened (4),
+# to float32 (6), their norm (10), clipping (8), decay (8), moments (32), denominator (24), update (16), to bf16 (6).
+UPDATE_BYTES = 114
+# The same for each parameter that trains: its gradient into the bucket (4), divided (4), to float32 and back (12).
+GRADIENT_BYTES = 20
+GRADIENT = 4  # bytes of a gradient that travels
+BUCKET = 500_000_000  # elements of gradients that are sent at once, DeepSpeed's default
+MATRICES = 7  # of a decoder layer; what trains is gathered matrix by matrix, what is frozen as a whole
+GAIN = 0.02  # share of a step by which a stage has to be faster to be worth a word
+
+
+@dataclass(frozen=True)
+class Transfers:
+    """ZeRO's transfers of one stage.
+
+    Attributes:
+        profile, states: the machine, and the model with the stage.
+    """
+
+    profile: Profile
+    states: ModelStates
+
+    def gather(self, parameters: float) -> float:
+        """Seconds until ``parameters`` are there, ahead of a layer; 0 where they always are."""
+        return self._seconds(parameters) if self.states.stage == 3 else 0.0
+
+    def gather_host(self, sets: int) -> float:
+        """Seconds that the host needs to gather and release ``sets`` of parameters."""
+        return sets * host_time(self.profile, GATHER).forward if self.states.stage == 3 else 0.0
+
+    def reduce(self, parameters: float) -> float:
+        """Seconds until the gradients of ``parameters`` are added up over the ranks."""
+        ranks, size = self.states.ranks, parameters * GRADIENT
+        if self.states.stage == 3:
+            return network.all_gather(self.profile, ranks, size / ranks)  # a reduce-scatter moves as much
+        return network.all_reduce(self.profile, ranks, size)
+
+    def reduced(self, backward: Sequence[tuple[Segment, float]]) -> list[Segment]:
+        """The segments of a backward pass, each with the number of its parameters that train, with the transfers of
+        their gradients where a bucket is full, and at the end."""
+        found, waiting = [], 0.0
+        for number, (segment, trained) in enumerate(backward):
+            waiting += trained
+            ready = waiting if waiting >= BUCKET or number + 1 == len(backward) else 0.0
+            copied = GRADIENT_BYTES * trained / self.profile.memory_bandwidth if self.states.ranks > 1 else 0.0
+            found.append(replace(segment, device=segment.device + copied, reduce=self.reduce(ready)))
+            waiting -= ready
+        return found
+
+    def update(self) -> list[Segment]:
+        """The optimizer's step, and what it sends."""
+        states, ranks = self.states, self.states.ranks
+        own = states.trainable / (ranks if states.stage else 1)
+        segments = [Segment("optimizer", UPDATE_BYTES * own / self.profile.memory_bandwidth, waits=True)]
+        if states.stage in (1, 2):
+            segments.append(Segment(TRANSFERS, self._seconds(states.trainable)))
+        return segments
+
+    def _seconds(self, parameters: float) -> float:
+        states = self.states
+        return network.all_gather(self.profile, states.ranks, parameters * states.element / states.ranks)
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """A ZeRO stage: seconds of a step with it, bytes of the device, and whether they fit."""
+
+    stage: int
+    seconds: float
+    memory: float
+    fits: bool
+
+
+def fastest(stages: Iterable[StageTime]) -> StageTime | None:
+    """The fastest that fits; of those within ``GAIN`` of it the one with the least memory. None: none fits."""
+    possible = [stage for stage in stages if stage.fits]
+    if not possible:
+        return None
+    least = min(stage.seconds for stage in possible)
+    return min((s for s in possible if s.seconds <= least * (1 + GAIN)), key=lambda s: s.memory)
+
+
+def advice(stage: int, stages: Iterable[StageTime]) -> str | None:
+    """What to say to who runs ``stage``, where another is faster and fits, or fits at all; None: nothing."""
+    known = {each.stage: each for each in stages}
+    best, own = fastest(known.values()), known.get(stage)
+    if best is None or own is None or best.stage == stage:
+        return None
+    step = f"ZeRO-{best.stage} is predicted to take {best.seconds:.3g} s and {best.memory / 2**30:.1f} GiB a step"
+    instead = f"set 'zero_optimization.stage' to {best.stage}"
+    if not own.fits:
+        return f"ZeRO-{stage} is predicted not to fit ({own.memory / 2**30:.1f} GiB); {step}: {instead}"
+    if own.seconds <= best.seconds * (1 + GAIN):
+        return None
+    return f"{step}, and fits; ZeRO-{stage} takes {own.seconds:.3g} s: {instead}"
+
+
+def stage_times(
+    profile: Profile, states: ModelStates, layers: int, work: float, memory: Mapping[int, float], capacity: float
+) -> list[StageTime]:
+    """Every stage, for a model of which no more is known than its numbers of parameters and layers.
+
+    Args:
+        states: the model, with the run's own stage and offloading.
+        layers: decoder layers, taken to be alike.
+        work: seconds of the forward and backward pass of a step, a third of them forward.
+        memory: bytes of a step in each stage.
+        capacity: bytes of the device, of which a sixth stays free.
+    """
+    found = []
+    for stage in STAGES:
+        transfers = Transfers(profile, replace(states, stage=stage))
+        each = states.parameters / layers
+        trained = states.trainable / layers
+        whole = 1 if states.trainable < states.parameters else MATRICES
+        forward, backward = (
+            Segment(
+                "compute", share * work / layers, transfers.gather_host(whole), gather=transfers.gather(each)
+            )
+            for share in (1 / 3, 2 / 3)
+        )  # fmt: skip
+        segments = [*[forward] * layers, *transfers.reduced([(backward, trained)] * layers)]
+        seconds = sum(seconds_by_part([*segments, *transfers.update()]).values())
+        found.append(StageTime(stage, seconds, memory[stage], memory[stage] <= FITS * capacity))
+    return found
