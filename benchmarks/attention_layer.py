@@ -28,11 +28,15 @@ FRAME = 64  # tokens of a frame of the masks, as in OpenFlamingo
 TURN = 4  # steps of one candidate before the next one's turn, after one that is not counted
 LONG_SECONDS = 0.1  # of a step; longer ones take turns of one counted step, twice
 WARM_UP_SECONDS = 0.05
+TOO_SLOW = 4.0  # times the floor: such a candidate has no turns, but three steps in a row
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention layer: whole sequences, divided evenly over the ranks. ``mask``: none, growing or one frame."""
+    """One attention layer: whole sequences, divided evenly over the ranks.
+
+    ``mask``: none; growing, the frames up to a row's; one frame, the one before a row; or causal, self-attention.
+    """
 
     queries: int
     keys: int
@@ -68,11 +72,13 @@ class Layer:
     ) -> None:
         self.shape, self.comm = shape, communicator(dist.group.WORLD if group is None else group)
         ranks, rank = self.comm.ranks, self.comm.rank
-        # Frames are dealt out where masks would make the work of contiguous ones uneven.
-        keys = SequenceShards.contiguous(shape.keys, ranks)
+        # Frames, or the tokens of self-attention, are dealt out where masks would make the work of runs uneven.
+        rows, keys = (SequenceShards.contiguous(length, ranks) for length in (shape.queries, shape.keys))
         if shape.mask == "growing":
             keys = SequenceShards.striped(shape.keys, ranks, FRAME)
-        self.shards = ShardLayout(SequenceShards.contiguous(shape.queries, ranks), keys)
+        elif shape.mask == "causal":
+            rows = keys = SequenceShards.balanced(shape.keys, ranks)
+        self.shards = ShardLayout(rows, keys)
         generator = torch.Generator(device).manual_seed(rank)
 
         def projected(heads: int, rows: int) -> Tensor:
@@ -87,17 +93,14 @@ class Layer:
         self.interval, self.routes, self.routes_between = None, None, None
         routed, between, work = None, None, None
         if shape.mask != "none":
-            row = torch.arange(shape.queries, dtype=torch.int64)
-            seen = row * (shape.keys // FRAME) // shape.queries  # the frame before the row
-            start = seen * FRAME if shape.mask == "one frame" else torch.zeros_like(seen)
-            ranges = [x.int().view(ranks, 1, -1) for x in (start, (seen + 1) * FRAME)]
+            ranges = [x.int().unsqueeze(1) for x in _ranges(shape, self.shards.q)]
             self.routes = Routes.build(*ranges, self.shards, rank, device)
             self.interval = KVInterval(*(x.to(device) for x in ranges))
             routed, work = routed_rows(*ranges, self.shards), visible_work(*ranges, keys)
             nodes = self.shards.of_nodes(self.inner_size)
-            rows = KVInterval(*ranges).of_nodes(self.shards.q, self.inner_size)
-            between = routed_rows(rows.start, rows.stop, nodes)
-            self.routes_between = Routes.build(rows.start, rows.stop, nodes, rank // self.inner_size, device)
+            of_nodes = KVInterval(*ranges).of_nodes(self.shards.q, self.inner_size)
+            between = routed_rows(of_nodes.start, of_nodes.stop, nodes)
+            self.routes_between = Routes.build(of_nodes.start, of_nodes.stop, nodes, rank // self.inner_size, device)
         sizes = LayerShape(
             1, shape.heads, shape.kv_heads, shape.head_dim, self.shards.q.lengths, keys.lengths, dtype.itemsize,
             routed, work, inner_size=self.inner_size, routed_between=between,
@@ -131,10 +134,20 @@ class Layer:
         return step
 
 
+def _ranges(shape: Shape, rows: SequenceShards) -> tuple[Tensor, Tensor]:
+    """First visible key of each row and the one behind the last, int64 ``[n, rows of a rank]``."""
+    row = torch.tensor([list(rows.positions(rank)) for rank in range(rows.ranks)])
+    if shape.mask == "causal":
+        return torch.zeros_like(row), row + 1
+    seen = row * (shape.keys // FRAME) // shape.queries  # the frame before the row
+    return seen * FRAME if shape.mask == "one frame" else torch.zeros_like(seen), (seen + 1) * FRAME
+
+
 def measure(layer: Layer, steps: dict[str, Step], seconds: float) -> list[Figure]:
     """All candidates in turns of a few steps, each for about ``seconds`` in all: clocks and temperature drift.
 
-    The first of ``steps`` is the floor. A figure is the median, of the slowest rank of the layer's group.
+    The first of ``steps`` is the floor. A figure is the median, of the slowest rank of the layer's group; of a
+    candidate that is far behind, of three steps.
     """
     group, on_gpu = layer.comm.group, layer.q.is_cuda
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -155,8 +168,12 @@ def measure(layer: Layer, steps: dict[str, Step], seconds: float) -> list[Figure
     once = slowest(statistics.median(timed(steps[floor], 3, group)), group) * 1e-3
     warm_up = max(1, int(WARM_UP_SECONDS / once)) if on_gpu else 1
     turn, least = (TURN, 3) if once < LONG_SECONDS else (1, 2)
+    for name, step in steps.items():
+        if name != floor and slowest(timed(step, 1, group)[0], group) * 1e-3 > TOO_SLOW * once and on_gpu:
+            times[name] = timed(step, 3, group)
+    turns = {name: step for name, step in steps.items() if not times[name]}
     for _ in range(max(least if on_gpu else 1, int(seconds / (turn * once + WARM_UP_SECONDS)))):
-        for name, step in steps.items():
+        for name, step in turns.items():
             # A chip that has just idled runs faster for a moment: every turn follows the same work.
             timed(steps[floor], warm_up, group)
             times[name] += timed(step, turn + 1, group)[1:]

@@ -1,14 +1,15 @@
 """Weak and strong scaling of one cross-attention layer, forward and backward, on 1 to all GPUs of the launch.
 
-    torchrun --nproc_per_node 8 benchmarks/scaling.py --output scaling.json --plot scaling.png
-    NCCL_P2P_DISABLE=1 torchrun --nproc_per_node 8 benchmarks/scaling.py --output scaling_slow_link.json
-    python benchmarks/scaling.py --compare scaling.json --profile profile.json
+    torchrun --nproc_per_node 8 benchmarks/scaling.py --output scaling.json --calibrate
+    NCCL_P2P_DISABLE=1 torchrun --nproc_per_node 8 benchmarks/scaling.py --output scaling_slow_link.json --ranks 2,4,8
+    python benchmarks/scaling.py --compare scaling.json --plot scaling.png
 
 Weak: 64K visual tokens a GPU. Strong: 1M visual tokens in all. The first 1, 2, 4, ... ranks work while the others wait.
 The floor is the local compute of query exchange: all queries against the rank's own keys. In weak scaling that is what
-one GPU does, so efficiency against one GPU is floor over time. Without GPUs it runs on gloo with small sizes, which
-checks that everything runs, not how fast. ``--compare`` prints how far the planner's times are from saved ones, from a
-profile that may have been measured on fewer GPUs.
+one GPU does, so efficiency against one GPU is floor over time. Each shape is written when it is measured; no shape
+begins after ``--limit`` seconds, and a call with the same ``--output`` goes on with those that are left. Without GPUs
+it runs on gloo with small sizes, which checks that everything runs, not how fast. ``--compare`` prints how far the
+planner's times are from saved ones: from the profile that ``--calibrate`` measured in the run, or from ``--profile``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -24,12 +26,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from attention_layer import Figure, Layer, Shape, Step, link_speed, measure
+from attention_layer import Figure, Layer, Shape, Step, link_speed, measure, slowest
 
+from ds_lvxattn.calibrate import calibrate
+from ds_lvxattn.calibration.extent import HeadLayout
 from ds_lvxattn.plan.cost import Layer as CostedLayer
 from ds_lvxattn.plan.modes import Mode, eligible_modes, mode_named
 from ds_lvxattn.plan.pipeline import head_groups
-from ds_lvxattn.plan.profile import Profile, load_profile
+from ds_lvxattn.plan.profile import Profile, load_profile, profile_from_json, profile_to_json
 from ds_lvxattn.plan.traffic import LayerShape
 
 # Query heads, key heads, head size; the last has more ranks than key heads from 8 GPUs on.
@@ -73,22 +77,45 @@ def candidates(layer: Layer, link: float) -> dict[str, Step]:
     return steps
 
 
-def run(seconds: float, device: torch.device, counts: Sequence[int], save: Callable[[list[Point]], None]) -> None:
-    """All points, by rank 0, which takes part in each, handed to ``save`` after each shape."""
-    points: list[Point] = []
-    rank = dist.get_rank()
+def run(
+    seconds: float,
+    ends: float,
+    device: torch.device,
+    counts: Sequence[int],
+    done: Collection[tuple[int, str, Shape]],
+    save: Callable[[list[Point]], None],
+) -> int:
+    """Measure what is not ``done``; rank 0, which takes part in all, hands the points of each shape to ``save``.
+
+    Args:
+        seconds: for each candidate of a shape.
+        ends: of ``time.perf_counter``; no shape begins later.
+
+    Returns:
+        Shapes that are left, on rank 0.
+    """
+    rank, left = dist.get_rank(), 0
     for ranks in counts:
         group = dist.new_group(list(range(ranks)))
         if rank < ranks:
             link = link_speed(group) if ranks > 1 else float("inf")
             for scaling, shape in shapes(ranks, device.type == "cuda"):
+                if (ranks, scaling, shape) in done:
+                    continue
+                if slowest(time.perf_counter() - ends, group) > 0:
+                    left += 1
+                    continue
                 layer = Layer(shape, torch.bfloat16 if device.type == "cuda" else torch.float32, device, group)
                 figures = measure(layer, candidates(layer, link), seconds)
-                points += [Point(scaling, ranks, round(1 / figure.over_floor, 4), shape, figure) for figure in figures]
+                points = [Point(scaling, ranks, round(1 / figure.over_floor, 4), shape, figure) for figure in figures]
                 if rank == 0:
-                    report(points[-len(figures) :])
+                    report(points)
                     save(points)
+                if device.type == "cuda":
+                    del layer
+                    torch.cuda.empty_cache()
         dist.barrier()
+    return left
 
 
 def report(points: list[Point]) -> None:
@@ -154,28 +181,44 @@ def _layer_of(point: Point) -> str:
     return f"{queries} text, {rest.split(', ')[1]}"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    began = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=0.4, help="for each candidate of a shape (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.2, help="for each candidate of a shape (%(default)s)")
+    parser.add_argument("--limit", type=float, default=550.0, help="begin no shape after these seconds (%(default)s)")
     parser.add_argument("--ranks", help="numbers of ranks, such as 1,4 (default: 1, 2, 4, ... to all)")
+    parser.add_argument("--calibrate", action="store_true", help="measure the machine first, for --compare")
     parser.add_argument("--output", type=Path, default=Path("scaling.json"), help="(default: %(default)s)")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--compare", type=Path, help="predict for the points of this file instead of measuring")
-    parser.add_argument("--profile", default="h200", help="for --compare: name or file (default: %(default)s)")
-    args = parser.parse_args()
+    parser.add_argument("--profile", help="for --compare: name or file (default: what the file has, or h200)")
+    args = parser.parse_args(arguments)
     if args.compare:
-        compare(read(args.compare), load_profile(args.profile))
+        points, profile = read(args.compare)
+        compare(points, load_profile(args.profile) if args.profile else profile or load_profile("h200"))
+        if args.plot:
+            draw(points, args.plot)
         return
     on_gpu = torch.cuda.is_available()
     device = torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         device = torch.device("cuda", torch.cuda.current_device())
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    world = dist.get_world_size()
+    started = not dist.is_initialized()
+    if started:
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    world, rank = dist.get_world_size(), dist.get_rank()
     counts = [int(n) for n in args.ranks.split(",")] if args.ranks else [1 << i for i in range(world.bit_length())]
+    # What other ranks know of the file is what rank 0 found.
+    before = [read(args.output) if rank == 0 and args.output.exists() else ([], None)]
+    dist.broadcast_object_list(before, src=0)
+    points, profile = before[0]
+    if args.calibrate and profile is None:
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        profile = calibrate(dist.group.WORLD, [HeadLayout(*HEADS[0])], device, dtype)
 
-    def save(points: list[Point]) -> None:
+    def save(new: list[Point]) -> None:
+        points.extend(new)
         about: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
             "ranks": world,
@@ -183,20 +226,28 @@ def main() -> None:
             "NCCL_P2P_DISABLE": os.environ.get("NCCL_P2P_DISABLE", "0"),
             "points": [asdict(point) for point in points],
         }
+        if profile is not None:
+            about["profile"] = profile_to_json(profile)
         args.output.write_text(json.dumps(about, indent=1) + "\n")
 
-    run(args.seconds, device, counts, save)
-    if dist.get_rank() == 0 and args.plot:
-        draw(read(args.output), args.plot)
-    dist.destroy_process_group()
+    done = {(point.ranks, point.scaling, point.shape) for point in points}
+    left = run(args.seconds, began + args.limit, device, counts, done, save)
+    if rank == 0:
+        print(f"{time.perf_counter() - began:.0f} s, written to {args.output}; {left} shapes are left", flush=True)
+        if args.plot:
+            draw(points, args.plot)
+    if started:
+        dist.destroy_process_group()
 
 
-def read(path: Path) -> list[Point]:
-    """The points of a file that a run wrote."""
-    return [
+def read(path: Path) -> tuple[list[Point], Profile | None]:
+    """The points of a file that a run wrote, and the profile where it measured one."""
+    about = json.loads(path.read_text())
+    points = [
         Point(p["scaling"], p["ranks"], p["efficiency"], Shape(**p["shape"]), Figure(**p["figure"]))
-        for p in json.loads(path.read_text())["points"]
+        for p in about["points"]
     ]
+    return points, profile_from_json(about["profile"], str(path)) if "profile" in about else None
 
 
 if __name__ == "__main__":

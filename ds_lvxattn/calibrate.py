@@ -58,6 +58,7 @@ def calibrated(
     device: torch.device,
     dtype: torch.dtype,
     extent: Extent | None = None,
+    inner_size: int | None = None,
 ) -> Profile:
     """The profile of this machine, measured unless the cache has it. All ranks of the world call it.
 
@@ -65,10 +66,10 @@ def calibrated(
         group: this rank's sequence-parallel group.
         layouts: head layouts whose kernels count.
         device, dtype: where and in what attention is computed.
-        extent: see ``calibrate``.
+        extent, inner_size: see ``calibrate``.
     """
     layouts = sorted(set(layouts))
-    path = cache_path(group, layouts, device, dtype)
+    path = cache_path(group, layouts, device, dtype, inner_size)
     found: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
@@ -78,7 +79,7 @@ def calibrated(
     dist.broadcast_object_list(found, src=0)
     if found[0] is not None:
         return profile_from_json(found[0], str(path))
-    profile = calibrate(group, layouts, device, dtype, extent)
+    profile = calibrate(group, layouts, device, dtype, extent, inner_size)
     if device.type == "cuda":  # the run starts as if nothing had been measured
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -92,12 +93,16 @@ def calibrated(
 
 
 def cache_path(
-    group: dist.ProcessGroup | None, layouts: Sequence[HeadLayout], device: torch.device, dtype: torch.dtype
+    group: dist.ProcessGroup | None,
+    layouts: Sequence[HeadLayout],
+    device: torch.device,
+    dtype: torch.dtype,
+    inner_size: int | None = None,
 ) -> Path:
     """Where the profile of this machine, group, software and layouts is kept."""
     facts = [
         FORMAT, device_name(device), dist.get_world_size(), dist.get_world_size(group), gpus_per_node(device),
-        torch.__version__, triton_version(), torch.version.cuda, str(dtype), list(layouts),
+        torch.__version__, triton_version(), torch.version.cuda, str(dtype), list(layouts), inner_size,
         sorted((k, v) for k, v in os.environ.items() if k.startswith("NCCL_")), repr((GPU, CPU)),
     ]  # fmt: skip
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -110,12 +115,14 @@ def calibrate(
     device: torch.device,
     dtype: torch.dtype,
     extent: Extent | None = None,
+    inner_size: int | None = None,
 ) -> Profile:
     """Measure. All ranks of the world call it; every figure is that of the slowest rank, and all get the same profile.
 
     Args:
         group, layouts, device, dtype: see ``calibrated``.
         extent: how much to measure; by default seconds on a GPU and less on a CPU.
+        inner_size: ranks of a node, where the group has two levels; None: those of a host.
     """
     began = time.perf_counter()
     extent = extent or (GPU if device.type == "cuda" else CPU)
@@ -125,7 +132,7 @@ def calibrate(
     launch = slowest(clock.seconds(small_kernel(device), many=True), device)
     bandwidth = fastest_copy(clock, device)
     curves = collective_curves(comm, clock, extent, device)
-    curves += level_curves(communicator(group), clock, extent, device)
+    curves += level_curves(communicator(group), clock, extent, device, inner_size)
     profile = replace(
         known,
         name=f"{device_name(device)} x {dist.get_world_size()}",
@@ -147,7 +154,8 @@ def calibrate(
     profile = with_links(profile, known, curves, comm.ranks)
     profile = replace(profile, projections=projections(profile, layouts, clock, device, dtype))
     profile = replace(profile, kernels=tuple(measured_kernels(profile, layouts, clock, extent, device, dtype)))
-    host = {**layer_host_times(device, dtype), **host_times(group, comm.ranks, layouts[0], device, dtype)}
+    exchanges = host_times(group, comm.ranks, layouts[0], device, dtype, inner_size)
+    host = {**layer_host_times(device, dtype), **exchanges}
     # What no measurement here covers stays as known.
     profile = replace(profile, host={name: time for name, time in known.host.items() if name == GATHER} | host)
     seconds = time.perf_counter() - began

@@ -10,7 +10,7 @@ from ds_lvxattn.plan import network
 from ds_lvxattn.plan.cluster import simulate
 from ds_lvxattn.plan.cluster.simulate import Cluster, Simulation, Task
 from ds_lvxattn.plan.cost import Layer
-from ds_lvxattn.plan.modes import mode_named
+from ds_lvxattn.plan.modes import hybrid, kv_gather, mode_named
 from ds_lvxattn.plan.profile import Profile, load_profile
 from ds_lvxattn.plan.traffic import LayerShape
 
@@ -106,7 +106,7 @@ def test_query_gather(ranks: int, groups: int) -> None:
             shape = call.shape
             forward = mode_named("lv_xattn", "gather").cost(call, profile).forward
             rows = 64 * ranks
-            simulated = simulate.query_gather(
+            simulated = simulate.pipeline(
                 Cluster(profile, ranks), groups, forward.kernel / groups, shape.query_bytes(64),
                 shape.query_bytes(rows) + shape.statistic_bytes(rows),
             )  # fmt: skip
@@ -127,27 +127,73 @@ def test_head_all_to_all(ranks: int) -> None:
         assert forward.total == pytest.approx(simulated, rel=0.05), name
 
 
+def on_nodes(profile: Profile, ranks: int, rows: int, keys: int, groups: int = 1) -> Layer:
+    call = layer(ranks, rows, keys, groups)
+    return replace(call, shape=replace(call.shape, inner_size=profile.gpus_per_node))
+
+
 @pytest.mark.parametrize("ranks", [16, 128, 1024, 4096])
 @pytest.mark.parametrize("name", ["h200", "h200-slow-link"])
-def test_two_levels(name: str, ranks: int) -> None:
-    """Heads inside the nodes, then a ring between them, each on its own links."""
+def test_heads_inside_and_a_ring_between_nodes(name: str, ranks: int) -> None:
+    """Heads inside the nodes, then a ring or a gather between them, each on its own links."""
     profile = machine(name)
     size = profile.gpus_per_node
-    call = layer(ranks, 256, 4096)
-    call = replace(call, shape=replace(call.shape, inner_size=size))
-    shape, outer = call.shape, network.outer_level(profile, size)
-    query, key = shape.query_bytes(256), shape.kv_bytes(4096) / 2
-    heads = simulate.head_all_to_all(
-        Cluster(network.inner_level(profile, size), size), 0.0, (query, key, key), (query, shape.statistic_bytes(256))
-    )
-    for schedule, sent, returned in (
-        ("kv_ring", shape.kv_bytes(4096), 0.0), ("ring", query, query + shape.statistic_bytes(256)),
-    ):  # fmt: skip
+    nodes, call = ranks // size, on_nodes(profile, ranks, 256, 4096)
+    shape, outer = call.shape, Cluster(network.outer_level(profile, size), nodes)
+    query, key, statistic = shape.query_bytes(256), shape.kv_bytes(4096) / 2, shape.statistic_bytes(256)
+    inner = Cluster(network.inner_level(profile, size), size)
+    heads = simulate.head_all_to_all(inner, 0.0, (query, key, key), (query, statistic))
+    for schedule, sent, returned in (("kv_ring", 2 * key, 0.0), ("ring", query, query + statistic)):
         forward = mode_named("hybrid", schedule).cost(call, profile).forward
-        nodes = ranks // size
         # Of a node's rows or keys each rank sends its share of the heads: as much as one rank holds.
-        between = simulate.ring(Cluster(outer, nodes), forward.kernel / nodes, sent, returned)
+        between = simulate.ring(outer, forward.kernel / nodes, sent, returned)
         assert forward.total == pytest.approx(heads + between, rel=0.12), schedule
+
+
+@pytest.mark.parametrize("ranks", [16, 128, 1024, 4096])
+@pytest.mark.parametrize("name", ["h200", "h200-slow-link"])
+def test_heads_inside_and_collectives_between_nodes(name: str, ranks: int) -> None:
+    """Queries, or keys and values, gathered between nodes: both passes of the latter, kept from the forward pass."""
+    profile = machine(name)
+    size = profile.gpus_per_node
+    nodes, outer = ranks // size, Cluster(network.outer_level(profile, size), ranks // size)
+    inner = Cluster(network.inner_level(profile, size), size)
+    for rows, keys in ((64, 65_536), (4096, 256)):
+        call = on_nodes(profile, ranks, rows, keys)
+        shape = call.shape
+        query, key, statistic = shape.query_bytes(rows), shape.kv_bytes(keys) / 2, shape.statistic_bytes(rows)
+        heads = [
+            simulate.head_all_to_all(inner, 0.0, (query, key, key), behind) for behind in ((query, statistic), (query,))
+        ]
+        forward, backward, _ = mode_named("hybrid", "gather").passes(call, profile)
+        groups = call.groups[0] if call.groups else 1
+        between = simulate.pipeline(outer, groups, forward.kernel / groups, query, nodes * (query + statistic))
+        assert forward.total == pytest.approx(heads[0] + between, rel=0.12), (rows, keys)
+        hybrid_gather = mode_named("hybrid", "kv_gather")
+        assert hybrid_gather.pipeline is not None
+        forward, backward, _ = hybrid_gather.passes(call, profile)
+        forward_groups, groups = hybrid_gather.pipeline(call, profile)
+        between = simulate.pipeline(outer, forward_groups, forward.kernel / forward_groups, 2 * key, 0.0)
+        assert forward.total == pytest.approx(heads[0] + between, rel=0.15), (rows, keys)
+        again = 0.0 if kv_gather.keeps(hybrid.between_nodes(shape)) else 2 * key
+        between = simulate.pipeline(outer, groups, backward.kernel / groups, again, nodes * 2 * key)
+        assert backward.total == pytest.approx(heads[1] + between, rel=0.15), (rows, keys)
+
+
+@pytest.mark.parametrize("ranks", [16, 128, 1024, 4096])
+@pytest.mark.parametrize("name", ["h200", "h200-slow-link"])
+def test_query_exchange_that_knows_the_node(name: str, ranks: int) -> None:
+    profile = machine(name)
+    size = profile.gpus_per_node
+    for groups, keys in ((1, 4096), (4, 4096), (4, 65_536)):
+        call = on_nodes(profile, ranks, 64, keys, groups)
+        shape, rows = call.shape, 64 * ranks
+        forward = mode_named("lv_xattn", "two_level").cost(call, profile).forward
+        simulated = simulate.two_level(
+            profile, ranks, size, groups, forward.kernel / groups, shape.query_bytes(64),
+            shape.query_bytes(rows) + shape.statistic_bytes(rows),
+        )  # fmt: skip
+        assert forward.total == pytest.approx(simulated, rel=0.1), (groups, keys)
 
 
 def test_a_straggler_holds_up_all() -> None:
@@ -157,5 +203,5 @@ def test_a_straggler_holds_up_all() -> None:
     even = simulate.ring(Cluster(profile, 8, (1.0,) * 8), 1e-3, 1e6)
     assert even == pytest.approx(simulate.ring(Cluster(profile, 8), 1e-3, 1e6))
     assert simulate.ring(Cluster(profile, 8, slow), 1e-3, 1e6) == pytest.approx(2 * even, rel=0.05)
-    gather = simulate.query_gather(Cluster(profile, 8, slow), 1, 1e-3, 1e4, 8e4)
-    assert gather == pytest.approx(simulate.query_gather(Cluster(profile, 8), 1, 2e-3, 1e4, 8e4), rel=0.01)
+    gather = simulate.pipeline(Cluster(profile, 8, slow), 1, 1e-3, 1e4, 8e4)
+    assert gather == pytest.approx(simulate.pipeline(Cluster(profile, 8), 1, 2e-3, 1e4, 8e4), rel=0.01)

@@ -8,17 +8,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks import nodes_on_paper
 from ds_lvxattn.config import sequence_parallel_config
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.comm import communicator
-from ds_lvxattn.exchange.grid import grid_of, largest_block, node_size
+from ds_lvxattn.exchange.grid import grid_of, largest_block, make_grids, node_size
 from ds_lvxattn.exchange.shards import SequenceShards
+from ds_lvxattn.plan.__main__ import main
 from ds_lvxattn.plan.choice import candidates, choose
 from ds_lvxattn.plan.cost import Layer
+from ds_lvxattn.plan.layer_plan import AttentionLayer, PlanSettings, plan_layers
 from ds_lvxattn.plan.modes import mode_named
 from ds_lvxattn.plan.network import all_gather, inner_level, outer_level
 from ds_lvxattn.plan.profile import load_profile
-from ds_lvxattn.plan.traffic import LayerShape
+from ds_lvxattn.plan.traffic import CallShape, LayerShape
 from tests.support.distributed import run
 from tests.support.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
 from tests.support.tiny_model import attach, loss_of, tiny_model
@@ -100,7 +103,10 @@ def test_config() -> None:
     [("aabb", 2), ("aaaa", 4), ("abcd", 1), ("aaab", 1), ("aabbcc", 2), ("aaaaaabb", 2), ("aaabbb", 3), ("abab", 1)],
 )
 def test_nodes_by_host(hosts: str, size: int) -> None:
-    assert largest_block([*hosts]) == size
+    assert largest_block([*hosts], len(hosts)) == size
+    # Two groups on the same hosts each, and the second on others.
+    assert largest_block([*hosts, *hosts], len(hosts)) == size
+    assert largest_block([*hosts, *"abcdefgh"[: len(hosts)]], len(hosts)) == 1
 
 
 def grids() -> tuple[int, list[tuple[int, int, int, int]]]:
@@ -119,19 +125,30 @@ def test_places_on_a_grid() -> None:
         assert places == [(0, 1, rank, 4), (rank % 2, 2, rank // 2, 2), (rank, 4, 0, 1)]
 
 
-def grids_of_two_groups() -> list[int]:
-    """Two sequence-parallel groups of four, as data parallelism has them, each on two nodes of two."""
-    halves = [dist.new_group(list(range(first, first + 4))) for first in (0, 4)]
-    comm = communicator(halves[dist.get_rank() // 4])
-    mine = torch.tensor([dist.get_rank()])
-    return [rank for level in grid_of(comm, 2) for rank in level.all_gather(mine, "ranks").flatten().tolist()]
+def grids_of_two_groups() -> list[list[int]]:
+    """Two sequence-parallel groups of four, as data parallelism has them, each on two nodes of two.
+
+    Made by all ranks ahead, and by the members of the first group alone at its first use.
+    """
+    seen = []
+    for ahead in (True, False):
+        halves = [dist.new_group(list(range(first, first + 4))) for first in (0, 4)]
+        comm = communicator(halves[dist.get_rank() // 4])
+        if ahead:
+            make_grids(comm, 2)
+            assert 2 in comm.levels
+        elif dist.get_rank() >= 4:
+            continue
+        mine = torch.tensor([dist.get_rank()])
+        seen.append([rank for level in grid_of(comm, 2) for rank in level.all_gather(mine, "ranks").flatten().tolist()])
+    return seen
 
 
 @pytest.mark.slow
 def test_grids_where_the_group_is_not_the_world() -> None:
     for rank, seen in enumerate(run(8, grids_of_two_groups)):
         node, place = rank // 2 * 2, rank // 4 * 4 + rank % 2
-        assert seen == [node, node + 1, place, place + 2]
+        assert seen == [[node, node + 1, place, place + 2]] * (2 if rank < 4 else 1)
 
 
 @pytest.mark.parametrize("stripe", [0, 1, 3])
@@ -187,3 +204,25 @@ def test_more_ranks_than_key_heads_leave_a_choice() -> None:
     chosen = choose(list(found.values()))
     assert chosen is not None and chosen.mode.two_levels
     assert mode_named("hybrid").obstacle(28, 4, 64, 8) is not None
+
+
+@pytest.mark.parametrize(("inner_size", "levels"), [(None, 1), (1, 1), (2, 2)])
+def test_a_strategy_of_two_levels_says_where_there_is_one(inner_size: int | None, levels: int) -> None:
+    """Nodes of unequal size leave one level: what the config forces then runs, exact, as a flat strategy."""
+    shapes = {"cross": CallShape(1, (16,) * 4, (640,) * 4, 2, inner_size=inner_size)}
+    settings = PlanSettings(strategy="hybrid")
+    plan = plan_layers([AttentionLayer("x", "cross", 8, 8, 64)], shapes, load_profile("h200"), settings, 4)[0]
+    assert plan.strategy == "hybrid" and ("runs as a flat strategy" in plan.reason) == (levels == 1)
+
+
+def test_the_command_says_when_two_levels_win(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "Llama-3.2-11B-Vision", "--text", "2048", "--cluster", "h100"]
+    for gpus, frames, said in (("512", "1250", "win for"), ("64", "64", "win for"), ("8", "64", "on one node")):
+        assert main([*words, "--gpus", gpus, "--frames", frames]) == 0
+        assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_table_on_paper_is_that_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    nodes_on_paper.main([])
+    page = (Path(__file__).parents[1] / "docs" / "planner.md").read_text()
+    assert capsys.readouterr().out in page

@@ -12,11 +12,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.comm import Communicator, communicator
-from ds_lvxattn.exchange.grid import node_size
+from ds_lvxattn.exchange.grid import make_grids, node_size
 from ds_lvxattn.families import family_of
 from ds_lvxattn.families.rotary import check_positions
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.plan.layer_plan import AttentionLayer
+from ds_lvxattn.plan.modes import eligible_modes
 from ds_lvxattn.runtime.compiled import compile_layers
 from ds_lvxattn.runtime.recompute import Recomputation
 from ds_lvxattn.runtime.registration import IMPLEMENTATION, refuse_other_masks, register_with_transformers
@@ -49,7 +50,10 @@ class SequenceParallel:
     def __init__(self, model: PreTrainedModel, config: SequenceParallelConfig, groups: SequenceParallelGroups) -> None:
         self.model, self.config = model, config
         self.comm: Communicator = communicator(groups.get_sequence_parallel_group())
-        self.comm.node_size = config.inner_size or node_size(self.comm)
+        self.comm.node_size = config.inner_size or node_size(self.comm, of_world=True)
+        named = {config.strategy, *config.layers.values()}
+        if "auto" in named or any(mode.two_levels and mode.strategy in named for mode in eligible_modes()):
+            make_grids(self.comm, self.comm.node_size)
         self.family = family_of(model)
         text = self.family.text_config
         if text._attn_implementation not in REPLACEABLE:

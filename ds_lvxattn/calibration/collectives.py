@@ -55,13 +55,16 @@ def collective_curves(comm: Communicator, clock: Clock, extent: Extent, device: 
     return tuple(curves)
 
 
-def level_curves(comm: Communicator, clock: Clock, extent: Extent, device: torch.device) -> tuple[Curve, ...]:
+def level_curves(
+    comm: Communicator, clock: Clock, extent: Extent, device: torch.device, inner_size: int | None = None
+) -> tuple[Curve, ...]:
     """The same on both levels of the group's grid, all groups of a level at once; none where it has but one level.
 
     Args:
         comm: the group's own communicator, whose counts stay as they are.
+        inner_size: ranks of a node; None: those of a host.
     """
-    size = node_size(comm)
+    size = inner_size or node_size(comm)
     if size in (1, comm.ranks):
         return ()
     counts = comm.received.copy(), comm.between.copy()

@@ -98,7 +98,12 @@ def projections(
 
 
 def host_times(
-    group: dist.ProcessGroup | None, ranks: int, layout: HeadLayout, device: torch.device, dtype: torch.dtype
+    group: dist.ProcessGroup | None,
+    ranks: int,
+    layout: HeadLayout,
+    device: torch.device,
+    dtype: torch.dtype,
+    inner_size: int | None = None,
 ) -> Mapping[str, HostTime]:
     """Host seconds of a layer by strategy and schedule, on sizes for which the device does next to nothing.
 
@@ -106,7 +111,7 @@ def host_times(
     """
     heads = layout.heads if layout.heads % ranks == 0 else layout.heads * ranks
     comm = communicator(group)
-    inner = node_size(comm)
+    inner = inner_size or node_size(comm)
     every = [mode for mode in eligible_modes() if ranks > 1 and (not mode.two_levels or 1 < inner < ranks)]
     runs = all(mode.obstacle(heads, layout.kv_heads, ranks, inner) is None for mode in every)
     kv_heads = layout.kv_heads if runs else heads

@@ -30,7 +30,7 @@ class Exchange:
             key is visible.
         scale: factor of the scores.
         kernel: ``auto`` or a local kernel's name.
-        head_groups: groups of key heads of the forward and the backward pass that ``gather`` pipelines; None chooses
+        head_groups: groups of key heads of the forward and the backward pass that collectives pipeline; None chooses
             from sizes.
         keep_queries: whether ``gather`` and ``routed`` keep the queries of other ranks for the backward pass rather
             than have them sent again; None chooses from sizes.

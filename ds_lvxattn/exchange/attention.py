@@ -68,8 +68,8 @@ def sp_attention(
             and a host synchronisation) and assumes contiguous shards in rank order.
         routes: for ``routed``, where this rank's rows travel; None makes them from the interval, which takes a host
             synchronisation.
-        head_groups: for ``gather``, groups of key heads of the forward and of the backward pass that are pipelined;
-            divisors of ``H_kv``, the same on every rank. None chooses from sizes.
+        head_groups: groups of key heads of the forward and of the backward pass, which ``gather`` and ``kv_gather``
+            pipeline; divisors of ``H_kv``, the same on every rank. None chooses from sizes.
         keep_queries: for ``gather`` and ``routed``, whether other ranks' queries are kept for the backward pass
             rather than sent again; the same on every rank. None keeps them while they are no larger than K and V.
         inner_size: for ``hybrid`` and for schedule ``two_level``, ranks of a node: those of equal ``r // inner_size``;

@@ -31,7 +31,9 @@ class Grid(NamedTuple):
 def grid_of(comm: Communicator, inner_size: int) -> Grid:
     """The grid of ``comm`` with inner groups of ``inner_size`` ranks, made at its first use by all ranks of the group.
 
-    Where the group is not the whole world, the groups of its levels are made by their members alone.
+    Where the group is not the whole world, its members alone make the groups of its levels. NCCL splits them off the
+    world's communicator, for which it waits for all ranks: then all groups of the world must come here for the same
+    call, or have come to ``make_grids`` before.
 
     Raises:
         ValueError: ``inner_size`` does not divide the ranks.
@@ -41,49 +43,75 @@ def grid_of(comm: Communicator, inner_size: int) -> Grid:
         raise ValueError(f"inner_size is {inner_size}, which does not divide the {n} ranks of the group")
     if inner_size not in comm.levels:
         if inner_size == n:
-            inner, outer = comm, Communicator(None)
+            comm.levels[inner_size] = comm, Communicator(None)
         elif inner_size == 1:
-            inner, outer = Communicator(None), comm
+            comm.levels[inner_size] = Communicator(None), comm
         else:
-            inner = _level(comm, [range(i, i + inner_size) for i in range(0, n, inner_size)])
-            outer = _level(comm, [range(i, n, inner_size) for i in range(inner_size)])
-            outer.node_size = 1
-        comm.levels[inner_size] = inner, outer
+            assert comm.group is not None
+            members = [dist.get_global_rank(comm.group, rank) for rank in range(n)]
+            _make(comm, inner_size, [members])
     return Grid(*comm.levels[inner_size])
 
 
-def _level(comm: Communicator, partition: Sequence[range]) -> Communicator:
-    """Make the groups of a partition of the ranks; the communicator of the one that this rank is in."""
-    assert comm.group is not None
-    everyone = comm.ranks == dist.get_world_size()
+def make_grids(comm: Communicator, inner_size: int) -> None:
+    """Make ``grid_of(comm, inner_size)`` ahead of its use; all ranks of the world call it.
+
+    ``comm`` is of one of the groups of ``comm.ranks`` consecutive ranks that the world consists of, as those of
+    sequence parallelism are. Later some of them may plan for two levels and others not.
+    """
+    if inner_size in (1, comm.ranks) or inner_size in comm.levels:
+        return
+    world = range(dist.get_world_size())
+    _make(comm, inner_size, [world[first : first + comm.ranks] for first in world[:: comm.ranks]])
+
+
+def _make(comm: Communicator, inner_size: int, groups: Sequence[Sequence[int]]) -> None:
+    """Make both levels of ``groups``, of global ranks each, of which one is that of ``comm``."""
+    inner = [group[i : i + inner_size] for group in groups for i in range(0, comm.ranks, inner_size)]
+    outer = [group[i::inner_size] for group in groups for i in range(inner_size)]
+    levels = _level(comm, inner), _level(comm, outer)
+    levels[1].node_size = 1
+    comm.levels[inner_size] = levels
+
+
+def _level(comm: Communicator, partition: Sequence[Sequence[int]]) -> Communicator:
+    """Make the groups of a partition of some ranks of the world; the communicator of the one that this rank is in."""
+    everyone = sum(map(len, partition)) == dist.get_world_size()
     mine = None
-    for members in partition:
-        if everyone or comm.rank in members:
-            ranks = [dist.get_global_rank(comm.group, member) for member in members]
-            group = dist.new_group(ranks, use_local_synchronization=not everyone)
-            mine = group if comm.rank in members else mine
+    for ranks in partition:
+        member = dist.get_rank() in ranks
+        if everyone or member:
+            group = dist.new_group(list(ranks), use_local_synchronization=not everyone)
+            mine = group if member else mine
     assert mine is not None
     return communicator_of_level(mine, comm)
 
 
-def node_size(comm: Communicator) -> int:
-    """Ranks of a node, by the hosts of the ranks; see ``largest_block``. A collective at the first call, of objects."""
+def node_size(comm: Communicator, of_world: bool = False) -> int:
+    """Ranks of a node, by the hosts of the ranks; see ``largest_block``. A collective at the first call, of objects.
+
+    Args:
+        of_world: the same for all groups of ``comm.ranks`` consecutive ranks that the world consists of, by the hosts
+            of all ranks, all of which call.
+    """
     if comm.group is None:
         return 1
     if comm.name not in _node_sizes:
-        hosts: list[str] = [""] * comm.ranks
         # What NCCL goes by where it is told to take some ranks of a host for another host.
-        dist.all_gather_object(hosts, os.environ.get("NCCL_HOSTID") or socket.gethostname(), group=comm.group)
-        _node_sizes[comm.name] = largest_block(hosts)
+        host = os.environ.get("NCCL_HOSTID") or socket.gethostname()
+        hosts: list[str] = [""] * (dist.get_world_size() if of_world else comm.ranks)
+        dist.all_gather_object(hosts, host, group=None if of_world else comm.group)
+        _node_sizes[comm.name] = largest_block(hosts, comm.ranks)
     return _node_sizes[comm.name]
 
 
 _node_sizes: dict[str, int] = {}
 
 
-def largest_block(hosts: Sequence[str]) -> int:
-    """The largest divisor ``d`` of the number of ranks such that each run of ``d`` ranks from a multiple of it shares
-    one host."""
-    n = len(hosts)
-    divisors = (d for d in range(n, 0, -1) if n % d == 0)
-    return next(d for d in divisors if all(len({*hosts[i : i + d]}) == 1 for i in range(0, n, d)))
+def largest_block(hosts: Sequence[str], ranks: int) -> int:
+    """The largest divisor ``d`` of ``ranks`` such that each run of ``d`` ranks from a multiple of it shares one host.
+
+    Nodes of unequal size are so divided into equal parts, or have one level.
+    """
+    divisors = (d for d in range(ranks, 0, -1) if ranks % d == 0)
+    return next(d for d in divisors if all(len({*hosts[i : i + d]}) == 1 for i in range(0, len(hosts), d)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,16 +60,42 @@ def report(job: ClusterJob, profile: Profile) -> dict[str, Any]:
         "frames": job.frames,
         "visual_tokens": job.visual,
         "gpus": job.gpus,
+        "gpus_per_node": profile.gpus_per_node,
         "keys_in_text": job.model.keys_in_text,
         "recompute": job.recompute,
         "self_attention": {"strategy": own.mode.strategy, "schedule": own.mode.schedule, "layer_ms": own.seconds * 1e3},
         "strategies": strategies,
+        "two_levels": two_levels(layer_candidates(job.compared(), profile)),
         "choice": None if best is None else best[1],
         "reason": reason(strategies, best, profile),
         "stage": job.stage,
         "stages": [asdict(stage) for stage in of_stages],
         "warning": advice(job.stage, of_stages),
     }
+
+
+def two_levels(candidates: Sequence[Candidate]) -> dict[str, Any] | None:
+    """The fastest ways of one level and of two for the layer; None where there is but one level, or none that runs."""
+    flat, two = (choose([c for c in candidates if c.mode.two_levels is knows]) for knows in (False, True))
+    if flat is None or two is None:
+        return None
+    return {
+        "win": two.seconds < flat.seconds,
+        **{
+            name: {"mode": c.mode.name, "layer_ms": c.seconds * 1e3, "received_between_nodes_bytes": c.between}
+            for name, c in (("two_levels", two), ("one_level", flat))
+        },
+    }
+
+
+def about_two_levels(found: dict[str, Any] | None, gpus_per_node: int) -> str:
+    """One sentence on whether it pays to tell nodes apart."""
+    if found is None:
+        return "two levels: all GPUs are on one node, or its nodes are not equally full"
+    ways = [(way, way["received_between_nodes_bytes"] / 2**20) for way in (found["two_levels"], found["one_level"])]
+    two, one = (f"{way['mode']} {way['layer_ms']:.3g} ms with {mib:,.1f} MiB from other nodes" for way, mib in ways)
+    verdict = "win" if found["win"] else "do not win"
+    return f"two levels, nodes of {gpus_per_node}, {verdict} for this layer: {two}; on one level {one}"
 
 
 def layer_milliseconds(candidate: Candidate) -> dict[str, float]:
@@ -144,6 +171,7 @@ def show(found: dict[str, Any]) -> None:
         )  # fmt: skip
     console.print(layer)
     console.print(step)
+    console.print(about_two_levels(found["two_levels"], found["gpus_per_node"]), highlight=False)
     console.print(f"choice: {found['choice'] or 'none'}; {found['reason']}", highlight=False)
     zero = Table("ZeRO", "step, s", "memory, GiB", title="stages of ZeRO, with that strategy")
     for each in found["stages"]:

@@ -44,7 +44,7 @@ class Layer:
         link = (shape.ranks - 1) * sent / seconds if seconds else NVLINK
         return head_groups(
             shape.batch, shape.heads, shape.kv_heads, shape.head_dim, shape.element,
-            shape.q_lengths, shape.kv_lengths, link,
+            shape.q_lengths, shape.kv_lengths, link, self.mask.masked,
         )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ class LayerPlan:
             where it cannot run. Times are of attention and exchange, bytes those that a rank receives.
         reason: why this choice.
         kept_bytes: for each recompute policy, what the decoder layer keeps from forward to backward pass.
-        head_groups: groups of key heads that ``gather`` pipelines in the forward and the backward pass; None: it
+        head_groups: groups of key heads that ``gather`` and ``kv_gather`` pipeline, forward and backward; None: it
             chooses, or does not run.
         balance: largest over mean visible work of a rank when queries travel; 1 is even.
         measured_ms: ``forward`` and ``backward`` of the choice as it ran, when a run has measured it.
@@ -237,6 +237,11 @@ def _plan_layer(
             chosen = choose(own, before) or chosen
         assert chosen is not None
         why = f"set in the config: '{forced}'"
+        if chosen.mode.two_levels and 1 in (shape.inner, shape.nodes):
+            why += (
+                f"; {shape.inner} of the {shape.ranks} ranks make a node, which is one level: it runs as a flat "
+                "strategy ('inner_size' makes nodes of other sizes)"
+            )
     else:
         chosen = choose(found, before)
         if chosen is None:

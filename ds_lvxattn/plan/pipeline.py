@@ -15,13 +15,15 @@ THROUGHPUT = 6e14
 COPY = 1.4e12
 HOST_SECONDS = 1e-3
 DEVICE_SECONDS = 4e-5
+MOST_KEY_GROUPS = 8
 
 # Bytes a second that a rank receives over NVLink in a collective of two H200, where nobody has measured the link.
 NVLINK = 2.4e11
 
-# Rows of a query tile and multiprocessors of the chips that kernels are tuned for; see ``_filled``.
+# Rows of a query tile, keys of a key tile; multiprocessors of the chips that kernels are tuned for; see ``_filled``.
 TILE_ROWS = 128
 MULTIPROCESSORS = 132
+FEW_ROUNDS = 4  # of tiles in a backward pass; of more, the last one does not count
 
 
 def head_groups(
@@ -33,6 +35,7 @@ def head_groups(
     q_lengths: Sequence[int],
     kv_lengths: Sequence[int],
     link: float = NVLINK,
+    masked: bool = False,
 ) -> tuple[int, int]:
     """Groups of key heads of the forward and of the backward pass; both divide ``kv_heads``.
 
@@ -42,21 +45,25 @@ def head_groups(
         element: bytes of an element.
         q_lengths, kv_lengths: query rows and keys of every rank.
         link: bytes a second that a rank receives.
+        masked: whether rows see intervals: the kernels for them take the query heads of a key head together.
     """
     ranks, rows, keys = len(q_lengths), max(q_lengths), max(kv_lengths)
     forward = 4.0 * batch * heads * head_dim * ranks * rows * keys / THROUGHPUT
     # Queries and outputs; in the backward pass their gradients.
     transfers = 2.0 * batch * (ranks - 1) * rows * heads * head_dim * element / link
     copy = 2 * 2.0 * batch * keys * kv_heads * head_dim * element / COPY
-    tiles = batch * heads * -(-ranks * rows // TILE_ROWS)
+    tiles, key_tiles = batch * heads * -(-ranks * rows // TILE_ROWS), batch * -(-keys // TILE_ROWS)
+    key_tiles *= kv_heads if masked else heads
 
     def forward_time(groups: int) -> float:
         idle = forward * (_filled(tiles) / _filled(tiles / groups) - 1)
         return transfers / groups + DEVICE_SECONDS * groups + max(idle, 0.0)
 
     def backward_time(groups: int) -> float:
-        # Divided over tiles of keys, of which there are always enough.
-        return transfers / groups + DEVICE_SECONDS * groups + (copy if groups > 1 else 0.0)
+        # Divided over tiles of keys, of which short shards have few.
+        few = key_tiles / groups < FEW_ROUNDS * MULTIPROCESSORS
+        idle = 2.5 * forward * (_filled(key_tiles) / _filled(key_tiles / groups) - 1) if few else 0.0
+        return transfers / groups + DEVICE_SECONDS * groups + (copy if groups > 1 else 0.0) + max(idle, 0.0)
 
     def fastest(seconds: float, time: Callable[[int], float]) -> int:
         # No ``min`` with a key: torch.compile, which traces this, does not know it.
@@ -87,6 +94,32 @@ def keeps_keys(heads: int, kv_heads: int, q_lengths: Sequence[int], kv_lengths: 
     return len(kv_lengths) * max(kv_lengths) * kv_heads <= max(q_lengths) * heads
 
 
-def key_groups(kv_heads: int) -> int:
-    """Groups of key heads in which K and V are gathered: a message's start and a group's kernels want few."""
-    return next(count for count in (4, 2, 1) if kv_heads % count == 0)
+def key_groups(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    element: int,
+    q_lengths: Sequence[int],
+    kv_lengths: Sequence[int],
+    link: float = NVLINK,
+) -> tuple[int, int]:
+    """Groups of key heads in which K and V are gathered, forward and backward; arguments as of ``head_groups``.
+
+    What of the first group arrives and of the last leaves is not hidden; the rest is where kernels take longer.
+    """
+    ranks, rows, keys = len(q_lengths), max(q_lengths), max(kv_lengths)
+    forward = 4.0 * batch * heads * head_dim * rows * ranks * keys / THROUGHPUT
+    crossing = 2.0 * batch * (ranks - 1) * keys * kv_heads * head_dim * element / link
+    again = 0.0 if keeps_keys(heads, kv_heads, q_lengths, kv_lengths) else crossing
+
+    def fewest(kernels: float, transfers: float) -> int:
+        best, least = 1, kernels + transfers
+        for count in range(2, min(kv_heads, MOST_KEY_GROUPS) + 1):
+            hidden = max(kernels, transfers * (count - 1) / count)
+            seconds = max(transfers / count + hidden + DEVICE_SECONDS * count, HOST_SECONDS * count)
+            if kv_heads % count == 0 and seconds < least:
+                best, least = count, seconds
+        return best
+
+    return fewest(forward, crossing), fewest(2.5 * forward, crossing + again)

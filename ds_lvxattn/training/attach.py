@@ -184,7 +184,10 @@ class Attached:
         if self.config.strategy != "auto" or self.config.size == 1:
             return
         layouts = [HeadLayout(*layout) for layout in self.parallel.head_layouts]
-        planner.profile = calibrated(self.parallel.comm.group, layouts, self.device, self.batches.collator.dtype)
+        comm = self.parallel.comm
+        planner.profile = calibrated(
+            comm.group, layouts, self.device, self.batches.collator.dtype, inner_size=comm.node_size
+        )
         self._calibrated = True
 
     def engine_arguments(self, model: nn.Module | None = None) -> dict[str, Any]:

@@ -61,7 +61,9 @@ def _gathered(
     layout = exchange.layout
     batch, heads, _, head_dim = q.shape
     kv_heads, lengths = k.shape[1], (layout.q.lengths, layout.kv.lengths)
-    groups = exchange.head_groups or head_groups(batch, heads, kv_heads, head_dim, q.element_size(), *lengths)
+    groups = exchange.head_groups or head_groups(
+        batch, heads, kv_heads, head_dim, q.element_size(), *lengths, masked=first is not None
+    )
     keep = exchange.keep_queries
     if keep is None:
         keep = keeps_queries(heads, kv_heads, *lengths)
@@ -170,11 +172,11 @@ def _kept(q, k, v, first, last, scale, kernel, group, inner, q_lengths, head_gro
     return q.new_empty((groups if keep_queries else 0, rows, batch, heads // groups, head_dim))
 
 
-def _queries_of(kept: Tensor, groups: int, index: int) -> Tensor:
-    """Gathered queries of group ``index`` of ``groups``, ``[n * s_max, B, H / groups, D]``, from the kept ones."""
+def rows_of_group(kept: Tensor, groups: int, index: int) -> Tensor:
+    """Gathered rows of group ``index`` of ``groups``, ``[n * s_max, B, H / groups, D]``, from those kept by groups."""
     kept_groups, _, _, heads, _ = kept.shape
     if groups % kept_groups:
-        # Coarser groups than the forward pass had: the queries are small beside the keys, so they are laid out anew.
+        # Coarser groups than the forward pass had: what is kept is the small side, so it is laid out anew.
         kept = kept.movedim(0, 2).flatten(2, 3).unsqueeze(0)
         kept_groups, heads = 1, kept.shape[3]
     finer = groups // kept_groups
@@ -222,7 +224,7 @@ def query_gather_backward(
     def attend(i: int, arrived: list[Tensor]) -> InFlight:
         nonlocal complete
         if keep_queries:
-            arrived = [*arrived, _queries_of(kept, groups, i)]
+            arrived = [*arrived, rows_of_group(kept, groups, i)]
         dout_all, lse_all, delta_all, q_all = (attention_layout(x) for x in arrived)
         partial_dq, group_dk, group_dv = backward_local(
             chosen, dout_all, q_all, k[:, keys[i]], v[:, keys[i]], None, lse_all, delta_all, first, last, scale

@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.comm import communicator_by_name
 from ds_lvxattn.exchange.query_rows import attention_layout, start_gather, start_return
-from ds_lvxattn.exchange.strategies.gather import InFlight, head_slices, pipelined
+from ds_lvxattn.exchange.strategies.gather import InFlight, head_slices, pipelined, rows_of_group
 from ds_lvxattn.exchange.strategies.ulysses import padded_order
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.differentiable import attention_operator, empty_results
@@ -27,9 +27,12 @@ def kv_gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> 
     layout, comm = exchange.layout, exchange.comm
     start, stop = exchange.own_ranges(q.shape[2])
     places = padded_order(layout.kv, range(comm.ranks), q.device)
-    keep = keeps_keys(q.shape[1], k.shape[1], layout.q.lengths, layout.kv.lengths)
+    batch, heads, _, head_dim = q.shape
+    kv_heads, lengths = k.shape[1], (layout.q.lengths, layout.kv.lengths)
+    groups = exchange.head_groups or key_groups(batch, heads, kv_heads, head_dim, q.element_size(), *lengths)
+    keep = keeps_keys(heads, kv_heads, *lengths)
     out, lse, _ = torch.ops.ds_lvxattn.kv_gather(
-        q, k, v, start, stop, places, exchange.scale, exchange.kernel, comm.name, layout.kv.lengths, keep
+        q, k, v, start, stop, places, exchange.scale, exchange.kernel, comm.name, layout.kv.lengths, groups, keep
     )
     return out, lse
 
@@ -50,6 +53,7 @@ def kv_gather(
     kernel: str,
     group: str,
     kv_lengths: Sequence[int],
+    head_groups: Sequence[int],
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forward pass.
@@ -57,6 +61,7 @@ def kv_gather(
     Args:
         start, stop: int32 ``[B, s_q]``, the keys that the own rows see.
         places: int64 ``[S_kv]``, where each key lies among the padded shards; None where it lies in its place.
+        head_groups: groups of key heads of the forward and of the backward pass; divisors of ``H_kv``.
         keep: keep the gathered keys and values for the backward pass.
 
     Returns:
@@ -64,10 +69,10 @@ def kv_gather(
         ``h = H_kv / groups`` (no group of them where they are not kept).
     """
     comm = communicator_by_name(group)
-    groups = key_groups(k.shape[1])
+    groups = head_groups[0]
     queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
     out, lse = empty_results(q)
-    kept = _kept(q, k, v, start, stop, places, scale, kernel, group, kv_lengths, keep)
+    kept = _kept(q, k, v, start, stop, places, scale, kernel, group, kv_lengths, head_groups, keep)
 
     def gather(i: int) -> InFlight:
         both = list(kept[i]) if keep else _buffers(k[:, keys[i]], len(kv_lengths) * max(kv_lengths))
@@ -84,9 +89,9 @@ def kv_gather(
     return out, lse, kept
 
 
-def _kept(q, k, v, start, stop, places, scale, kernel, group, kv_lengths, keep) -> Tensor:
+def _kept(q, k, v, start, stop, places, scale, kernel, group, kv_lengths, head_groups, keep) -> Tensor:
     batch, kv_heads, _, head_dim = k.shape
-    groups, rows = key_groups(kv_heads), len(kv_lengths) * max(kv_lengths)
+    groups, rows = head_groups[0], len(kv_lengths) * max(kv_lengths)
     return k.new_empty((groups if keep else 0, 2, rows, batch, kv_heads // groups, head_dim))
 
 
@@ -115,19 +120,20 @@ def kv_gather_backward(
     kernel: str,
     group: str,
     kv_lengths: Sequence[int],
+    head_groups: Sequence[int],
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: ``dq`` is complete on its rank; the parts of ``dk`` and ``dv`` go to their owners."""
     comm = communicator_by_name(group)
     chosen = backward_kernel(kernel, Call.backward(q, k, start is not None), dlse is not None)
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse).to(lse.dtype)
-    groups, rows = key_groups(k.shape[1]), len(kv_lengths) * max(kv_lengths)
+    groups, rows = head_groups[1], len(kv_lengths) * max(kv_lengths)
     queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
 
     def gather(i: int) -> InFlight:
         if keep:
-            return list(kept[i]), _Arrived()
+            return [rows_of_group(kept[:, side], groups, i) for side in (0, 1)], _Arrived()
         both = _buffers(k[:, keys[i]], rows)
         sent = [("keys and values", x[:, keys[i]], buffer) for x, buffer in zip((k, v), both, strict=True)]
         return both, start_gather(sent, comm)

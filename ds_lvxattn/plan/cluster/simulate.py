@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ds_lvxattn.plan.network import node_bandwidth, nodes_of
+from ds_lvxattn.plan.network import inner_level, node_bandwidth, nodes_of, outer_level
 from ds_lvxattn.plan.profile import Profile
 
 
@@ -135,11 +135,13 @@ class Cluster:
         profile: the machines.
         ranks: ranks of the group.
         slowness: factor on the computation of every rank; None: all are alike, and one node stands for all.
+        level: of a grid, where a simulation has both: names the streams and links of this one.
     """
 
     profile: Profile
     ranks: int
     slowness: tuple[float, ...] | None = None
+    level: str = ""
 
     @property
     def node(self) -> int:
@@ -157,7 +159,7 @@ class Cluster:
     def compute(self, rank: int, seconds: float) -> Task:
         """Computation on ``rank``."""
         factor = self.slowness[rank] if self.slowness is not None else 1.0
-        return Task(("compute", rank), seconds * factor)
+        return Task(("compute", self.level, rank), seconds * factor)
 
     def capacity(self, link: object) -> float:
         kind = link[0]  # type: ignore[index]
@@ -185,14 +187,14 @@ class Cluster:
     def message(self, rank: int, size: float) -> Task:
         """``size`` bytes from the rank before ``rank`` to it, by themselves."""
         if self.crosses(rank):
-            links = (("adapter", rank), ("node", rank // self.node))
-            return Task(("comm", rank), self.profile.inter.latency, size, links)
-        return Task(("comm", rank), self.profile.intra.latency, size, (("in", rank),))
+            links = (("adapter", self.level, rank), ("node", self.level, rank // self.node))
+            return Task(("comm", self.level, rank), self.profile.inter.latency, size, links)
+        return Task(("comm", self.level, rank), self.profile.intra.latency, size, (("in", self.level, rank),))
 
     def all_gather(self, simulation: Simulation, own: float, after: Sequence[Task]) -> list[Task]:
         """A ring: every rank passes on what it has received. Returns the last task of every rank."""
         ranks, count = range(self.simulated), self.simulated
-        starts = [simulation.add(Task(("comm", r), self.first_message()), [after[r]]) for r in ranks]
+        starts = [simulation.add(Task(("comm", self.level, r), self.first_message()), [after[r]]) for r in ranks]
         # Where nodes have an adapter a GPU there is a ring for each, and all of them leave the node side by side.
         before, last = starts, starts
         for step in range(self.ranks - 1):
@@ -200,53 +202,93 @@ class Cluster:
             for r in ranks:
                 crossing = self.crosses(r)
                 link = self.profile.inter if crossing else self.profile.intra
-                links: tuple[object, ...] = (("node", r // self.node) if crossing else ("in", r),)
-                arrival = Task(("ring", r), 0.0, own, links, link.message if step else 0.0)
+                links: tuple[object, ...] = (
+                    ("node", self.level, r // self.node) if crossing else ("in", self.level, r),
+                )
+                arrival = Task(("ring", self.level, r), 0.0, own, links, link.message if step else 0.0)
                 here.append(simulation.add(arrival, [before[(r - 1) % count], starts[r]]))
             before = last = here
         # The stream of communication is free for the next collective when this one has ended.
-        return [simulation.add(Task(("comm", r)), [last[r]]) for r in ranks]
+        return [simulation.add(Task(("comm", self.level, r)), [last[r]]) for r in ranks]
 
     def all_to_all(self, simulation: Simulation, own: float, after: Sequence[Task]) -> list[Task]:
         """``1/ranks`` of ``own`` bytes to every rank; those for the GPUs of another node travel as one."""
         part = own / self.ranks
         ends = []
         for r in range(self.simulated):
-            begin = simulation.add(Task(("comm", r), self.first_message()), [after[r]])
+            begin = simulation.add(Task(("comm", self.level, r), self.first_message()), [after[r]])
             tasks = [begin]
             for _ in range(self.node - 1):
-                near = Task(("near", r), self.profile.intra.message, part, (("in", r),))
+                near = Task(("near", self.level, r), self.profile.intra.message, part, (("in", self.level, r),))
                 tasks.append(simulation.add(near, [begin]))
-            far_links = (("adapter", r), ("node", r // self.node))
+            far_links = (("adapter", self.level, r), ("node", self.level, r // self.node))
             for _ in range(self.nodes - 1):
-                far = Task(("far", r), self.node * self.profile.inter.message, self.node * part, far_links)
+                far = Task(("far", self.level, r), self.node * self.profile.inter.message, self.node * part, far_links)
                 tasks.append(simulation.add(far, [begin]))
-            ends.append(simulation.add(Task(("comm", r)), tasks))
+            ends.append(simulation.add(Task(("comm", self.level, r)), tasks))
         return ends
 
 
-def query_gather(cluster: Cluster, groups: int, kernel: float, sent: float, returned: float) -> float:
-    """Seconds of a pass of schedule ``gather``.
+def pipeline(cluster: Cluster, groups: int, kernel: float, sent: float, returned: float) -> float:
+    """Seconds of a pass of ``gather``, of queries or of keys and values.
 
     Args:
         groups: groups of heads.
         kernel: seconds of one group's kernel on every rank.
-        sent: bytes that a rank sends to each other rank, over all groups.
-        returned: bytes of results that a rank computes, over all groups and for all ranks.
+        sent: bytes that a rank sends to each other rank, over all groups; 0 where what it sent before was kept.
+        returned: bytes of results that a rank computes, over all groups and for all ranks; 0 where they stay.
     """
 
     def build(simulation: Simulation) -> None:
         ranks = range(cluster.simulated)
         begin = [simulation.add(Task(("begin", r))) for r in ranks]
-        arriving = cluster.all_gather(simulation, sent / groups, begin)
+
+        def gather() -> list[Task]:
+            return cluster.all_gather(simulation, sent / groups, begin) if sent else begin
+
+        arriving = gather()
         for i in range(groups):
             here = arriving
             if i + 1 < groups:
-                arriving = cluster.all_gather(simulation, sent / groups, begin)
+                arriving = gather()
             computed = [simulation.add(cluster.compute(r, kernel), [here[r]]) for r in ranks]
-            cluster.all_to_all(simulation, returned / groups, computed)
+            if returned:
+                cluster.all_to_all(simulation, returned / groups, computed)
 
     return cluster.run(build)
+
+
+def two_level(
+    profile: Profile, ranks: int, size: int, groups: int, kernel: float, sent: float, returned: float
+) -> float:
+    """Seconds of a pass of schedule ``two_level`` on ``ranks / size`` nodes, all of which do the same.
+
+    Rows cross and wait for the kernel before; then they are spread inside, computed, and what the ranks of a node have
+    for the same rows is merged, before one result crosses back beside the next kernel.
+
+    Args:
+        groups, kernel, sent, returned: see ``pipeline``.
+    """
+    inner = Cluster(inner_level(profile, size), size, level="inner")
+    outer = Cluster(outer_level(profile, size), ranks // size, level="outer")  # one rank stands for those of its node
+
+    def build(simulation: Simulation) -> None:
+        begin = [simulation.add(Task(("begin", "outer", 0)))]
+        arriving = outer.all_gather(simulation, sent / groups, begin)
+        for i in range(groups):
+            here = arriving
+            if i + 1 < groups:
+                arriving = outer.all_gather(simulation, sent / groups, begin)
+            arrived = [simulation.add(inner.compute(r, 0.0), here) for r in range(size)]
+            spread = inner.all_gather(simulation, outer.ranks * sent / groups, arrived)
+            computed = [simulation.add(inner.compute(r, kernel), [spread[r]]) for r in range(size)]
+            merged = inner.all_to_all(simulation, returned / groups, computed)
+            waited = [simulation.add(inner.compute(r, 0.0), [merged[r]]) for r in range(size)]
+            outer.all_to_all(simulation, returned / size / groups, waited)
+
+    simulation = Simulation(lambda link: (inner if link[1] == "inner" else outer).capacity(link))  # type: ignore[index]
+    build(simulation)
+    return simulation.run()
 
 
 def ring(cluster: Cluster, kernel: float, sent: float, returned: float = 0.0) -> float:

@@ -125,8 +125,8 @@ def two_levels(flat: Mode, schedule: str, implementation: str, colour: str) -> M
         return flat.inputs(level) + level.query_bytes(level.rows)
 
     def pipeline(layer: Layer, profile: Profile) -> tuple[int, int]:
-        level, links = outer(layer, profile)
-        return level.head_groups(links)
+        assert flat.pipeline is not None
+        return flat.pipeline(*outer(layer, profile))
 
     return Mode(
         strategy="hybrid",
