@@ -3,13 +3,15 @@
     torchrun --nproc_per_node 4 benchmarks/two_levels.py --node_size 2 --output two_levels.json
     torchrun --nproc_per_node 4 benchmarks/two_levels.py --node_size 2 --output two_levels.json --cases 10-19
     python benchmarks/two_levels.py --read two_levels.json
+    python benchmarks/two_levels.py --predict two_levels.json
 
 ``--node_size`` makes NCCL take so many consecutive GPUs of one host for a node: NVLink inside, sockets between. Left
 out, nodes are hosts. Links of both levels and kernels are calibrated first; then, of every case, the local compute
 (``floor``: all queries against the rank's own keys) and each mode that can run, in turns. ``auto`` is what the planner
 takes, with its time over that of the fastest. No case begins after ``--seconds``; those that are left are named, and
-``--cases`` runs them in another call, which adds to the same file. ``--read`` prints a file again. Without GPUs it runs
-on gloo with small sizes, which checks that everything runs, not how fast.
+``--cases`` runs them in another call, which adds to the same file. ``--read`` prints a file again; ``--predict`` what
+the planner makes of its profile in the cases without a mask, which is what there is to gain. Without GPUs it runs on
+gloo with small sizes, which checks that everything runs, not how fast.
 """
 
 from __future__ import annotations
@@ -30,13 +32,15 @@ import torch.distributed as dist
 from attention_layer import Layer, Shape, Step, slowest, timed
 
 from ds_lvxattn.calibrate import calibrate
-from ds_lvxattn.calibration.extent import Extent, HeadLayout
+from ds_lvxattn.calibration.extent import HeadLayout
 from ds_lvxattn.exchange.comm import communicator
 from ds_lvxattn.exchange.grid import node_size
 from ds_lvxattn.plan.choice import candidates, choose
+from ds_lvxattn.plan.cost import Layer as CostedLayer
 from ds_lvxattn.plan.kernel_choice import kernel_choice
-from ds_lvxattn.plan.modes import Mode, eligible_modes
+from ds_lvxattn.plan.modes import LOCAL, Mode, eligible_modes
 from ds_lvxattn.plan.profile import Profile, load_profile, profile_from_json, profile_to_json
+from ds_lvxattn.plan.traffic import LayerShape
 
 # Queries and keys: cross-attention, and self-attention without a mask and causal.
 CROSS = ((8_192, 262_144), (384, 262_144), (2_048, 131_072), (4_096, 524_288))
@@ -192,6 +196,22 @@ def summary(about: Mapping[str, Any], cases: Sequence[Case]) -> str:
     return "\n".join(lines)
 
 
+def predictions(about: Mapping[str, Any]) -> str:
+    """Milliseconds of the floor and of every mode in the cases without a mask, by the profile of a run."""
+    profile, ranks = profile_from_json(about["profile"]), about["ranks"]
+    lines = []
+    for shape in (case for case in CASES if case.mask == "none"):
+        shards = ((shape.queries // ranks,) * ranks, (shape.keys // ranks,) * ranks)
+        sizes = LayerShape(
+            1, shape.heads, shape.kv_heads, shape.head_dim, *shards, 2, inner_size=about["node_size"]
+        )  # fmt: skip
+        layer = CostedLayer(sizes)
+        possible = sorted((c for c in candidates(layer, profile) if c.cost), key=lambda c: c.seconds)
+        times = ", ".join(f"{c.mode.name} {c.seconds * 1e3:.3g}" for c in possible)
+        lines.append(f"{shape}: floor {LOCAL.cost(layer, profile).attention * 1e3:.3g}; {times}")
+    return "\n".join(lines)
+
+
 def numbers(text: str | None, count: int) -> list[int]:
     """``0,3,5-9`` as numbers below ``count``; None: all.
 
@@ -217,8 +237,7 @@ def small(shape: Shape) -> Shape:
     )  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None, extent: Extent | None = None) -> None:
-    """``extent`` of the calibration: None is that of a run."""
+def main(arguments: Sequence[str] | None = None) -> None:
     began = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--node_size", type=int, help="GPUs of a host that are taken for a node (default: hosts)")
@@ -227,7 +246,11 @@ def main(arguments: Sequence[str] | None = None, extent: Extent | None = None) -
     parser.add_argument("--profile", help="an earlier --output of the same machine, or a profile: do not calibrate")
     parser.add_argument("--output", type=Path, default=Path("two_levels.json"), help="(default: %(default)s)")
     parser.add_argument("--read", type=Path, help="print this file, measure nothing")
+    parser.add_argument("--predict", type=Path, help="predict from the profile in this file, measure nothing")
     args = parser.parse_args(arguments)
+    if args.predict:
+        print(predictions(json.loads(args.predict.read_text())))
+        return
     if args.read:
         about, cases = read(args.read)
         for case in cases:
@@ -256,7 +279,7 @@ def main(arguments: Sequence[str] | None = None, extent: Extent | None = None) -
         # The other number of heads follows from one, and calibration is half of the time.
         first_case = CASES[0] if on_gpu else small(CASES[0])
         layout = HeadLayout(first_case.heads, first_case.kv_heads, first_case.head_dim)
-        profile = calibrate(dist.group.WORLD, [layout], device, dtype, extent)
+        profile = calibrate(dist.group.WORLD, [layout], device, dtype)
     links = link_rates(profile)
     if first:
         print(f"calibrated in {time.perf_counter() - began:.0f} s, GB/s: {links}", flush=True)

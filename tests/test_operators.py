@@ -80,7 +80,7 @@ def opcheck_distributed(name: str, masked: bool, keep_queries: bool) -> dict[str
         "query_replicated": (first, last, 0.3, "math", comm.name, masked),
         "query_ring": (first, last, 0.3, "math", comm.name, q_lengths),
         "kv_ring": (start, stop, 0.3, "math", comm.name, keys[0]),
-        "kv_gather": (start, stop, places, 0.3, "math", comm.name, keys[0], keep_queries),
+        "kv_gather": (start, stop, places, 0.3, "math", comm.name, keys[0], [2, 1], keep_queries),
     }.get(name, ())
     if name == "query_routed":
         assert start is not None and stop is not None

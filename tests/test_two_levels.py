@@ -9,9 +9,12 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import nodes_on_paper
+from ds_lvxattn.calibration.clock import Clock
+from ds_lvxattn.calibration.collectives import collective_curves, level_curves, with_links
+from ds_lvxattn.calibration.extent import Extent
 from ds_lvxattn.config import sequence_parallel_config
 from ds_lvxattn.errors import ConfigError
-from ds_lvxattn.exchange.comm import communicator
+from ds_lvxattn.exchange.comm import Communicator, communicator
 from ds_lvxattn.exchange.grid import grid_of, largest_block, make_grids, node_size
 from ds_lvxattn.exchange.shards import SequenceShards
 from ds_lvxattn.plan.__main__ import main
@@ -20,7 +23,7 @@ from ds_lvxattn.plan.cost import Layer
 from ds_lvxattn.plan.layer_plan import AttentionLayer, PlanSettings, plan_layers
 from ds_lvxattn.plan.modes import mode_named
 from ds_lvxattn.plan.network import all_gather, inner_level, outer_level
-from ds_lvxattn.plan.profile import load_profile
+from ds_lvxattn.plan.profile import Profile, load_profile
 from ds_lvxattn.plan.traffic import CallShape, LayerShape
 from tests.support.distributed import run
 from tests.support.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
@@ -161,6 +164,24 @@ def test_shards_of_nodes(stripe: int) -> None:
                 members = range(node * size, (node + 1) * size)
                 held = sorted(position for rank in members for position in flat.positions(rank))
                 assert held == list(nodes.positions(node)), (total, size, node)
+
+
+def links_of_both_levels() -> tuple[Profile, int]:
+    """Measured on a grid that the config gives: the ranks are of one host."""
+    comm, profile, cpu = communicator(dist.group.WORLD), load_profile("cpu"), torch.device("cpu")
+    comm.reset()
+    extent = Extent((), (), 0.0, (1 << 8, 1 << 12), 1)
+    clock = Clock(cpu, extent.repeats)
+    curves = collective_curves(Communicator(comm.group), clock, extent, cpu)
+    curves += level_curves(comm, clock, extent, cpu, inner_size=2)
+    return with_links(profile, profile, curves, comm.ranks), comm.bytes_received
+
+
+def test_each_level_is_measured() -> None:
+    for profile, received in run(4, links_of_both_levels):
+        assert received == 0, "the counts of the group stay as they were"
+        assert profile.gpus_per_node == 2 and profile.inter.shared == 2 * profile.inter.bandwidth
+        assert profile.intra != load_profile("cpu").intra
 
 
 # The planner

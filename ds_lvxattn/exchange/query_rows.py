@@ -75,7 +75,11 @@ class NodeRows:
 
 
 class _Hops:
-    """A hop that starts when the one before it has arrived."""
+    """A hop that starts when the one before it has arrived.
+
+    Not before it is waited for: a collective of the inner group that waits for the slow link would hold up the results
+    of the group of heads before, which want to cross as soon as that link is free.
+    """
 
     def __init__(self, first: Waiting, then: Callable[[], Waiting]) -> None:
         self.first, self.then = first, then

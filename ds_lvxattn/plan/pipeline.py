@@ -52,16 +52,15 @@ def head_groups(
     # Queries and outputs; in the backward pass their gradients.
     transfers = 2.0 * batch * (ranks - 1) * rows * heads * head_dim * element / link
     copy = 2 * 2.0 * batch * keys * kv_heads * head_dim * element / COPY
-    tiles, key_tiles = batch * heads * -(-ranks * rows // TILE_ROWS), batch * -(-keys // TILE_ROWS)
-    key_tiles *= kv_heads if masked else heads
+    tiles, key_tiles = batch * heads * -(-ranks * rows // TILE_ROWS), batch * kv_heads * -(-keys // TILE_ROWS)
 
     def forward_time(groups: int) -> float:
         idle = forward * (_filled(tiles) / _filled(tiles / groups) - 1)
         return transfers / groups + DEVICE_SECONDS * groups + max(idle, 0.0)
 
     def backward_time(groups: int) -> float:
-        # Divided over tiles of keys, of which short shards have few.
-        few = key_tiles / groups < FEW_ROUNDS * MULTIPROCESSORS
+        # Divided over tiles of keys. Of short shards a kernel that takes the query heads together has few.
+        few = masked and key_tiles / groups < FEW_ROUNDS * MULTIPROCESSORS
         idle = 2.5 * forward * (_filled(key_tiles) / _filled(key_tiles / groups) - 1) if few else 0.0
         return transfers / groups + DEVICE_SECONDS * groups + (copy if groups > 1 else 0.0) + max(idle, 0.0)
 
