@@ -89,7 +89,7 @@ def ds_config(frames: int, ranks: int, steps: int, on_gpu: bool) -> dict[str, ob
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True}},
         "zero_optimization": {"stage": 2},
         "sequence_parallel_size": ranks,
-        "sequence_parallel": {"strategy": "auto", "recompute": "kv"},
+        "sequence_parallel": {"strategy": "auto", "recompute": "layer"},
         "finetuning": {"steps": steps, "frames": frames, "eval_examples": 0, "trainable": "default"},
     }
 

@@ -1,22 +1,28 @@
 """Local attention by every kernel that is installed, and by ``auto``, against the baseline of each case.
 
-python benchmarks/local_attention.py --output FILE.json
+python -m ds_lvxattn.calibrate --layouts 32/8/128,8/8/64,16/16/80 --output profile.json
+python benchmarks/local_attention.py --profile profile.json --output FILE.json
 
-A case's kernels and its baseline take turns in one run. Only ``auto`` has targets.
+A case's kernels and its baseline take turns in one run. Only ``auto`` has targets: what the profile of the machine has
+as fastest, as in a run; without a profile, the kernels' own order.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 
 import harness
 import torch
 from attention_cases import CASES, Case, baseline_calls
 
+from ds_lvxattn.calibration.kernels import seen_and_drift
 from ds_lvxattn.kernels.base import Call
-from ds_lvxattn.kernels.dispatch import KERNELS, select_kernel
+from ds_lvxattn.kernels.dispatch import KERNELS, select_kernel, usable_kernels
 from ds_lvxattn.kernels.operator import backward_local, forward_local
 from ds_lvxattn.kernels.triton.delta import attention_delta
+from ds_lvxattn.plan.kernel_time import AttentionCall, kernel_seconds
+from ds_lvxattn.plan.profile import Profile, load_profile
 
 PLAIN = ("math", "flash")  # never the fastest on these chips
 
@@ -39,10 +45,24 @@ def passes(case: Case, backward: bool) -> dict[str, Callable[[], object]]:
     return calls
 
 
-def rows(case: Case, backward: bool) -> list[harness.Row]:
+def choice(case: Case, backward: bool, profile: Profile | None) -> str:
+    """The kernel that ``auto`` takes."""
     q, k, *_ = case.inputs()
-    call = (Call.backward if backward else Call.forward)(q, k, case.mask != "visible")
-    auto = select_kernel("auto", call).name
+    start, stop = case.interval()
+    call = (Call.backward if backward else Call.forward)(q, k, start is not None)
+    usable = usable_kernels(call)
+    seen, drift = seen_and_drift(start, stop, case.keys)
+    sizes = (case.batch, case.heads, case.kv_heads, case.head_dim, case.rows, case.keys, seen, drift)
+    times = {
+        kernel.name: kernel_seconds(profile, kernel, AttentionCall(*sizes), backward)
+        for kernel in (profile.kernels_for(case.head_dim, call.masked) if profile else ())
+        if kernel.name in usable
+    }
+    return min(times, key=times.__getitem__) if len(times) > 1 else select_kernel("auto", call).name
+
+
+def rows(case: Case, backward: bool, profile: Profile | None) -> list[harness.Row]:
+    auto = choice(case, backward, profile)
     calls = passes(case, backward)
     baseline, theirs = baseline_calls(case)
     *seconds, base = harness.time_calls(*calls.values(), theirs[backward])
@@ -57,14 +77,23 @@ def rows(case: Case, backward: bool) -> list[harness.Row]:
     return table
 
 
-def measure() -> list[harness.Row]:
+def measure(profile: Profile | None = None) -> list[harness.Row]:
     table = []
     for case in CASES:
         for backward in (False, True):
-            table += rows(case, backward)
+            table += rows(case, backward, profile)
             torch.cuda.empty_cache()
     return table
 
 
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--profile", type=load_profile, help="what ds_lvxattn.calibrate wrote on this machine")
+
+
 if __name__ == "__main__":
-    harness.main(__doc__, measure)
+    parser = harness.arguments(__doc__)
+    add_profile(parser)
+    args = parser.parse_args()
+    table = measure(args.profile)
+    harness.write_json(args.output, table)
+    harness.print_table(table)

@@ -47,6 +47,14 @@ def _bounds(mask: str | None, rows: int, keys: int, device: torch.device) -> tup
     return start.int()[None], stop.int()[None]
 
 
+def seen_and_drift(start: Tensor | None, stop: Tensor | None, keys: int) -> tuple[float, float]:
+    """Of ``start, stop [B, rows]``: keys that a row sees, on average, and the drift of the ranges (``KernelPoint``)."""
+    if start is None or stop is None:
+        return float(keys), 0.0
+    drift = float(start.diff().abs().float().mean() + stop.diff().abs().float().mean()) if start.shape[1] > 1 else 0.0
+    return float((stop - start).float().mean()), drift
+
+
 def kernel_calls(
     layout: HeadLayout,
     rows: int,
@@ -66,10 +74,7 @@ def kernel_calls(
     kernel = select_kernel(name, Call.backward(q, k, mask is not None))
     out, lse = first.forward(q, k, v, start, stop, scale)
     delta = None if kernel.needs_out else attention_delta(dout, out, None)
-    seen, drift = float(keys), 0.0
-    if start is not None and stop is not None:
-        seen = float((stop - start).float().mean())
-        drift = float(start.diff().abs().float().mean() + stop.diff().abs().float().mean()) if rows > 1 else 0.0
+    seen, drift = seen_and_drift(start, stop, keys)
     return _KernelCalls(
         lambda: first.forward(q, k, v, start, stop, scale),
         lambda: kernel.backward(dout, q, k, v, out, lse, delta, start, stop, scale),

@@ -72,6 +72,8 @@ def forward_config(head_dim: int, itemsize: int, masked: bool, hopper: bool) -> 
         return ForwardConfig(128, 32, 8, 2, 1) if head_dim <= 128 else ForwardConfig(64, 32, 8, 1, 1)
     if head_dim <= 64:
         return ForwardConfig(64, 128, 4, 2, 2) if masked else ForwardConfig(128, 64, 4, 3, 2)
+    if head_dim <= 96:
+        return ForwardConfig(128, 64, 4, 3, 3)
     if head_dim <= 128:
         return ForwardConfig(128, 64, 4, 2, 2)
     return ForwardConfig(128, 32, 8, 2, 1)
