@@ -23,11 +23,11 @@ from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.data.sample import IGNORE, FrameSize, Sample
 from ds_lvxattn.families import family_of
 from ds_lvxattn.families.family import ANY_SIZE
+from ds_lvxattn.families.owl.processing import mPLUGOwl3Processor
 from ds_lvxattn.families.processors import ChannelsLast
-from ds_lvxattn.needle.small_models import SMALL_MODELS
 from tests.support.distributed import run
 from tests.support.parity import Gradients, gradients_of, largest_differences, losses_of_steps, sum_over_ranks
-from tests.support.tiny_families import CUTTING, cutting, tagged_tokenizer
+from tests.support.tiny_families import CUTTING, cutting, cutting_processor, tagged_tokenizer
 from tests.support.tiny_model import CPU, MODES, groups_of
 
 # Rows of text, and heights and widths in pixels of their pictures, which the processors cut into 1 to 12 images.
@@ -37,12 +37,10 @@ ROWS = (
     ("which digit ? 1", ()),
 )
 ANSWERS = set("0123456789")
-
-
-def image_processor(name: str) -> Any:
-    processor = SMALL_MODELS[f"small-{name}"][1]()
-    processor.do_image_splitting = True
-    return processor
+WHOLE: dict[str, Any] = {
+    "idefics2": Idefics2Processor, "idefics3": Idefics3Processor, "smolvlm": Idefics3Processor,
+    "mplug-owl3": mPLUGOwl3Processor,
+}  # fmt: skip
 
 
 def pictures_of(seed: int, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
@@ -60,7 +58,8 @@ def samples_of(name: str, video: bool) -> list[Sample]:
     made = []
     for seed, (text, sizes) in enumerate(ROWS):
         shown = [FrameSize(*size, video) for size in sizes]
-        ids = tokenizer(family.write(text, shown, image_processor(name), ANY_SIZE))["input_ids"]
+        text = text.replace("<image>", family.image_token)
+        ids = tokenizer(family.write(text, shown, cutting_processor(name), ANY_SIZE))["input_ids"]
         take = functools.partial(_take, pictures_of(seed, sizes))
         made.append(Sample(ids, labels_of(ids), len(sizes), take, text, shown))
     return made
@@ -73,16 +72,20 @@ def _take(frames: Sequence[np.ndarray], wanted: Sequence[int]) -> list[np.ndarra
 @functools.cache
 def in_transformers(name: str, video: bool) -> tuple[float, Gradients]:
     """Loss and gradients of the unmodified model, with all that its own processor gives it, a sample at a time."""
-    model, images = cutting(name, torch.float64), image_processor(name)
-    images.do_image_splitting = not video
-    whole = Idefics2Processor if name == "idefics2" else Idefics3Processor
-    processor = whole(images, tagged_tokenizer(), image_seq_len=family_of(model).frame_tokens())
+    model, images = cutting(name, torch.float64), cutting_processor(name)
+    family, processor = family_of(model), WHOLE[name](images, tagged_tokenizer())
+    family.complete_processor(processor, family.image_token)
+    if video and name == "mplug-owl3":
+        images.cut_prompt = None
+    else:
+        images.do_image_splitting = not video
     losses, items = [], 0
     for seed, (text, sizes) in enumerate(ROWS):
         pictures = [Image.fromarray(picture) for picture in pictures_of(seed, sizes)]
+        text = text.replace("<image>", family.image_token)
         made = processor(text=[text], images=[pictures] if sizes else None, return_tensors="pt")
         labels = torch.tensor([*labels_of(made["input_ids"][0].tolist())[1:], IGNORE])
-        arguments = {key: x.double() if x.is_floating_point() else x for key, x in made.items()}
+        arguments = {key: x.double() if key == "pixel_values" else x for key, x in made.items()}
         losses.append(cross_entropy(model(**arguments).logits[0], labels, ignore_index=IGNORE, reduction="sum"))
         items += int((labels != IGNORE).sum())
     loss = torch.stack(losses).sum() / items
@@ -99,7 +102,7 @@ def attached(name: str, model: Any, mode: tuple[str, str, str] | None, **block: 
         parallel = SequenceParallel(model, config, groups_of(ranks))
     tokenizer, dtype = tagged_tokenizer(), next(model.parameters()).dtype
     return Batches(
-        model, image_processor(name), tokenizer.pad_token_id, model.config.image_token_id, CPU, dtype, parallel
+        model, cutting_processor(name), tokenizer.pad_token_id, model.config.image_token_id, CPU, dtype, parallel
     )
 
 
@@ -152,7 +155,7 @@ def test_losses_under_zero3() -> None:
 @settings(max_examples=30)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(28, 150))
 def test_a_picture_has_the_squares_that_its_size_tells(height: int, width: int, longest: int) -> None:
-    family, pictures = family_of(cutting("idefics3")), image_processor("idefics3")
+    family, pictures = family_of(cutting("idefics3")), cutting_processor("idefics3")
     pictures.size = {"longest_edge": longest}
     processor = ChannelsLast(pictures)  # a picture may be one pixel high
     frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)

@@ -92,7 +92,6 @@ def check(family: str, ranks: int, cases: Sequence[tuple[tuple[str, ...], Mode, 
 # Several images at uneven places; text alone; a batch of uneven prompts that start with an image, see ``tiny_model``.
 LONG = (PATTERNS["several images"],)
 BATCH = ("IIttt", "ItItIItta", "ItItt")
-GENERATING = [family for family in FAMILIES if not family.startswith("mplug")]  # which has no cache
 TEXT = (("ttatttattaataatta",), ("ttatta",), ("tttatta", "tta", "ttttta"))
 
 
@@ -104,7 +103,7 @@ def test_the_quickstart_family_gives_the_tokens_of_one_rank(ranks: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", GENERATING)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_families_give_the_tokens_of_one_rank(family: str) -> None:
     long, few, batch = TEXT if family == "text only" else (LONG, (PATTERNS["short clip"],), BATCH)
     if family == "open_flamingo, all previous":  # text ahead of all images sees the padding of the batch there
@@ -250,9 +249,13 @@ def refused(case: str) -> str:
     return str(error.value)
 
 
-def test_a_family_without_a_cache_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="mPLUG-Owl3 cannot generate"):
-        answer("mplug_owl3, fused", samples_of(LONG), None, GREEDY)
+def test_a_model_without_transformers_generation_is_refused_by_name() -> None:
+    """As the code that a checkpoint of mPLUG-Owl3 comes with."""
+    model: Any = tiny("mplug_owl3, fused")
+    bare = type("mPLUGOwl3Model", (torch.nn.Module,), {"dtype": torch.float32, "config": model.config})
+    batches = tiny_batches(model)
+    with pytest.raises(ValueError, match="mPLUG-Owl3 cannot generate: mPLUGOwl3Model is not"):
+        generate(bare(), batches, samples_of(LONG), max_new_tokens=1)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ds_lvxattn.families import family as encoding
 from ds_lvxattn.families import family_of
-from ds_lvxattn.families.owl import hyper_qwen2
+from ds_lvxattn.families.owl import hyper_qwen2, processing
 from ds_lvxattn.families.owl.checkpoint_names import kinds, load_processor
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
 from tests.support.distributed import run
@@ -147,6 +148,27 @@ def test_parameters_are_named_as_in_published_checkpoints(kind: str, tmp_path: P
     frames = [torch.zeros(40, 30, 3, dtype=torch.uint8).numpy()]
     pixels = MPlugOwl3(loaded.config).pixels(frames, [], load_processor(str(tmp_path)))["pixel_values"]
     assert pixels.shape == (1, 1, 3, SIZE, SIZE) and (pixels == -1).all()
+    of_published = {"image_size": SIZE, "image_processor_type": "mPLUGOwl3ImageProcessor"}
+    for settings, prompt in (
+        (of_published, "v3" if kind == "fused" else "v2"),
+        ({**of_published, "cut_prompt": None}, None),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+        assert load_processor(str(tmp_path)).cut_prompt == prompt
+
+
+def test_pictures_are_cut_as_published() -> None:
+    sizes = ((30, 30, (2, 2)), (30, 100, (1, 3)), (30, 200, (1, 4)), (60, 40, (3, 2)), (90, 20, (4, 1)))
+    for height, width, grid in sizes:
+        assert processing.grid_of(height, width, SIZE) == grid
+        squares = processing.squares_of(np.zeros((height, width, 3), np.uint8), SIZE)
+        assert [x.shape for x in squares] == [(SIZE, SIZE, 3)] * math.prod(grid) + [(height, width, 3)]
+    picture = np.arange(4 * SIZE * SIZE * 3, dtype=np.uint8).reshape(2 * SIZE, 2 * SIZE, 3)
+    assert np.array_equal(processing.squares_of(picture, SIZE)[1], picture[:SIZE, SIZE:])
+    assert processing.text_of((2, 1), "v2", "X") == (
+        "Cut to 2 rows 1 columns with a global view\nsubimg(0,0)X\nsubimg(1,0)X\nglobal_viewX"
+    )
+    assert processing.text_of((1, 3), "v3", "X") == "<|start_cut|>1*3\nX X X\nX<|end_cut|>"
 
 
 @pytest.mark.parametrize(

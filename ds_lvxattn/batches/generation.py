@@ -73,8 +73,11 @@ def generate(model: Any, batches: Batches, samples: Sequence[Sample], *, seed: i
         raise ValueError(f"the prompts have {lengths} tokens; give at least one prompt, each with at least one token")
     # Nothing of a prompt is an answer, whatever it is labelled.
     samples = [collator.check(replace(s, labels=[IGNORE] * len(s.input_ids))) for s in samples]
-    if not collator.family.generates:
-        raise ValueError(f"{collator.family.name} cannot generate: {type(model).__name__} has no cache for it")
+    if not collator.family.generates(model):
+        raise ValueError(
+            f"{collator.family.name} cannot generate: {type(model).__name__} is not a model that transformers "
+            "generates with (GenerationMixin)"
+        )
     settings.setdefault("pad_token_id", collator.pad_token)
     devices = [collator.device] if collator.device.type == "cuda" else []
     was_training = model.training

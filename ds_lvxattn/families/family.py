@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 
 from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.errors import ConfigError
@@ -67,7 +67,6 @@ class Family(ABC):
         keys_in_text: whether all that text attends to is the text itself: the visual tokens of a frame, if the model
             takes frames, stand in the place of its image token, and attention of the role ``self`` is all there is.
         blocks_in_window: whether a sliding window also limits what a row of a block (see ``blocks``) sees of it.
-        generates: whether its models keep keys and values in a cache of transformers, which generation needs.
     """
 
     name: str
@@ -75,7 +74,6 @@ class Family(ABC):
     attention_config: str | None = ""
     keys_in_text: bool = False
     blocks_in_window: bool = True
-    generates: bool = True
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -156,6 +154,10 @@ class Family(ABC):
     def decoder(self, model: nn.Module) -> Any:
         """The module whose ``generate``, that of transformers, runs the decoding steps."""
         return model
+
+    def generates(self, model: nn.Module) -> bool:
+        """Whether transformers generates with ``model``, over a cache of its keys and values."""
+        return isinstance(self.decoder(model), GenerationMixin)
 
     @abstractmethod
     def trainable_by_default(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from ds_lvxattn.batches.prepare import Batches
 from ds_lvxattn.data.rows import LETTERS
 from ds_lvxattn.data.sample import IGNORE, Sample, SampleError, SampleSource
 from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.families import unwrapped
 from ds_lvxattn.groups import SequenceParallelGroups
 
 # "B", "(B)", "B.", "B) the red one", "Answer: B", "The best option is (B)."
@@ -75,7 +76,7 @@ def evaluate_answers(
         ConfigError: a model whose family cannot generate.
     """
     family = batches.collator.family
-    if not family.generates:
+    if not family.generates(unwrapped(model)):
         raise ConfigError(
             f"'finetuning.eval_new_tokens' is {new_tokens}, and {family.name} cannot generate; set it to 0"
         )

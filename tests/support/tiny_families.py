@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from ds_lvxattn.families import family_of
 from ds_lvxattn.needle import small_models
-from ds_lvxattn.needle.small_models import random
+from ds_lvxattn.needle.small_models import SMALL_MODELS, random
 from ds_lvxattn.needle.task import build_tokenizer
 from tests.support.tiny_model import FOUR_LAYERS, TINY
 
@@ -61,6 +61,7 @@ CUTTING: dict[str, Callable[[], Any]] = {
     "idefics2": FAMILIES["idefics2"],
     "idefics3": functools.partial(small_models.idefics3, TINY),
     "smolvlm": functools.partial(small_models.idefics3, TINY, smol=True),
+    "mplug-owl3": FAMILIES["mplug_owl3, fused"],
 }
 TAGS = (
     "<|img|>", "<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "\n",
@@ -79,6 +80,16 @@ def tagged_tokenizer(**options: Any) -> Any:
     tokenizer = type(needle)(tokenizer_object=needle._tokenizer, **special, **options)
     tokenizer.add_special_tokens({"additional_special_tokens": list(TAGS)})
     return tokenizer
+
+
+def cutting_processor(name: str) -> Any:
+    """The image processor of a model by its name in ``CUTTING``, which cuts pictures."""
+    processor = SMALL_MODELS[f"small-{name}"][1]()
+    if name == "mplug-owl3":
+        processor.cut_prompt = "v3"
+    else:
+        processor.do_image_splitting = True
+    return processor
 
 
 def cutting(name: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.utils.hub import cached_file
 
 from ds_lvxattn.families.owl.hyper_qwen2 import MPlugOwl3Config, mPLUGOwl3Model
+from ds_lvxattn.families.owl.processing import CUT_PROMPTS, mPLUGOwl3Processor
 
+PUBLISHED_PROCESSOR = "mPLUGOwl3ImageProcessor"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+AutoProcessor.register(MPlugOwl3Config, mPLUGOwl3Processor, exist_ok=True)
 
 
 def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -47,12 +51,23 @@ def parameter_names(name: str) -> set[str]:
 
 
 def load_processor(name: str) -> Any:
-    """Images to squares of one size, with the mean and deviation of SigLIP.
+    """Images to squares of one size, with the mean and deviation of SigLIP; ``cut_prompt``: see ``processing``.
 
-    Published checkpoints say the size as ``image_size``. Cutting an image into several is left out: a frame is one.
+    Published checkpoints say the size as ``image_size``, and leave out how images are cut, as their code has only one
+    way of doing it.
+
+    Raises:
+        ValueError: ``cut_prompt`` is none of those there are.
     """
+    settings, _ = SiglipImageProcessorPil.get_image_processor_dict(name)
     processor: Any = SiglipImageProcessorPil.from_pretrained(name)
-    side = getattr(processor, "image_size", None)
+    side = settings.get("image_size")
     if side is not None:
         processor.size = {"height": side, "width": side}
+    prompt = settings.get("cut_prompt")
+    if "cut_prompt" not in settings and settings.get("image_processor_type") == PUBLISHED_PROCESSOR:
+        prompt = "v3" if kinds(parameter_names(name))[0] == "fused" else "v2"
+    if prompt not in (None, *CUT_PROMPTS):
+        raise ValueError(f"'cut_prompt' of the image processor is {prompt!r}; choose one of {CUT_PROMPTS}, or null")
+    processor.cut_prompt = prompt
     return processor

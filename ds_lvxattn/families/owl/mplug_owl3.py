@@ -13,6 +13,7 @@ its output would take more memory than they.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,15 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, SiglipPreTrainedModel
+from transformers import Cache, PreTrainedModel, SiglipPreTrainedModel
 
-from ds_lvxattn.data.sample import FrameShape
+from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.exchange.merge_attention import merge_attention
-from ds_lvxattn.families.family import VisualFamily
+from ds_lvxattn.families.family import FrameLimits, VisualFamily
 from ds_lvxattn.families.frames import encode_in_portions
-from ds_lvxattn.families.owl import checkpoint_names, hyper_qwen2, published
+from ds_lvxattn.families.owl import checkpoint_names, hyper_qwen2, processing, published
+from ds_lvxattn.families.processors import written
 from ds_lvxattn.plan.layer_plan import AttentionLayer
-from ds_lvxattn.runtime.batch import SequenceParallelBatch
+from ds_lvxattn.runtime.batch import Exchanging, SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation, recompute
 
 
@@ -37,13 +39,13 @@ class VisualFeatures:
     """This rank's visual tokens, as the model's layers hand them down to hyper attention.
 
     Attributes:
-        states: ``[frames, L, d]``, before the norm of a layer.
+        states: ``[frames, L, d]``, before the norm of a layer; in a decoding step ``[0, d]``.
         batch: the micro-batch.
         recomputation: how layers recompute.
     """
 
     states: Tensor
-    batch: SequenceParallelBatch
+    batch: Exchanging
     recomputation: Recomputation
 
 
@@ -54,7 +56,6 @@ class MPlugOwl3(VisualFamily):
     model_class = hyper_qwen2.mPLUGOwl3Model
     image_token = "<|image|>"
     attention_config = None
-    generates = False
     pixels_apart = True
 
     @classmethod
@@ -131,6 +132,31 @@ class MPlugOwl3(VisualFamily):
             before = seen
         return ranges
 
+    def crops_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> list[FrameShape]:
+        grid: tuple[int, ...] = ()
+        if size is not None and not size.video and getattr(processor, "cut_prompt", None) is not None:
+            grid = processing.grid_of(size.height, size.width, processor.size["height"])
+        tokens = self.frame_tokens(), self.encoder_tokens()
+        return [
+            FrameShape(*tokens, grid, crop=crop, pictures=int(crop == 0))
+            for crop in range(math.prod(grid) + 1 if grid else 1)
+        ]
+
+    def cut(self, frame: np.ndarray, processor: Any) -> list[np.ndarray]:
+        return processing.squares_of(frame, processor.size["height"])
+
+    def write(self, text: str, sizes: Sequence[FrameSize], processor: Any, limits: FrameLimits) -> str:
+        grids = (self.crops_of(size, processor, limits)[0].grid for size in sizes)
+        pieces = (
+            processing.text_of((grid[0], grid[1]), processor.cut_prompt, self.image_token) if grid else self.image_token
+            for grid in grids
+        )
+        return written(text, self.image_token, pieces)
+
+    def complete_processor(self, processor: Any, image_token: str) -> None:
+        processor.image_token = image_token
+        processor.seen_behind = 0 if self.config.hyper_attention == "fused" else 1
+
     def load_model(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
         return checkpoint_names.load_model(name, dtype)
 
@@ -152,10 +178,15 @@ def encode_frames(
     recomputation: Recomputation, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Before the model: visual tokens of the rank's frames, in the portions that the batch asks for."""
-    batch: SequenceParallelBatch | None = kwargs.get("sequence_parallel")
+    batch: Any = kwargs.get("sequence_parallel")
     if batch is None:
         return None
     rest = dict(kwargs)
+    if not batch.brings_frames:
+        rest.pop("attention_mask", None)  # of the padding ahead of the prompts, which the step knows
+        model: Any = module
+        no_states = model.get_input_embeddings().weight.new_empty(0, model.config.hidden_size)
+        return args, {**rest, "media_offset": VisualFeatures(no_states, batch, recomputation)}
     vision, projector = module.get_submodule("vision_model"), module.get_submodule("vision2text_model")
     known = isinstance(vision, SiglipPreTrainedModel)
     encode = functools.partial(hyper_qwen2.vision_states if known else published.vision_states, vision)
@@ -185,7 +216,8 @@ def exchanged_hyper_attention(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     image_embeds: Any = None,
     media_offset: Any = None,
-    sequence_parallel: SequenceParallelBatch | None = None,
+    past_key_values: Cache | None = None,
+    sequence_parallel: Exchanging | None = None,
     **others: Any,
 ) -> Any:
     """``forward`` of ``module``, the attention of one decoder layer, over text and frames that are divided over ranks.
@@ -196,7 +228,8 @@ def exchanged_hyper_attention(
         hidden_states: ``[B, s_q, d]``, the rank's rows.
         position_ids: int64 ``[B, s_q]``, their positions in the whole text; or ``position_embeddings``.
         media_offset: the rank's ``VisualFeatures`` in a hyper layer, None in others.
-        sequence_parallel: the micro-batch; None computes ``forward``.
+        past_key_values: the model's cache, while text is generated.
+        sequence_parallel: the micro-batch or decoding step; None computes ``forward``.
 
     Raises:
         ValueError: a dense mask is given.
@@ -204,18 +237,23 @@ def exchanged_hyper_attention(
     if sequence_parallel is None:
         given = {
             "attention_mask": attention_mask, "position_ids": position_ids, "position_embeddings": position_embeddings,
-            "image_embeds": image_embeds, "media_offset": media_offset,
+            "image_embeds": image_embeds, "media_offset": media_offset, "past_key_values": past_key_values,
         }  # fmt: skip
         return forward(hidden_states, **{key: value for key, value in given.items() if value is not None}, **others)
     if attention_mask is not None:
         raise ValueError("a dense attention mask was given; sequence-parallel attention takes intervals")
     angles = position_embeddings or hyper_qwen2.rotary(position_ids, module, hidden_states.dtype)
     q, k, v = hyper_qwen2.text_projections(module, hidden_states, angles)
+    if past_key_values is not None:
+        k, v = past_key_values.update(k, v, module.layer_idx)
     out, lse = sequence_parallel.attend(module, q, k, v)
     if media_offset is None:
         return module.o_proj(out.transpose(1, 2).flatten(2)), None, None
-    projected = module.v_kv_proj(_normalised(norm, media_offset))
-    visual_k, visual_v = hyper_qwen2.visual_keys(module, projected, sequence_parallel.places)
+    visual_k, visual_v = k, v  # which a decoding step does not read: it has those of the prefill
+    if isinstance(sequence_parallel, SequenceParallelBatch):
+        projected = module.v_kv_proj(_normalised(norm, media_offset))
+        places = hyper_qwen2.rotary(sequence_parallel.places, module, projected.dtype)
+        visual_k, visual_v = hyper_qwen2.visual_keys(module, projected, places)
     visual, visual_lse = sequence_parallel.attend(module.v_kv_proj, q, visual_k, visual_v)
     if hyper_qwen2.is_fused(module):
         out, _ = merge_attention([(out, lse), (visual, visual_lse)])
@@ -228,7 +266,7 @@ def exchanged_hyper_attention(
     return module.o_proj(context.flatten(2)), None, None
 
 
-def _normalised(norm: nn.Module, features: VisualFeatures) -> Tensor:
+def _normalised(norm: nn.Module, features: Any) -> Tensor:
     """The features behind ``norm``, in portions, which are as many on all ranks; recomputed, they keep nothing.
 
     The float32 intermediates of a norm of all keys at once would be the peak of the backward pass. Under every policy,
