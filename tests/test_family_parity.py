@@ -33,6 +33,7 @@ ZERO3 = (
     "qwen3-vl-moe",
     "blip2",
     "idefics2",
+    "instructblip",
     "aria",
     "gemma3",
     "paligemma",

@@ -132,6 +132,8 @@ def test_several_images_are_refused_where_they_have_other_pixels_than_one() -> N
     [
         ("gemma3", {}, "tokens of an image see each other in both directions"),
         ("paligemma", {}, "tokens of an image see each other in both directions"),
+        ("molmo2", {}, "what its rows see, or where they stand, follows from which are of images"),
+        ("gemma4", {}, "what its rows see, or where they stand, follows from which are of images"),
         ("glm4v", {}, "its rotary positions follow from the places of its images"),
         ("lfm2_vl", {"text_config": {"model_type": "lfm2", "layer_types": ["conv"], "num_hidden_layers": 1}},
          "it has layers of the types ['conv']"),

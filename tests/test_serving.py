@@ -44,10 +44,12 @@ TEMPLATE = (
     "{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }} {% endif %}{% endfor %}"
     "{% if m.role == 'assistant' %}{{ eos_token }} {% endif %}{% endfor %}"
 )
-TEMPLATES = {  # BLIP-2's processor writes an image ahead of everything
-    "blip2": "{% for m in messages %}{% for part in m.content %}{% if part.type == 'image' %}<|image|>{% endif %}"
-    "{% endfor %}{% endfor %}" + TEMPLATE.replace("<|image|>", ""),
-}
+AHEAD = (
+    "{% for m in messages %}{% for part in m.content %}{% if part.type == 'image' %}<|image|>{% endif %}"
+    "{% endfor %}{% endfor %}" + TEMPLATE.replace("<|image|>", "")
+)
+# Their processors write an image ahead of everything.
+TEMPLATES = {"blip2": AHEAD, "instructblip": AHEAD}
 TOKENS: dict[str, Any] = {"aria": {"extra_special_tokens": {"image_token": "<|img|>"}}}
 TILES = 4
 
@@ -108,9 +110,13 @@ def served(name: str, export: Path, pictures: list[np.ndarray]) -> dict[str, Any
         processor = Idefics3Processor(*parts, image_seq_len=4)
     else:
         processor = AutoProcessor.from_pretrained(export)
-    if name == "blip2":  # takes one image, ahead of the text and its first token
+    if name in TEMPLATES:  # takes one image, ahead of the text and its first token
         text = "<|begin_of_text|> which digit ? 3 <|end_of_text|>"
-        return processor(images=pictures[0], text=[text], return_tensors="pt")
+        made = processor(images=pictures[0], text=[text], return_tensors="pt")
+        if name == "instructblip":  # which is asked with the prompt alone
+            told = processor(images=pictures[0], text=["which digit ?"], return_tensors="pt")
+            made.update({key: told[key] for key in ("qformer_input_ids", "qformer_attention_mask")})
+        return made
     images = [Image.fromarray(picture) for picture in pictures]
     if name == "idefics":  # has no template: text and images in a list
         return processor(text=[["which", images[0], "digit ?", images[1], "3 <|end_of_text|>"]], return_tensors="pt")
@@ -162,14 +168,14 @@ def alone(export: Path, got: Tensor) -> None:
     assert len(got) - len(want) <= 1
 
 
-@pytest.mark.parametrize("name", ["mllama", "llava", "idefics", "blip2", "aria", *CUTTING, *SERVED])
+@pytest.mark.parametrize("name", ["mllama", "llava", "idefics", "blip2", "instructblip", "aria", *CUTTING, *SERVED])
 def test_an_export_serves_what_was_trained(name: str, tmp_path: Path) -> None:
     folder, export, rows = tmp_path / "model", tmp_path / "export", tmp_path / "rows.jsonl"
     pretrained(name, folder)
     pictures = [np.random.default_rng(n).integers(0, 256, (40, 30 + 50 * n, 3), dtype=np.uint8) for n in range(2)]
     for number, picture in enumerate(pictures):
         Image.fromarray(picture).save(tmp_path / f"{number}.png")
-    one = name == "blip2"
+    one = name in TEMPLATES
     asked = [
         {"from": "human", "value": "<image> which digit ?" if one else "which <image> digit ? <image>"},
         {"from": "gpt", "value": "3"},

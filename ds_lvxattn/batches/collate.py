@@ -132,7 +132,8 @@ class Collator:
         sizes: Sequence[FrameSize | None] = sample.sizes or [None] * sample.num_frames
         if not isinstance(self.family, VisualFamily):
             return []
-        return [shape for size in sizes for shape in self.family.crops_of(size, self.processor, self.limits)]
+        shapes = [shape for size in sizes for shape in self.family.crops_of(size, self.processor, self.limits)]
+        return self.family.told(shapes, sample, self.processor)
 
     def rank_in(self, layout: BatchLayout) -> int:
         """Which rank of ``layout`` this one is; one of a single rank is that of every rank."""

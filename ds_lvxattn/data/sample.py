@@ -84,6 +84,7 @@ class FrameShape:
             of this one; 0 for the first, and for a picture that stays whole.
         runs: visual tokens of each of its image tokens in the text, where the model's processor writes text between
             them; empty: it has one image token.
+        told: tokens that the encoder reads beside the frame, of a tokenizer of its own.
     """
 
     tokens: int
@@ -94,6 +95,7 @@ class FrameShape:
     pictures: int = 1
     crop: int = 0
     runs: tuple[int, ...] = ()
+    told: tuple[int, ...] = ()
 
     @property
     def rows(self) -> tuple[int, ...]:

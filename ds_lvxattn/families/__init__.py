@@ -17,6 +17,7 @@ from ds_lvxattn.families.idefics import Idefics
 from ds_lvxattn.families.idefics2 import Idefics2
 from ds_lvxattn.families.idefics3 import Idefics3, SmolVLM
 from ds_lvxattn.families.image_features import ImageFeatures
+from ds_lvxattn.families.instructblip import InstructBlip, InstructBlipVideo
 from ds_lvxattn.families.llava import Llava
 from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
@@ -33,6 +34,8 @@ FAMILIES: tuple[type[Family], ...] = (
     MPlugOwl3,  # its config extends that of Qwen2
     Llava,
     Blip2,
+    InstructBlip,
+    InstructBlipVideo,
     Idefics2,
     Idefics3,
     SmolVLM,

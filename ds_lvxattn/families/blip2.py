@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Blip2ForConditionalGeneration
+from transformers import Blip2ForConditionalGeneration, PreTrainedModel
 from transformers.models.blip_2.modeling_blip_2 import (
     BaseModelOutputWithVisionQformerOutputs,
     Blip2Attention,
@@ -27,38 +27,48 @@ from ds_lvxattn.runtime.recompute import Recomputation
 
 
 class Blip2(Concatenation):
-    """The BLIP-2 family; see ``VisualFamily``."""
+    """The BLIP-2 family; see ``VisualFamily``.
+
+    Attributes:
+        features: the method that the model's forward asks for its visual tokens.
+        q_former_attention: classes of the Q-Former's attention.
+        vision_attention: the class of the vision encoder's.
+    """
 
     name = "BLIP-2"
-    model_class = Blip2ForConditionalGeneration
+    model_class: type[PreTrainedModel] = Blip2ForConditionalGeneration
     image_token = "<image>"
     needs_frames = True
     pixels_apart = True
+    features = "get_image_features"
+    q_former_attention: tuple[type[nn.Module], ...] = (Blip2QFormerMultiHeadAttention,)
+    vision_attention: tuple[type[nn.Module], ...] = (Blip2Attention,)
 
     @property
     def text_config(self) -> Any:
         text = super().text_config
         if not self.config.use_decoder_only_language_model:
             raise ConfigError(
-                f"the language model of BLIP-2 is a {text.model_type!r}, an encoder-decoder, whose visual tokens no "
-                "causal text holds; choose a checkpoint with a decoder-only one (OPT), or set "
+                f"the language model of {self.name} is a {text.model_type!r}, an encoder-decoder, whose visual tokens "
+                "no causal text holds; choose a checkpoint with a decoder-only one (OPT), or set "
                 "'sequence_parallel_size' to 1"
             )
         return text
 
     def is_local(self, module: nn.Module) -> bool:
-        return isinstance(module, (Blip2Attention, Blip2QFormerMultiHeadAttention))
+        return isinstance(module, (*self.vision_attention, *self.q_former_attention))
 
     def sizes_of(self, module: Any) -> tuple[int, int, int]:
-        if isinstance(module, Blip2QFormerMultiHeadAttention):
+        if isinstance(module, self.q_former_attention):
+            module = cast(Any, module)
             return module.num_attention_heads, module.num_attention_heads, module.attention_head_size
         return super().sizes_of(module)
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
-        """The model's forward asks ``get_image_features`` for the visual tokens, and puts them into the text itself."""
+        """The model's forward asks ``features`` for the visual tokens, and puts them into the text itself."""
         blip: Any = model
-        tokens = functools.partial(_visual_tokens, self, blip, blip.get_image_features, recomputation)
-        blip.get_image_features = tokens
+        tokens = functools.partial(_visual_tokens, self, blip, getattr(blip, self.features), recomputation)
+        setattr(blip, self.features, tokens)
         blip.register_forward_pre_hook(_hand_down_batch, with_kwargs=True)
 
     def decoder(self, model: nn.Module) -> Any:
@@ -68,12 +78,16 @@ class Blip2(Concatenation):
         self, model: Any, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
     ) -> Tensor:
         vision = functools.partial(_states, model.vision_model)
-        states = encode_in_portions(model.vision_model, vision, pixels, batch, recomputation)
+        states = encode_in_portions(model.vision_model, vision, pixels[:1], batch, recomputation)
         # An input, not a part of what is computed again: ZeRO-3 knows it as a parameter of the model around.
         queries = model.query_tokens.expand(states.shape[0], -1, -1)
-        read = functools.partial(_read, model.qformer)
-        tokens = encode_in_portions(model.qformer, read, [queries, states], batch, recomputation)
+        read = functools.partial(self.read, model.qformer)
+        tokens = encode_in_portions(model.qformer, read, [queries, states, *pixels[1:]], batch, recomputation)
         return model.language_projection(tokens.to(states.dtype))
+
+    def read(self, q_former: nn.Module, queries: Tensor, states: Tensor, *told: Tensor) -> Tensor:
+        """What the Q-Former makes of frames, ``[f, queries, d]``, by their vision tokens ``states [f, tokens, d]``."""
+        return q_former(query_embeds=queries, encoder_hidden_states=states).last_hidden_state
 
     def trainable_by_default(self) -> tuple[str, ...]:
         return ("query_tokens", "qformer.*", "language_projection.*")
@@ -108,26 +122,23 @@ def _hand_down_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _visual_tokens(
-    family: Blip2, model: Any, get_image_features: Any, recomputation: Recomputation, pixels: Any, **options: Any
+    family: Blip2, model: Any, features: Any, recomputation: Recomputation, pixels: Any, **options: Any
 ) -> Any:
-    """``get_image_features`` of the model; for pixels with a batch, the tokens that stand in the rank's own rows.
+    """``features`` of the model; for pixels with a batch, the tokens that stand in the rank's own rows.
 
     In the order of those rows, which is that in which the model's forward puts tokens into the text.
     """
     if not isinstance(pixels, tuple):
-        return get_image_features(pixels, **options)
+        return features(pixels, **options)
     own_pixels, batch = pixels
-    tokens = family.encoded(model, [own_pixels], batch, recomputation)
+    told = [options[name][0] for name in family.pixel_arguments[1:]]
+    tokens = family.encoded(model, [own_pixels, *told], batch, recomputation)
     in_rows = batch.visual_rows.fetch(tokens, batch.comm)
     return BaseModelOutputWithVisionQformerOutputs(pooler_output=in_rows)
 
 
 def _states(vision: nn.Module, pixels: Tensor) -> Tensor:
     return vision(pixel_values=pixels).last_hidden_state
-
-
-def _read(q_former: nn.Module, queries: Tensor, states: Tensor) -> Tensor:
-    return q_former(query_embeds=queries, encoder_hidden_states=states).last_hidden_state
 
 
 def _vision_tokens(vision: Any) -> int:

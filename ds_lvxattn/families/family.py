@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 
-from ds_lvxattn.data.sample import FrameShape, FrameSize
+from ds_lvxattn.data.sample import FrameShape, FrameSize, Sample
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.runtime.recompute import Recomputation
@@ -270,6 +270,14 @@ class VisualFamily(Family):
         Each has an image token of its own, and is encoded by itself. Here: the frame stays whole.
         """
         return [self.shape_of(size, processor, limits)]
+
+    def told(self, shapes: list[FrameShape], sample: Sample, processor: Any) -> list[FrameShape]:
+        """``shapes`` of a sample's frames with what the encoder reads of its text (``FrameShape.told``); here nothing.
+
+        Raises:
+            SampleError: it is longer than the encoder takes.
+        """
+        return shapes
 
     def cut(self, frame: np.ndarray, processor: Any) -> list[np.ndarray]:
         """The images of a uint8 ``[H, W, 3]`` frame that has several, in the order of ``crops_of``."""

@@ -98,9 +98,10 @@ class ImageFeatures(Concatenation):
             model = _class_of(self.config)(self.config)
         inner: Any = model.get_submodule("model")
         encoders = {part for part in _visual_parts(inner) if any(map(self.is_local, part.modules()))}
-        names = [name for name, part in inner.named_children() if part not in encoders]
+        parts = [(name, part) for name, part in inner.named_children() if any(True for _ in part.parameters())]
+        names = [name for name, part in parts if part not in encoders]
         alone = [name for name, _ in inner.named_parameters(recurse=False)]
-        head = [] if self.config.tie_word_embeddings else ["*lm_head.*"]
+        head = [] if _ties(self.config) else ["*lm_head.*"]
         return (*(f"*model.{name}.*" for name in names), *(f"*model.{name}" for name in alone), *head)
 
     # Visual tokens
@@ -289,6 +290,11 @@ class _Asked:
         return tokens
 
 
+def _ties(config: Any) -> bool:
+    """Whether the head shares the weights of the embedding; some configs say so only for their language model."""
+    return bool(getattr(config, "tie_word_embeddings", getattr(config.text_config, "tie_word_embeddings", False)))
+
+
 def _class_of(config: Any) -> Any:
     """The class of the models with such a config."""
     return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
@@ -307,8 +313,17 @@ def _obstacles(model: Any) -> Iterator[str | None]:
         yield "its config names no token that stands for an image"
     if hasattr(inner, "get_rope_index"):
         yield "its rotary positions follow from the places of its images ('get_rope_index')"
-    if "token_type_ids" in inspect.signature(inner.forward).parameters:
+    arguments = inspect.signature(inner.forward).parameters
+    if "token_type_ids" in arguments:
         yield "tokens of an image see each other in both directions ('token_type_ids')"
+    if "mm_token_type_ids" in arguments:
+        yield "what its rows see, or where they stand, follows from which are of images ('mm_token_type_ids')"
+    features = getattr(inner, "get_image_features", None)
+    pixels = (
+        [key for key in inspect.signature(features).parameters if key.startswith("pixel_values")] if features else []
+    )
+    if len(pixels) > 1:
+        yield f"its images come in several arguments {pixels}"
     if any("deepstack" in key for key in _keys(config.to_dict())):
         yield "visual features go into several of its layers ('deepstack')"
     for of_text in OBSTACLES:

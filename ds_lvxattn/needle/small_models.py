@@ -25,6 +25,10 @@ from transformers import (
     Idefics3ForConditionalGeneration,
     IdeficsConfig,
     IdeficsForVisionText2Text,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipVideoConfig,
+    InstructBlipVideoForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -60,10 +64,11 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingoConfig, OpenFlamingoModel
 from ds_lvxattn.families.idefics import with_loss_over_all_tokens
+from ds_lvxattn.families.instructblip import InstructedImages, with_features_of_frames_alone
 from ds_lvxattn.families.owl.hyper_qwen2 import MPlugOwl3Config, mPLUGOwl3Model
 from ds_lvxattn.families.processors import ImagesAndVideos
 from ds_lvxattn.families.videos import VideoProcessor
-from ds_lvxattn.needle.task import BOS, EOS, IMAGE, PAD, VOCABULARY, NeedleTask
+from ds_lvxattn.needle.task import BOS, EOS, IMAGE, PAD, VOCABULARY, NeedleTask, build_tokenizer
 
 SIZE = NeedleTask().image_size
 SQUARE = {"height": SIZE, "width": SIZE}
@@ -306,6 +311,22 @@ def qwen_vl_processor(kind: str, pixels: int) -> Any:
 
 def blip2(scale: Scale, queries: int = 4) -> PreTrainedModel:
     """BLIP-2 around an OPT model: a Q-Former makes ``queries`` visual tokens of a frame, which stand in the text."""
+    config = Blip2Config(**_q_former_around_opt(scale, queries), image_token_index=IMAGE_ID)
+    return _with_random_queries(Blip2ForConditionalGeneration(config))
+
+
+def instructblip(scale: Scale, queries: int = 4, video: bool = False) -> PreTrainedModel:
+    """InstructBLIP, likewise; its Q-Former reads the instruction too."""
+    parts = _q_former_around_opt(scale, queries)
+    parts["qformer_config"]["vocab_size"] = len(VOCABULARY)
+    if video:
+        of_video = InstructBlipVideoConfig(**parts, video_token_index=IMAGE_ID)
+        return _with_random_queries(with_features_of_frames_alone(InstructBlipVideoForConditionalGeneration(of_video)))
+    config = InstructBlipConfig(**parts, image_token_index=IMAGE_ID)
+    return _with_random_queries(InstructBlipForConditionalGeneration(config))
+
+
+def _q_former_around_opt(scale: Scale, queries: int) -> dict[str, Any]:
     q_former = {
         "hidden_size": scale.vision_width, "intermediate_size": 2 * scale.vision_width, "num_hidden_layers": 3,
         "num_attention_heads": scale.vision_heads, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
@@ -316,15 +337,23 @@ def blip2(scale: Scale, queries: int = 4) -> PreTrainedModel:
         num_hidden_layers=scale.layers, num_attention_heads=HEADS, max_position_embeddings=scale.positions,
         dropout=0.0, init_std=scale.spread, **TOKENS,
     )  # fmt: skip
-    config = Blip2Config(
-        vision_config={**scale.vision, "num_hidden_layers": 2, "initializer_range": scale.spread},
-        qformer_config=q_former, text_config=text, num_query_tokens=queries, image_token_index=IMAGE_ID,
-        initializer_range=scale.spread,
-    )  # fmt: skip
-    model = Blip2ForConditionalGeneration(config)
+    return {
+        "vision_config": {**scale.vision, "num_hidden_layers": 2, "initializer_range": scale.spread},
+        "qformer_config": q_former, "text_config": text, "num_query_tokens": queries,
+        "initializer_range": scale.spread,
+    }  # fmt: skip
+
+
+def _with_random_queries(model: Any) -> PreTrainedModel:
+    """They start at 0, and equal queries stay equal."""
     with torch.no_grad():
-        model.query_tokens.normal_()  # they start at 0, and equal queries stay equal
+        model.query_tokens.normal_()
     return model
+
+
+def instructed_images() -> InstructedImages:
+    """The image processor of ``instructblip``, whose Q-Former has the tokenizer of the language model."""
+    return InstructedImages(BlipImageProcessorPil(size=SQUARE, **PIXELS), build_tokenizer(), build_tokenizer())
 
 
 def idefics2(scale: Scale, latents: int = 4) -> PreTrainedModel:
@@ -417,6 +446,8 @@ SMALL_MODELS: dict[str, tuple[Callable[[Scale], PreTrainedModel], Callable[[], A
     "small-mplug-owl3": (mplug_owl3, lambda: SiglipImageProcessorPil(size=SQUARE, **PIXELS)),
     "small-llava": (llava, lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE, **PIXELS)),
     "small-blip2": (blip2, lambda: BlipImageProcessorPil(size=SQUARE, **PIXELS)),
+    "small-instructblip": (instructblip, instructed_images),
+    "small-instructblip-video": (functools.partial(instructblip, video=True), instructed_images),
     "small-idefics2": (
         idefics2,
         lambda: Idefics2ImageProcessorPil(

@@ -39,6 +39,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "open_flamingo, all previous": functools.partial(small_models.open_flamingo, FOUR_LAYERS),
     "llava": functools.partial(small_models.llava, TINY, [-2, -1]),
     "blip2": functools.partial(small_models.blip2, TINY, queries=3),
+    "instructblip": functools.partial(small_models.instructblip, TINY, queries=3),
+    "instructblip video": functools.partial(small_models.instructblip, TINY, queries=3, video=True),
     "idefics2": functools.partial(small_models.idefics2, TINY, latents=3),
     # torch's grouped products of the experts have no float64.
     "aria": functools.partial(small_models.aria, TINY, queries=3, experts_implementation="eager"),
@@ -65,6 +67,7 @@ CUTTING: dict[str, Callable[[], Any]] = {
 }
 TAGS = (
     "<|img|>", "<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "\n",
+    "<|start_cut|>", "<|end_cut|>",
     *(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)),
 )  # fmt: skip
 

@@ -34,6 +34,7 @@ from ds_lvxattn.families.gemma3 import Gemma3
 from ds_lvxattn.families.idefics import Idefics
 from ds_lvxattn.families.idefics2 import Idefics2
 from ds_lvxattn.families.idefics3 import Idefics3, SmolVLM
+from ds_lvxattn.families.instructblip import InstructBlip, InstructBlipVideo
 from ds_lvxattn.families.llava import Llava
 from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
@@ -158,6 +159,8 @@ PROCESSORS: dict[type, str] = {
     MPlugOwl3: "small-mplug-owl3",
     Llava: "small-llava",
     Blip2: "small-blip2",
+    InstructBlip: "small-instructblip",
+    InstructBlipVideo: "small-instructblip-video",
     Idefics2: "small-idefics2",
     Idefics3: "small-idefics3",
     SmolVLM: "small-smolvlm",

@@ -432,6 +432,8 @@ class mPLUGOwl3Model(PreTrainedModel, GenerationMixin):
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
         updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if outputs.visual_cache is None:  # without a cache, each forward takes the images again
+            return updated
         return {**updated, "visual_cache": outputs.visual_cache, "pixel_values": None, "media_offset": None}
 
     def _expand_inputs_for_generation(
