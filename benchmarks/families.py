@@ -7,8 +7,9 @@ A small model of each family, with the head sizes of trained ones, so that its l
 The error is the norm of what all gradients differ by from those of the unmodified model in float32, over their norm; a
 figure is that of the ranks over that of the unmodified model in bf16, and at most 1.2. Every strategy divides the same
 batch; ``whole`` is the batch computed whole by every rank, as small batches are, with its time over that of
-``lv_xattn gather`` beside it. ``generated`` is the share of greedily generated tokens that are those of the unmodified
-model in bf16, over ``lv_xattn``: near-ties of random models may fall either way.
+``lv_xattn gather`` beside it. ``generated`` is how far the tokens that are generated over ``lv_xattn``, greedily, fall
+short of the likeliest ones of the unmodified model in bf16, which reads them in one pass: the largest difference in
+logits, in standard deviations of the logits. A wrong cache makes it about 3, rounding a few hundredths.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,17 @@ def seconds(step: Callable[[], object], device: torch.device) -> float:
     return slowest.item()
 
 
+@torch.no_grad()
+def shortfall(model: nn.Module, batches: Batches, prompt: Sample, tokens: list[int]) -> float:
+    """How far ``tokens`` after ``prompt`` fall short of the likeliest ones, in standard deviations of the logits."""
+    ids, labels = [*prompt.input_ids, *tokens], [*prompt.labels, *tokens]
+    row = replace(prompt, input_ids=ids, labels=labels)
+    inputs = batches.prepare(batches.load([row], batches.collator.layout([row]))).inputs
+    logits = model(**inputs).logits[0, -len(tokens) - 1 : -1].float()
+    chosen = logits.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+    return ((logits.max(1).values - chosen).max() / logits.std()).item()
+
+
 def measure(name: str, head_size: int, device: torch.device, groups: SequenceParallelGroups) -> Figure:
     model = build(name, head_size, device)
     exact = gradients(model, batches_of(model, name, device, None))
@@ -148,10 +160,6 @@ def measure(name: str, head_size: int, device: torch.device, groups: SequencePar
 
     figure = Figure(name, head_size, error(gradients(small, unmodified)), {}, {}, float("nan"), None)
     prompts = samples()[:1]
-    try:
-        wanted = generate(small, unmodified, prompts, max_new_tokens=NEW_TOKENS)
-    except (ConfigError, ValueError) as refused:
-        wanted, figure.refused["generate"] = None, str(refused)
     small.zero_grad()
     for mode in eligible_modes():
         strategy = f"{mode.strategy} {mode.schedule}"
@@ -168,16 +176,19 @@ def measure(name: str, head_size: int, device: torch.device, groups: SequencePar
             figure.over_bf16["whole"] = error(summed(whole())) / figure.bf16_error
             divided = seconds(functools.partial(gradients, attached, batches), device)
             figure.whole_over_divided_time = seconds(whole, device) / divided
-            if wanted is not None:
-                got = generate(attached, batches, prompts, max_new_tokens=NEW_TOKENS)
-                figure.generated = (got == wanted).float().mean().item() if got.shape == wanted.shape else 0.0
+            try:
+                tokens = generate(attached, batches, prompts, max_new_tokens=NEW_TOKENS)
+            except (ConfigError, ValueError) as refused:
+                figure.refused["generate"] = str(refused)
+            else:
+                figure.generated = shortfall(small, unmodified, prompts[0], tokens[0].tolist())
     return figure
 
 
 def report(figure: Figure) -> bool:
     """Print one; whether it holds."""
     worst = max(figure.over_bf16.values(), default=float("inf"))
-    generated = "" if figure.generated is None else f", generated {figure.generated:.0%}"
+    generated = "" if figure.generated is None else f", generated {figure.generated:.3f} off"
     print(
         f"{figure.model:20} D {figure.head_size:3}  bf16 error {figure.bf16_error:.2e}, of that at most {worst:.3f}"
         f"{'' if worst <= LIMIT else ' TOO LARGE'}, whole in {figure.whole_over_divided_time:.2f} of the time"
@@ -213,7 +224,12 @@ def main() -> None:
     holds = True
     for name in args.models.split(","):
         for head_size in map(int, args.head_sizes.split(",")):
-            figures.append(measure(name, head_size, device, groups))
+            try:
+                figures.append(measure(name, head_size, device, groups))
+            except ConfigError as missing:  # on every rank alike: a package that the model needs
+                if here:
+                    print(f"{name} is left out: {missing}")
+                break
             if here:
                 holds &= report(figures[-1])
                 if args.output is not None:  # what is measured is kept, should a later model end the command
