@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 4 benchmarks/step.py --stage 3 --link nodes --work 96:4:384 --output step_nodes.json
     torchrun --nproc_per_node 4 benchmarks/step.py --stage 3 --work 96:4:384 --strategies lv_xattn --largest
     torchrun --nproc_per_node 1 benchmarks/step.py --strategies lv_xattn --work 24:1:384 --output step_one.json
+    torchrun --nproc_per_node 2 benchmarks/step.py --strategies lv_xattn,lv_xattn@,lv_xattn+,lv_xattn+@ --work 48:1:384
     python benchmarks/step.py --read step_nvlink.json step_nodes.json step_one.json --plot step.png
     python benchmarks/step.py --read docs/step_*.json --predict docs/two_levels.json
 
@@ -53,7 +54,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default="96:1:384,96:1:4096,96:4:384,96:4:4096", help="FRAMES:TILES:TEXT, ...")
     parser.add_argument(
-        "--strategies", default="lv_xattn,ulysses,ring", help="each with :SCHEDULE, or + for text on every rank"
+        "--strategies",
+        default="lv_xattn,ulysses,ring",
+        help="each with :SCHEDULE, or + for text on every rank; behind that @ for compiled layers",
     )
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=2, help="of ZeRO")
     parser.add_argument("--link", choices=LINKS, default="nvlink")
@@ -90,6 +93,7 @@ from ds_lvxattn.batches.prepare import Batches, Loaded  # noqa: E402
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel  # noqa: E402
 from ds_lvxattn.config import sequence_parallel_config  # noqa: E402
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed  # noqa: E402
+from ds_lvxattn.runtime.compiled import compile_layers  # noqa: E402
 from ds_lvxattn.training.loading import (  # noqa: E402
     loss_factor,
     parameter_groups,
@@ -98,7 +102,11 @@ from ds_lvxattn.training.loading import (  # noqa: E402
 )
 
 SETTLING = 2  # steps of a strategy ahead of the rounds: kernels compile, connections open, memory finds its place
-COPIED = "+"  # behind a strategy: text on every rank
+COPIED, COMPILED = "+", "@"  # behind a strategy: text on every rank; layers under torch.compile
+
+
+def copies_text(name: str) -> bool:
+    return name.removesuffix(COMPILED).endswith(COPIED)
 
 
 def ds_config(stage: int, ranks: int, on_gpu: bool, zero: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,14 +160,19 @@ class Runner:
         self.sizes = sizes
         self.batches: dict[str, Batches] = {}
         for name in strategies:
-            strategy, _, schedule = name.removesuffix(COPIED).partition(":")
-            text = "replicated" if name.endswith(COPIED) else "divided"
+            strategy, _, schedule = name.removesuffix(COMPILED).removesuffix(COPIED).partition(":")
+            text = "replicated" if copies_text(name) else "divided"
             update = {"strategy": strategy, "schedule": schedule or "auto", "text": text}
             self.parallel.config = config.model_copy(update=update)
             self.batches[name] = Batches(
                 self.model, processor, 0, sizes.image_token_index, self.device, dtype, self.parallel
             )
         self.factor = loss_factor(settings, self.ranks)
+        # The forward functions of the layers as they are, and compiled.
+        self.forwards = {False: {layer: layer.forward for layer in self.parallel.compilable}}
+        if any(name.endswith(COMPILED) for name in strategies):
+            compile_layers(self.parallel.compilable)
+            self.forwards[True] = {layer: layer.forward for layer in self.parallel.compilable}
         partition_over_all_ranks(self.model, settings, groups)
         self.engine, *_ = deepspeed.initialize(
             model=self.model, model_parameters=parameter_groups(self.model), config=settings, mpu=groups
@@ -195,7 +208,9 @@ class Runner:
         began = time.perf_counter()
         if marks:
             marks.set("text")
-        batch = self.batches[name].prepare(loaded[name.endswith(COPIED)], marks)  # type: ignore[arg-type]
+        for layer, forward in self.forwards[name.endswith(COMPILED)].items():
+            vars(layer)["forward"] = forward
+        batch = self.batches[name].prepare(loaded[copies_text(name)], marks)  # type: ignore[arg-type]
         loss = self.engine(**batch.inputs).loss
         self.engine.backward(loss * self.factor)
         if marks:

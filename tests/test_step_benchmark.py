@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ds_lvxattn.runtime import compiled
 from tests.support.distributed import run
 from tests.support.tiny_model import start_deepspeed
 
@@ -22,11 +23,13 @@ import step_parts  # noqa: E402
 
 def tiny_runs(stage: int) -> dict[str, Any]:
     start_deepspeed()
-    runner = step.Runner(stage, step.tiny_config(), ("lv_xattn", "ulysses", "ring", "lv_xattn+"))
+    usual, compiled.BACKEND = compiled.BACKEND, "eager"
+    runner = step.Runner(stage, step.tiny_config(), ("lv_xattn", "ulysses", "ring", "lv_xattn+", "lv_xattn+@"))
     saved: list[dict[str, Any]] = []
     found = step.measure(runner, (5, 1, 24), 0.0, 2, True, saved.append)
     runner.engine.destroy()
-    assert len(saved) == 6  # after each round, and after each profile
+    compiled.BACKEND = usual
+    assert len(saved) == 7  # after each round, and after each profile
     return found
 
 
@@ -35,7 +38,7 @@ def test_every_strategy_makes_the_same_step(stage: int, tmp_path: Path) -> None:
     found = run(2, tiny_runs, stage)[0]
     strategies = found["strategies"]
     losses = [loss for figures in strategies.values() for loss in figures["losses"]]
-    assert losses == pytest.approx([losses[0]] * 8, rel=1e-5)
+    assert losses == pytest.approx([losses[0]] * 10, rel=1e-5)
     for figures in strategies.values():
         # Every part of the model is marked, and attention is marked as exchange.
         assert all(figures["parts"][part] > 0 for part in (*step.PARTS, "exchange"))

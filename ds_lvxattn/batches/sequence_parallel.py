@@ -85,9 +85,7 @@ class SequenceParallel:
         )
         self.family.install_hooks(model, self.recomputation)
         if config.compile:
-            encoders = [module for module, layer in self.layers.items() if layer.role == "local"]
-            parents = [m for m in model.modules() if not set(m.children()).isdisjoint(encoders)]
-            compile_layers([*self.decoder_layers, *parents])
+            compile_layers(self.compilable)
 
     @property
     def _exchanged(self) -> list[nn.Module]:
@@ -102,6 +100,13 @@ class SequenceParallel:
             for layer in self.model.modules()
             if isinstance(layer, GradientCheckpointingLayer) and attention.intersection(layer.modules())
         ]
+
+    @property
+    def compilable(self) -> list[nn.Module]:
+        """The layers that can be compiled, of the language model and of the vision encoder."""
+        encoders = [module for module, layer in self.layers.items() if layer.role == "local"]
+        parents = [m for m in self.model.modules() if not set(m.children()).isdisjoint(encoders)]
+        return [*self.decoder_layers, *parents]
 
     @property
     def head_layouts(self) -> list[tuple[int, int, int]]:

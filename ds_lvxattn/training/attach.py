@@ -30,7 +30,7 @@ from ds_lvxattn.families import VisualFamily, family_of, unwrapped
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
 from ds_lvxattn.training.dataset import frames_in_text, text_limit
-from ds_lvxattn.training.ds_config import batch_sizes
+from ds_lvxattn.training.ds_config import batch_sizes, with_fused_adam
 from ds_lvxattn.training.loading import (
     LoadedModel,
     image_token_of,
@@ -207,10 +207,11 @@ class Attached:
                 f"engine_arguments was given a {type(model).__name__} that does not hold the model that was attached; "
                 "attach the model that you train"
             )
-        arguments = {"model": model, "model_parameters": parameter_groups(model), "config": self.ds_config}
+        arguments = {"model": model, "model_parameters": parameter_groups(model)}
         if self.groups is not None:
             partition_over_all_ranks(model, self.ds_config, self.groups)
             arguments["mpu"] = self.groups
+        arguments["config"] = with_fused_adam(self.ds_config)
         self._given = True
         return arguments
 

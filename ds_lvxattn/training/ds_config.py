@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from ds_lvxattn.errors import ConfigError
@@ -55,6 +57,27 @@ def resolve_ds_config(ds_config: dict[str, Any], steps: int, data_ranks: int) ->
         scheduler["warmup_max_lr"] = optimizer["lr"]
     fill_steps(resolved, auto_steps(resolved), steps)
     return resolved
+
+
+def with_fused_adam(ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """``ds_config`` whose Adam is torch's fused one, unless it chooses another or its optimizer is on the CPU.
+
+    DeepSpeed's own is as fast and computes the same, but is compiled at its first use, for which a machine with a GPU
+    needs CUDA's compiler; torch's without ``fused`` goes over all states several times.
+    """
+    config, optimizer = dict(ds_config), ds_config.get("optimizer")
+    zero = ds_config.get("zero_optimization") or {}
+    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    if not isinstance(optimizer, dict) or str(optimizer.get("type")).lower() not in ("adam", "adamw"):
+        return config
+    params = dict(optimizer.get("params") or {})
+    known = {*inspect.signature(torch.optim.AdamW).parameters, "torch_adam", "adam_w_mode"}
+    # Without ZeRO, DeepSpeed scales the loss of fp16 otherwise for optimizers that it does not take for fused.
+    if offloaded or not zero.get("stage") or not known.issuperset(params):
+        return config
+    if params.get("torch_adam", True) and not {"fused", "foreach"}.intersection(params):
+        config["optimizer"] = {**optimizer, "params": {**params, "torch_adam": True, "fused": True}}
+    return config
 
 
 def auto_steps(ds_config: dict[str, Any]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ import wandb
 
 from ds_lvxattn.errors import ConfigError, RunError
 from ds_lvxattn.training import run_log
-from ds_lvxattn.training.build_locks import await_builds
+from ds_lvxattn.training.build_locks import OwnedBaton, _remove_if_left, await_builds
 from ds_lvxattn.training.checkpoint import CheckpointFiles
 from ds_lvxattn.training.compare.report import unfinished
 from ds_lvxattn.training.divergence import FiniteLoss
@@ -259,6 +259,28 @@ def test_a_lock_that_nobody_holds_is_removed(tmp_path: Path) -> None:
     os.utime(lock.parent, (1, 1))
     await_builds(tmp_path, idle=60.0)
     assert not lock.exists()
+
+
+HOLD = """
+import os, sys
+from ds_lvxattn.training.build_locks import OwnedBaton
+assert OwnedBaton(sys.argv[1]).try_acquire()
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_the_lock_of_a_process_that_was_killed_is_removed_at_once(tmp_path: Path) -> None:
+    lock = tmp_path / "fused_adam" / "lock"
+    lock.parent.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for wait in (lambda: await_builds(tmp_path, idle=1e9), OwnedBaton(str(lock)).wait):
+        killed = subprocess.run([sys.executable, "-c", HOLD, str(lock)], env=environment, check=False)
+        assert killed.returncode == -signal.SIGKILL and lock.exists()
+        wait()
+        assert not lock.exists()
+    mine = OwnedBaton(str(lock))
+    assert mine.try_acquire() and not _remove_if_left(lock)
+    mine.release()
 
 
 def test_a_launcher_that_is_killed_is_a_failure() -> None:
