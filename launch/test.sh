@@ -15,5 +15,6 @@ ruff check .
 ruff format --check .
 python -m mypy
 lint-imports
-# The same examples of the property tests at each run; python -m pytest draws new ones.
-python -m pytest --hypothesis-seed=0 ${tests[@]+"${tests[@]}"} "$@"
+# Two processes: most tests keep one core busy. The same examples of the property tests at each run: python -m pytest
+# draws new ones.
+python -m pytest -n 2 --dist worksteal --hypothesis-seed=0 ${tests[@]+"${tests[@]}"} "$@"

@@ -26,6 +26,7 @@ from ds_lvxattn.families.family import ANY_SIZE
 from ds_lvxattn.families.owl.processing import mPLUGOwl3Processor
 from ds_lvxattn.families.processors import ChannelsLast
 from tests.support.distributed import run
+from tests.support.marks import slow_but
 from tests.support.parity import Gradients, gradients_of, largest_differences, losses_of_steps, sum_over_ranks
 from tests.support.tiny_families import CUTTING, cutting, cutting_processor, tagged_tokenizer
 from tests.support.tiny_model import CPU, MODES, groups_of
@@ -124,7 +125,7 @@ def in_modes(name: str) -> list[tuple[float, Gradients]]:
     return results
 
 
-@pytest.mark.parametrize("name", CUTTING)
+@pytest.mark.parametrize("name", slow_but(CUTTING, "idefics3"))
 def test_loss_and_gradients_are_those_of_the_model_with_its_own_processor(name: str) -> None:
     for number, got in enumerate(run(2, in_modes, name)[0]):
         loss, gradient = largest_differences(got, in_transformers(name, number == 2))
@@ -146,6 +147,7 @@ def train(name: str, ranks: int) -> list[float]:
     )
 
 
+@pytest.mark.slow
 def test_losses_under_zero3() -> None:
     want, got = train("idefics3", 1), run(2, train, "idefics3", 2)[0]
     assert want[-1] < want[0]

@@ -70,6 +70,7 @@ RUN = {
     "train/compare.py": "tests/test_report.py::test_runs_through_the_launcher_and_goes_on_after_a_failure",
     "train/finetune.py": "tests/test_training.py::test_the_command_and_its_resumption",
     "train/generate.py": "tests/test_generation.py::test_the_command_gives_one_answer_on_any_number_of_ranks",
+    "benchmarks/nodes_on_paper.py": "tests/test_two_levels.py::test_the_table_on_paper_is_that_of_the_page",
     "benchmarks/rebuttal.py": "tests/test_rebuttal.py::test_the_command_knows_its_rows_by_name",
 }
 # What they do not run, and why.
@@ -84,12 +85,14 @@ NOT_RUN = {
     "benchmarks/recompute.py": "hours of compute on one machine",
     "benchmarks/scaling.py": GPUS,
     "benchmarks/step.py": GPUS,
+    "benchmarks/two_levels.py": GPUS,
     "launch/gpu_check.sh": GPUS,
     "launch/gpu_faults.sh": GPUS,
     "launch/kernel_check.sh": GPUS,
     "launch/multi_node.sh": "needs several nodes, with ssh or SLURM",
     "launch/test.sh": "runs the tests",
     "export": "sets what the tests run with",
+    "pytest": "runs the tests",
     "pip": "makes the environment that the tests run in",
 }
 

@@ -6,11 +6,14 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.processes import REPOSITORY, finish
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 
 
+@pytest.mark.slow
 def test_sp_attention() -> None:
     example = REPOSITORY / "examples" / "sp_attention.py"
     assert len(example.read_text().splitlines()) <= 30

@@ -178,6 +178,7 @@ def test_a_tracker_that_fails_does_not_cost_the_run(
     assert "tensorboard fails, and nothing more is recorded with it" in caplog.text
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_that_is_not_used() -> None:
     code = (
         "import sys, ds_lvxattn.training.finetune, ds_lvxattn.training.generate, ds_lvxattn.training.compare.command\n"

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ds_lvxattn.families import family_of
 from tests.support.distributed import run
+from tests.support.marks import slow_but
 from tests.support.parity import (
     BATCHES,
     Gradients,
@@ -69,7 +70,11 @@ def check(family: str, ranks: int, batches: Sequence[tuple[str, ...]]) -> None:
         assert loss < limits[0] and gradient < limits[1], (patterns, MODES[number % len(MODES)], loss, gradient)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# One of each way that frames come in.
+QUICK = ("idefics, perceiver, norms", "open_flamingo, immediate", "llava", "qwen2.5-vl", "gemma3", "mplug_owl3, gate")
+
+
+@pytest.mark.parametrize("family", slow_but(FAMILIES, *QUICK))
 def test_loss_and_gradients_on_two_ranks(family: str) -> None:
     # The first batch has all that is special.
     first, *others = batches_of(family)

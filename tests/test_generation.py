@@ -25,6 +25,7 @@ from ds_lvxattn.training import generate as command
 from ds_lvxattn.training.loading import partition_over_all_ranks
 from tests.support.conversations import IMAGE, TOKENIZER, write_video
 from tests.support.distributed import run
+from tests.support.marks import slow
 from tests.support.parity import samples_of
 from tests.support.tiny_families import FAMILIES, tiny
 from tests.support.tiny_model import (
@@ -95,7 +96,7 @@ BATCH = ("IIttt", "ItItIItta", "ItItt")
 TEXT = (("ttatttattaataatta",), ("ttatta",), ("tttatta", "tta", "ttttta"))
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, slow(4)])
 def test_the_quickstart_family_gives_the_tokens_of_one_rank(ranks: int) -> None:
     cases = [(LONG, mode, GREEDY) for mode in (MODES if ranks == 2 else MODES[:3])]
     cases += [(batch, MODES[0], GREEDY) for batch in ((PATTERNS["short clip"],), (PATTERNS["text only"],))]

@@ -23,6 +23,7 @@ from ds_lvxattn.families.processors import ChannelsLast
 from ds_lvxattn.needle.task import IMAGE
 from tests.support.distributed import run
 from tests.support.image_models import IMAGE_MODELS, image_model
+from tests.support.marks import slow_but
 from tests.support.parity import Gradients, gradients_of, largest_differences, losses_of_steps, sum_over_ranks
 from tests.support.tiny_model import IMAGE_TOKEN, MODES, attach, loss_of, tiny_sample
 
@@ -100,7 +101,7 @@ def in_modes(kind: str) -> list[tuple[float, Gradients]]:
     return results
 
 
-@pytest.mark.parametrize("kind", IMAGE_MODELS)
+@pytest.mark.parametrize("kind", slow_but(IMAGE_MODELS, "llava_next"))
 def test_loss_and_gradients_are_those_of_the_model_with_its_own_processor(kind: str) -> None:
     for mode, got in zip(MODES, run(2, in_modes, kind)[0], strict=False):
         loss, gradient = largest_differences(got, in_transformers(kind))
@@ -112,6 +113,7 @@ def train(kind: str, ranks: int) -> list[float]:
     return losses_of_steps(model, samples(model), ranks, steps=3)
 
 
+@pytest.mark.slow
 def test_losses_under_zero3() -> None:
     """With the line breaks, parameters of the model around its parts."""
     want, got = train("llava_next", 1), run(2, train, "llava_next", 2)[0]

@@ -19,6 +19,7 @@ from ds_lvxattn.data.sample import IGNORE, Sample, SampleError
 from ds_lvxattn.training.evaluation import evaluate
 from ds_lvxattn.training.order import Order
 from tests.support.distributed import run
+from tests.support.marks import slow
 from tests.support.tiny_model import (
     MODES,
     PATTERNS,
@@ -207,7 +208,7 @@ def evaluate_on_ranks(source: ListSource, size: int, mode: tuple[str, str, str])
     return evaluate(model, loader, groups, micro_batch=2 if size > 1 else 1)
 
 
-@pytest.mark.parametrize(("ranks", "size"), [(2, 1), (2, 2), (4, 4), (4, 2)])
+@pytest.mark.parametrize(("ranks", "size"), [slow(2, 1), slow(2, 2), slow(4, 4), (4, 2)])
 def test_accuracy_is_the_same_on_any_number_of_ranks(ranks: int, size: int) -> None:
     source = half_right_samples()
     accuracy, loss, answers = expected_evaluation(source)

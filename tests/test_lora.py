@@ -18,6 +18,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.training.lora import add_adapters
 from ds_lvxattn.training.settings import LoraSettings, finetuning_config
 from tests.support.distributed import run
+from tests.support.marks import slow
 from tests.support.tiny_model import ds_config, loss_of, tiny_batches, tiny_model
 from tests.support.training import finetune, metrics_in, mixed_samples, write_config, write_model
 
@@ -45,7 +46,7 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(**tiny_batches(tiny_model()).prepare(mixed_samples(4).samples).inputs).logits
 
 
-@pytest.mark.parametrize("stage", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [slow(1), 2, slow(3)])
 def test_trained_resumed_loaded_and_merged(stage: int, tmp_path: Path) -> None:
     """The loss of rank's adapters is that of one rank without sequence parallelism; PEFT and the merged model agree."""
     write_model(tmp_path / "model")
@@ -101,6 +102,7 @@ def test_settings_that_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
         add_adapters(tiny_model(), LoraSettings(bits=4), "tiny", 2, "cpu")
 
 
+@pytest.mark.slow
 def test_four_bits(tmp_path: Path) -> None:
     """The losses of weights that were rounded to 4 bits beforehand; the adapters' folder does not hold the weights."""
     bitsandbytes: Any = pytest.importorskip("bitsandbytes.functional")

@@ -19,6 +19,7 @@ from transformers.models.mllama.processing_mllama import (
 
 from ds_lvxattn.families.mllama import Mllama
 from tests.support.distributed import run
+from tests.support.marks import slow
 from tests.support.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
 from tests.support.tiny_model import (
     IMAGE_TOKEN,
@@ -84,7 +85,7 @@ def test_loss_and_gradients_in_float64(ranks: int) -> None:
             assert loss < 1e-12 and gradient < 1e-11, (patterns, mode, loss, gradient)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, slow(4)])
 def test_loss_in_float32(ranks: int) -> None:
     batches = (BATCHES["several images"], BATCHES["unequal samples"])
     for patterns, results in zip(batches, run(ranks, in_all_modes, batches, torch.float32)[0], strict=True):

@@ -144,6 +144,7 @@ def test_the_config_takes_it_while_it_is_registered() -> None:
         sequence_parallel_config(config, 2)
 
 
+@pytest.mark.slow
 def test_it_is_drawn(tmp_path: Path) -> None:
     figure = pytest.importorskip("matplotlib.figure").Figure
     job = ClusterJob(SHIPPED["OpenFlamingo-9B"], 512, 64, 4)

@@ -15,6 +15,7 @@ from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, merge_attention,
 from ds_lvxattn.exchange.comm import communicator
 from ds_lvxattn.exchange.routes import Routes
 from tests.support.distributed import device, run
+from tests.support.marks import slow
 
 ops = torch.ops.ds_lvxattn
 
@@ -99,13 +100,14 @@ def opcheck_distributed(name: str, masked: bool, keep_queries: bool) -> dict[str
 @pytest.mark.parametrize(
     ("name", "masked", "keep_queries"),
     [
-        ("query_gather", False, True),
+        slow("query_gather", False, True),
         ("query_gather", True, False),
-        ("kv_gather", False, True),
+        slow("kv_gather", False, True),
         ("kv_gather", True, False),
-        ("query_routed", True, True),
+        slow("query_routed", True, True),
         ("query_routed", True, False),
-        *[(name, masked, True) for name in ("query_ring", "query_replicated", "kv_ring") for masked in (False, True)],
+        *[slow(name, False, True) for name in ("query_ring", "query_replicated", "kv_ring")],
+        *[(name, True, True) for name in ("query_ring", "query_replicated", "kv_ring")],
     ],
 )
 def test_opcheck_of_distributed_operators(name: str, masked: bool, keep_queries: bool) -> None:
@@ -146,7 +148,7 @@ def compiled_beside_eager(strategy: str) -> list[tuple[list[Tensor], int]]:
     return results
 
 
-@pytest.mark.parametrize("strategy", ["lv_xattn", "ulysses", "ring"])
+@pytest.mark.parametrize("strategy", ["lv_xattn", slow("ulysses"), slow("ring")])
 def test_compiled_with_symbolic_sizes(strategy: str) -> None:
     """The same gradients, and every byte of every pass counted."""
     for eager, compiled in run(2, compiled_beside_eager, strategy):

@@ -25,6 +25,7 @@ from ds_lvxattn import ConfigError, attach
 from ds_lvxattn.batches.generation import generate
 from ds_lvxattn.families import family_of
 from tests.support.distributed import run
+from tests.support.marks import slow
 from tests.support.rows import write_rows
 from tests.support.tiny_model import (
     ADAMW,
@@ -58,7 +59,7 @@ def run_example(folder: Path, *arguments: str) -> str:
     return printed.getvalue()
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [2, slow(3)])
 def test_the_example_trains_as_the_command_does(stage: int, tmp_path: Path) -> None:
     assert len(EXAMPLE.read_text().splitlines()) <= 30
     model, rows = write_model(tmp_path / "model"), write_rows(tmp_path, 8)
@@ -164,7 +165,7 @@ def train_adapters_on_one_rank(when: str, folder: Path) -> tuple[list[float], to
 
 @pytest.mark.parametrize(
     ("stage", "when"),
-    [(2, "before"), (2, "after"), (3, "before"), (3, "after"), (2, "4 bits"), (2, "frozen layers")],
+    [slow(2, "before"), (2, "after"), (3, "before"), slow(3, "after"), slow(2, "4 bits"), slow(2, "frozen layers")],
 )
 def test_adapters_before_and_after_attaching(stage: int, when: str, tmp_path: Path) -> None:
     """Losses and logits of one rank; the saved adapters give the same logits in plain transformers."""

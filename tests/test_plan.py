@@ -21,6 +21,7 @@ from ds_lvxattn.plan.pipeline import head_groups, keeps_queries
 from ds_lvxattn.plan.profile import load_profile
 from ds_lvxattn.plan.traffic import CallShape, LayerShape
 from tests.support.distributed import run
+from tests.support.marks import slow
 from tests.support.tiny_model import MODES, attach, loss_of, tiny_model, tiny_sample
 from tests.support.traffic import Layer, traffic_of
 
@@ -103,7 +104,7 @@ def bytes_of_a_step(recompute: str) -> list[tuple[int, int]]:
     return results
 
 
-@pytest.mark.parametrize("recompute", ["none", "kv", "layer"])
+@pytest.mark.parametrize("recompute", ["none", slow("kv"), slow("layer")])
 def test_a_training_step_receives_what_the_plan_says(recompute: str) -> None:
     for results in run(2, bytes_of_a_step, recompute):
         for mode, (counted, planned) in zip(MODES, results, strict=True):

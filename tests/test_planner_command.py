@@ -147,6 +147,7 @@ def test_wrong_arguments_are_told(capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     pictures = [tmp_path / "scaling.png", tmp_path / "map.png"]

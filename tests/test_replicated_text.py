@@ -14,6 +14,7 @@ from ds_lvxattn.plan.profile import load_profile
 from ds_lvxattn.plan.replicated_compute import copying_text_is_faster
 from ds_lvxattn.plan.traffic import LayerShape
 from tests.support.distributed import run
+from tests.support.marks import slow
 from tests.support.parity import (
     Gradients,
     gradients_of,
@@ -69,7 +70,7 @@ def test_loss_and_gradients_are_those_of_one_rank(families: tuple[str, ...], pla
             assert loss < 1e-12 and gradient < 1e-11, (family, patterns, loss, gradient)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [slow(1), 2, slow(3)])
 def test_training(stage: int, tmp_path: Path) -> None:
     case = Case(2, 2, stage, ("auto", "auto", "contiguous"), steps=3, micro_batch=1, recompute="kv", text="replicated")
     run(2, train, case, tmp_path)

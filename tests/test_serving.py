@@ -35,6 +35,7 @@ from ds_lvxattn.training.loading import LoadedModel, image_token_of, load_model
 from tests.support import qwen_videos
 from tests.support.distributed import run
 from tests.support.image_models import IMAGE_MODELS, SERVED, image_model
+from tests.support.marks import slow
 from tests.support.tiny_families import CUTTING, cutting, cutting_processor, tagged_tokenizer, tiny
 from tests.support.tiny_model import CPU, groups_of, tiny_config, tiny_model
 
@@ -168,7 +169,9 @@ def alone(export: Path, got: Tensor) -> None:
     assert len(got) - len(want) <= 1
 
 
-@pytest.mark.parametrize("name", ["mllama", "llava", "idefics", "blip2", "instructblip", "aria", *CUTTING, *SERVED])
+@pytest.mark.parametrize(
+    "name", ["mllama", "llava", *map(slow, ("idefics", "blip2", "instructblip", "aria", *CUTTING, *SERVED))]
+)
 def test_an_export_serves_what_was_trained(name: str, tmp_path: Path) -> None:
     folder, export, rows = tmp_path / "model", tmp_path / "export", tmp_path / "rows.jsonl"
     pretrained(name, folder)
@@ -192,7 +195,7 @@ def test_an_export_serves_what_was_trained(name: str, tmp_path: Path) -> None:
     assert len(got) - len(want) <= 1
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("qwen2-vl", 2), ("qwen2.5-vl", 4), ("qwen3-vl", 2)])
+@pytest.mark.parametrize(("name", "ranks"), [slow("qwen2-vl", 2), slow("qwen2.5-vl", 4), ("qwen3-vl", 2)])
 def test_an_export_serves_videos(name: str, ranks: int, tmp_path: Path) -> None:
     folder, export = tmp_path / "model", tmp_path / "export"
     made = qwen_videos.loaded(name)

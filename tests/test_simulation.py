@@ -13,6 +13,7 @@ from ds_lvxattn.plan.cost import Layer
 from ds_lvxattn.plan.modes import hybrid, kv_gather, mode_named
 from ds_lvxattn.plan.profile import Profile, load_profile
 from ds_lvxattn.plan.traffic import LayerShape
+from tests.support.marks import slow
 
 PROFILES = ("a100-2x3", "h200", "h200-slow-link")
 
@@ -50,7 +51,7 @@ def test_tasks_in_a_circle_are_an_error() -> None:
         simulation.run()
 
 
-@pytest.mark.parametrize("ranks", [6, 96, 1024, 4096])
+@pytest.mark.parametrize("ranks", [6, 96, 1024, slow(4096)])
 @pytest.mark.parametrize("name", PROFILES)
 def test_collectives(name: str, ranks: int) -> None:
     profile = machine(name)
@@ -68,7 +69,7 @@ def test_collectives(name: str, ranks: int) -> None:
         assert network.all_to_all(profile, ranks, own * ranks) == pytest.approx(exchanged, rel=0.07)
 
 
-@pytest.mark.parametrize("ranks", [6, 48, 384, 4096])
+@pytest.mark.parametrize("ranks", [6, 48, 384, slow(4096)])
 @pytest.mark.parametrize("name", PROFILES)
 def test_kv_ring(name: str, ranks: int) -> None:
     """Short and long queries: the links bind, or the kernels do."""
@@ -96,7 +97,7 @@ def test_query_ring(ranks: int) -> None:
         assert forward.total == pytest.approx(simulated, rel=0.12), name
 
 
-@pytest.mark.parametrize(("ranks", "groups"), [(6, 1), (6, 2), (6, 8), (64, 1), (64, 8), (512, 2)])
+@pytest.mark.parametrize(("ranks", "groups"), [(6, 1), (6, 2), (6, 8), (64, 1), (64, 8), slow(512, 2)])
 def test_query_gather(ranks: int, groups: int) -> None:
     """The formula lets transfers follow each other; where kernels are short, some of different ranks overlap."""
     for name in PROFILES:
@@ -132,7 +133,7 @@ def on_nodes(profile: Profile, ranks: int, rows: int, keys: int, groups: int = 1
     return replace(call, shape=replace(call.shape, inner_size=profile.gpus_per_node))
 
 
-@pytest.mark.parametrize("ranks", [16, 128, 1024, 4096])
+@pytest.mark.parametrize("ranks", [16, 128, 1024, slow(4096)])
 @pytest.mark.parametrize("name", ["h200", "h200-slow-link"])
 def test_heads_inside_and_a_ring_between_nodes(name: str, ranks: int) -> None:
     """Heads inside the nodes, then a ring or a gather between them, each on its own links."""
@@ -150,7 +151,7 @@ def test_heads_inside_and_a_ring_between_nodes(name: str, ranks: int) -> None:
         assert forward.total == pytest.approx(heads + between, rel=0.12), schedule
 
 
-@pytest.mark.parametrize("ranks", [16, 128, 1024, 4096])
+@pytest.mark.parametrize("ranks", [16, 128, 1024, slow(4096)])
 @pytest.mark.parametrize("name", ["h200", "h200-slow-link"])
 def test_heads_inside_and_collectives_between_nodes(name: str, ranks: int) -> None:
     """Queries, or keys and values, gathered between nodes: both passes of the latter, kept from the forward pass."""
@@ -180,7 +181,7 @@ def test_heads_inside_and_collectives_between_nodes(name: str, ranks: int) -> No
         assert backward.total == pytest.approx(heads[1] + between, rel=0.15), (rows, keys)
 
 
-@pytest.mark.parametrize("ranks", [16, 128, 1024, 4096])
+@pytest.mark.parametrize("ranks", [16, 128, 1024, slow(4096)])
 @pytest.mark.parametrize("name", ["h200", "h200-slow-link"])
 def test_query_exchange_that_knows_the_node(name: str, ranks: int) -> None:
     profile = machine(name)

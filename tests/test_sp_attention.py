@@ -17,6 +17,7 @@ from ds_lvxattn import SequenceShards, ShardLayout, merge_attention, sp_attentio
 from ds_lvxattn.kernels.operator import local_attention
 from ds_lvxattn.plan.modes import eligible_modes
 from tests.support.distributed import run
+from tests.support.marks import slow
 from tests.support.reference import Result, exact, loss_of
 from tests.support.sp_attention import (
     DTYPES,
@@ -89,7 +90,7 @@ def test_several_ranges_a_row(ranks: int) -> None:
         check(case, [of_rank[number] for of_rank in results])
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, slow(3), 4])
 def test_as_accurate_as_one_device(ranks: int) -> None:
     @settings(max_examples=EXAMPLES or 15, derandomize=not EXAMPLES, deadline=None, database=None)
     @given(cases(ranks))

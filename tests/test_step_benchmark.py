@@ -12,6 +12,7 @@ import pytest
 
 from ds_lvxattn.runtime import compiled
 from tests.support.distributed import run
+from tests.support.marks import slow
 from tests.support.tiny_model import start_deepspeed
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
@@ -33,7 +34,7 @@ def tiny_runs(stage: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, slow(3)])
 def test_every_strategy_makes_the_same_step(stage: int, tmp_path: Path) -> None:
     found = run(2, tiny_runs, stage)[0]
     strategies = found["strategies"]

@@ -16,6 +16,7 @@ from ds_lvxattn.families import family_of
 from ds_lvxattn.families.text_only import TextOnly
 from ds_lvxattn.runtime.registration import exchanged_attention
 from tests.support.distributed import run
+from tests.support.marks import slow_but
 from tests.support.parity import (
     TEXT,
     Gradients,
@@ -50,7 +51,7 @@ def on_all_ranks(kind: str) -> list[tuple[float, Gradients]]:
     return results
 
 
-@pytest.mark.parametrize("kind", TEXT_MODELS)
+@pytest.mark.parametrize("kind", slow_but(TEXT_MODELS, "llama", "qwen3", "gemma3_text", "gpt_oss", "gpt2"))
 def test_loss_and_gradients(kind: str) -> None:
     for patterns, got in zip((TEXT[0], TEXT[4], TEXT[1]), run(2, on_all_ranks, kind)[0], strict=True):
         loss, gradient = largest_differences(got, on_one_rank(kind, patterns))
@@ -62,6 +63,7 @@ def train(kind: str, ranks: int) -> list[float]:
     return losses_of_steps(text_model(kind), samples_of(TEXT[4]), ranks, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt_oss", "gemma3_text"])
 def test_losses_under_zero3(kind: str) -> None:
     assert run(2, train, kind, 2)[0] == pytest.approx(train(kind, 1), rel=1e-4)

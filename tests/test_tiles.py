@@ -29,6 +29,7 @@ from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
 from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.needle.small_models import SIZE, SQUARE, small_model
 from tests.support.distributed import run
+from tests.support.marks import slow
 from tests.support.parity import Gradients, gradients_of, largest_differences, sum_over_ranks
 from tests.support.tiny_model import (
     CPU,
@@ -136,7 +137,7 @@ def in_modes(modes: Sequence[tuple[str, str, str]], portions: int) -> list[list[
     return results
 
 
-@pytest.mark.parametrize(("ranks", "modes", "portions"), [(2, MODES, 2), (4, MODES[:2], 100)])
+@pytest.mark.parametrize(("ranks", "modes", "portions"), [(2, MODES, 2), slow(4, MODES[:2], 100)])
 def test_loss_and_gradients_are_those_of_the_model_with_its_own_processor(
     ranks: int, modes: Sequence[tuple[str, str, str]], portions: int
 ) -> None:

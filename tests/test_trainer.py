@@ -35,6 +35,7 @@ from tests.support.hf import (
     optimizer_of,
     plain_trainer,
 )
+from tests.support.marks import slow
 from tests.support.processes import REPOSITORY, launch
 from tests.support.rows import write_rows
 from tests.support.tiny_model import SIZE, groups_of, loss_of, tiny_model, tiny_processor, tiny_sample
@@ -86,7 +87,7 @@ def train_and_resume(stage: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [2, slow(3)])
 def test_training_evaluation_and_resumption(stage: int, tmp_path: Path) -> None:
     first, second = run(2, train_and_resume, stage, tmp_path, timeout=300)
     assert first == second
@@ -180,6 +181,7 @@ def evaluate_alone(folder: Path) -> tuple[float, str]:
     return loss, ""
 
 
+@pytest.mark.slow
 def test_evaluation_alone_under_zero3(tmp_path: Path) -> None:
     losses = [loss_of(tiny_model(), [sample]).item() for sample in mixed_samples(6).samples]
     for loss, said in run(2, evaluate_alone, tmp_path):
@@ -208,6 +210,7 @@ def train_adapters(stage: int, folder: Path) -> list[float]:
         return logged(trainer, "loss")
 
 
+@pytest.mark.slow
 def test_adapters_under_zero3(tmp_path: Path) -> None:
     with clean_state():
         plain = plain_trainer(tmp_path, WITH_FRAMES, with_adapters(), per_device_train_batch_size=1, max_steps=8)
@@ -319,6 +322,7 @@ def train_with_sft_config(folder: Path, model: Path) -> list[float]:
         return logged(trainer, "loss")
 
 
+@pytest.mark.slow
 def test_a_script_for_trl_trains_as_there(tmp_path: Path) -> None:
     """The rows, the arguments and the losses of ``SFTTrainer``; a class that inherits from it is refused."""
     trl = pytest.importorskip("trl")

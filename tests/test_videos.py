@@ -24,6 +24,7 @@ from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
 from ds_lvxattn.families.qwen_vl import QwenVL
 from tests.support.conversations import write_video
 from tests.support.distributed import run
+from tests.support.marks import slow_but
 from tests.support.parity import Gradients, gradients_of, largest_differences, losses_of_steps, sum_over_ranks
 from tests.support.qwen_videos import (
     FAMILIES,
@@ -82,7 +83,7 @@ def in_modes(name: str, rows: Path, modes: list[Mode]) -> list[tuple[float, Grad
     return results
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_but(FAMILIES, "qwen2.5-vl"))
 def test_loss_and_gradients_are_those_of_the_model_with_its_own_processor(name: str, rows: Path) -> None:
     want = in_transformers(name, samples_of(name, rows))
     modes: list[Mode] = [(MODES[0], None), (MODES[2], None), (MODES[4], ONE_ROW)]
@@ -198,7 +199,7 @@ def answers(name: str, rows: Path) -> Tensor:
     return generate(model, batches, samples, max_new_tokens=NEW, do_sample=False, eos_token_id=10_000)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_but(FAMILIES, "qwen3-vl"))
 def test_answers_are_those_of_the_model_with_its_own_processor(name: str, rows: Path) -> None:
     model = model_of(name, torch.float64)
     how: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": 10_000, "pad_token_id": 0}

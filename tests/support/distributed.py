@@ -22,7 +22,6 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import functools
-import gc
 import multiprocessing
 import os
 import pickle
@@ -48,18 +47,6 @@ BACKEND = os.environ.get("DS_LVXATTN_TEST_BACKEND", "gloo")
 START_SECONDS = 120.0
 GRACE_SECONDS = 2.0  # for the other ranks to report, once one has failed
 STACK_SECONDS = 2.0  # for the ranks to write their stacks
-# What the functions of most tests import: once for all ranks, before they are forked.
-PRELOADED = [
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # compiles functions, which imports the compiler
-    "deepspeed.sequence.layer",
-    "hypothesis",
-    "tests.support.distributed",
-    "tests.support.hf",
-    "tests.support.parity",
-    "tests.support.tiny_families",
-    "tests.support.training",
-    "wandb",
-]
 
 
 class RemoteError(AssertionError):
@@ -195,7 +182,7 @@ def _processes() -> Any:
         return multiprocessing.get_context("spawn")
     os.environ["DS_ACCELERATOR"] = "cpu"  # inherited; DeepSpeed reads it when it is imported
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["tests.support.preloaded"])
     return context
 
 
@@ -218,7 +205,6 @@ def _end_with_the_test_process() -> None:
 
 def _serve(rank: int, ranks: int, port: int, pipe: Connection, stack_file: str) -> None:
     """Life of one rank: answer requests until the test process closes the pipe."""
-    gc.freeze()  # what was imported before the fork stays: collections need not look at it, nor copy its memory
     threading.Thread(target=_end_with_the_test_process, daemon=True).start()
     own = {
         "RANK": rank,
