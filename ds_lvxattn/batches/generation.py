@@ -199,7 +199,7 @@ def _gather_text(cache: Cache, comm: Communicator, plans: Plans, text: SequenceS
     """
     position = np.maximum(np.arange(text.total - 1) - np.array(padding)[:, None], 0)
     order = text.order_from_padded()
-    place = position if order is None else np.array(order)[position]
+    place = position if order is None else order[position]
     index: Tensor | None = None
     for module, plan in plans.items():
         if plan.role != "self":

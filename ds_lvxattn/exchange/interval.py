@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -176,10 +177,10 @@ class KVInterval:
             for node in nodes:
                 members = range(node * size, (node + 1) * size)
                 order = q.order_from_padded(members, q.longest)
-                places = list(range(size * q.longest)) if order is None else order
+                places = np.arange(size * q.longest) if order is None else order
                 # What pads a shorter node repeats a row; it must only be some row, as it adds nothing anywhere.
-                rows.append([node * size * q.longest + place for place in places + [0] * (most - len(places))])
-            index = torch.tensor(rows, dtype=torch.int64).flatten().to(self.start.device, non_blocking=True)
+                rows.append(node * size * q.longest + np.pad(places, (0, most - len(places))))
+            index = torch.from_numpy(np.concatenate(rows)).to(self.start.device, non_blocking=True)
             start, stop = (
                 bound.transpose(0, 1).flatten(1, 2).index_select(1, index).unflatten(1, (len(nodes), most))
                 for bound in (self.start, self.stop)

@@ -163,7 +163,7 @@ class SequenceShards:
         index = self.index(rank)
         return range(index.start, index.stop) if isinstance(index, slice) else index.tolist()
 
-    def order_from_padded(self, members: range | None = None, width: int | None = None) -> list[int] | None:
+    def order_from_padded(self, members: range | None = None, width: int | None = None) -> np.ndarray | None:
         """Where the tokens of some consecutive ranks, ascending, lie in their rank-major sequence with padding.
 
         Args:
@@ -171,16 +171,16 @@ class SequenceShards:
             width: tokens of a padded shard; None: of the longest one of the members.
 
         Returns:
-            Indices into a sequence of ``len(members) * width`` tokens, or None when they are the identity.
+            int64 indices into a sequence of ``len(members) * width`` tokens, or None when they are the identity.
         """
         members = members or range(self.ranks)
         lengths = [self.lengths[rank] for rank in members]
         width = max(lengths) if width is None else width
         places = [place * width + np.arange(length) for place, length in enumerate(lengths)]
         if not self.stripe and not self.units:
-            return None if set(lengths) == {width} else np.concatenate(places).tolist()
+            return None if set(lengths) == {width} else np.concatenate(places)
         positions = [np.asarray(self.index(rank)) for rank in members]
-        return np.concatenate(places)[np.argsort(np.concatenate(positions))].tolist()
+        return np.concatenate(places)[np.argsort(np.concatenate(positions))]
 
     def of_nodes(self, size: int) -> SequenceShards:
         """The same sequence, divided over nodes of ``size`` consecutive ranks, which hold what their ranks hold."""

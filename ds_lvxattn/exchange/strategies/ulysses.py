@@ -142,7 +142,6 @@ def _padded(x: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
 
 
-@functools.lru_cache(maxsize=64)
 @functools.lru_cache(maxsize=128)
 def padded_order(shards: SequenceShards, members: range, device: torch.device) -> Tensor | None:
     """Where the tokens of ``members`` lie in their rank-major sequence, padded to the longest; None: in place.
@@ -150,7 +149,7 @@ def padded_order(shards: SequenceShards, members: range, device: torch.device) -
     Made once a batch and not once a layer: a copy to the device would wait for it.
     """
     order = shards.order_from_padded(members, _longest(shards, members))
-    return None if order is None else torch.tensor(order, dtype=torch.int64, device=device)
+    return None if order is None else torch.from_numpy(order).to(device)
 
 
 def _select(x: Tensor, order: Tensor | None) -> Tensor:
