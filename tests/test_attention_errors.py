@@ -53,6 +53,7 @@ ONE_RANK: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: sp_attention(*qkv(), queries="split"),
         r"queries is 'split'; choose 'sharded' or 'replicated'",
     ),
+    "softcap": (lambda: sp_attention(*qkv(), softcap=0.0), r"softcap is 0.0; give a positive one"),
     "gradients": (lambda: sp_attention(*qkv(), gradients="sums"), r"gradients is 'sums'; choose 'whole', or 'parts'"),
     "parts of sharded queries": (
         lambda: sp_attention(*qkv(), gradients="parts"),

@@ -39,14 +39,15 @@ def ranges(*shape: int, seed: int = 5) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kernel", ["auto", "math"])
 def test_opcheck_of_local_attention(masked: bool, kernel: str) -> None:
     start, stop = ranges(2, Q_LENGTHS[0]) if masked else (None, None)
-    torch.library.opcheck(ops.local_attention, (*qkv(), start, stop, 0.3, kernel))
+    softcap = 2.0 if kernel == "math" and masked else None
+    torch.library.opcheck(ops.local_attention, (*qkv(), start, stop, 0.3, softcap, kernel))
 
 
 def test_opcheck_of_local_attention_backward() -> None:
     q, k, v = qkv(requires_grad=False)
     start, stop = ranges(2, Q_LENGTHS[0])
-    out, lse = ops.local_attention(q, k, v, start, stop, 0.3, "auto")
-    args = (torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse, start, stop, 0.3, "auto")
+    out, lse = ops.local_attention(q, k, v, start, stop, 0.3, 2.0, "auto")
+    args = (torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse, start, stop, 0.3, 2.0, "auto")
     torch.library.opcheck(ops.local_attention_backward, args)
 
 
@@ -76,18 +77,19 @@ def opcheck_distributed(name: str, masked: bool, keep_queries: bool) -> dict[str
     if start is not None and stop is not None and name not in ("kv_ring", "kv_gather"):
         first, last = KVInterval(start, stop).local_to(shards.kv, comm.rank)
     places = torch.tensor(shards.kv.order_from_padded(), device=device())
+    softcap = 2.0 if masked else None
     call: tuple[Any, ...] = {
-        "query_gather": (first, last, 0.3, "math", comm.name, "", q_lengths, [2, 1], keep_queries),
-        "query_replicated": (first, last, 0.3, "math", comm.name, masked),
-        "query_ring": (first, last, 0.3, "math", comm.name, q_lengths),
-        "kv_ring": (start, stop, 0.3, "math", comm.name, keys[0]),
-        "kv_gather": (start, stop, places, 0.3, "math", comm.name, keys[0], [2, 1], keep_queries),
+        "query_gather": (first, last, 0.3, softcap, "math", comm.name, "", q_lengths, [2, 1], keep_queries),
+        "query_replicated": (first, last, 0.3, softcap, "math", comm.name, masked),
+        "query_ring": (first, last, 0.3, softcap, "math", comm.name, q_lengths),
+        "kv_ring": (start, stop, 0.3, softcap, "math", comm.name, keys[0]),
+        "kv_gather": (start, stop, places, 0.3, softcap, "math", comm.name, keys[0], [2, 1], keep_queries),
     }.get(name, ())
     if name == "query_routed":
         assert start is not None and stop is not None
         routes = Routes.build(start.cpu(), stop.cpu(), shards, comm.rank, device())
         tensors = (routes.start, routes.stop, routes.send_rows, routes.slots, routes.returns)
-        call = (*tensors, 0.3, "math", comm.name, list(routes.sent), list(routes.received), keep_queries)
+        call = (*tensors, 0.3, softcap, "math", comm.name, list(routes.sent), list(routes.received), keep_queries)
     results = torch.library.opcheck(forward, (q, k, v, *call))
     with torch.no_grad():
         out, lse, *rest = forward(q, k, v, *call)

@@ -47,6 +47,7 @@ def cases(draw: st.DrawFn, ranks: int) -> Case:
     q, kv = lengths(draw, ranks, 6), lengths(draw, ranks, 40)
     # Layouts that Ulysses can run are as frequent as those with fewer heads than ranks.
     mask = draw(st.sampled_from(["none", "random", "growing", "blind rows"]))
+    lse_above_100 = draw(st.booleans())
     heads, kv_heads = draw(
         st.sampled_from([(ranks, ranks), (2 * ranks, ranks), (2 * ranks, 1), (1, 1), (3, 1), (4, 2), (3, 3)])
     )
@@ -64,7 +65,8 @@ def cases(draw: st.DrawFn, ranks: int) -> Case:
         loss=draw(st.sampled_from(["out", "out and lse", "lse"])),
         kernel=draw(st.sampled_from(["auto", "math"])),
         scale=draw(st.sampled_from([None, 0.3])),
-        lse_above_100=draw(st.booleans()),
+        softcap=None if lse_above_100 else draw(st.sampled_from([None, None, 0.9])),
+        lse_above_100=lse_above_100,
         interval_of_all_ranks=draw(st.booleans()),
         shards_given=bool(q.stripe or kv.stripe) or draw(st.booleans()),
         transposed=draw(st.booleans()),
@@ -177,6 +179,7 @@ def _gradcheck(case: Case, mode: tuple[str, str, str], step: float = 1e-6) -> fl
             interval=interval,
             shards=ShardLayout(q_shards, case.kv),
             inner_size=case.inner_size,
+            softcap=case.softcap,
         )
         return (out.sin() * out).sum() + lse.masked_fill(lse == float("-inf"), 0.0).sin().sum()
 
@@ -211,7 +214,9 @@ def _gradcheck(case: Case, mode: tuple[str, str, str], step: float = 1e-6) -> fl
 @pytest.mark.parametrize(
     "case",
     [
-        Case(SequenceShards((2, 1)), SequenceShards((2, 3)), kv_heads=1, head_dim=2, mask="random", seed=1),
+        Case(
+            SequenceShards((2, 1)), SequenceShards((2, 3)), kv_heads=1, head_dim=2, mask="random", softcap=0.8, seed=1,
+        ),
         Case(SequenceShards((2, 1)), SequenceShards((3, 2)), heads=2, head_dim=3, lse_above_100=True),
         Case(
             SequenceShards((1, 0, 1, 1)), SequenceShards((2, 1, 0, 1)),
@@ -222,7 +227,7 @@ def _gradcheck(case: Case, mode: tuple[str, str, str], step: float = 1e-6) -> fl
             heads=4, kv_heads=2, head_dim=1, inner_size=2,
         ),
     ],
-    ids=["2 ranks, masked", "2 ranks", "4 ranks, empty shards, blind rows", "4 ranks, striped"],
+    ids=["2 ranks, masked, capped", "2 ranks", "4 ranks, empty shards, blind rows", "4 ranks, striped"],
 )  # fmt: skip
 def test_gradcheck(case: Case) -> None:
     for of_rank in run(case.q.ranks, gradcheck_in_all_modes, case):
@@ -232,14 +237,14 @@ def test_gradcheck(case: Case) -> None:
 
 
 @pytest.mark.parametrize("mask", ["none", "random", "blind rows"])
-@pytest.mark.parametrize("keys", [0, 6])
-def test_gradcheck_of_local_attention(mask: str, keys: int) -> None:
+@pytest.mark.parametrize(("keys", "softcap"), [(0, None), (6, None), (6, 0.8)])
+def test_gradcheck_of_local_attention(mask: str, keys: int, softcap: float | None) -> None:
     case = Case(SequenceShards((5,)), SequenceShards((keys,)), 2, 4, 2, head_dim=3, mask=mask)
     data = operands(case)
     inputs = [x.requires_grad_() for x in (data.q, data.k, data.v)]
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = local_attention(q, k, v, data.start, data.stop, data.scale, "math")
+        out, lse = local_attention(q, k, v, data.start, data.stop, data.scale, "math", softcap)
         return out, lse.masked_fill(lse == float("-inf"), 0.0)
 
     assert torch.autograd.gradcheck(call, inputs)

@@ -72,7 +72,6 @@ def test_losses_under_zero3(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "others", "reason"),
     [
-        ("gemma2", {"attn_logit_softcapping": 50.0}, r"soft cap \('attn_logit_softcapping' 50.0\)"),
         ("llama4_text", {"intermediate_size_mlp": 32, "num_local_experts": 2}, r"types \['chunked_attention'\]"),
         ("qwen3_moe", {"output_router_logits": True}, "'output_router_logits' is true"),
         ("mamba", {"state_size": 4}, "does not look up transformers' registry"),

@@ -13,7 +13,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.dispatch import select_kernel, usable_kernels
-from ds_lvxattn.plan.layer_plan import LayerPlan, PlanSettings
+from ds_lvxattn.plan.layer_plan import AttentionLayer, LayerPlan, PlanSettings
 from ds_lvxattn.plan.planner import ModelSizes, Planner
 from ds_lvxattn.plan.profile import Profile, profile_for_device
 
@@ -25,13 +25,17 @@ def planner_for(parallel: SequenceParallel, device: torch.device, dtype: torch.d
         ConfigError: on every rank, when the kernel that is set cannot run a layer.
     """
     layers = list(parallel.layers.values())
-    for layer in layers:
-        if layer.role != "local":
-            call = Call(device.type, dtype, layer.heads, layer.kv_heads, layer.head_dim, masked=True)
-            try:
-                select_kernel(parallel.config.kernel, call)
-            except ValueError as error:
-                raise ConfigError(f"layer {layer.name}: {error}") from error
+    exchanged = [layer for layer in layers if layer.role != "local"]
+
+    def call_of(layer: AttentionLayer, masked: bool) -> Call:
+        sizes = layer.heads, layer.kv_heads, layer.head_dim
+        return Call(device.type, dtype, *sizes, masked=masked, capped=layer.capped)
+
+    for layer in exchanged:
+        try:
+            select_kernel(parallel.config.kernel, call_of(layer, masked=True))
+        except ValueError as error:
+            raise ConfigError(f"layer {layer.name}: {error}") from error
     if parallel.config.text == "replicated" and parallel.family.keys_in_text:
         raise ConfigError(
             "'sequence_parallel.text' is 'replicated', and the visual tokens of this model stand in its text, or it "
@@ -44,7 +48,7 @@ def planner_for(parallel: SequenceParallel, device: torch.device, dtype: torch.d
 
     config = parallel.config
     settings = PlanSettings(config.strategy, config.layers, config.schedule, text=config.text)
-    calls = {Call(device.type, dtype, layer.heads, layer.kv_heads, layer.head_dim, masked=False) for layer in layers}
+    calls = {call_of(layer, masked=False) for layer in exchanged}
     usable = {name for call in calls for name in usable_kernels(call)}
     return Planner(
         layers, settings, parallel.comm.ranks,

@@ -36,6 +36,7 @@ class Exchange:
             than have them sent again; None chooses from sizes.
         routes: which rows travel where, for ``routed``; None makes them from the interval.
         grid: both levels of the group, for the modes that know them.
+        softcap: soft cap of the scores, ``softcap * tanh(scale * q k / softcap)``; None: none.
         gradient_parts: for replicated queries, gradients of output and queries are parts that add up over the ranks.
     """
 
@@ -48,6 +49,7 @@ class Exchange:
     keep_queries: bool | None = None
     routes: Routes | None = None
     grid: Grid | None = None
+    softcap: float | None = None
     gradient_parts: bool = False
 
     @property

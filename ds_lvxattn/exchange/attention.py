@@ -30,6 +30,7 @@ def sp_attention(
     strategy: str = "lv_xattn",
     interval: KVInterval | Sequence[KVInterval] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     queries: str = "sharded",
     gradients: str = "whole",
     schedule: str = "auto",
@@ -56,6 +57,7 @@ def sp_attention(
         interval: visible range of each row in global key positions; several, of disjoint keys, as a sequence or as
             ``KVInterval.several`` of it: they cost one exchange. None: every key is visible.
         scale: factor of the scores, ``1 / sqrt(D)`` by default.
+        softcap: soft cap of the scores (Gemma 2), which are then ``softcap * tanh(scale * q k / softcap)``; None: none.
         queries: ``sharded``, or ``replicated`` when every rank passes all the (same) rows; then ``out`` is the
             same on every rank.
         gradients: of ``out`` and ``q`` when the queries are replicated. ``whole``: every rank passes the same gradient
@@ -95,10 +97,14 @@ def sp_attention(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     mode = mode_named(strategy, schedule, queries if comm.ranks > 1 else "sharded")
     replicated = queries == "replicated"
-    select_kernel(kernel, Call.forward(q, k, interval is not None))
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap is {softcap}; give a positive one, or None for none")
+    select_kernel(kernel, Call.forward(q, k, interval is not None, softcap is not None))
 
     if shards is None:
-        options = (strategy, queries, gradients, schedule, kernel, scale, head_groups, keep_queries, inner_size)
+        options = (
+            strategy, queries, gradients, schedule, kernel, scale, softcap, head_groups, keep_queries, inner_size,
+        )  # fmt: skip
         shards = _ask_for_shards(q, k, interval, comm, options)
     _check_shards(q, k, shards, comm, replicated)
     if mode.two_levels:
@@ -113,7 +119,8 @@ def sp_attention(
     if comm.ranks == 1 or not shards.kv.total:  # one rank, or a batch of text alone: nothing travels
         mode = LOCAL
     exchange = Exchange(
-        comm, shards, interval, scale, kernel, head_groups, keep_queries, routes, grid, gradients == "parts"
+        comm, shards, interval, scale, kernel, head_groups, keep_queries, routes, grid, softcap,
+        gradient_parts=gradients == "parts",
     )  # fmt: skip
     return implementation_of(mode)(q, k, v, exchange)
 
@@ -150,7 +157,8 @@ def _ask_for_shards(
             raise ValueError(
                 "the ranks of the group call sp_attention with different settings; give all of them the same "
                 "[batch, query heads, key heads, head size, intervals given, intervals of own rows, hash of dtype, "
-                "strategy, queries, gradients, schedule, kernel, scale, head_groups, keep_queries and inner_size]: "
+                "strategy, queries, gradients, schedule, kernel, scale, softcap, head_groups, keep_queries and "
+                "inner_size]: "
                 f"rank 0 {everyone[0][2:]}, rank {rank} {theirs[2:]}"
             )
     rows, keys = zip(*(theirs[:2] for theirs in everyone), strict=True)

@@ -10,11 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ds_lvxattn.data.sample import FrameShape
-from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.family import VisualFamily
 from ds_lvxattn.families.frames import encode_in_portions
 from ds_lvxattn.families.rotary import self_attention_role, self_attention_sizes, self_attention_window
-from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
@@ -86,17 +84,6 @@ class Concatenation(VisualFamily):
 
     def window_of(self, module: Any) -> int | None:
         return None if self.is_local(module) else self_attention_window(module)
-
-    def attention_layers(self, model: nn.Module) -> dict[nn.Module, AttentionLayer]:
-        """See ``Family``. A language model whose scores have a soft cap is refused."""
-        softcap = getattr(self.text_config, "attn_logit_softcapping", None)
-        if softcap is not None:
-            raise ConfigError(
-                f"{type(model).__name__}: the attention scores of its language model have a soft cap "
-                f"('attn_logit_softcapping' {softcap}), which sequence-parallel attention does not compute; set it to "
-                "null in the model's config, or 'sequence_parallel_size' to 1"
-            )
-        return super().attention_layers(model)
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         hook = functools.partial(_embed, self, recomputation)

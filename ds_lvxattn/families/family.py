@@ -107,6 +107,10 @@ class Family(ABC):
         """Of a module with the role ``self``, the last keys that a row sees, its own included; None: all before it."""
         return None
 
+    def capped(self, module: Any) -> bool:
+        """Whether the scores of an attention module have a soft cap, which not every kernel computes."""
+        return getattr(module, "attn_logit_softcapping", None) is not None
+
     def attention_layers(self, model: nn.Module) -> dict[nn.Module, AttentionLayer]:
         """Every attention module of ``model`` with its role and sizes.
 
@@ -120,7 +124,9 @@ class Family(ABC):
         for name, module in model.named_modules():
             role = self.role_of(module)
             if role is not None:
-                layers[module] = AttentionLayer(name, role, *self.sizes_of(module), window=self.window_of(module))
+                layers[module] = AttentionLayer(
+                    name, role, *self.sizes_of(module), window=self.window_of(module), capped=self.capped(module)
+                )
         inside = {part for module in layers for part in module.modules()}
         for name, module in model.named_modules():
             known = module in inside or not layers.keys().isdisjoint(module.modules())

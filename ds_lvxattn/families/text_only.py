@@ -105,11 +105,6 @@ def _recurrence(model: nn.Module) -> str | None:
     return None
 
 
-def _scores(model: Any) -> str | None:
-    softcap = getattr(model.config, "attn_logit_softcapping", None)
-    return None if softcap is None else f"its attention scores have a soft cap ('attn_logit_softcapping' {softcap})"
-
-
 def _causality(model: Any) -> str | None:
     config = model.config
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
@@ -130,5 +125,5 @@ def _auxiliary_loss(model: Any) -> str | None:
 
 
 OBSTACLES: tuple[Callable[[Any], str | None], ...] = (
-    _registry, _arguments, _kinds_of_layers, _recurrence, _scores, _causality, _value_heads, _auxiliary_loss,
+    _registry, _arguments, _kinds_of_layers, _recurrence, _causality, _value_heads, _auxiliary_loss,
 )  # fmt: skip

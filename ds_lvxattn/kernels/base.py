@@ -21,6 +21,7 @@ class Call:
         tiles: tiles of 128 query rows, over heads and batch, of a forward pass. None for a backward pass, whose work
             is divided over the keys, of which there are enough.
         rows: query rows of a sequence.
+        capped: whether the scores have a soft cap.
     """
 
     device: str
@@ -31,15 +32,18 @@ class Call:
     masked: bool
     tiles: int | None = None
     rows: int = 4096
+    capped: bool = False
 
     @classmethod
-    def forward(cls, q: Tensor, k: Tensor, masked: bool) -> Call:
+    def forward(cls, q: Tensor, k: Tensor, masked: bool, capped: bool = False) -> Call:
         batch, heads, rows, head_dim = q.shape
-        return cls(q.device.type, q.dtype, heads, k.shape[1], head_dim, masked, batch * heads * -(-rows // 128), rows)
+        tiles = batch * heads * -(-rows // 128)
+        return cls(q.device.type, q.dtype, heads, k.shape[1], head_dim, masked, tiles, rows, capped)
 
     @classmethod
-    def backward(cls, q: Tensor, k: Tensor, masked: bool) -> Call:
-        return cls(q.device.type, q.dtype, q.shape[1], k.shape[1], q.shape[3], masked, rows=q.shape[2])
+    def backward(cls, q: Tensor, k: Tensor, masked: bool, capped: bool = False) -> Call:
+        heads, rows, head_dim = q.shape[1:]
+        return cls(q.device.type, q.dtype, heads, k.shape[1], head_dim, masked, rows=rows, capped=capped)
 
 
 class Kernel(Protocol):
@@ -62,11 +66,19 @@ class Kernel(Protocol):
         """Why this kernel cannot do ``call``, or None when it can."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: Tensor | None,
+        stop: Tensor | None,
+        scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of ``q [B, H_q, S_q, D]`` over ``k, v [B, H_kv, S_kv, D]``, both lengths above 0.
 
         ``start, stop`` are int32 ``[B, S_q]`` local key ranges, or None when every key is visible.
+        The scores are ``scale * q k``; of one above 0, ``softcap``, they are ``softcap * tanh(scale * q k / softcap)``.
         Returns ``out [B, H_q, S_q, D]`` (0 for rows that see nothing) and the natural log-sum-exp
         ``[B, H_q, S_q]`` in float32, float64 for float64 (``-inf`` for such rows).
         """
@@ -83,6 +95,7 @@ class Kernel(Protocol):
         start: Tensor | None,
         stop: Tensor | None,
         scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients from the log-sum-exp over *all* keys of the group, local or not.
 

@@ -23,6 +23,8 @@ class CudnnKernel:
             return f"it does not run on {call.device}"
         if call.masked:
             return "it has no interval mask"
+        if call.capped:
+            return "it has no soft cap of the scores"
         if call.dtype not in (torch.bfloat16, torch.float16):
             return f"it takes bfloat16 or float16, not {call.dtype}"
         if call.head_dim > 128 or call.head_dim % 8:
@@ -32,7 +34,14 @@ class CudnnKernel:
         return None
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: Tensor | None,
+        stop: Tensor | None,
+        scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)
         return out, lse.reshape(q.shape[:3])
@@ -49,6 +58,7 @@ class CudnnKernel:
         start: Tensor | None,
         stop: Tensor | None,
         scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert out is not None
         no_dropout = torch.zeros((), dtype=torch.int64, device=q.device)

@@ -25,6 +25,8 @@ class FlashKernel:
     def unsupported(self, call: Call) -> str | None:
         if call.masked:
             return "it has no interval mask"
+        if call.capped:
+            return "it has no soft cap of the scores"
         if call.device == "cpu":
             return None
         if call.device != "cuda":
@@ -36,7 +38,14 @@ class FlashKernel:
         return None
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: Tensor | None,
+        stop: Tensor | None,
+        scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         if q.is_cpu:
             out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -61,6 +70,7 @@ class FlashKernel:
         start: Tensor | None,
         stop: Tensor | None,
         scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert out is not None
         if q.is_cpu:

@@ -25,7 +25,14 @@ class MathKernel:
         return None
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: Tensor | None,
+        stop: Tensor | None,
+        scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         wide = _wide(q.dtype)
         out = torch.empty_like(q)
@@ -33,6 +40,8 @@ class MathKernel:
         keys, values = k.to(wide), v.to(wide)
         for rows in _chunks(q, k):
             scores = _scores(q[:, :, rows], keys, scale)
+            if softcap is not None:
+                _cap(scores, softcap)
             _hide(scores, start, stop, rows)
             row_lse = torch.logsumexp(scores, dim=-1)
             # Shifting hidden rows (-inf) by 0 makes exp(-inf - 0) = 0 instead of NaN.
@@ -57,6 +66,7 @@ class MathKernel:
         start: Tensor | None,
         stop: Tensor | None,
         scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = _wide(q.dtype)
         assert delta is not None
@@ -70,11 +80,17 @@ class MathKernel:
         for rows in _chunks(q, k):
             grad = _group(dout[:, :, rows].to(wide), groups)
             scores = _scores(q[:, :, rows], keys, scale)
+            slope = None
+            if softcap is not None:
+                _cap(scores, softcap)
+                slope = 1 - (scores / softcap).square()
             _hide(scores, start, stop, rows)
             probs = scores.sub_(_group(lse[:, :, rows].unsqueeze(-1), groups)).exp_()
             dv += torch.matmul(_fold(probs).transpose(-1, -2), _fold(grad))
             dprobs = torch.matmul(_fold(grad), values.transpose(-1, -2)).view_as(probs)
             dscores = dprobs.sub_(_group(delta[:, :, rows].unsqueeze(-1), groups)).mul_(probs).mul_(scale)
+            if slope is not None:
+                dscores.mul_(slope)
             dq[:, :, rows] = _ungroup(torch.matmul(_fold(dscores), keys), dscores)
             dk += torch.matmul(_fold(dscores).transpose(-1, -2), _fold(_group(q[:, :, rows].to(wide), groups)))
         return dq, dk, dv
@@ -109,6 +125,11 @@ def _ungroup(folded: Tensor, like: Tensor) -> Tensor:
 def _scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:
     grouped = _group(q.to(keys.dtype) * scale, keys.shape[1])
     return torch.matmul(_fold(grouped), keys.transpose(-1, -2)).unflatten(2, grouped.shape[2:4])
+
+
+def _cap(scores: Tensor, softcap: float) -> None:
+    """``softcap * tanh(scores / softcap)``, in place."""
+    scores.div_(softcap).tanh_().mul_(softcap)
 
 
 def _hide(scores: Tensor, start: Tensor | None, stop: Tensor | None, rows: slice) -> None:

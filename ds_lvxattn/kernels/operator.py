@@ -41,6 +41,7 @@ def forward_local(
     stop: Optional[Tensor],
     scale: float,
     kernel: str,
+    softcap: Optional[float] = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``q`` over the keys at hand, which may be none; see ``Kernel.forward``.
 
@@ -49,10 +50,11 @@ def forward_local(
     if q.numel() == 0 or k.shape[2] == 0:
         lse = torch.full(q.shape[:3], float("-inf"), dtype=lse_dtype(q.dtype), device=q.device)
         return torch.zeros_like(q), lse
-    chosen = select_kernel(kernel, Call.forward(q, k, start is not None))
+    chosen = select_kernel(kernel, Call.forward(q, k, start is not None, softcap is not None))
     if start is None or stop is None or start.dim() == 2:
-        return chosen.forward(q, k, v, start, stop, scale)
-    outs, lses = zip(*(chosen.forward(q, k, v, *each, scale) for each in _each_range(start, stop)), strict=True)
+        return chosen.forward(q, k, v, start, stop, scale, softcap)
+    results = (chosen.forward(q, k, v, *each, scale, softcap) for each in _each_range(start, stop))
+    outs, lses = zip(*results, strict=True)
     return merge_partials(torch.stack(outs), torch.stack(lses))
 
 
@@ -77,6 +79,7 @@ def backward_local(
     start: Optional[Tensor],
     stop: Optional[Tensor],
     scale: float,
+    softcap: Optional[float] = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``forward_local`` given the whole group's log-sum-exp; see ``Kernel.backward``.
 
@@ -88,12 +91,12 @@ def backward_local(
         assert delta is not None
         out = output_with_delta(dout, delta)
     if start is None or stop is None or start.dim() == 2:
-        return kernel.backward(dout, q, k, v, out, lse, delta, start, stop, scale)
+        return kernel.backward(dout, q, k, v, out, lse, delta, start, stop, scale, softcap)
     # The log-sum-exp is that over all ranges, so the gradients of the ranges add up.
     first, *others = _each_range(start, stop)
-    dq, dk, dv = (x.to(lse.dtype) for x in kernel.backward(dout, q, k, v, out, lse, delta, *first, scale))
+    dq, dk, dv = (x.to(lse.dtype) for x in kernel.backward(dout, q, k, v, out, lse, delta, *first, scale, softcap))
     for each in others:
-        parts = kernel.backward(dout, q, k, v, out, lse, delta, *each, scale)
+        parts = kernel.backward(dout, q, k, v, out, lse, delta, *each, scale, softcap)
         dq, dk, dv = (whole.add_(part) for whole, part in zip((dq, dk, dv), parts, strict=True))
     return dq, dk, dv
 
@@ -105,9 +108,10 @@ def _forward(
     start: Optional[Tensor],
     stop: Optional[Tensor],
     scale: float,
+    softcap: Optional[float],
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = forward_local(q, k, v, start, stop, scale, kernel)
+    out, lse = forward_local(q, k, v, start, stop, scale, kernel, softcap)
     return like(out, q), lse.contiguous()
 
 
@@ -122,11 +126,12 @@ def _backward(
     start: Optional[Tensor],
     stop: Optional[Tensor],
     scale: float,
+    softcap: Optional[float],
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = backward_kernel(kernel, Call.backward(q, k, start is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, start is not None, softcap is not None), dlse is not None)
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
-    dq, dk, dv = backward_local(chosen, dout, q, k, v, out, lse, delta, start, stop, scale)
+    dq, dk, dv = backward_local(chosen, dout, q, k, v, out, lse, delta, start, stop, scale, softcap)
     return like(dq, q), like(dk, k), like(dv, v)
 
 
@@ -134,7 +139,14 @@ _operator = attention_operator("local_attention", _forward, _backward)
 
 
 def local_attention(
-    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None, scale: float, kernel: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor | None,
+    stop: Tensor | None,
+    scale: float,
+    kernel: str,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the keys at hand, on one rank.
 
@@ -145,8 +157,9 @@ def local_attention(
             is visible.
         scale: factor of the scores.
         kernel: ``auto`` or a kernel's name.
+        softcap: soft cap of the scores, which are then ``softcap * tanh(scale * q k / softcap)``; None: none.
 
     Returns:
         ``out [B, H_q, S_q, D]`` and the natural log-sum-exp ``[B, H_q, S_q]``, both differentiable.
     """
-    return _operator(q, k, v, start, stop, scale, kernel)
+    return _operator(q, k, v, start, stop, scale, softcap, kernel)

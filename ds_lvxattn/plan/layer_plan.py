@@ -30,6 +30,7 @@ class AttentionLayer:
         shares_layer: whether it shares a decoder layer with another attention, with which the rest of the layer is
             counted.
         window: of ``self``, the last keys that a row sees, its own included; None: all before it.
+        capped: whether its scores have a soft cap.
     """
 
     name: str
@@ -39,6 +40,7 @@ class AttentionLayer:
     head_dim: int
     shares_layer: bool = False
     window: int | None = None
+    capped: bool = False
 
     @property
     def kind(self) -> str:

@@ -67,7 +67,13 @@ class Exchanging(Protocol):
         """``[B, 1, s_q, 1]`` in the model's dtype, 1 for the rows that see a frame."""
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of ``module``: ``out [B, H_q, s_q, D]`` and its log-sum-exp ``[B, H_q, s_q]``."""
 
@@ -112,7 +118,13 @@ class SequenceParallelBatch:
     brings_frames: ClassVar[bool] = True
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``sp_attention`` as ``module`` is planned, for the rank's own ``query [B, H_q, s_q, D]``, keys and values.
 
@@ -141,6 +153,7 @@ class SequenceParallelBatch:
             strategy=REPLICATED.strategy if shared else plan.strategy,
             interval=inputs.interval,
             scale=scale,
+            softcap=softcap,
             schedule="auto" if shared else plan.schedule,
             queries="replicated" if shared else "sharded",
             gradients="parts" if shared else "whole",

@@ -78,7 +78,13 @@ class DecodingStep:
     brings_frames: ClassVar[bool] = False
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of the new tokens, ``query [B, H_q, 1, D]``, and its log-sum-exp.
 
@@ -93,10 +99,10 @@ class DecodingStep:
             raise ValueError(f"a decoding step has {query.shape[2]} new tokens a sample; generate one at a time")
         plan = self.plans[module]
         if plan.role == "cross":
-            out, lse = self._over_divided(module, packed(query), self.interval, scale)
+            out, lse = self._over_divided(module, packed(query), self.interval, scale, softcap)
             return unpacked(out, query.shape[0]), unpacked(lse, query.shape[0])
         if module not in self.divided:
-            return self._over_text(query, key, value, plan.window, scale)
+            return self._over_text(query, key, value, plan.window, scale, softcap)
         interval = self.interval
         if plan.window is not None and interval is not None:
             # The prompt ends ahead of the new tokens, of which ``key`` has all.
@@ -105,20 +111,32 @@ class DecodingStep:
                 start = torch.minimum(start, self.first_start)
             interval = KVInterval(start, interval.stop)
             key, value = key[:, :, -plan.window :], value[:, :, -plan.window :]
-        before = self._over_divided(module, query, interval, scale)
-        return merge_attention([before, sp_attention(query, key, value, scale=scale, kernel=self.kernel)])
+        before = self._over_divided(module, query, interval, scale, softcap)
+        new = sp_attention(query, key, value, scale=scale, softcap=softcap, kernel=self.kernel)
+        return merge_attention([before, new])
 
     def _over_divided(
-        self, module: nn.Module, query: Tensor, interval: KVInterval | None, scale: float | None
+        self,
+        module: nn.Module,
+        query: Tensor,
+        interval: KVInterval | None,
+        scale: float | None,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         key, value = self.divided[module]
         return sp_attention(
             query, key, value, group=self.comm.group, queries="replicated", interval=interval, scale=scale,
-            kernel=self.kernel, shards=self.layout,
+            softcap=softcap, kernel=self.kernel, shards=self.layout,
         )  # fmt: skip
 
     def _over_text(
-        self, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: int | None,
+        scale: float | None,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         out_of_sight = 0 if window is None else max(key.shape[2] - window, 0)
         key, value = key[:, :, out_of_sight:], value[:, :, out_of_sight:]
@@ -126,4 +144,4 @@ class DecodingStep:
         if self.text_start is not None:
             start = (self.text_start - out_of_sight).clamp(min=0)
             interval = KVInterval(start, torch.full_like(start, key.shape[2]))
-        return sp_attention(query, key, value, interval=interval, scale=scale, kernel=self.kernel)
+        return sp_attention(query, key, value, interval=interval, scale=scale, softcap=softcap, kernel=self.kernel)

@@ -28,7 +28,7 @@ IMPLEMENTATION = "ds_lvxattn"
 ENCODER_IMPLEMENTATION = "ds_lvxattn_encoder"
 
 # Arguments of transformers' attention functions that change the scores, which no kernel here computes.
-UNSUPPORTED = ("softcap", "position_bias")
+UNSUPPORTED = ("position_bias",)
 
 
 def register_with_transformers() -> None:
@@ -47,6 +47,7 @@ def exchanged_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     s_aux: Tensor | None = None,
+    softcap: float | None = None,
     sequence_parallel: Exchanging | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
@@ -54,6 +55,7 @@ def exchanged_attention(
 
     Args:
         s_aux: ``[H_q]``, a score of each head that takes its share of the weights and adds nothing (attention sink).
+        softcap: soft cap of the scores, ``softcap * tanh(scaling * q k / softcap)``.
 
     Returns:
         ``[B, s_q, H_q, D]`` and None (no attention weights).
@@ -83,7 +85,7 @@ def exchanged_attention(
             f"{type(module).__name__} attends with a sliding window of {given}, and its family says {planned}; let "
             "Family.window_of give what the module passes on"
         )
-    out, lse = sequence_parallel.attend(module, query, key, value, scaling)
+    out, lse = sequence_parallel.attend(module, query, key, value, scaling, softcap)
     if s_aux is not None:
         # One more term in the sum of exponentials: exp(lse) / (exp(lse) + exp(s_aux)) of the weights stay.
         out = (out * torch.sigmoid(lse - s_aux.to(lse.dtype)[:, None])[..., None]).to(out.dtype)

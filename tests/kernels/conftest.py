@@ -23,6 +23,7 @@ class Problem:
     start: Tensor | None
     stop: Tensor | None
     scale: float
+    softcap: float | None = None
 
     @property
     def hidden(self) -> Tensor:
@@ -45,6 +46,8 @@ class Problem:
         q, k, v = (x.detach().to(dtype).requires_grad_() for x in (self.q, self.k, self.v))
         group = q.shape[1] // k.shape[1]
         scores = self.scale * q @ k.repeat_interleave(group, 1).transpose(2, 3)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
         scores = scores.masked_fill(~self.visible, float("-inf"))
         lse = scores.logsumexp(-1)
         out = (scores - lse[..., None]).exp() @ v.repeat_interleave(group, 1)
@@ -98,7 +101,7 @@ def make_problem():
 
     def make(
         batch=1, heads=2, kv_heads=1, rows=33, keys=70, head_dim=64, dtype=torch.float32, mask="random",
-        gain=1.0, sequence_first=False, seed=0,
+        gain=1.0, sequence_first=False, seed=0, softcap=None,
     ) -> Problem:  # fmt: skip
         torch.manual_seed(seed)
 
@@ -111,7 +114,7 @@ def make_problem():
         k, v = tensor(kv_heads, keys), tensor(kv_heads, keys)
         start, stop = interval(mask, batch, rows, keys)
         dlse = torch.randn(batch, heads, rows).to(DEVICE)
-        return Problem(q, k, v, tensor(heads, rows), dlse, start, stop, head_dim**-0.5)
+        return Problem(q, k, v, tensor(heads, rows), dlse, start, stop, head_dim**-0.5, softcap)
 
     return make
 

@@ -16,8 +16,8 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
-def call(device="cuda", dtype=torch.bfloat16, head_dim=128, masked=False, tiles=None):
-    return Call(device, dtype, 32, 8, head_dim, masked, tiles)
+def call(device="cuda", dtype=torch.bfloat16, head_dim=128, masked=False, tiles=None, capped=False):
+    return Call(device, dtype, 32, 8, head_dim, masked, tiles, capped=capped)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,8 @@ def call(device="cuda", dtype=torch.bfloat16, head_dim=128, masked=False, tiles=
         ("flash", call("cpu", torch.float32, tiles=1)),
         ("math", call(dtype=torch.float32, tiles=1)),
         ("triton", call(head_dim=256)),
+        ("triton", call(capped=True)),
+        ("math", call("cpu", torch.float32, capped=True)),
         ("triton", call(masked=True)),
         ("triton", call(masked=True, head_dim=64, dtype=torch.float16)),
         ("math", call(dtype=torch.float32)),
@@ -69,6 +71,8 @@ def test_auto_needs_no_cudnn_below_ampere(monkeypatch):
         ("cudnn", call(head_dim=256), "up to 128, not 256"),
         ("cudnn", call("cpu"), "does not run on cpu"),
         ("flash", call(masked=True), "no interval mask"),
+        ("cudnn", call(capped=True), "no soft cap"),
+        ("flash", call("cpu", torch.float32, capped=True), "no soft cap"),
         ("flash", call(dtype=torch.float32), "not torch.float32"),
         ("triton", call("cpu"), "does not run on cpu"),
         ("triton", call(dtype=torch.float32), "not torch.float32"),

@@ -26,7 +26,7 @@ def run(p, exact, with_dlse=True, workspace=2**30):
     dlse = p.dlse.masked_fill(p.hidden, 0.0) if with_dlse else None
     delta = attention_delta(p.dout.double(), exact["out"], dlse).float()
     lse = exact["lse"].float()
-    grads = interval_backward(p.dout, p.q, p.k, p.v, lse, delta, p.start, p.stop, p.scale, workspace)
+    grads = interval_backward(p.dout, p.q, p.k, p.v, lse, delta, p.start, p.stop, p.scale, workspace, softcap=p.softcap)
     return dict(zip(GRADS, grads, strict=True))
 
 
@@ -54,6 +54,16 @@ def test_no_less_exact_than_pytorch(make_problem, error, mask, head_dim, dtype):
     grads, theirs = run(p, exact, with_dlse=False, workspace=2**20 if GPU else ONE_BLOCK), p.pytorch()
     for name in GRADS:
         assert error(grads[name], exact[name]) <= 1.5 * error(theirs[name], exact[name]), name
+
+
+@pytest.mark.parametrize("mask", ("visible", "random"))
+@pytest.mark.parametrize("head_dim", (64, 80))
+def test_soft_cap(make_problem, error, head_dim, mask):
+    p = make_problem(heads=3, rows=20 * LONG, keys=90 * LONG, head_dim=head_dim, softcap=2.0, gain=5.0, mask=mask)
+    exact = p.exact()
+    grads = run(p, exact)
+    for name in GRADS:
+        assert error(grads[name], exact[name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("head_dim", (16, 32, 72, 80, 88, 96, 256))
@@ -134,14 +144,18 @@ def test_same_bits_every_time(make_problem, head_dim):
     head_dim=st.sampled_from((64, 128)),
     mask=st.sampled_from(MASKS),
     workspace=st.sampled_from((2**16 * LONG, 2**30)),
+    softcap=st.sampled_from((None, 0.7, 50.0)),
     seed=st.integers(0, 1000),
 )
-def test_any_length(make_problem, error, rows, keys, heads, head_dim, mask, workspace, seed):
-    p = make_problem(heads=heads[0], kv_heads=heads[1], rows=rows, keys=keys, head_dim=head_dim, mask=mask, seed=seed)
+def test_any_length(make_problem, error, rows, keys, heads, head_dim, mask, workspace, softcap, seed):
+    p = make_problem(
+        heads=heads[0], kv_heads=heads[1], rows=rows, keys=keys, head_dim=head_dim, mask=mask, seed=seed,
+        softcap=softcap,
+    )  # fmt: skip
     exact = p.exact()
-    out, lse = interval_forward(p.q, p.k, p.v, p.start, p.stop, p.scale)
+    out, lse = interval_forward(p.q, p.k, p.v, p.start, p.stop, p.scale, softcap=softcap)
     delta = attention_delta(p.dout, out, p.dlse.masked_fill(p.hidden, 0.0))
-    grads = interval_backward(p.dout, p.q, p.k, p.v, lse, delta, p.start, p.stop, p.scale, workspace)
+    grads = interval_backward(p.dout, p.q, p.k, p.v, lse, delta, p.start, p.stop, p.scale, workspace, softcap=softcap)
     for name, grad in zip(GRADS, grads, strict=True):
         assert grad.isfinite().all()
         # A row that sees one key has an exact gradient of 0 in q, so the error is taken against the inputs'

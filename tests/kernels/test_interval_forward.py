@@ -23,7 +23,7 @@ HALVES = (torch.float16, torch.bfloat16) if GPU else (torch.float16,)  # the int
 
 
 def run(p):
-    return interval_forward(p.q, p.k, p.v, p.start, p.stop, p.scale)
+    return interval_forward(p.q, p.k, p.v, p.start, p.stop, p.scale, softcap=p.softcap)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -45,6 +45,17 @@ def test_no_less_exact_than_pytorch(make_problem, error, mask, dtype):
     assert out.dtype == dtype and lse.dtype == torch.float32
     assert error(out, exact["out"]) <= 1.5 * error(p.pytorch()["out"], exact["out"])
     assert error(lse, exact["lse"]) < 1e-5
+
+
+@pytest.mark.parametrize("head_dim", (64, 80))
+@pytest.mark.parametrize("gain", (1.0, 1e4))
+def test_soft_cap(make_problem, error, head_dim, gain):
+    """Also of scores so far above it that all are the cap."""
+    p = make_problem(heads=3, rows=20 * LONG, keys=90 * LONG, head_dim=head_dim, softcap=20.0, gain=gain)
+    exact = p.exact()
+    out, lse = run(p)
+    assert error(out, exact["out"]) < 1e-5
+    assert error(lse, exact["lse"]) < 1e-6
 
 
 @pytest.mark.parametrize("head_dim", (16, 32, 72, 80, 88, 96, 128, 256))
@@ -109,10 +120,13 @@ def test_tiles_that_share_keys_and_start_apart(make_problem, error):
     keys=st.integers(1, 200 * LONG),
     heads=st.sampled_from(((1, 1), (4, 2), (3, 1))),
     mask=st.sampled_from(MASKS),
+    softcap=st.sampled_from((None, 0.7, 50.0)),
     seed=st.integers(0, 1000),
 )
-def test_any_length(make_problem, error, rows, keys, heads, mask, seed):
-    p = make_problem(heads=heads[0], kv_heads=heads[1], rows=rows, keys=keys, mask=mask, seed=seed, dtype=torch.float32)
+def test_any_length(make_problem, error, rows, keys, heads, mask, softcap, seed):
+    p = make_problem(
+        heads=heads[0], kv_heads=heads[1], rows=rows, keys=keys, mask=mask, seed=seed, softcap=softcap, gain=3.0,
+    )  # fmt: skip
     exact = p.exact()
     out, lse = run(p)
     assert error(out, exact["out"]) < 1e-5

@@ -18,7 +18,7 @@ def all_keys_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> t
     """Attention of the rank's rows over the keys of all ranks; see ``exchange.arguments``."""
     keys = exchange.layout.kv
     return torch.ops.ds_lvxattn.all_keys(
-        q, k, v, *exchange.own_ranges(q.shape[2]), exchange.scale, exchange.kernel,
+        q, k, v, *exchange.own_ranges(q.shape[2]), exchange.scale, exchange.softcap, exchange.kernel,
         exchange.comm.name, keys.lengths, keys.deal,
     )  # fmt: skip
 
@@ -45,6 +45,7 @@ def all_keys(
     start: Optional[Tensor],
     stop: Optional[Tensor],
     scale: float,
+    softcap: Optional[float],
     kernel: str,
     group: str,
     kv_lengths: Sequence[int],
@@ -52,7 +53,7 @@ def all_keys(
 ) -> tuple[Tensor, Tensor]:
     """Forward pass: ``out [B, H, s_q, D]`` and ``lse [B, H, s_q]``."""
     keys, comm = SequenceShards.of_deal(kv_lengths, kv_deal), communicator_by_name(group)
-    out, lse = forward_local(q, *_gathered(k, v, keys, comm), start, stop, scale, kernel)
+    out, lse = forward_local(q, *_gathered(k, v, keys, comm), start, stop, scale, kernel, softcap)
     return like(out, q), lse.contiguous()
 
 
@@ -67,6 +68,7 @@ def all_keys_backward(
     start: Optional[Tensor],
     stop: Optional[Tensor],
     scale: float,
+    softcap: Optional[float],
     kernel: str,
     group: str,
     kv_lengths: Sequence[int],
@@ -74,10 +76,10 @@ def all_keys_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: gradients of other ranks' keys go home and are added up there."""
     keys, comm = SequenceShards.of_deal(kv_lengths, kv_deal), communicator_by_name(group)
-    chosen = backward_kernel(kernel, Call.backward(q, k, start is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, start is not None, softcap is not None), dlse is not None)
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
     whole = _gathered(k, v, keys, comm)
-    dq, *parts = backward_local(chosen, dout, q, *whole, out, lse, delta, start, stop, scale)
+    dq, *parts = backward_local(chosen, dout, q, *whole, out, lse, delta, start, stop, scale, softcap)
     both = torch.stack(parts).to(lse.dtype).movedim(3, 0)
     wire = both.new_zeros((keys.ranks * keys.longest, *both.shape[1:]))
     wire[_order(keys, q.device)] = both

@@ -37,10 +37,18 @@ def visible(start: Tensor | None, stop: Tensor | None, keys: int) -> Tensor | No
     return ((position >= start[..., None]) & (position < stop[..., None]))[:, None]
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def scores_of(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """``[B, H_q, S_q, S_kv]``, before any mask; ``k`` has as many heads as ``q``."""
+    scores = q @ k.transpose(-1, -2) * scale
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention by its definition, in the dtype of the inputs; rows that see nothing give 0 and ``-inf``."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * scale
+    scores = scores_of(q, k, scale, softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     lse = scores.logsumexp(dim=-1)
@@ -66,10 +74,11 @@ def exact(
     scale: float,
     dout: Tensor | None,
     dlse: Tensor | None,
+    softcap: float | None = None,
 ) -> Result:
     """Outputs and gradients in float64, of the inputs as they were rounded to their dtype."""
     q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
-    out, lse = dense_attention(q, k, v, mask, scale)
+    out, lse = dense_attention(q, k, v, mask, scale, softcap)
     grads = torch.autograd.grad(loss_of(out, lse, dout, dlse), (q, k, v), materialize_grads=True)
     return Result(out.detach(), lse.detach(), *grads)
 
@@ -82,8 +91,11 @@ def one_device(
     scale: float,
     dout: Tensor | None,
     dlse: Tensor | None,
+    softcap: float | None = None,
 ) -> Result:
     """Outputs and gradients by PyTorch's own attention with a dense mask, in the dtype of the inputs.
+
+    With a soft cap, which it does not have, by the definition.
 
     PyTorch's attention has no log-sum-exp: it is that of the scores, in float32 or wider. Rows that see
     nothing see everything here and have no gradient; SDPA's NaN for them would hide the error of the others.
@@ -97,8 +109,11 @@ def one_device(
         dout = None if dout is None else dout.masked_fill(blind[..., None], 0.0)
         dlse = None if dlse is None else dlse.masked_fill(blind, 0.0)
     keys, values = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    out = scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
-    scores = (q.to(wide) @ keys.to(wide).transpose(-1, -2)) * scale
+    if softcap is None:
+        out = scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+    else:
+        out, _ = dense_attention(q, k, v, mask, scale, softcap)
+    scores = scores_of(q.to(wide), keys.to(wide), scale, softcap)
     lse = (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).logsumexp(dim=-1)
     grads = torch.autograd.grad(loss_of(out, lse, dout, dlse), (q, k, v), materialize_grads=True)
     out, lse = out.detach(), lse.detach()
@@ -115,17 +130,18 @@ def magnitudes(
     scale: float,
     dout: Tensor | None,
     dlse: Tensor | None,
+    softcap: float | None = None,
 ) -> Result:
     """The same sums with the absolute value of every term: what rounding errors are relative to.
 
     Terms cancel: a row that sees one key has ``dq = 0``, computed as the difference of two rounded products.
     """
     q, k, v = (x.detach().double() for x in (q, k, v))
-    out, lse = dense_attention(q, k, v, mask, scale)
+    out, lse = dense_attention(q, k, v, mask, scale, softcap)
     group = q.shape[1] // k.shape[1]
     keys, values = (x.repeat_interleave(group, dim=1) for x in (k, v))
     products = scale * q.abs() @ keys.abs().transpose(-1, -2)
-    scores = scale * q @ keys.transpose(-1, -2)
+    scores = scores_of(q, keys, scale, softcap)
     probs = torch.exp(scores - lse.masked_fill(lse == float("-inf"), float("inf"))[..., None])
     if mask is not None:
         probs, products = probs * mask, products * mask

@@ -39,6 +39,7 @@ class Case:
     loss: str = "out and lse"
     kernel: str = "auto"
     scale: float | None = None
+    softcap: float | None = None
     lse_above_100: bool = False
     interval_of_all_ranks: bool = False
     shards_given: bool = True
@@ -78,6 +79,7 @@ class Operands:
     scale: float
     dout: Tensor | None
     dlse: Tensor | None
+    softcap: float | None = None
 
     @property
     def mask(self) -> Tensor | None:
@@ -85,7 +87,7 @@ class Operands:
 
     def reference(self, attention: Any) -> Result:
         """Result of ``exact`` or ``one_device``."""
-        return attention(self.q, self.k, self.v, self.mask, self.scale, self.dout, self.dlse)
+        return attention(self.q, self.k, self.v, self.mask, self.scale, self.dout, self.dlse, self.softcap)
 
 
 def operands(case: Case) -> Operands:
@@ -115,6 +117,7 @@ def operands(case: Case) -> Operands:
         scale=scale,
         dout=dout.to(dtype).double().to(to) if "out" in case.loss else None,
         dlse=dlse.float().double().to(to) if "lse" in case.loss else None,
+        softcap=case.softcap,
     )
 
 
@@ -162,6 +165,7 @@ def attend(case: Case, mode: tuple[str, str, str], rank: int) -> list[Tensor]:
         queries=queries,
         kernel=case.kernel,
         scale=case.scale,
+        softcap=case.softcap,
         interval=interval_of(case, data, queries, rows),
         shards=ShardLayout(q_shards, case.kv) if case.shards_given else None,
         head_groups=case.head_groups,

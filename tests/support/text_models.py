@@ -23,7 +23,7 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 5},
     "qwen3": {"use_sliding_window": True, **ONE_WINDOW},  # norms of queries and keys
-    "gemma2": {"attn_logit_softcapping": None, "query_pre_attn_scalar": 6, **ONE_WINDOW},
+    "gemma2": {"attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 6, **ONE_WINDOW},
     "gemma3_text": {"query_pre_attn_scalar": 6, **ONE_WINDOW},  # two rotary embeddings
     "gpt_oss": {**EXPERTS, "experts_implementation": "eager", **ONE_WINDOW},  # sinks
     "phi3": {"sliding_window": 6},  # one projection for queries, keys and values

@@ -28,7 +28,7 @@ def mplug_owl3(kind: str) -> Callable[[], Any]:
 
 
 GEMMA2 = {
-    "model_type": "gemma2", "query_pre_attn_scalar": 6, "sliding_window": 5, "attn_logit_softcapping": None,
+    "model_type": "gemma2", "query_pre_attn_scalar": 6, "sliding_window": 5, "attn_logit_softcapping": 1.5,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }  # fmt: skip
 # Odd numbers of visual tokens, so that frames do not divide as ranks do.

@@ -68,8 +68,9 @@ def _gathered(
     if keep is None:
         keep = keeps_queries(heads, kv_heads, *lengths)
     out, lse, _ = torch.ops.ds_lvxattn.query_gather(
-        q, k, v, first, last, exchange.scale, exchange.kernel, group, inner, layout.q.lengths, groups, keep
-    )
+        q, k, v, first, last, exchange.scale, exchange.softcap, exchange.kernel, group, inner, layout.q.lengths,
+        groups, keep,
+    )  # fmt: skip
     return out, lse
 
 
@@ -116,6 +117,7 @@ def query_gather(
     first: Optional[Tensor],
     last: Optional[Tensor],
     scale: float,
+    softcap: Optional[float],
     kernel: str,
     group: str,
     inner: str,
@@ -142,7 +144,7 @@ def query_gather(
     groups = head_groups[0]
     queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
     out, lse = empty_results(q)
-    kept = _kept(q, k, v, first, last, scale, kernel, group, inner, q_lengths, head_groups, keep_queries)
+    kept = _kept(q, k, v, first, last, scale, softcap, kernel, group, inner, q_lengths, head_groups, keep_queries)
 
     def gather(i: int) -> InFlight:
         q_all = kept[i] if keep_queries else gather_buffer(q[:, queries[i]], exchange.ranks, rows)
@@ -150,7 +152,7 @@ def query_gather(
 
     def attend(i: int, arrived: list[Tensor]) -> InFlight:
         partial_out, partial_lse = forward_local(
-            attention_layout(arrived[0]), k[:, keys[i]], v[:, keys[i]], first, last, scale, kernel
+            attention_layout(arrived[0]), k[:, keys[i]], v[:, keys[i]], first, last, scale, kernel, softcap
         )
         return exchange.give_back([("outputs", partial_out), ("lse", partial_lse)], rows, own, _merged)
 
@@ -166,7 +168,7 @@ def _merged(parts: list[Tensor]) -> list[Tensor]:
     return list(merge_partials(*parts))
 
 
-def _kept(q, k, v, first, last, scale, kernel, group, inner, q_lengths, head_groups, keep_queries) -> Tensor:
+def _kept(q, k, v, first, last, scale, softcap, kernel, group, inner, q_lengths, head_groups, keep_queries) -> Tensor:
     batch, heads, _, head_dim = q.shape
     groups, rows = head_groups[0], len(q_lengths) * max(q_lengths)
     return q.new_empty((groups if keep_queries else 0, rows, batch, heads // groups, head_dim))
@@ -195,6 +197,7 @@ def query_gather_backward(
     first: Optional[Tensor],
     last: Optional[Tensor],
     scale: float,
+    softcap: Optional[float],
     kernel: str,
     group: str,
     inner: str,
@@ -205,7 +208,7 @@ def query_gather_backward(
     """Backward pass: ``dk`` and ``dv`` are complete on their rank; the parts of ``dq`` go to their owners."""
     exchange = rows_by_name(group, inner)
     rows, own = max(q_lengths), q_lengths[exchange.rank]
-    chosen = backward_kernel(kernel, Call.backward(q, k, first is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, first is not None, softcap is not None), dlse is not None)
     groups = head_groups[1]
     queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
     delta = attention_delta(dout, out, dlse).to(lse.dtype)
@@ -227,7 +230,7 @@ def query_gather_backward(
             arrived = [*arrived, rows_of_group(kept, groups, i)]
         dout_all, lse_all, delta_all, q_all = (attention_layout(x) for x in arrived)
         partial_dq, group_dk, group_dv = backward_local(
-            chosen, dout_all, q_all, k[:, keys[i]], v[:, keys[i]], None, lse_all, delta_all, first, last, scale
+            chosen, dout_all, q_all, k[:, keys[i]], v[:, keys[i]], None, lse_all, delta_all, first, last, scale, softcap
         )
         if groups == 1:
             complete = like(group_dk, k), like(group_dv, v)

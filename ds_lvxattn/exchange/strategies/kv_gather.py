@@ -32,8 +32,9 @@ def kv_gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> 
     groups = exchange.head_groups or key_groups(batch, heads, kv_heads, head_dim, q.element_size(), *lengths)
     keep = keeps_keys(heads, kv_heads, *lengths)
     out, lse, _ = torch.ops.ds_lvxattn.kv_gather(
-        q, k, v, start, stop, places, exchange.scale, exchange.kernel, comm.name, layout.kv.lengths, groups, keep
-    )
+        q, k, v, start, stop, places, exchange.scale, exchange.softcap, exchange.kernel, comm.name, layout.kv.lengths,
+        groups, keep,
+    )  # fmt: skip
     return out, lse
 
 
@@ -50,6 +51,7 @@ def kv_gather(
     stop: Optional[Tensor],
     places: Optional[Tensor],
     scale: float,
+    softcap: Optional[float],
     kernel: str,
     group: str,
     kv_lengths: Sequence[int],
@@ -72,7 +74,7 @@ def kv_gather(
     groups = head_groups[0]
     queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
     out, lse = empty_results(q)
-    kept = _kept(q, k, v, start, stop, places, scale, kernel, group, kv_lengths, head_groups, keep)
+    kept = _kept(q, k, v, start, stop, places, scale, softcap, kernel, group, kv_lengths, head_groups, keep)
 
     def gather(i: int) -> InFlight:
         both = list(kept[i]) if keep else _buffers(k[:, keys[i]], len(kv_lengths) * max(kv_lengths))
@@ -81,7 +83,7 @@ def kv_gather(
 
     def attend(i: int, arrived: list[Tensor]) -> InFlight:
         k_all, v_all = (_in_order(x, places) for x in arrived)
-        part, part_lse = forward_local(q[:, queries[i]], k_all, v_all, start, stop, scale, kernel)
+        part, part_lse = forward_local(q[:, queries[i]], k_all, v_all, start, stop, scale, kernel, softcap)
         out[:, queries[i]], lse[:, queries[i]] = part, part_lse
         return [], _Arrived()
 
@@ -89,7 +91,7 @@ def kv_gather(
     return out, lse, kept
 
 
-def _kept(q, k, v, start, stop, places, scale, kernel, group, kv_lengths, head_groups, keep) -> Tensor:
+def _kept(q, k, v, start, stop, places, scale, softcap, kernel, group, kv_lengths, head_groups, keep) -> Tensor:
     batch, kv_heads, _, head_dim = k.shape
     groups, rows = head_groups[0], len(kv_lengths) * max(kv_lengths)
     return k.new_empty((groups if keep else 0, 2, rows, batch, kv_heads // groups, head_dim))
@@ -117,6 +119,7 @@ def kv_gather_backward(
     stop: Optional[Tensor],
     places: Optional[Tensor],
     scale: float,
+    softcap: Optional[float],
     kernel: str,
     group: str,
     kv_lengths: Sequence[int],
@@ -125,7 +128,7 @@ def kv_gather_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: ``dq`` is complete on its rank; the parts of ``dk`` and ``dv`` go to their owners."""
     comm = communicator_by_name(group)
-    chosen = backward_kernel(kernel, Call.backward(q, k, start is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, start is not None, softcap is not None), dlse is not None)
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse).to(lse.dtype)
     groups, rows = head_groups[1], len(kv_lengths) * max(kv_lengths)
     queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
@@ -143,7 +146,7 @@ def kv_gather_backward(
         k_all, v_all = (_in_order(x, places) for x in arrived)
         dq[:, own], *parts = backward_local(
             chosen, dout[:, own], q[:, own], k_all, v_all, out[:, own] if chosen.needs_out else None, lse[:, own],
-            None if delta is None else delta[:, own], start, stop, scale,
+            None if delta is None else delta[:, own], start, stop, scale, softcap,
         )  # fmt: skip
         parts = [part.to(k.dtype) for part in parts]
         if places is not None:

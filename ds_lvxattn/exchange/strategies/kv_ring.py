@@ -24,7 +24,7 @@ def kv_ring_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tu
     layout = exchange.layout
     first, last = _ranges_of_owners(exchange, q.shape[2])
     return torch.ops.ds_lvxattn.kv_ring(
-        q, k, v, first, last, exchange.scale, exchange.kernel, exchange.comm.name, layout.kv.lengths
+        q, k, v, first, last, exchange.scale, exchange.softcap, exchange.kernel, exchange.comm.name, layout.kv.lengths
     )
 
 
@@ -61,6 +61,7 @@ def kv_ring(
     first: Optional[Tensor],
     last: Optional[Tensor],
     scale: float,
+    softcap: Optional[float],
     kernel: str,
     group: str,
     kv_lengths: Sequence[int],
@@ -74,7 +75,7 @@ def kv_ring(
         transfer = None
         if step < comm.ranks - 1:
             arriving, transfer = _pass_on(comm, held, kv_lengths, owner, "keys and values")
-        part, part_lse = forward_local(q, held[0], held[1], _of(first, owner), _of(last, owner), scale, kernel)
+        part, part_lse = forward_local(q, held[0], held[1], _of(first, owner), _of(last, owner), scale, kernel, softcap)
         # The running result stays in float32: rounding it at every step would cost accuracy.
         part = part.to(part_lse.dtype)
         if out is None or lse is None:
@@ -99,13 +100,14 @@ def kv_ring_backward(
     first: Optional[Tensor],
     last: Optional[Tensor],
     scale: float,
+    softcap: Optional[float],
     kernel: str,
     group: str,
     kv_lengths: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: ``dq`` stays, ``dk`` and ``dv`` of other ranks' keys travel home with them in float32."""
     comm = communicator_by_name(group)
-    chosen = backward_kernel(kernel, Call.backward(q, k, first is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, first is not None, softcap is not None), dlse is not None)
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
     wide = lse.dtype
     dq = torch.zeros_like(q, dtype=wide)
@@ -120,7 +122,7 @@ def kv_ring_backward(
             arriving, transfer = _pass_on(comm, held, kv_lengths, owner, "keys and values")
         part_dq, *parts = backward_local(
             chosen, dout, q, held[0], held[1], out if chosen.needs_out else None, lse, delta,
-            _of(first, owner), _of(last, owner), scale,
+            _of(first, owner), _of(last, owner), scale, softcap,
         )  # fmt: skip
         dq += part_dq
         parts = [part.to(wide).contiguous() for part in parts]

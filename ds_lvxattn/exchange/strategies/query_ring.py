@@ -22,8 +22,9 @@ from ds_lvxattn.kernels.triton.merge import merge_partials
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Attention of the rank's rows over the keys of all ranks; see ``exchange.arguments``."""
     return torch.ops.ds_lvxattn.query_ring(
-        q, k, v, *exchange.local_ranges, exchange.scale, exchange.kernel, exchange.comm.name, exchange.layout.q.lengths
-    )
+        q, k, v, *exchange.local_ranges, exchange.scale, exchange.softcap, exchange.kernel, exchange.comm.name,
+        exchange.layout.q.lengths,
+    )  # fmt: skip
 
 
 class _Ring:
@@ -99,6 +100,7 @@ def query_ring(
     first: Optional[Tensor],
     last: Optional[Tensor],
     scale: float,
+    softcap: Optional[float],
     kernel: str,
     group: str,
     q_lengths: Sequence[int],
@@ -108,7 +110,7 @@ def query_ring(
     returns = _Returns(comm, q.shape[2])
     for owner, (queries,) in _Ring(comm, q_lengths, ("queries",), (q,)):
         start, stop = _of(first, q_lengths, owner), _of(last, q_lengths, owner)
-        returns.send(owner, forward_local(queries, k, v, start, stop, scale, kernel), ("outputs", "lse"))
+        returns.send(owner, forward_local(queries, k, v, start, stop, scale, kernel, softcap), ("outputs", "lse"))
     out, lse = empty_results(q)
     outs, lses = returns.collect()
     merge_partials(outs, lses, out=out, lse=lse)
@@ -126,13 +128,14 @@ def query_ring_backward(
     first: Optional[Tensor],
     last: Optional[Tensor],
     scale: float,
+    softcap: Optional[float],
     kernel: str,
     group: str,
     q_lengths: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: ``Q``, ``dO``, ``L`` and ``delta`` go round, ``dQ`` parts go to their owners."""
     comm = communicator_by_name(group)
-    chosen = backward_kernel(kernel, Call.backward(q, k, first is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, first is not None, softcap is not None), dlse is not None)
     delta = attention_delta(dout, out, dlse).to(lse.dtype)
     ring = _Ring(comm, q_lengths, ("queries", "output gradients", "lse", "lse"), (q, dout, lse, delta))
     wide = lse.dtype
@@ -141,7 +144,7 @@ def query_ring_backward(
     for owner, (queries, douts, lses, deltas) in ring:
         start, stop = _of(first, q_lengths, owner), _of(last, q_lengths, owner)
         partial_dq, partial_dk, partial_dv = backward_local(
-            chosen, douts, queries, k, v, None, lses, deltas, start, stop, scale
+            chosen, douts, queries, k, v, None, lses, deltas, start, stop, scale, softcap
         )
         returns.send(owner, (partial_dq.to(q.dtype),), ("query gradients",))
         dk += partial_dk

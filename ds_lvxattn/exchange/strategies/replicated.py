@@ -30,8 +30,9 @@ def replicated_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) ->
     """Attention of the shared rows over the keys of all ranks, on every rank; see ``exchange.arguments``."""
     first, last = exchange.local_ranges
     return torch.ops.ds_lvxattn.query_replicated(
-        q, k, v, first, last, exchange.scale, exchange.kernel, exchange.comm.name, exchange.gradient_parts
-    )
+        q, k, v, first, last, exchange.scale, exchange.softcap, exchange.kernel, exchange.comm.name,
+        exchange.gradient_parts,
+    )  # fmt: skip
 
 
 def query_replicated(
@@ -41,13 +42,14 @@ def query_replicated(
     first: Optional[Tensor],
     last: Optional[Tensor],
     scale: float,
+    softcap: Optional[float],
     kernel: str,
     group: str,
     parts: bool,
 ) -> tuple[Tensor, Tensor]:
     """Forward pass: ``out [B, H, s_q, D]`` and ``lse [B, H, s_q]``, equal on every rank."""
     comm = communicator_by_name(group)
-    partial_out, partial_lse = forward_local(q, k, v, first, last, scale, kernel)
+    partial_out, partial_lse = forward_local(q, k, v, first, last, scale, kernel, softcap)
     out, lse = empty_results(q)
     merge_partials(*_gather_results(partial_out, partial_lse, comm), out=out, lse=lse)
     return out, lse
@@ -79,6 +81,7 @@ def query_replicated_backward(
     first: Optional[Tensor],
     last: Optional[Tensor],
     scale: float,
+    softcap: Optional[float],
     kernel: str,
     group: str,
     parts: bool,
@@ -87,9 +90,9 @@ def query_replicated_backward(
     comm = communicator_by_name(group)
     if parts:
         dout, dlse = _sum_parts(dout, dlse, comm)
-    chosen = backward_kernel(kernel, Call.backward(q, k, first is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, first is not None, softcap is not None), dlse is not None)
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
-    dq, dk, dv = backward_local(chosen, dout, q, k, v, out, lse, delta, first, last, scale)
+    dq, dk, dv = backward_local(chosen, dout, q, k, v, out, lse, delta, first, last, scale, softcap)
     if not parts:
         dq = comm.all_reduce(dq.to(lse.dtype).contiguous(), "query gradients")
     return like(dq, q), like(dk, k), like(dv, v)

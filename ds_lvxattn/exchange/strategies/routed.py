@@ -34,7 +34,7 @@ def routed_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tup
         keep = keeps_queries(q.shape[1], k.shape[1], layout.q.lengths, layout.kv.lengths)
     out, lse, _ = torch.ops.ds_lvxattn.query_routed(
         q, k, v, routes.start, routes.stop, routes.send_rows, routes.slots, routes.returns, exchange.scale,
-        exchange.kernel, exchange.comm.name, routes.sent, routes.received, keep,
+        exchange.softcap, exchange.kernel, exchange.comm.name, routes.sent, routes.received, keep,
     )  # fmt: skip
     return out, lse
 
@@ -92,6 +92,7 @@ def query_routed(
     slots: Optional[Tensor],
     returns: Tensor,
     scale: float,
+    softcap: Optional[float],
     kernel: str,
     group: str,
     sent: Sequence[int],
@@ -107,7 +108,7 @@ def query_routed(
     batch, heads, own, head_dim = q.shape
     post = _Post(communicator_by_name(group), batch, send_rows, slots, start.shape[1], sent, received)
     (queries,) = post.send([("queries", q)])
-    partial_out, partial_lse = forward_local(queries, k, v, start, stop, scale, kernel)
+    partial_out, partial_lse = forward_local(queries, k, v, start, stop, scale, kernel, softcap)
     outs, lses = post.give_back([("outputs", partial_out), ("lse", partial_lse)])
     outs = _by_row(outs, returns, 0.0).unflatten(1, (batch, own)).transpose(2, 3)
     lses = _by_row(lses, returns, float("-inf")).unflatten(1, (batch, own)).transpose(2, 3)
@@ -137,6 +138,7 @@ def query_routed_backward(
     slots: Optional[Tensor],
     returns: Tensor,
     scale: float,
+    softcap: Optional[float],
     kernel: str,
     group: str,
     sent: Sequence[int],
@@ -146,7 +148,7 @@ def query_routed_backward(
     """Backward pass: ``dk`` and ``dv`` are complete on their rank; the parts of ``dq`` go to their owners."""
     batch, _, own, _ = out.shape
     post = _Post(communicator_by_name(group), batch, send_rows, slots, start.shape[1], sent, received)
-    chosen = backward_kernel(kernel, Call.backward(q, k, True), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, True, softcap is not None), dlse is not None)
     delta = attention_delta(dout, out, dlse).to(lse.dtype)
     # A padding row of a sequence has log-sum-exp 0 and gradients 0 here, and an empty range: it adds nothing.
     named = [("output gradients", dout), ("lse", lse), ("lse", delta)]
@@ -155,7 +157,9 @@ def query_routed_backward(
     douts, lses, deltas, *queries = post.send(named)
     if keep_queries:
         queries = [kept.transpose(1, 2)]
-    partial_dq, dk, dv = backward_local(chosen, douts, queries[0], k, v, None, lses, deltas, start, stop, scale)
+    partial_dq, dk, dv = backward_local(
+        chosen, douts, queries[0], k, v, None, lses, deltas, start, stop, scale, softcap
+    )
     (parts,) = post.give_back([("query gradients", partial_dq.to(q.dtype))])
     dq = torch.empty_like(q)
     dq.copy_(_by_row(parts, returns, 0.0).sum(dim=0, dtype=lse.dtype).unflatten(0, (batch, own)).transpose(1, 2))

@@ -33,6 +33,8 @@ class FlashAttention4Kernel:
             return f"it does not run on {call.device}"
         if not installed():
             return "flash-attn-4 is not installed (pip install 'ds-lvxattn[fa4]')"
+        if call.capped:
+            return "it has no soft cap of the scores"
         if call.dtype not in (torch.bfloat16, torch.float16):
             return f"it takes bfloat16 or float16, not {call.dtype}"
         if call.head_dim % 8 or not 16 <= call.head_dim <= 128:
@@ -43,7 +45,14 @@ class FlashAttention4Kernel:
         return None
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: Tensor | None,
+        stop: Tensor | None,
+        scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         from ds_lvxattn.kernels.fa4.attention import fa4_forward
 
@@ -61,6 +70,7 @@ class FlashAttention4Kernel:
         start: Tensor | None,
         stop: Tensor | None,
         scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from ds_lvxattn.kernels.fa4.attention import fa4_backward
 

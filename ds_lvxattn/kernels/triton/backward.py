@@ -58,6 +58,7 @@ def interval_backward(
     scale: float,
     workspace_bytes: int = WORKSPACE_BYTES,
     config: BackwardConfig | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of attention over the keys at hand, given row terms over all ranks' keys. Deterministic.
 
@@ -74,6 +75,7 @@ def interval_backward(
         workspace_bytes: upper bound of the ``dS`` workspace (one block of keys at the least); more means
             fewer and fuller launches.
         config: other tiles than the tuned ones.
+        softcap: soft cap of the scores, positive; None: none.
 
     Returns:
         ``dq`` (the part from these keys), ``dk``, ``dv`` in the dtypes and dense strides of the inputs.
@@ -98,7 +100,7 @@ def interval_backward(
         group = heads_q // heads_kv
         run = rows_at_once(seq_q, k.shape[2], group, batch, heads_kv, head_dim, config, room, units)
     if run == seq_q:
-        _backward_of_rows(dout, q, k, v, lse, delta, start, stop, scale, config, room, dq, dk, dv, add=False)
+        _backward_of_rows(dout, q, k, v, lse, delta, start, stop, scale, softcap, config, room, dq, dk, dv, add=False)
         return dq, dk, dv
     dk_sum, dv_sum = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
     for first in range(0, seq_q, run):
@@ -106,7 +108,7 @@ def interval_backward(
         _backward_of_rows(
             dout[:, :, x], q[:, :, x], k, v, lse[:, :, x], delta[:, :, x],
             None if start is None else start[:, x], None if stop is None else stop[:, x],
-            scale, config, room, dq[:, :, x], dk_sum, dv_sum, add=True,
+            scale, softcap, config, room, dq[:, :, x], dk_sum, dv_sum, add=True,
         )  # fmt: skip
     return dq, dk.copy_(dk_sum), dv.copy_(dv_sum)
 
@@ -150,6 +152,7 @@ def _backward_of_rows(
     start: Tensor | None,
     stop: Tensor | None,
     scale: float,
+    softcap: float | None,
     config: BackwardConfig,
     room: int,
     dq: Tensor,
@@ -197,22 +200,23 @@ def _backward_of_rows(
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     key_args = dict(
-        BLOCK_D_2=block_d_2, BLOCK_M=config.block_m, HAS_INTERVAL=has_interval, ADD=add, num_warps=config.num_warps,
-        num_stages=config.num_stages, maxnreg=config.max_registers, **tile_args,
+        BLOCK_D_2=block_d_2, BLOCK_M=config.block_m, HAS_INTERVAL=has_interval, CAPPED=softcap is not None, ADD=add,
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers, **tile_args,
     )  # fmt: skip
     query_args = dict(num_warps=config.query_warps, num_stages=config.query_stages, **tile_args)
+    cap = (softcap or 0.0) / scale  # of the products of queries and keys
     key_tensors = (k, v, dk, dv, *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3])
 
     if has_interval and not config.keep_ds:
         key_grads_kernel[(blocks * pairs,)](
             *row_tiles, *k_tiles, *v_tiles, None, terms, packed_start, packed_stop, seen, count, None,
-            None, *key_tensors, pairs, heads_kv, seq_kv, tiles, blocks, 0, blocks, 0, scale, KEEP_DS=False,
+            None, *key_tensors, pairs, heads_kv, seq_kv, tiles, blocks, 0, blocks, 0, scale, cap, KEEP_DS=False,
             **key_args,
         )  # fmt: skip
         query_grads_again_kernel[(tiles, pairs)](
             row_descriptors(q_rows, config.tile)[0], row_descriptors(dout_rows, config.tile)[0], k_tiles[0], v_tiles[0],
             terms, packed_start, packed_stop, bounds,
-            dq_rows, heads_kv, tiles, scale, **query_args,
+            dq_rows, heads_kv, tiles, scale, cap, CAPPED=softcap is not None, **query_args,
         )  # fmt: skip
     else:
         plan = masked_plan or plan_dense(blocks, batch, heads_kv, tiles, room, programs)
@@ -223,7 +227,7 @@ def _backward_of_rows(
             key_grads_kernel[(plan.launched_blocks(chunk, blocks) * pairs,)](
                 *row_tiles, *k_tiles, *v_tiles, ds_out, terms, packed_start, packed_stop, seen, count, plan.edges,
                 plan.base, *key_tensors, pairs, heads_kv, seq_kv, tiles, blocks, chunk,
-                plan.blocks, plan.slots, scale, KEEP_DS=True, **key_args,
+                plan.blocks, plan.slots, scale, cap, KEEP_DS=True, **key_args,
             )  # fmt: skip
             query_grads_kernel[(tiles, pairs)](
                 ds_in, *k_tiles, bounds, plan.edges, plan.base, dq_rows, heads_kv, tiles, blocks, chunk,

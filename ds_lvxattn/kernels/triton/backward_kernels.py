@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ds_lvxattn.kernels.triton.forward import LOG2_E, lead
+from ds_lvxattn.kernels.triton.forward import LOG2_E, lead, share_of_cap
 
 _LOG2_E = tl.constexpr(LOG2_E)
 
@@ -13,9 +13,10 @@ _LOG2_E = tl.constexpr(LOG2_E)
 @triton.jit
 def _visit_rows(
     dk, dk_2, dv, dv_2, k, k_2, v, v_2, q_desc, q_2_desc, dout_desc, dout_2_desc, ds_desc, terms_ptr, start_ptr,
-    stop_ptr, batch, head, row, seq_rows, key_first, ds_row, ds_column, seq_kv, scale_log2,
-    MASKED: tl.constexpr, HAS_INTERVAL: tl.constexpr, KEEP_DS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D_2: tl.constexpr, PRECISION: tl.constexpr,
+    stop_ptr, batch, head, row, seq_rows, key_first, ds_row, ds_column, seq_kv, scale_log2, cap,
+    MASKED: tl.constexpr, HAS_INTERVAL: tl.constexpr, CAPPED: tl.constexpr, KEEP_DS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D_2: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the rows ``[row, row + BLOCK_M)`` add to ``dK`` and ``dV``; keys along the first axis throughout,
     so that ``P`` and ``dS`` feed the next product from registers.
@@ -29,6 +30,11 @@ def _visit_rows(
     if BLOCK_D_2 > 0:
         q_2 = q_2_desc.load([batch, head, row, BLOCK_D]).reshape(BLOCK_M, BLOCK_D_2)
         scores = tl.dot(k_2, q_2.T, scores, input_precision=PRECISION)
+    slope = 1.0
+    if CAPPED:
+        share = share_of_cap(scores, cap)
+        scores = cap * share
+        slope -= share * share
     scores *= scale_log2
     if MASKED:
         key = key_first + tl.arange(0, BLOCK_N)
@@ -40,6 +46,9 @@ def _visit_rows(
             seen = (key < seq_kv)[:, None]
         scores = tl.where(seen, scores, float("-inf"))
     p = tl.exp2(scores - lse[None, :])
+    p_slope = p
+    if CAPPED:
+        p_slope *= slope
     dout = dout_desc.load([batch, head, row, 0]).reshape(BLOCK_M, BLOCK_D)
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
     delta = tl.load(terms_ptr + seq_rows + rows)
@@ -48,7 +57,7 @@ def _visit_rows(
         dout_2 = dout_2_desc.load([batch, head, row, BLOCK_D]).reshape(BLOCK_M, BLOCK_D_2)
         dv_2 = tl.dot(p.to(dout.dtype), dout_2, dv_2, input_precision=PRECISION)
         dp = tl.dot(v_2, dout_2.T, dp, input_precision=PRECISION)
-    ds = (p * (dp - delta[None, :])).to(q.dtype)
+    ds = (p_slope * (dp - delta[None, :])).to(q.dtype)
     dk = tl.dot(ds, q, dk, input_precision=PRECISION)
     if BLOCK_D_2 > 0:
         dk_2 = tl.dot(ds, q_2, dk_2, input_precision=PRECISION)
@@ -63,10 +72,10 @@ def key_grads_kernel(
     stop_ptr, seen_ptr, count_ptr, edge_ptr, base_ptr, k_ptr, v_ptr, dk_ptr, dv_ptr,
     k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s,
-    pairs, heads_kv, seq_kv, tiles, blocks, chunk, chunk_blocks, slots, scale,
+    pairs, heads_kv, seq_kv, tiles, blocks, chunk, chunk_blocks, slots, scale, cap,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D_2: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_INTERVAL: tl.constexpr, KEEP_DS: tl.constexpr,
-    ADD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_INTERVAL: tl.constexpr, CAPPED: tl.constexpr,
+    KEEP_DS: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dK``, ``dV`` of one chunk's key blocks, and their ``dS`` against all rows that see them.
 
@@ -143,8 +152,8 @@ def key_grads_kernel(
             dk, dk_2, dv, dv_2 = _visit_rows(
                 dk, dk_2, dv, dv_2, k, k_2, v, v_2, q_desc, q_2_desc, dout_desc, dout_2_desc, ds_desc, terms,
                 rows_start, rows_stop, batch, head, tile * TILE + column, tiles * TILE, key_first,
-                (head * slots + slot) * BLOCK_N, column, seq_kv, scale * _LOG2_E, False, HAS_INTERVAL, KEEP_DS,
-                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_D_2, PRECISION,
+                (head * slots + slot) * BLOCK_N, column, seq_kv, scale * _LOG2_E, cap, False, HAS_INTERVAL, CAPPED,
+                KEEP_DS, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_D_2, PRECISION,
             )  # fmt: skip
         for step in tl.range(0, part * STEPS):
             tile = step // STEPS
@@ -158,8 +167,8 @@ def key_grads_kernel(
             dk, dk_2, dv, dv_2 = _visit_rows(
                 dk, dk_2, dv, dv_2, k, k_2, v, v_2, q_desc, q_2_desc, dout_desc, dout_2_desc, ds_desc, terms,
                 rows_start, rows_stop, batch, head, tile * TILE + column, tiles * TILE, key_first,
-                (head * slots + slot) * BLOCK_N, column, seq_kv, scale * _LOG2_E, True, HAS_INTERVAL, KEEP_DS,
-                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_D_2, PRECISION,
+                (head * slots + slot) * BLOCK_N, column, seq_kv, scale * _LOG2_E, cap, True, HAS_INTERVAL, CAPPED,
+                KEEP_DS, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_D_2, PRECISION,
             )  # fmt: skip
 
         key = key.to(tl.int64)[:, None]
@@ -242,17 +251,25 @@ def query_grads_kernel(
 
 @triton.jit
 def _add_query_grads(
-    acc, q, dout, lse, delta, k_desc, v_desc, batch, head, key_first, row_start, row_stop, scale_log2,
-    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    acc, q, dout, lse, delta, k_desc, v_desc, batch, head, key_first, row_start, row_stop, scale_log2, cap,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dS K`` of one block of keys, from the scores computed again."""
     k = k_desc.load([batch, head, key_first, 0]).reshape(BLOCK_N, BLOCK_D)
-    scores = tl.dot(q, k.T, input_precision=PRECISION) * scale_log2
+    scores = tl.dot(q, k.T, input_precision=PRECISION)
+    slope = 1.0
+    if CAPPED:
+        share = share_of_cap(scores, cap)
+        scores = cap * share
+        slope -= share * share
+    scores *= scale_log2
     if MASKED:
         key = key_first + tl.arange(0, BLOCK_N)
         seen = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_stop[:, None])
         scores = tl.where(seen, scores, float("-inf"))
     p = tl.exp2(scores - lse[:, None])
+    if CAPPED:
+        p *= slope
     v = v_desc.load([batch, head, key_first, 0]).reshape(BLOCK_N, BLOCK_D)
     ds = p * (tl.dot(dout, v.T, input_precision=PRECISION) - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
@@ -261,8 +278,8 @@ def _add_query_grads(
 @triton.jit(do_not_specialize=["heads_kv", "tiles"])
 def query_grads_again_kernel(
     q_desc, dout_desc, k_desc, v_desc, terms_ptr, start_ptr, stop_ptr, bounds_ptr, dq_ptr,
-    heads_kv, tiles, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
+    heads_kv, tiles, scale, cap,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dQ / scale`` of one tile of rows without a workspace, from only the keys that the tile sees."""
@@ -292,14 +309,14 @@ def query_grads_again_kernel(
     for key in tl.range(clear_first, clear_last, BLOCK_N):
         acc = _add_query_grads(
             acc, q, dout, lse, delta, k_desc, v_desc, batch, head, key, row_start, row_stop, scale * _LOG2_E,
-            False, BLOCK_N, BLOCK_D, PRECISION,
+            cap, False, CAPPED, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
     for block in tl.range(0, masked_blocks):
         after = clear_last + (block - blocks_before) * BLOCK_N
         key = tl.where(block < blocks_before, first + block * BLOCK_N, after)
         acc = _add_query_grads(
             acc, q, dout, lse, delta, k_desc, v_desc, batch, head, key, row_start, row_stop, scale * _LOG2_E,
-            True, BLOCK_N, BLOCK_D, PRECISION,
+            cap, True, CAPPED, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
     dim = tl.arange(0, BLOCK_D)
     row = (tl.program_id(1) * tiles + tile).to(tl.int64) * TILE + tl.arange(0, TILE)

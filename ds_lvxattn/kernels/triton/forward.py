@@ -24,15 +24,22 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Above every key position; a tile whose rows all see nothing gets the empty range [FAR, 0).
 _FAR = tl.constexpr(2**31 - 1)
+_LOG2_E = tl.constexpr(LOG2_E)
 _LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def share_of_cap(products, cap):
+    """``tanh(products / cap)``, exact to 1e-7 and 1 or -1 where the exponential overflows or vanishes."""
+    return 1.0 - 2.0 / (tl.exp2(products * (2.0 * _LOG2_E / cap)) + 1.0)
 
 
 @triton.jit
 def _attend(
     acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, first_key, row_start,
-    row_stop, seq_kv, scale_log2,
-    MASKED: tl.constexpr, HAS_INTERVAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_D_2: tl.constexpr, PRECISION: tl.constexpr,
+    row_stop, seq_kv, scale_log2, cap,
+    MASKED: tl.constexpr, HAS_INTERVAL: tl.constexpr, CAPPED: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_D_2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over the keys ``[first_key, first_key + BLOCK_N)``, in base 2."""
     k = k_desc.load([batch, head, first_key, 0]).reshape(BLOCK_N, BLOCK_D)
@@ -40,6 +47,8 @@ def _attend(
     if BLOCK_D_2 > 0:
         k_2 = k_2_desc.load([batch, head, first_key, BLOCK_D]).reshape(BLOCK_N, BLOCK_D_2)
         scores = tl.dot(q_2, k_2.T, scores, input_precision=PRECISION)
+    if CAPPED:
+        scores = cap * share_of_cap(scores, cap)
     if MASKED:
         key = first_key + tl.arange(0, BLOCK_N)
         if HAS_INTERVAL:
@@ -84,15 +93,18 @@ def _interval_forward_kernel(
     q_ptr, k_desc, k_2_desc, v_desc, v_2_desc, start_ptr, stop_ptr, out_ptr, lse_ptr,
     q_stride_b, q_stride_h, q_stride_s, bound_stride_b,
     out_stride_split, out_stride_b, out_stride_h, out_stride_s, lse_stride_split,
-    pairs, tiles, heads_kv, seq_q, seq_kv, splits, scale_log2,
+    pairs, tiles, heads_kv, seq_q, seq_kv, splits, scale_log2, cap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D_2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_INTERVAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_INTERVAL: tl.constexpr, CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M rows of one key/value head against one share of the keys that the tile sees.
 
     Row ``r`` of a key/value head is query ``r // GROUP`` of its group's head ``r % GROUP``: neighbouring rows
     have neighbouring intervals, so a tile's union of intervals stays narrow, and each key is read once for
     all heads.
+
+    A soft cap is given as ``cap = softcap / scale``, which caps the products of queries and keys.
     """
     # With a mask, later rows may see more keys: starting with the last tiles of all heads leaves the short ones for
     # the end. Without, all tiles of a head come together and share its keys.
@@ -160,23 +172,27 @@ def _interval_forward_kernel(
     for key in tl.range(enter, clear_last, BLOCK_N):
         acc, acc_2, row_max, row_sum = _attend(
             acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, key, row_start,
-            row_stop, seq_kv, scale_log2, False, HAS_INTERVAL, BLOCK_N, BLOCK_D, BLOCK_D_2, PRECISION,
+            row_stop, seq_kv, scale_log2, cap, False, HAS_INTERVAL, CAPPED, BLOCK_N, BLOCK_D, BLOCK_D_2,
+            PRECISION,
         )  # fmt: skip
     for key in tl.range(clear_last, last, BLOCK_N):
         acc, acc_2, row_max, row_sum = _attend(
             acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, key, row_start,
-            row_stop, seq_kv, scale_log2, True, HAS_INTERVAL, BLOCK_N, BLOCK_D, BLOCK_D_2, PRECISION,
+            row_stop, seq_kv, scale_log2, cap, True, HAS_INTERVAL, CAPPED, BLOCK_N, BLOCK_D, BLOCK_D_2,
+            PRECISION,
         )  # fmt: skip
     if HAS_INTERVAL:
         for key in tl.range(first, clear_first, BLOCK_N):
             acc, acc_2, row_max, row_sum = _attend(
                 acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, key, row_start,
-                row_stop, seq_kv, scale_log2, True, HAS_INTERVAL, BLOCK_N, BLOCK_D, BLOCK_D_2, PRECISION,
+                row_stop, seq_kv, scale_log2, cap, True, HAS_INTERVAL, CAPPED, BLOCK_N, BLOCK_D, BLOCK_D_2,
+                PRECISION,
             )  # fmt: skip
         for key in tl.range(clear_first, enter, BLOCK_N):
             acc, acc_2, row_max, row_sum = _attend(
                 acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, key, row_start,
-                row_stop, seq_kv, scale_log2, False, HAS_INTERVAL, BLOCK_N, BLOCK_D, BLOCK_D_2, PRECISION,
+                row_stop, seq_kv, scale_log2, cap, False, HAS_INTERVAL, CAPPED, BLOCK_N, BLOCK_D, BLOCK_D_2,
+                PRECISION,
             )  # fmt: skip
 
     sees = sees & (row_sum > 0)
@@ -258,6 +274,7 @@ def interval_forward(
     stop: Tensor | None,
     scale: float,
     config: ForwardConfig | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``q`` over each row's own range of the keys at hand.
 
@@ -268,6 +285,7 @@ def interval_forward(
             ``0 <= start_i <= stop_i <= S_kv``; None for both when every row sees every key.
         scale: positive factor of the scores, usually ``D ** -0.5``.
         config: other tiles than the tuned ones.
+        softcap: soft cap of the scores, positive; None: none.
 
     Returns:
         ``out [B, H_q, S_q, D]`` in the dtype and, where they are dense, the strides of ``q``; float32 natural
@@ -306,9 +324,9 @@ def interval_forward(
         q, *row_descriptors(rows_for_copy_engine(k), config.block_n),
         *row_descriptors(rows_for_copy_engine(v), config.block_n), start, stop, part_out, part_lse,
         *q.stride()[:3], seq_q, *part_out.stride()[:4], part_lse.stride(0),
-        batch * heads_kv, tiles, heads_kv, seq_q, seq_kv, splits, scale * LOG2_E,
+        batch * heads_kv, tiles, heads_kv, seq_q, seq_kv, splits, scale * LOG2_E, (softcap or 0.0) / scale,
         GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_D_2=block_d_2, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, HAS_INTERVAL=has_interval,
+        BLOCK_N=config.block_n, HAS_INTERVAL=has_interval, CAPPED=softcap is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

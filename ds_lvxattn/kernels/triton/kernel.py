@@ -33,11 +33,18 @@ class TritonKernel:
         return interval_forward_supported(call.dtype, call.head_dim, call.device)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: Tensor | None,
+        stop: Tensor | None,
+        scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         from ds_lvxattn.kernels.triton.forward import interval_forward
 
-        return interval_forward(q, k, v, start, stop, scale)
+        return interval_forward(q, k, v, start, stop, scale, softcap=softcap)
 
     def backward(
         self,
@@ -51,8 +58,9 @@ class TritonKernel:
         start: Tensor | None,
         stop: Tensor | None,
         scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from ds_lvxattn.kernels.triton.backward import interval_backward
 
         assert delta is not None
-        return interval_backward(dout, q, k, v, lse, delta, start, stop, scale)
+        return interval_backward(dout, q, k, v, lse, delta, start, stop, scale, softcap=softcap)
