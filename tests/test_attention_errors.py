@@ -173,12 +173,12 @@ TWO_RANKS: dict[str, tuple[dict[str, int], dict[str, Any], str]] = {
     "more ranks than heads": (
         {"heads": 1, "kv_heads": 1},
         {"strategy": "ulysses"},
-        "1 query heads do not divide over 2 ranks; use lv_xattn",
+        "1 query heads are fewer than 2 ranks; use lv_xattn",
     ),
-    "key heads": (
-        {"heads": 6, "kv_heads": 3},
-        {"strategy": "ulysses"},
-        "3 key heads do not fit 2 ranks; use lv_xattn",
+    "more ranks of a node than heads": (
+        {"heads": 1, "kv_heads": 1},
+        {"strategy": "hybrid", "inner_size": 2},
+        "1 query heads are fewer than 2 ranks of a node; use lv_xattn",
     ),
     "replicated queries, ulysses": (
         {},

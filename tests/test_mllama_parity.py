@@ -18,6 +18,7 @@ from transformers.models.mllama.processing_mllama import (
 )
 
 from ds_lvxattn.families.mllama import Mllama
+from ds_lvxattn.plan.memory import POLICIES
 from tests.support.distributed import run
 from tests.support.marks import slow
 from tests.support.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
@@ -100,6 +101,33 @@ def test_a_batch_gives_each_sample_what_it_gives_alone() -> None:
     for mode, got in zip(MODES, run(2, in_all_modes, (UNEQUAL_TEXT_FIRST,), torch.float64)[0][0], strict=True):
         loss, gradient = largest_differences(got, want)
         assert loss < 1e-12 and gradient < 1e-11, (mode, loss, gradient)
+
+
+def by_heads(patterns: tuple[str, ...]) -> list[tuple[tuple[float, Gradients], int, int]]:
+    """Loss and gradients by ``ulysses`` under every policy, and the bytes received and planned."""
+    samples, results = samples_of(patterns), []
+    for recompute in POLICIES:
+        model = tiny_model(tiny_config(), torch.float64).train()
+        batches = attach(model, 3, ("ulysses", "auto", "striped"), samples, recompute=recompute)
+        comm, plan = batches.parallel.comm, [layer for layer in batches.planner.plan if layer.role != "local"]
+        comm.reset()
+        loss = loss_of(model, samples, batches)
+        loss.backward()
+        planned = sum(layer.predicted_bytes["ulysses"] for layer in plan)
+        results.append((sum_over_ranks(loss, gradients_of(model)), comm.bytes_received, planned))
+    return results
+
+
+def test_four_heads_on_three_ranks() -> None:
+    """``ulysses``, whose ranks get two heads, one and one."""
+    patterns = BATCHES["several images"]
+    want = on_one_rank(patterns, torch.float64, 1, loss_of)
+    for rank, results in enumerate(run(3, by_heads, patterns)):
+        for policy, (got, received, planned) in zip(POLICIES, results, strict=True):
+            assert 0 < received <= planned, policy  # planned for the rank that receives most
+            if rank == 0:
+                loss, gradient = largest_differences(got, want)
+                assert loss < 1e-12 and gradient < 1e-11, (policy, loss, gradient)
 
 
 def test_padding_tiles_are_dropped() -> None:

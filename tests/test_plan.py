@@ -35,6 +35,13 @@ CALLS = {
     "2 x 2, masked": Layer(
         (4, 0, 3, 5), (10, 5, 0, 30), heads=2, kv_heads=1, inner_size=2, masked=True, lse_in_loss=False, seed=4
     ),
+    "3 ranks, heads that they do not divide": Layer((4, 3, 0), (10, 5, 7), lse_in_loss=False),
+    "4 ranks, heads of each key head divided unequally": Layer(
+        (4, 0, 3, 5), (10, 5, 0, 7), heads=10, kv_heads=2, dtype=torch.float32, lse_in_loss=False
+    ),
+    "2 x 2, heads that a node does not divide": Layer(
+        (4, 3, 3, 5), (10, 5, 0, 7), heads=6, kv_heads=3, inner_size=2, masked=True, lse_in_loss=False, seed=5
+    ),
     "3 ranks, one key head": Layer((4, 3, 0), (10, 5, 7), heads=6, kv_heads=1, dtype=torch.float32, lse_in_loss=False),
 }
 
@@ -204,7 +211,7 @@ def test_a_pattern_without_a_layer_is_an_error(pattern: str) -> None:
     assert repr(pattern) in str(error.value) and LAYERS[1].name in str(error.value)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (2, 1), (6, 3)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (2, 1), (1, 1)])
 def test_ulysses_without_enough_heads(heads: int, kv_heads: int) -> None:
     layer = AttentionLayer("text.layers.1.cross_attn", "cross", heads, kv_heads, 16)
     with pytest.raises(ConfigError) as error:

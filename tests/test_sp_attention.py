@@ -103,6 +103,51 @@ def test_as_accurate_as_one_device(ranks: int) -> None:
     holds()
 
 
+@st.composite
+def cases_of_any_heads(draw: st.DrawFn, ranks: int) -> Case:
+    """Query heads at least as many as ranks, which mostly divide neither them nor the key heads."""
+    kv_heads = draw(st.integers(1, 6))
+    group = draw(st.integers(-(-ranks // kv_heads), max(7, ranks)))
+    mask = draw(st.sampled_from(["none", "random", "blind rows"]))
+    return Case(
+        q=lengths(draw, ranks, 6),
+        kv=lengths(draw, ranks, 20),
+        batch=draw(st.integers(1, 2)),
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([1, 8, 16])),
+        dtype=draw(st.sampled_from(sorted(DTYPES))),
+        mask=mask,
+        pieces=draw(st.integers(1, 3)) if mask == "random" else 1,
+        loss=draw(st.sampled_from(["out", "out and lse", "lse"])),
+        interval_of_all_ranks=draw(st.booleans()),
+        transposed=draw(st.booleans()),
+        head_groups=draw(st.sampled_from([None, (kv_heads, 1)])),
+        inner_size=draw(st.sampled_from([size for size in (2, 3, 1) if ranks % size == 0])),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+def attend_by_heads(case: Case) -> dict[tuple[str, str, str], list[Tensor]]:
+    return {mode: attend(case, mode, dist.get_rank()) for mode in modes_by_heads(case)}
+
+
+def modes_by_heads(case: Case) -> list[tuple[str, str, str]]:
+    """Those that redistribute heads."""
+    return [mode for mode in case.modes if mode[0] in ("ulysses", "hybrid")]
+
+
+@pytest.mark.parametrize("ranks", [3, 4, 6])
+def test_heads_that_the_ranks_do_not_divide(ranks: int) -> None:
+    @settings(max_examples=EXAMPLES or 6, derandomize=not EXAMPLES, deadline=None, database=None)
+    @given(cases_of_any_heads(ranks))
+    def holds(case: Case) -> None:
+        assert ("ulysses", "auto", "sharded") in modes_by_heads(case)
+        check(case, run(ranks, attend_by_heads, case), modes_by_heads(case))
+
+    holds()
+
+
 def random_steps(ranks: int, count: int) -> list[tuple[Case, tuple[str, str, str]]]:
     """``count`` attention calls that have nothing in common but the ranks; some ranks hold nothing."""
     choose = random.Random(ranks)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
 from ds_lvxattn.exchange.comm import communicator
+from ds_lvxattn.plan.head_shards import head_shards
 from ds_lvxattn.plan.modes import eligible_modes
 from tests.support.distributed import device, run
 from tests.support.traffic import Layer, traffic_of
@@ -72,6 +73,8 @@ def formulas(layer: Layer, mode: tuple[str, str, str], rank: int) -> tuple[dict[
         forward = {"outputs": (n - 1) * total * (row + stat)}
         return forward, {"query gradients": 2 * (n - 1) * total * row // size * wide // n}
     if mode == ULYSSES:
+        if layer.heads % n or layer.kv_heads % n and n % layer.kv_heads:
+            return uneven_ulysses(layer, rank, row // layer.heads, stat // layer.heads)
         kv_row = layer.batch * max(layer.kv_heads, n) * layer.head_dim * size
         rows, keys = (n - 1) * max(layer.q_lengths), (n - 1) * max(layer.kv_lengths)
         forward = {
@@ -90,6 +93,26 @@ def formulas(layer: Layer, mode: tuple[str, str, str], rank: int) -> tuple[dict[
     return {"keys and values": visiting}, {"keys and values": visiting, "key and value gradients": gradients}
 
 
+def uneven_ulysses(layer: Layer, rank: int, vector: int, stat: int) -> tuple[dict[str, int], dict[str, int]]:
+    """``formulas`` of heads that the ranks do not divide; ``vector``, ``stat``: bytes of a row of one head."""
+    shards = head_shards(layer.heads, layer.kv_heads, layer.ranks)
+    others = [other for other in range(layer.ranks) if other != rank]
+    rows, keys = (sum(lengths[other] for other in others) for lengths in (layer.q_lengths, layer.kv_lengths))
+    heads, kv_heads = (sum(len(getattr(shards[other], kind)) for other in others) for kind in ("queries", "keys"))
+    own_rows, own_keys = layer.q_lengths[rank], layer.kv_lengths[rank]
+    to_heads = {"queries": rows * len(shards[rank].queries) * vector}
+    to_rows = {"outputs": own_rows * heads * vector, "lse": own_rows * heads * stat}
+    forward = {**to_heads, **to_rows, "keys and values": 2 * keys * len(shards[rank].keys) * vector}
+    backward = {
+        "outputs": to_heads["queries"],
+        "queries": to_rows["outputs"],
+        "keys and values": 2 * own_keys * kv_heads * vector,
+    }
+    if layer.lse_in_loss:
+        backward["lse"] = rows * len(shards[rank].queries) * stat
+    return forward, backward
+
+
 LAYERS = {
     "even": Layer((6, 6), (40, 40)),
     "kernel that takes the output": Layer((6, 6), (40, 40), kernel="flash", lse_in_loss=False),
@@ -99,6 +122,7 @@ LAYERS = {
     "masked, three ranges a row": Layer((5, 9), (31, 8), masked=True, keep_queries=False, batch=1, seed=2, pieces=3),
     "uneven": Layer((5, 2), (31, 8), dtype=torch.float32),
     "empty": Layer((0, 3), (7, 0), dtype=torch.float64),
+    "3 ranks, heads that they do not divide": Layer((5, 2, 4), (31, 8, 0)),
     "4 ranks": Layer((4, 4, 4, 4), (24, 24, 24, 24)),
     "4 ranks, uneven, fewer key heads": Layer((5, 0, 2, 1), (9, 31, 0, 12), kv_heads=2, dtype=torch.float16),
     "4 ranks, masked": Layer((5, 0, 2, 1), (9, 31, 0, 12), kv_heads=2, dtype=torch.float32, masked=True, seed=3),

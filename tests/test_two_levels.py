@@ -221,13 +221,14 @@ def test_between_nodes_fall_by_the_gpus_of_a_node() -> None:
 
 
 def test_more_ranks_than_key_heads_leave_a_choice() -> None:
-    """64 ranks, 8 key heads: flat Ulysses cannot divide 32 query heads, on nodes of 8 heads are divided."""
+    """64 ranks, 8 key heads: flat Ulysses has no query head for half of the ranks, on nodes of 8 heads are divided."""
     profile = load_profile("h200")
     found = {c.mode.key: c for c in candidates(layer(65_536, 65_536, 64, 8), profile)}
     assert found["ulysses", "auto"].cost is None and found["hybrid", "kv_ring"].cost is not None
     chosen = choose(list(found.values()))
     assert chosen is not None and chosen.mode.two_levels
-    assert mode_named("hybrid").obstacle(28, 4, 64, 8) is not None
+    obstacle = mode_named("hybrid").obstacle
+    assert obstacle(7, 7, 64, 8) is not None and obstacle(28, 4, 64, 8) is None
 
 
 @pytest.mark.parametrize(("inner_size", "levels"), [(None, 1), (1, 1), (2, 2)])

@@ -63,3 +63,5 @@ class Exchange:
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, Exchange], tuple[Tensor, Tensor]]
+# The same with everything but the tensors settled, for whichever heads it is given.
+Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -176,11 +176,24 @@ class SequenceShards:
         members = members or range(self.ranks)
         lengths = [self.lengths[rank] for rank in members]
         width = max(lengths) if width is None else width
-        places = [place * width + np.arange(length) for place, length in enumerate(lengths)]
+        order = self.order_from_ranks(members)
+        if order is None and set(lengths) == {width}:
+            return None
+        places = np.concatenate([place * width + np.arange(length) for place, length in enumerate(lengths)])
+        return (places if order is None else places[order]).tolist()
+
+    def order_from_ranks(self, members: range) -> list[int] | None:
+        """Where the tokens of some consecutive ranks, ascending, lie in those of the ranks one after another; None where
+        that is the identity."""
         if not self.stripe and not self.units:
+<<<<<<< HEAD
             return None if set(lengths) == {width} else np.concatenate(places)
         positions = [np.asarray(self.index(rank)) for rank in members]
         return np.concatenate(places)[np.argsort(np.concatenate(positions))]
+=======
+            return None
+        return np.argsort(np.concatenate([np.asarray(self.index(rank)) for rank in members])).tolist()
+>>>>>>> e547d65 (Ulysses and hybrid with heads that the ranks do not divide: uneven all-to-all, bytes exact, no padding)
 
     def of_nodes(self, size: int) -> SequenceShards:
         """The same sequence, divided over nodes of ``size`` consecutive ranks, which hold what their ranks hold."""

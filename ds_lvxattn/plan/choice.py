@@ -6,9 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ds_lvxattn.plan.cost import Cost, Layer
+from ds_lvxattn.plan.head_shards import divides_heads
 from ds_lvxattn.plan.modes import Mode, ModeKey, eligible_modes
 from ds_lvxattn.plan.profile import Profile
-from ds_lvxattn.plan.traffic import CallShape
+from ds_lvxattn.plan.traffic import CallShape, LayerShape
 
 # Predictions closer than this are a tie, which fewer bytes decide: they are exact, and what is shared with others.
 TIE = 0.01
@@ -76,7 +77,7 @@ def candidates(
         if why is not None:
             found.append(Candidate(mode, None, None, None, why))
             continue
-        most = max((mode.traffic(shape, rank) for rank in _ranks_that_differ(layer)), key=lambda each: each.total)
+        most = max((mode.traffic(shape, rank) for rank in _ranks_that_differ(shape, mode)), key=lambda each: each.total)
         received, between = most.total, most.between
         if mode.routes_by_mask and shape.routed_rows is None:  # no batch at hand: as the mask's summary says
             received, between = (round(size * layer.mask.rows_seen) for size in (received, between))
@@ -84,11 +85,12 @@ def candidates(
     return found
 
 
-def _ranks_that_differ(layer: Layer) -> Collection[int]:
-    """One rank for all that have the same shards around them: even shards make all ranks equal."""
-    shape = layer.shape
-    even = len(set(shape.q_lengths)) == 1 and len(set(shape.kv_lengths)) == 1 and shape.routed_rows is None
-    return (0,) if even else range(shape.ranks)
+def _ranks_that_differ(shape: LayerShape, mode: Mode) -> Collection[int]:
+    """One rank for all that have the same heads, and the same shards around them."""
+    if len(set(shape.q_lengths)) > 1 or len(set(shape.kv_lengths)) > 1 or shape.routed_rows is not None:
+        return range(shape.ranks)
+    shared_by = mode.head_ranks(shape)
+    return (0,) if divides_heads(shape.heads, shape.kv_heads, shared_by) else range(shared_by)
 
 
 def choose(found: Sequence[Candidate], before: ModeKey | None = None) -> Candidate | None:

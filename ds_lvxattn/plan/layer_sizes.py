@@ -47,6 +47,11 @@ class LayerSizes:
     inner_size: int | None = None
 
     @property
+    def inner(self) -> int:
+        """Ranks of a node."""
+        return self.inner_size or self.ranks
+
+    @property
     def statistic(self) -> int:
         """Bytes of a log-sum-exp value."""
         return 8 if self.element == 8 else FLOAT32

@@ -56,21 +56,19 @@ def _two_levels(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange, across: Att
         return across(q, k, v, exchange)
     if outer.ranks == 1:
         return ulysses_attention(q, k, v, exchange)
-    size, layout, interval = inner.ranks, exchange.layout, exchange.interval
-    kv_heads = max(k.shape[1] // size, 1)
-    groups = exchange.head_groups
+    size, layout, interval, groups = inner.ranks, exchange.layout, exchange.interval, exchange.head_groups
     between = replace(
         exchange,
         comm=outer,
         layout=layout.of_nodes(size),
         interval=None if interval is None else interval.of_nodes(layout.q, size),
-        # Of the heads that are left.
-        head_groups=None if groups is None else (math.gcd(groups[0], kv_heads), math.gcd(groups[1], kv_heads)),
         grid=None,
     )
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return across(q, k, v, between)
+        # Of the heads that are left. They are the same on all ranks of the outer group, which have equal places.
+        left = None if groups is None else (math.gcd(groups[0], k.shape[1]), math.gcd(groups[1], k.shape[1]))
+        return across(q, k, v, replace(between, head_groups=left))
 
     members = range(outer.rank * size, (outer.rank + 1) * size)
     return redistributed_heads(q, k, v, inner, layout, members, attend)

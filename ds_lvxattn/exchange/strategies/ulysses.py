@@ -2,20 +2,22 @@
 
 ``deepspeed.sequence.layer.DistributedAttention`` does the exchange and its backward pass; between its
 all-to-alls stands the registered local attention operator, so intervals and every kernel work here too.
+Heads that the ranks do not divide are exchanged by ``exchange/uneven_heads.py``.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ds_lvxattn.exchange.arguments import Exchange
+from ds_lvxattn.exchange.arguments import Attend, Exchange
 from ds_lvxattn.exchange.comm import Communicator
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
+from ds_lvxattn.exchange.uneven_heads import redistributed_uneven_heads
 from ds_lvxattn.kernels.operator import local_attention
+from ds_lvxattn.plan.head_shards import divides_heads
 
 
 # Never part of a compiled graph: DeepSpeed's exchange and the count of its bytes, in the backward pass too, are of
@@ -47,13 +49,7 @@ def _ranges_in_order(exchange: Exchange) -> tuple[Tensor | None, Tensor | None]:
 
 
 def redistributed_heads(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    comm: Communicator,
-    layout: ShardLayout,
-    members: range,
-    attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    q: Tensor, k: Tensor, v: Tensor, comm: Communicator, layout: ShardLayout, members: range, attend: Attend
 ) -> tuple[Tensor, Tensor]:
     """``attend`` with this rank's share of the heads, for all rows and keys of the ranks of ``comm``.
 
@@ -62,11 +58,13 @@ def redistributed_heads(
         layout: shards of queries and keys over ``comm`` and maybe more ranks.
         members: the ranks of ``layout`` that ``comm`` consists of.
         attend: takes q, k and v, ``[B, heads, rows or keys, D]`` in the order of the sequence; gives output and
-            log-sum-exp.
+            log-sum-exp. Called once where the ranks divide the heads.
 
     Returns:
         Output and log-sum-exp of the rank's own rows with all heads.
     """
+    if not divides_heads(q.shape[1], k.shape[1], comm.ranks):
+        return redistributed_uneven_heads(q, k, v, comm, layout, members, attend)
     if k.shape[1] < comm.ranks:
         # Each rank needs a key head of its own: the group's heads are sent to every rank that shares one.
         k, v = (x.repeat_interleave(comm.ranks // k.shape[1], dim=1) for x in (k, v))
@@ -81,13 +79,7 @@ def redistributed_heads(
 class _HeadShard:
     """Attention of this rank's heads over the whole sequence: what DistributedAttention calls in the middle."""
 
-    def __init__(
-        self,
-        comm: Communicator,
-        layout: ShardLayout,
-        members: range,
-        attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
-    ) -> None:
+    def __init__(self, comm: Communicator, layout: ShardLayout, members: range, attend: Attend) -> None:
         self.comm, self.layout, self.members, self.attend = comm, layout, members, attend
         self.lse: Tensor
 

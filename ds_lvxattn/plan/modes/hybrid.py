@@ -7,10 +7,11 @@ formulas give bytes, time and memory of that level, on the links between nodes.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from ds_lvxattn.plan import network
 from ds_lvxattn.plan.cost import Layer, Pass, Passes
+from ds_lvxattn.plan.head_shards import busiest_shard, head_shards
 from ds_lvxattn.plan.layer_sizes import LayerSizes
 from ds_lvxattn.plan.modes import ulysses
 from ds_lvxattn.plan.modes.gather import GATHER
@@ -29,15 +30,15 @@ def obstacle(heads: int, kv_heads: int, ranks: int, inner_size: int) -> str | No
     return None if why is None else why.replace("ranks;", "ranks of a node;")
 
 
-def between_nodes(shape: LayerShape) -> LayerShape:
-    """The layer as the ranks of equal place on all nodes see it."""
+def between_nodes(shape: LayerShape, heads: int, kv_heads: int) -> LayerShape:
+    """The layer, with those heads, as the ranks of equal place on all nodes see it."""
     size = shape.inner
     nodes = [slice(i, i + size) for i in range(0, shape.ranks, size)]
     work = shape.visible_work
     return replace(
         shape,
-        heads=max(shape.heads // size, 1),
-        kv_heads=max(shape.kv_heads // size, 1),
+        heads=heads,
+        kv_heads=kv_heads,
         q_lengths=tuple(sum(shape.q_lengths[node]) for node in nodes),
         kv_lengths=tuple(sum(shape.kv_lengths[node]) for node in nodes),
         routed_rows=shape.routed_between,
@@ -57,19 +58,27 @@ def inside_node(shape: LayerShape, rank: int) -> LayerShape:
     )  # fmt: skip
 
 
-def sizes_between(sizes: LayerSizes) -> LayerSizes:
-    """``between_nodes`` of what a decoder layer keeps, of even shards."""
-    inner = sizes.inner_size or 1
-    return replace(
-        sizes,
-        ranks=sizes.ranks // inner,
-        rows=inner * sizes.rows,
-        longest_rows=inner * sizes.longest_rows,
-        keys=inner * sizes.keys,
-        heads=max(sizes.heads // inner, 1),
-        kv_heads=max(sizes.kv_heads // inner, 1),
-        inner_size=1,
-    )
+def busiest_parts(sizes: LayerShape | LayerSizes) -> tuple[tuple[int, int], ...]:
+    """The heads that the busiest rank of a node has, in the runs that cross between nodes one after another."""
+    return busiest_shard(sizes.heads, sizes.kv_heads, sizes.inner).parts
+
+
+def sizes_between(sizes: LayerSizes) -> list[LayerSizes]:
+    """``between_nodes`` of what a decoder layer keeps, of even shards, for the heads of the busiest rank."""
+    inner = sizes.inner
+    return [
+        replace(
+            sizes,
+            ranks=sizes.ranks // inner,
+            rows=inner * sizes.rows,
+            longest_rows=inner * sizes.longest_rows,
+            keys=inner * sizes.keys,
+            heads=heads,
+            kv_heads=kv_heads,
+            inner_size=1,
+        )
+        for heads, kv_heads in busiest_parts(sizes)
+    ]
 
 
 def two_levels(flat: Mode, schedule: str, implementation: str, colour: str) -> Mode:
@@ -82,17 +91,28 @@ def two_levels(flat: Mode, schedule: str, implementation: str, colour: str) -> M
         if shape.nodes == 1:
             return ulysses.traffic(shape, rank)
         inside = ulysses.traffic(inside_node(shape, rank), rank % shape.inner)
-        outside = flat.traffic(between_nodes(shape), rank // shape.inner)
-        return Traffic(inside.forward + outside.forward, inside.backward + outside.backward, outside.total)
+        own = head_shards(shape.heads, shape.kv_heads, shape.inner)[rank % shape.inner]
+        across = [flat.traffic(between_nodes(shape, *part), rank // shape.inner) for part in own.parts]
+        return Traffic(
+            inside.forward + sum(each.forward for each in across),
+            inside.backward + sum(each.backward for each in across),
+            sum(each.total for each in across),
+        )
 
-    def outer(layer: Layer, profile: Profile) -> tuple[Layer, Profile]:
-        size = layer.shape.inner
+    def outer(layer: Layer, profile: Profile) -> tuple[list[Layer], Profile]:
+        """The layers, one a run of heads, that the busiest rank computes between nodes, and the links there."""
+        size, groups = layer.shape.inner, layer.groups
         seen = replace(layer.mask, rows_seen=min(layer.mask.rows_seen * size, 1.0))
-        level = replace(layer, shape=between_nodes(layer.shape), mask=seen, features=0)
-        if level.groups is not None:
-            kv_heads = level.shape.kv_heads
-            level = replace(level, groups=(math.gcd(level.groups[0], kv_heads), math.gcd(level.groups[1], kv_heads)))
-        return level, network.outer_level(profile, size)
+        level = replace(layer, mask=seen, features=0)
+        levels = [
+            replace(
+                level,
+                shape=between_nodes(layer.shape, heads, kv_heads),
+                groups=None if groups is None else (math.gcd(groups[0], kv_heads), math.gcd(groups[1], kv_heads)),
+            )
+            for heads, kv_heads in busiest_parts(layer.shape)
+        ]
+        return levels, network.outer_level(profile, size)
 
     def passes(layer: Layer, profile: Profile) -> Passes:
         """Both levels after each other; only the outer one overlaps kernels."""
@@ -100,33 +120,38 @@ def two_levels(flat: Mode, schedule: str, implementation: str, colour: str) -> M
             return flat.passes(layer, profile)
         if layer.shape.nodes == 1:
             return ulysses.passes(layer, profile)
-        across = flat.passes(*outer(layer, profile))
+        levels, links = outer(layer, profile)
+        across = [flat.passes(level, links) for level in levels]
         inside = ulysses.redistribution(layer.shape, network.inner_level(profile, layer.shape.inner), layer.shape.inner)
-        return Passes(_sum(across.forward, inside.forward), _sum(across.backward, inside.backward), inside.repeated)
+        return Passes(
+            _sum(inside.forward, *(each.forward for each in across)),
+            _sum(inside.backward, *(each.backward for each in across)),
+            inside.repeated,
+        )
 
     def workspace(layer: Layer, profile: Profile) -> float:
-        shape = layer.shape
-        copies = max(shape.inner // shape.kv_heads, 1)
-        held = 2 * shape.query_bytes(max(shape.q_lengths)) + copies * shape.kv_bytes(max(shape.kv_lengths))
-        return 3 * held + flat.workspace(*outer(layer, profile))
+        levels, links = outer(layer, profile)
+        return ulysses.held(layer.shape, layer.shape.inner) + max(flat.workspace(level, links) for level in levels)
 
     def returned(sizes: LayerSizes) -> int:
-        if sizes.inner_size in (None, sizes.ranks):
+        if sizes.inner == sizes.ranks:
             return ulysses.returned(sizes)
-        return flat.returned(sizes_between(sizes))
+        return sum(flat.returned(level) for level in sizes_between(sizes))
 
     def inputs(sizes: LayerSizes) -> int:
         """Its share of the heads, as the flat mode saves it, and the output on its way back."""
-        if sizes.inner_size in (None, sizes.ranks):
+        if sizes.inner == sizes.ranks:
             return ulysses.inputs(sizes)
-        if sizes.inner_size == 1:
+        if sizes.inner == 1:
             return flat.inputs(sizes)
-        level = sizes_between(sizes)
-        return flat.inputs(level) + level.query_bytes(level.rows)
+        return sum(flat.inputs(level) + level.query_bytes(level.rows) for level in sizes_between(sizes))
 
     def pipeline(layer: Layer, profile: Profile) -> tuple[int, int]:
+        """Groups of the largest run of heads, as far as they are groups of all heads too, which a plan counts."""
         assert flat.pipeline is not None
-        return flat.pipeline(*outer(layer, profile))
+        levels, links = outer(layer, profile)
+        groups = flat.pipeline(max(levels, key=lambda level: level.shape.heads), links)
+        return math.gcd(groups[0], layer.shape.kv_heads), math.gcd(groups[1], layer.shape.kv_heads)
 
     return Mode(
         strategy="hybrid",
@@ -144,12 +169,13 @@ def two_levels(flat: Mode, schedule: str, implementation: str, colour: str) -> M
         pipeline=pipeline if flat.pipeline else None,
         step_a_rank=flat.step_a_rank,
         two_levels=True,
+        head_ranks=lambda shape: shape.inner,
         host_like=(ulysses.ULYSSES, GATHER if flat is KV_GATHER else flat),
     )
 
 
-def _sum(a: Pass, b: Pass) -> Pass:
-    return Pass(a.kernel + b.kernel, a.passes + b.passes, a.exchange + b.exchange)
+def _sum(*passes: Pass) -> Pass:
+    return Pass(*(sum(getattr(each, part.name) for each in passes) for part in fields(Pass)))
 
 
 HYBRID_GATHER = two_levels(GATHER, "gather", "gather_between_nodes", "#b35806")

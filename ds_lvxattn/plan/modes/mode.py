@@ -19,6 +19,10 @@ def _runs_anywhere(heads: int, kv_heads: int, ranks: int, inner_size: int) -> st
     return None
 
 
+def _all_heads_everywhere(shape: LayerShape) -> int:
+    return 1
+
+
 @dataclass(frozen=True)
 class Mode:
     """A strategy and schedule. Config values, choice, memory, recomputation, pictures and tests derive from it.
@@ -44,6 +48,8 @@ class Mode:
         two_levels: tells ranks of one node from those of others; on one node, or with one rank a node, it is another.
         host_like: modes whose host times together stand for its own where a profile lacks it.
         step_a_rank: the host issues a step for every rank, so that its time grows with them.
+        head_ranks: ``(shape)``, ranks that share out the heads of a layer: those of one node, or of the group, differ
+            where they do not divide the heads. 1 where every rank has all of them.
         eligible: whether a config may name it and the planner may choose it.
     """
 
@@ -64,6 +70,7 @@ class Mode:
     two_levels: bool = False
     host_like: tuple[Mode, ...] = ()
     step_a_rank: bool = False
+    head_ranks: Callable[[LayerShape], int] = _all_heads_everywhere
     eligible: bool = True
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ds_lvxattn.plan import network
 from ds_lvxattn.plan.cost import Layer, Pass, Passes, kernel_times, moved
+from ds_lvxattn.plan.head_shards import busiest_shard, divides_heads, head_shards
 from ds_lvxattn.plan.layer_sizes import LayerSizes
 from ds_lvxattn.plan.modes.mode import LOCAL_OPERATOR, Mode
 from ds_lvxattn.plan.profile import Profile
@@ -14,45 +15,57 @@ from ds_lvxattn.plan.traffic import LayerShape, Traffic, from_sources
 
 
 def obstacle(heads: int, kv_heads: int, ranks: int, inner_size: int) -> str | None:
-    """Query heads that the ranks divide, and key heads that they divide or multiply."""
-    if heads % ranks:
-        return f"{heads} query heads do not divide over {ranks} ranks; use lv_xattn, which has no such limit"
-    if kv_heads % ranks and ranks % kv_heads:
-        return f"{kv_heads} key heads do not fit {ranks} ranks; use lv_xattn, which has no such limit"
+    """A query head for every rank: others would have nothing to do."""
+    if heads < ranks:
+        return f"{heads} query heads are fewer than {ranks} ranks; use lv_xattn, which has no such limit"
     return None
 
 
 def traffic(shape: LayerShape, rank: int) -> Traffic:
     """q, k, v and the output change hands, each gradient the same way back; the statistic forward only.
 
-    Key heads fewer than ranks are repeated until each rank has one.
+    Key heads go to every rank that reads them. Where the ranks divide the heads, shards are padded to the longest.
     """
     n = shape.ranks
-    rows, keys = n * max(shape.q_lengths), n * max(shape.kv_lengths)
-    kv_heads = max(shape.kv_heads, n)
-    kv_bytes = shape.batch * keys * kv_heads * shape.head_dim * shape.element
+    heads = head_shards(shape.heads, shape.kv_heads, n)
+    q_lengths, kv_lengths = shape.q_lengths, shape.kv_lengths
+    if divides_heads(shape.heads, shape.kv_heads, n):
+        q_lengths, kv_lengths = (max(q_lengths),) * n, (max(kv_lengths),) * n
+    vector = shape.batch * shape.head_dim * shape.element
+    queries, keys = len(heads[rank].queries), len(heads[rank].keys)
 
     def received(sources: Sequence[int]) -> tuple[int, int]:
-        share = len(sources) / n**2
-        exchanged = round(share * 2 * (shape.query_bytes(rows) + kv_bytes))
-        forward = exchanged + round(share * shape.statistic_bytes(rows))
-        # DeepSpeed's exchange is no operator that checkpointing can keep: all of it runs again, whatever is recomputed.
-        return forward, exchanged + (forward if shape.recompute != "none" else 0)
+        rows, visual = (sum(lengths[source] for source in sources) for lengths in (q_lengths, kv_lengths))
+        heads_of_own = q_lengths[rank] * sum(len(heads[source].queries) for source in sources)
+        keys_of_own = kv_lengths[rank] * sum(len(heads[source].keys) for source in sources)
+        # In the backward pass dO as q before, dQ as the output, dK and dV from where K and V went.
+        rows_of_heads = rows * queries + heads_of_own
+        forward = vector * (rows_of_heads + 2 * visual * keys) + heads_of_own * shape.batch * shape.statistic
+        backward = vector * (rows_of_heads + 2 * keys_of_own)
+        # Neither exchange is an operator that checkpointing can keep: all of it runs again, whatever is recomputed.
+        return forward, backward + (forward if shape.recompute != "none" else 0)
 
     return from_sources(shape, rank, received)
 
 
 def passes(layer: Layer, profile: Profile) -> Passes:
-    """All-to-all of q, k and v, all rows and keys with ``1/n`` of the heads, and back."""
+    """All-to-all of q, k and v, all rows and keys with a rank's share of the heads, and back."""
     shape, mask = layer.shape, layer.mask
     n = shape.ranks
     rows, keys = n * max(shape.q_lengths), n * max(shape.kv_lengths)
-    kernels = kernel_times(layer, profile, rows, keys, mask.share * keys, mask.drift, divide=n)
+    kernels = [
+        kernel_times(
+            replace(layer, shape=replace(shape, heads=heads, kv_heads=kv_heads)),
+            profile, rows, keys, mask.share * keys, mask.drift,
+        )
+        for heads, kv_heads in busiest_shard(shape.heads, shape.kv_heads, n).parts
+    ]  # fmt: skip
     forward, backward, repeated = redistribution(shape, profile, n)
-    delta = 0.0 if kernels.takes_out else moved(profile, 2 * shape.query_bytes(max(shape.q_lengths)))
+    takes_out = all(each.takes_out for each in kernels)
+    delta = 0.0 if takes_out else moved(profile, 2 * shape.query_bytes(max(shape.q_lengths)))
     return Passes(
-        replace(forward, kernel=kernels.forward),
-        replace(backward, kernel=kernels.backward, passes=backward.passes + delta),
+        replace(forward, kernel=sum(each.forward for each in kernels)),
+        replace(backward, kernel=sum(each.backward for each in kernels), passes=backward.passes + delta),
         repeated,
     )
 
@@ -60,12 +73,13 @@ def passes(layer: Layer, profile: Profile) -> Passes:
 def redistribution(shape: LayerShape, profile: Profile, ranks: int) -> Passes:
     """Heads of a rank's rows and keys divided over ``ranks`` ranks, and the output's put together again.
 
-    What the attention operator returned is kept where layers are recomputed; this exchange is repeated.
+    As if every rank had the heads of the busiest one. What the attention operator returned is kept where layers are
+    recomputed; this exchange is repeated.
     """
-    query = shape.query_bytes(max(shape.q_lengths))
-    copies = max(ranks // shape.kv_heads, 1)  # key heads fewer than ranks are repeated
+    share, copies = _stretched(shape.heads, shape.kv_heads, ranks)
+    query = share * shape.query_bytes(max(shape.q_lengths))
     one_key = copies * shape.kv_bytes(max(shape.kv_lengths)) / 2
-    statistic = shape.statistic_bytes(max(shape.q_lengths))
+    statistic = share * shape.statistic_bytes(max(shape.q_lengths))
 
     def exchange(sizes: tuple[float, ...]) -> tuple[float, float]:
         """Transposed into parts, sent, transposed back: a copy on either side."""
@@ -80,23 +94,36 @@ def redistribution(shape: LayerShape, profile: Profile, ranks: int) -> Passes:
 
 
 def workspace(layer: Layer, profile: Profile) -> float:
-    shape = layer.shape
-    copies = max(shape.ranks // shape.kv_heads, 1)
-    return 3 * (2 * shape.query_bytes(max(shape.q_lengths)) + copies * shape.kv_bytes(max(shape.kv_lengths)))
+    return held(layer.shape, layer.shape.ranks)
+
+
+def held(shape: LayerShape, ranks: int) -> float:
+    """Bytes of q, k, v and out on their way, as they are packed, sent and unpacked."""
+    share, copies = _stretched(shape.heads, shape.kv_heads, ranks)
+    return 3 * (2 * share * shape.query_bytes(max(shape.q_lengths)) + copies * shape.kv_bytes(max(shape.kv_lengths)))
+
+
+def _stretched(heads: int, kv_heads: int, ranks: int) -> tuple[float, float]:
+    """Query heads and key heads of all ranks if each had as many as the busiest, to those that there are."""
+    shard = busiest_shard(heads, kv_heads, ranks)
+    return ranks * len(shard.queries) / heads, ranks * len(shard.keys) / kv_heads
 
 
 def returned(sizes: LayerSizes) -> int:
-    """This rank's share of the heads, for all rows."""
-    return sizes.query_bytes(sizes.total_rows) // sizes.ranks + sizes.statistic_bytes(sizes.total_rows) // sizes.ranks
+    """The busiest rank's share of the heads, for all rows."""
+    share = _of_busiest(sizes)
+    return share.query_bytes(sizes.total_rows) + share.statistic_bytes(sizes.total_rows)
 
 
 def inputs(sizes: LayerSizes) -> int:
-    """Its share of the heads of q, k and v, and the output on its way back; key heads are repeated until each rank has
-    one."""
-    heads = max(sizes.kv_heads, sizes.ranks)
-    keys = sizes.batch * sizes.total_keys * heads * sizes.head_dim * sizes.element // sizes.ranks
-    queries = sizes.query_bytes(sizes.rows) + sizes.query_bytes(sizes.total_rows) // sizes.ranks
-    return queries + 2 * keys
+    """Its share of the heads of q, k and v, and the output on its way back."""
+    share = replace(_of_busiest(sizes), keys=sizes.total_keys)
+    return sizes.query_bytes(sizes.rows) + share.query_bytes(sizes.total_rows) + 2 * share.kv_bytes
+
+
+def _of_busiest(sizes: LayerSizes) -> LayerSizes:
+    shard = busiest_shard(sizes.heads, sizes.kv_heads, sizes.ranks)
+    return replace(sizes, heads=len(shard.queries), kv_heads=len(shard.keys))
 
 
 ULYSSES = Mode(
@@ -111,4 +138,5 @@ ULYSSES = Mode(
     inputs=inputs,
     colour="#2166ac",
     obstacle=obstacle,
+    head_ranks=lambda shape: shape.ranks,
 )

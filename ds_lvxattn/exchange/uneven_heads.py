@@ -1,0 +1,162 @@
+"""Sequence shards become head shards where the ranks do not divide the heads: one all-to-all of uneven parts each way.
+
+A rank gets some consecutive query heads and the key heads that they read (``plan/head_shards.py``). A key head that
+several ranks read goes to each of them, and its gradients are added up on the rank of the keys. Nothing is padded.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_lvxattn.exchange.arguments import Attend
+from ds_lvxattn.exchange.comm import Communicator, Part
+from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
+from ds_lvxattn.kernels.differentiable import lse_dtype
+from ds_lvxattn.plan.head_shards import head_shards
+
+
+def redistributed_uneven_heads(
+    q: Tensor, k: Tensor, v: Tensor, comm: Communicator, layout: ShardLayout, members: range, attend: Attend
+) -> tuple[Tensor, Tensor]:
+    """``redistributed_heads`` of ``exchange/strategies/ulysses.py``, for any heads of which each rank gets one.
+
+    ``attend`` is called for each run of heads in which equally many query heads read a key head: at most three times.
+    """
+    shards = head_shards(q.shape[1], k.shape[1], comm.ranks)
+    rows = _Division.of(tuple(shard.queries for shard in shards), layout.q, members, q.device)
+    keys = _Division.of(tuple(shard.keys for shard in shards), layout.kv, members, q.device)
+    names = ("queries", "keys and values", "keys and values")
+    q, k, v = _Redistribution.apply(comm, names, (rows, keys, keys), True, q, k, v)
+    # A split's backward pass is one concatenation, where a slice's fills a whole tensor.
+    query_heads, key_heads = zip(*shards[comm.rank].parts, strict=True)
+    parts = zip(q.split(query_heads, dim=1), k.split(key_heads, dim=1), v.split(key_heads, dim=1), strict=True)
+    outs, lses = zip(*(attend(*part) for part in parts), strict=True)
+    out, lse = (x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in (outs, lses))
+    out, lse = _Redistribution.apply(comm, ("outputs", "lse"), (rows, rows), False, out, lse.unsqueeze(-1))
+    return out, lse.squeeze(-1).contiguous()
+
+
+@dataclass(frozen=True)
+class _Division:
+    """Heads and tokens of one sequence, of every rank of a group.
+
+    Attributes:
+        heads: those of each rank, ascending; ranks may share one.
+        lengths: tokens of each rank's shard.
+        to_sequence, to_ranks: where each token of the sequence lies in that of the ranks one after another, and the
+            inverse; None: in place.
+    """
+
+    heads: tuple[range, ...]
+    lengths: tuple[int, ...]
+    to_sequence: Tensor | None
+    to_ranks: Tensor | None
+
+    @classmethod
+    def of(
+        cls, heads: tuple[range, ...], shards: SequenceShards, members: range, device: torch.device
+    ) -> _Division:
+        lengths = tuple(shards.lengths[rank] for rank in members)
+        return cls(heads, lengths, *_orders(shards, members, device))
+
+    def send_heads(self, x: Tensor, comm: Communicator, what: str) -> Part:
+        """The rank's own tokens ``[B, H, s, D]``, to each rank its heads; see ``received_heads``."""
+        batch, _, own, size = x.shape
+        sent = [own * batch * len(heads) for heads in self.heads]
+        arriving = [length * batch * len(self.heads[comm.rank]) for length in self.lengths]
+        send = x.new_empty((sum(sent), size))
+        for heads, piece in zip(self.heads, send.split(sent), strict=True):
+            piece.view(own, batch, len(heads), size).copy_(x[:, heads.start : heads.stop].permute(2, 0, 1, 3))
+        return Part(what, send, x.new_empty((sum(arriving), size)), (sent, arriving))
+
+    def received_heads(self, part: Part, like: Tensor, comm: Communicator) -> Tensor:
+        """The rank's heads of all tokens, ``[B, heads, S, D]`` in the order of the sequence."""
+        batch, size = like.shape[0], like.shape[3]
+        x = part.receive.view(sum(self.lengths), batch, len(self.heads[comm.rank]), size)
+        if self.to_sequence is not None:
+            x = x.index_select(0, self.to_sequence)
+        return x.permute(1, 2, 0, 3)
+
+    def send_tokens(self, x: Tensor, comm: Communicator, what: str) -> Part:
+        """The rank's heads of all tokens, ``[B, heads, S, D]``, to each rank its tokens; see ``received_tokens``."""
+        batch, count, _, size = x.shape
+        own = self.lengths[comm.rank]
+        sent = [length * batch * count for length in self.lengths]
+        arriving = [own * batch * len(heads) for heads in self.heads]
+        x = x.permute(2, 0, 1, 3)
+        x = x.contiguous() if self.to_ranks is None else x.index_select(0, self.to_ranks)
+        return Part(what, x.view(-1, size), x.new_empty((sum(arriving), size)), (sent, arriving))
+
+    def received_tokens(self, part: Part, like: Tensor, comm: Communicator) -> Tensor:
+        """The rank's own tokens with all heads, ``[B, H, s, D]``; what comes of one head from several ranks, added."""
+        batch, own, size = like.shape[0], self.lengths[comm.rank], like.shape[3]
+        shared = sum(len(heads) for heads in self.heads) > self.heads[-1].stop
+        shape = (batch, own, self.heads[-1].stop, size)
+        whole = like.new_zeros(shape, dtype=lse_dtype(like.dtype)) if shared else like.new_empty(shape)
+        assert part.sizes is not None
+        for heads, piece in zip(self.heads, part.receive.split(list(part.sizes[1])), strict=True):
+            place, piece = whole[:, :, heads.start : heads.stop], piece.view(own, batch, len(heads), size)
+            (place.add_ if shared else place.copy_)(piece.transpose(0, 1))
+        return whole.to(like.dtype).transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=128)
+def _orders(shards: SequenceShards, members: range, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """``to_sequence`` and ``to_ranks`` of a ``_Division``.
+
+    Made once a batch and not once a layer: a copy to the device would wait for it.
+    """
+    order = shards.order_from_ranks(members)
+    if order is None:
+        return None, None
+    to_sequence = torch.tensor(order, dtype=torch.int64)
+    return to_sequence.to(device), to_sequence.argsort().to(device)
+
+
+class _Redistribution(torch.autograd.Function):
+    """Tokens of this rank with all heads to heads of this rank with all tokens, or back; the gradient goes the other
+    way."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        comm: Communicator,
+        names: Sequence[str],
+        divisions: Sequence[_Division],
+        to_heads: bool,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.comm, ctx.names, ctx.divisions, ctx.to_heads = comm, names, divisions, to_heads
+        ctx.set_materialize_grads(False)
+        return _redistribute(comm, names, divisions, to_heads, tensors)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None):
+        wanted = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[4 + i]]
+        names, divisions, given = ([of[i] for i in wanted] for of in (ctx.names, ctx.divisions, grads))
+        moved = dict(zip(wanted, _redistribute(ctx.comm, names, divisions, not ctx.to_heads, given), strict=True))
+        return None, None, None, None, *(moved.get(i) for i in range(len(grads)))
+
+
+def _redistribute(
+    comm: Communicator,
+    names: Sequence[str],
+    divisions: Sequence[_Division],
+    to_heads: bool,
+    tensors: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    send, received = (
+        (_Division.send_heads, _Division.received_heads)
+        if to_heads
+        else (_Division.send_tokens, _Division.received_tokens)
+    )
+    parts = [send(division, x, comm, what) for division, x, what in zip(divisions, tensors, names, strict=True)]
+    comm.start_all_to_all(parts).wait()
+    return tuple(
+        received(division, part, x, comm) for division, part, x in zip(divisions, parts, tensors, strict=True)
+    )
