@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
 from ds_lvxattn.exchange.comm import communicator
-from ds_lvxattn.plan.head_shards import head_shards
+from ds_lvxattn.plan.head_shards import divides_heads, head_shards
 from ds_lvxattn.plan.modes import eligible_modes
 from tests.support.distributed import device, run
 from tests.support.traffic import Layer, traffic_of
@@ -73,7 +73,7 @@ def formulas(layer: Layer, mode: tuple[str, str, str], rank: int) -> tuple[dict[
         forward = {"outputs": (n - 1) * total * (row + stat)}
         return forward, {"query gradients": 2 * (n - 1) * total * row // size * wide // n}
     if mode == ULYSSES:
-        if layer.heads % n or layer.kv_heads % n and n % layer.kv_heads:
+        if not divides_heads(layer.heads, layer.kv_heads, n):
             return uneven_ulysses(layer, rank, row // layer.heads, stat // layer.heads)
         kv_row = layer.batch * max(layer.kv_heads, n) * layer.head_dim * size
         rows, keys = (n - 1) * max(layer.q_lengths), (n - 1) * max(layer.kv_lengths)

@@ -183,8 +183,8 @@ class SequenceShards:
         return (places if order is None else places[order]).tolist()
 
     def order_from_ranks(self, members: range) -> list[int] | None:
-        """Where the tokens of some consecutive ranks, ascending, lie in those of the ranks one after another; None where
-        that is the identity."""
+        """Where the tokens of some consecutive ranks, ascending, lie when the ranks' shards follow each other; None for
+        the identity."""
         if not self.stripe and not self.units:
 <<<<<<< HEAD
             return None if set(lengths) == {width} else np.concatenate(places)

@@ -58,9 +58,7 @@ class _Division:
     to_ranks: Tensor | None
 
     @classmethod
-    def of(
-        cls, heads: tuple[range, ...], shards: SequenceShards, members: range, device: torch.device
-    ) -> _Division:
+    def of(cls, heads: tuple[range, ...], shards: SequenceShards, members: range, device: torch.device) -> _Division:
         lengths = tuple(shards.lengths[rank] for rank in members)
         return cls(heads, lengths, *_orders(shards, members, device))
 
@@ -157,6 +155,4 @@ def _redistribute(
     )
     parts = [send(division, x, comm, what) for division, x, what in zip(divisions, tensors, names, strict=True)]
     comm.start_all_to_all(parts).wait()
-    return tuple(
-        received(division, part, x, comm) for division, part, x in zip(divisions, parts, tensors, strict=True)
-    )
+    return tuple(received(division, part, x, comm) for division, part, x in zip(divisions, parts, tensors, strict=True))
