@@ -109,7 +109,7 @@ def host_times(
 
     Also of one that exchanges nothing (``local/auto``).
     """
-    heads = layout.heads if layout.heads % ranks == 0 else layout.heads * ranks
+    heads = layout.heads if layout.heads >= ranks else layout.heads * ranks
     comm = communicator(group)
     inner = inner_size or node_size(comm)
     every = [mode for mode in eligible_modes() if ranks > 1 and (not mode.two_levels or 1 < inner < ranks)]
