@@ -135,9 +135,10 @@ class _Redistribution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None):
-        wanted = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[4 + i]]
-        names, divisions, given = ([of[i] for i in wanted] for of in (ctx.names, ctx.divisions, grads))
-        moved = dict(zip(wanted, _redistribute(ctx.comm, names, divisions, not ctx.to_heads, given), strict=True))
+        given = {i: grad for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[4 + i]}
+        names, divisions = ([of[i] for i in given] for of in (ctx.names, ctx.divisions))
+        results = _redistribute(ctx.comm, names, divisions, not ctx.to_heads, [*given.values()])
+        moved = dict(zip(given, results, strict=True))
         return None, None, None, None, *(moved.get(i) for i in range(len(grads)))
 
 
