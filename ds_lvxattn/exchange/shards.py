@@ -180,20 +180,14 @@ class SequenceShards:
         if order is None and set(lengths) == {width}:
             return None
         places = np.concatenate([place * width + np.arange(length) for place, length in enumerate(lengths)])
-        return (places if order is None else places[order]).tolist()
+        return places if order is None else places[order]
 
-    def order_from_ranks(self, members: range) -> list[int] | None:
+    def order_from_ranks(self, members: range) -> np.ndarray | None:
         """Where the tokens of some consecutive ranks, ascending, lie when the ranks' shards follow each other; None for
         the identity."""
         if not self.stripe and not self.units:
-<<<<<<< HEAD
-            return None if set(lengths) == {width} else np.concatenate(places)
-        positions = [np.asarray(self.index(rank)) for rank in members]
-        return np.concatenate(places)[np.argsort(np.concatenate(positions))]
-=======
             return None
-        return np.argsort(np.concatenate([np.asarray(self.index(rank)) for rank in members])).tolist()
->>>>>>> e547d65 (Ulysses and hybrid with heads that the ranks do not divide: uneven all-to-all, bytes exact, no padding)
+        return np.argsort(np.concatenate([np.asarray(self.index(rank)) for rank in members]))
 
     def of_nodes(self, size: int) -> SequenceShards:
         """The same sequence, divided over nodes of ``size`` consecutive ranks, which hold what their ranks hold."""

@@ -112,7 +112,7 @@ def _orders(shards: SequenceShards, members: range, device: torch.device) -> tup
     order = shards.order_from_ranks(members)
     if order is None:
         return None, None
-    to_sequence = torch.tensor(order, dtype=torch.int64)
+    to_sequence = torch.from_numpy(order)
     return to_sequence.to(device), to_sequence.argsort().to(device)
 
 
