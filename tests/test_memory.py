@@ -13,8 +13,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ds_lvxattn import KVInterval
 from ds_lvxattn.exchange.strategies.ulysses import padded_order
 from ds_lvxattn.plan.layer_sizes import LayerSizes
-from ds_lvxattn.plan.memory import POLICIES, ModelStates, faster_stage, frames_that_fit, kept_bytes, step_bytes
+from ds_lvxattn.plan.memory import POLICIES, ModelStates, frames_that_fit, kept_bytes, step_bytes
 from ds_lvxattn.plan.modes import eligible_modes
+from ds_lvxattn.plan.profile import load_profile
+from ds_lvxattn.plan.zero import StageTime, Work, advice, fastest, stages_of_run
+from ds_lvxattn.training.memory_plan import MemoryPlan
 from tests.support.distributed import run
 from tests.support.tiny_model import CPU, attach, loss_of, tiny_model, tiny_sample
 
@@ -134,14 +137,28 @@ def test_the_faster_stage_is_told_where_it_fits() -> None:
     layers = [cross_layer(1601 * 24)] * 8
     states = ModelStates(11 * 10**9, 2 * 10**9, 2, 3, 4)
 
-    def found(of: ModelStates, gib: int) -> tuple[int, int] | None:
-        return faster_stage(layers, "kv", of, 0, True, gib * 2**30)
+    def found(of: ModelStates, gib: int, host: float = 0.1) -> tuple[int, int] | None:
+        work = Work(0.05, host)  # the host binds, and gathers cost it more
+        stages = stages_of_run(load_profile("h100"), layers, "kv", of, 0, True, work, gib * 2**30)
+        best = fastest(stages)
+        return None if advice(of.stage, stages) is None or best is None else (best.stage, round(best.memory))
 
     fits = found(states, 80)
     assert fits == (2, step_bytes(layers, "kv", replace(states, stage=2), 0, True))
     assert found(states, 24) is None  # of which its parameters take 20
     assert found(replace(states, stage=2), 80) is None
     assert found(replace(states, offload_parameters=True), 80) is None
+    assert found(replace(states, stage=2), 24) == (3, step_bytes(layers, "kv", states, 0, True))
+    assert found(replace(states, stage=0), 80) is None
+
+
+def test_what_plan_json_says_of_zero() -> None:
+    stages = [StageTime(stage, seconds, 1e9, True) for stage, seconds in ((1, 1.0), (2, 1.0), (3, 1.2))]
+    plan = MemoryPlan("kv", {}, 0, 0, None, 3, stages)
+    assert plan.zero is not None and plan.zero["fastest_that_fits"] == 1
+    assert plan.zero["predicted_s"] == {"1": 1.0, "2": 1.0, "3": 1.2} and plan.zero["warning"] == plan.warning
+    assert "'zero_optimization.stage' to 1" in (plan.warning or "")
+    assert MemoryPlan("kv", {}, 0, 0, None, 3).zero is None
 
 
 def test_frames_that_fit() -> None:

@@ -238,6 +238,9 @@ def test_plan_json(tmp_path: Path) -> None:
     assert [list(layer)[: len(keys)] for layer in written] == [keys] * len(LAYERS)
     assert [layer["role"] for layer in written] == ["self", "cross", "cross", "local"]
     assert written[1]["strategy"] in written[1]["predicted_bytes"] and written[3]["predicted_bytes"] == {}
+    write_plan(plans(10, 4000), tmp_path / "plan.json", {"stage": 3})
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert ["zero" in layer for layer in written] == [True, False, False, False]
 
 
 def test_one_rank_exchanges_nothing() -> None:

@@ -14,10 +14,9 @@ from ds_lvxattn.plan.cluster.job import ClusterJob
 from ds_lvxattn.plan.cluster.model_sizes import SHIPPED
 from ds_lvxattn.plan.cluster.step import layer_candidates, stages, step_of
 from ds_lvxattn.plan.dense import product_seconds
-from ds_lvxattn.plan.memory import ModelStates
 from ds_lvxattn.plan.profile import Product, load_profile
 from ds_lvxattn.plan.timeline import EXCHANGE, IDLE, QUEUE, TRANSFERS, Segment, seconds_by_part
-from ds_lvxattn.plan.zero import StageTime, advice, fastest, stage_times
+from ds_lvxattn.plan.zero import StageTime, advice, fastest
 
 DOCS = Path(__file__).parents[1] / "docs"
 LLAMA = SHIPPED["Llama-3.2-11B-Vision"]
@@ -105,14 +104,3 @@ def test_the_stage_that_is_faster_and_fits_is_named() -> None:
     told = advice(2, crowded)
     assert told is not None and "not to fit" in told and "to 3" in told
     assert fastest([replace(three, fits=False)]) is None and advice(3, [replace(three, fits=False)]) is None
-
-
-def test_stages_of_a_run_from_its_numbers_of_parameters() -> None:
-    states = ModelStates(11 * 10**9, 2 * 10**9, 2, 3, 4)
-    memory = {1: 60e9, 2: 50e9, 3: 20e9}
-    profile = load_profile("h200-slow-link")
-    found = stage_times(profile, states, 40, 0.5, memory, 80 * 2**30)
-    assert [each.fits for each in found] == [True] * 3
-    assert found[2].seconds > found[1].seconds > 0.5
-    assert "ZeRO-2" in (advice(3, found) or "")
-    assert [each.fits for each in stage_times(profile, states, 40, 0.5, memory, 55e9)] == [False, False, True]

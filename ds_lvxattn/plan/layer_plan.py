@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.plan.choice import Candidate, best_of_each, candidates, choose, reason
@@ -275,6 +276,9 @@ def recomputed(role: str, policy: str) -> str:
     return "none" if policy == "kv" and role != "cross" else policy
 
 
-def write_plan(plan: Sequence[LayerPlan], path: Path) -> None:
-    """Write ``plan.json``: a list with one object a layer."""
-    path.write_text(json.dumps([asdict(layer) for layer in plan], indent=2) + "\n")
+def write_plan(plan: Sequence[LayerPlan], path: Path, zero: Mapping[str, Any] | None = None) -> None:
+    """Write ``plan.json``: a list with one object a layer. ``zero``, of the whole run, stands in that of the first."""
+    layers: list[dict[str, Any]] = [asdict(layer) for layer in plan]
+    if zero is not None and layers:
+        layers[0]["zero"] = zero
+    path.write_text(json.dumps(layers, indent=2) + "\n")

@@ -8,8 +8,8 @@ keep less. Parameters, and what all layers share (visual features, rotary factor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from ds_lvxattn.plan.layer_sizes import FLOAT32, LayerSizes
 from ds_lvxattn.plan.modes import mode_of
@@ -135,20 +135,6 @@ def step_bytes(
         kept += kept_bytes(layer, policy)
         work = max(work, workspace_bytes(layer, policy, features_train))
     return states.device_bytes + shared + kept + work
-
-
-def faster_stage(
-    layers: Sequence[LayerSizes], policy: str, states: ModelStates, shared: int, features_train: bool, capacity: int
-) -> tuple[int, int] | None:
-    """The ZeRO stage that is faster than that of ``states`` and fits, and the bytes of a step with it; None: none is.
-
-    Stage 3 gathers the parameters in the forward and in the backward pass; stage 2 has them whole, and otherwise sends
-    what stage 3 sends. ``capacity`` and the other arguments are as in ``step_bytes``; a sixth of it is left free.
-    """
-    if states.stage != 3 or states.offload_parameters:
-        return None
-    needed = step_bytes(layers, policy, replace(states, stage=2), shared, features_train)
-    return (2, needed) if needed <= FITS * capacity else None
 
 
 def frames_that_fit(step: Callable[[int], int], capacity: int, most: int = 1 << 24) -> int:

@@ -5,17 +5,27 @@ The planner is handed values (settings, layers, sizes, the machine) and knows ne
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ds_lvxattn.plan.choice import ShapeClass
+from ds_lvxattn.plan.cost import Layer
+from ds_lvxattn.plan.dense import TEXT_LAYER, host_time
 from ds_lvxattn.plan.layer_plan import AttentionLayer, LayerPlan, PlanSettings, plan_layers, recomputed
 from ds_lvxattn.plan.layer_sizes import LayerSizes
 from ds_lvxattn.plan.memory import POLICIES, kept_bytes
 from ds_lvxattn.plan.profile import Profile
-from ds_lvxattn.plan.replicated_compute import copying_text_is_faster, replicating_is_faster
+from ds_lvxattn.plan.replicated_compute import (
+    TEXT_SHARE,
+    copying_text_is_faster,
+    replicating_is_faster,
+    text_seconds,
+)
 from ds_lvxattn.plan.traffic import CallShape, LayerShape
+from ds_lvxattn.plan.visibility import of_shape
+from ds_lvxattn.plan.zero import Work
 
 Plan = tuple[LayerPlan, ...]  # a layer each, in the model's order
 
@@ -204,6 +214,24 @@ class Planner:
         )
         self._plan_of[sizes.shape_class, sizes.ranks, sizes.text_copied] = self.plan
         return self.plan
+
+    def work(self, sizes: BatchSizes) -> Work:
+        """Seconds of a batch's forward and backward pass by the plan at hand, on the device and on the host."""
+        own, model, shapes = self.profile, self._model, sizes.shapes()
+        modes = [plan.mode for plan, layer in zip(self.plan, self._layers, strict=True) if layer.kind in shapes]
+        device = host = 0.0
+        rest = host_time(own, TEXT_LAYER)
+        element = 2
+        for (mode, shape), count in Counter(zip(modes, (s for _, s in self._exchanged(sizes)), strict=True)).items():
+            cost = mode.cost(Layer(shape, of_shape(shape)), own)
+            device += count * (cost.device + cost.projection + cost.projection_repeated)
+            host += count * (cost.host + rest.forward + rest.backward)
+            element = shape.element
+        rows, encoded = (total / sizes.ranks for total in (sizes.rows, sizes.encoded))
+        if sizes.text_copied:
+            rows = sizes.rows
+        device += text_seconds(model.row_operations, rows, element, own)
+        return Work(device + encoded * model.token_operations / (TEXT_SHARE * own.matmul), host)
 
     def layer_sizes(self, shapes: Mapping[str, CallShape]) -> list[LayerSizes]:
         """What the memory plan must know of each decoder layer, on the rank that holds most, by the plan at hand."""

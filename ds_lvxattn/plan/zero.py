@@ -8,12 +8,13 @@ gather at the end. As DeepSpeed 0.19 does it: where ranks share a sequence gradi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ds_lvxattn.plan import network
 from ds_lvxattn.plan.dense import GATHER, host_time
-from ds_lvxattn.plan.memory import FITS, ModelStates
+from ds_lvxattn.plan.layer_sizes import LayerSizes
+from ds_lvxattn.plan.memory import FITS, ModelStates, step_bytes
 from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.plan.timeline import TRANSFERS, Segment, seconds_by_part
 
@@ -26,6 +27,7 @@ GRADIENT_BYTES = 20
 GRADIENT = 4  # bytes of a gradient that travels
 BUCKET = 500_000_000  # elements of gradients that are sent at once, DeepSpeed's default
 MATRICES = 7  # of a decoder layer; what trains is gathered matrix by matrix, what is frozen as a whole
+LAUNCHES = 100  # kernels of a layer's pass
 GAIN = 0.02  # share of a step by which a stage has to be faster to be worth a word
 
 
@@ -115,31 +117,50 @@ def advice(stage: int, stages: Iterable[StageTime]) -> str | None:
     return f"{step}, and fits; ZeRO-{stage} takes {own.seconds:.3g} s: {instead}"
 
 
-def stage_times(
-    profile: Profile, states: ModelStates, layers: int, work: float, memory: Mapping[int, float], capacity: float
+@dataclass(frozen=True)
+class Work:
+    """What a step does besides ZeRO: seconds of the device, and of the host to issue it, forward and backward."""
+
+    device: float
+    host: float
+
+
+def stages_of_run(
+    profile: Profile,
+    layers: Sequence[LayerSizes],
+    policy: str,
+    states: ModelStates,
+    shared: int,
+    features_train: bool,
+    work: Work,
+    capacity: float,
 ) -> list[StageTime]:
-    """Every stage, for a model of which no more is known than its numbers of parameters and layers.
+    """The step of a run in every stage; empty where its own stage is none of them, or the CPU holds its parameters.
+
+    Layers are taken to be alike, a third of their work forward.
 
     Args:
-        states: the model, with the run's own stage and offloading.
-        layers: decoder layers, taken to be alike.
-        work: seconds of the forward and backward pass of a step, a third of them forward.
-        memory: bytes of a step in each stage.
+        layers, policy, shared, features_train: as in ``memory.step_bytes``.
+        states: the model, with the run's own stage.
+        work: of a step.
         capacity: bytes of the device, of which a sixth stays free.
     """
-    found = []
+    if states.stage not in STAGES or states.offload_parameters:
+        return []
+    count, found = len(layers), []
     for stage in STAGES:
-        transfers = Transfers(profile, replace(states, stage=stage))
-        each = states.parameters / layers
-        trained = states.trainable / layers
-        whole = 1 if states.trainable < states.parameters else MATRICES
+        of_stage = replace(states, stage=stage)
+        transfers = Transfers(profile, of_stage)
+        gathering = transfers.gather_host(1 if states.trainable < states.parameters else MATRICES)
+        gather = transfers.gather(states.parameters / count)
         forward, backward = (
             Segment(
-                "compute", share * work / layers, transfers.gather_host(whole), gather=transfers.gather(each)
+                "compute", share * work.device / count, share * work.host / count + gathering, LAUNCHES, gather=gather
             )
             for share in (1 / 3, 2 / 3)
-        )  # fmt: skip
-        segments = [*[forward] * layers, *transfers.reduced([(backward, trained)] * layers)]
-        seconds = sum(seconds_by_part([*segments, *transfers.update()]).values())
-        found.append(StageTime(stage, seconds, memory[stage], memory[stage] <= FITS * capacity))
+        )
+        reduced = transfers.reduced([(backward, states.trainable / count)] * count)
+        seconds = sum(seconds_by_part([*[forward] * count, *reduced, *transfers.update()]).values())
+        needed = step_bytes(layers, policy, of_stage, shared, features_train)
+        found.append(StageTime(stage, seconds, needed, needed <= FITS * capacity))
     return found

@@ -234,14 +234,14 @@ class Trainer:
         sizes, family = collator.sizes(first), collator.family
         visual_widths = family.visual_widths() if isinstance(family, VisualFamily) else ()
         plan = planner.start(sizes)
-        log.plan(plan)
-        log.memory(
-            memory_plan(
-                planner.layer_sizes(sizes.shapes()), visual_widths,
-                self.parallel.recomputation.policy, model_states(model, self.job.ds_config, dist.get_world_size()),
-                first, self.device,
-            )
+        memory = memory_plan(
+            planner.layer_sizes(sizes.shapes()), visual_widths,
+            self.parallel.recomputation.policy, model_states(model, self.job.ds_config, dist.get_world_size()),
+            first, self.device, planner.profile, planner.work(sizes),
         )  # fmt: skip
+        log.zero = memory.zero
+        log.plan(plan)
+        log.memory(memory)
         return plan
 
     def _step(self, batches: Iterator[Loaded], accumulation: int) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from torch import nn
 
 from ds_lvxattn.batches.layout import BatchLayout
 from ds_lvxattn.plan.layer_sizes import LayerSizes
-from ds_lvxattn.plan.memory import POLICIES, ModelStates, faster_stage, frames_that_fit, kept_bytes, step_bytes
+from ds_lvxattn.plan.memory import POLICIES, ModelStates, frames_that_fit, kept_bytes, step_bytes
+from ds_lvxattn.plan.profile import Profile
+from ds_lvxattn.plan.zero import StageTime, Work, advice, fastest, stages_of_run
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class MemoryPlan:
         shared: bytes of the visual features, and of what their projector keeps, which all layers share.
         states: bytes of parameters, gradients and optimizer on the device.
         frames: for each policy, the frames of a sample that would fit the device; None without a GPU.
-        faster: a ZeRO stage that is faster than the config's and fits the device, and the bytes of a step with it.
+        stage: of ZeRO, that of the config.
+        stages: a step in every stage of ZeRO; empty without a GPU, or where the CPU holds the parameters.
     """
 
     policy: str
@@ -33,7 +36,27 @@ class MemoryPlan:
     shared: int
     states: int
     frames: Mapping[str, int] | None
-    faster: tuple[int, int] | None = None
+    stage: int
+    stages: Sequence[StageTime] = ()
+
+    @property
+    def zero(self) -> dict[str, Any] | None:
+        """What ``plan.json`` says of ZeRO; None where nothing is known."""
+        best = fastest(self.stages)
+        if not self.stages:
+            return None
+        return {
+            "stage": self.stage,
+            "fastest_that_fits": None if best is None else best.stage,
+            "predicted_s": {f"{each.stage}": round(each.seconds, 4) for each in self.stages},
+            "predicted_bytes": {f"{each.stage}": round(each.memory) for each in self.stages},
+            "warning": self.warning,
+        }
+
+    @property
+    def warning(self) -> str | None:
+        """What to say where another stage of ZeRO is faster and fits."""
+        return advice(self.stage, self.stages)
 
 
 def memory_plan(
@@ -43,6 +66,8 @@ def memory_plan(
     states: ModelStates,
     layout: BatchLayout,
     device: torch.device,
+    profile: Profile,
+    work: Work,
 ) -> MemoryPlan:
     """The plan for the first micro-batch.
 
@@ -52,6 +77,8 @@ def memory_plan(
         policy: the recompute policy of the run.
         states: what ZeRO keeps of the model.
         layout: of the micro-batch.
+        profile: the machine.
+        work: of a micro-batch, by ``Planner.work``.
     """
 
     def shared(some: Sequence[LayerSizes]) -> int:
@@ -62,7 +89,7 @@ def memory_plan(
     for each, of_role in kept.items():
         for layer in layers:
             of_role[layer.role] = of_role.get(layer.role, 0) + kept_bytes(layer, each)
-    frames = faster = None
+    frames, stages = None, []
     if device.type == "cuda":
         capacity = torch.cuda.get_device_properties(device).total_memory
         per_frame = max(-(-layout.visual_tokens // max(sum(layout.frames), 1)), 1)
@@ -76,8 +103,8 @@ def memory_plan(
             return step_bytes(some, each, states, shared(some), features_train=True)
 
         frames = {each: frames_that_fit(functools.partial(step, each), capacity) for each in POLICIES}
-        faster = faster_stage(layers, policy, states, shared(layers), True, capacity)
-    return MemoryPlan(policy, kept, shared(layers), states.device_bytes, frames, faster)
+        stages = stages_of_run(profile, layers, policy, states, shared(layers), True, work, capacity)
+    return MemoryPlan(policy, kept, shared(layers), states.device_bytes, frames, states.stage, stages)
 
 
 def model_states(model: nn.Module, ds_config: Mapping[str, Any], ranks: int) -> ModelStates:

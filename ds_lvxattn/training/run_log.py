@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,12 @@ class RunLog:
         done: steps of an earlier run that goes on; what its metrics file says of later ones is dropped. None: a run
             that begins; a metrics file that is there keeps its content under another name.
         digest: of the lines of those steps, when they were written; a file that has others is kept too.
+
+    Attributes:
+        zero: what ``plan.json`` says of the stages of ZeRO.
     """
+
+    zero: Mapping[str, Any] | None = None
 
     def __init__(
         self,
@@ -75,7 +80,7 @@ class RunLog:
             return
         path = self.output_dir / "plan.json"
         with writing(path):
-            write_plan(plan, aside(path))
+            write_plan(plan, aside(path), self.zero)
             os.replace(aside(path), path)
         exchanged = [layer for layer in plan if layer.role != "local"]
         columns = ["layer", "role", "strategy", "schedule", "predicted_ms", "measured_ms", "reason"]
@@ -121,13 +126,8 @@ class RunLog:
             fit = "no GPU" if plan.frames is None else f"{plan.frames[policy]:,}"
             table.add_row(name, *(f"{kept[role] / MIB:,.1f}" for role in roles), fit)
         self.console.print(table)
-        if plan.faster is not None:
-            stage, needed = plan.faster
-            self.say(
-                f"warning: ZeRO-{stage} would be faster, which gathers no parameters ahead of layers: a step like the "
-                f"first is predicted to need {needed / MIB:,.0f} MiB with it, and fits; set 'zero_optimization.stage' "
-                f"to {stage}"
-            )
+        if plan.warning is not None:
+            self.say(f"warning: {plan.warning}")
 
     def step(self, metrics: dict[str, Any]) -> None:
         """One object of ``metrics.jsonl``."""
