@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -91,6 +92,8 @@ def times_and_plans() -> tuple[list[dict[str, float]], list[tuple], list[bool]]:
     changed = [now != then for then, now in itertools.pairwise(plans)]
     later = plans[-1]
     assert len(made) == 1, "a class that is known needs no new plan"
+    work, larger = (planner.work(replace(sizes, rows=rows)) for rows in (64, 1 << 20))
+    assert 0 < work.device < larger.device and work.host >= 0
     return measured, later, changed
 
 
