@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import Idefics2Processor, Idefics3Processor
+from transformers import AriaProcessor, Idefics2Processor, Idefics3Processor
 
+from ds_lvxattn.batches.generation import generate
 from ds_lvxattn.batches.prepare import Batches
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.config import SequenceParallelConfig
@@ -26,9 +27,9 @@ from ds_lvxattn.families.family import ANY_SIZE
 from ds_lvxattn.families.owl.processing import mPLUGOwl3Processor
 from ds_lvxattn.families.processors import ChannelsLast
 from tests.support.distributed import run
-from tests.support.marks import slow_but
+from tests.support.marks import slow, slow_but
 from tests.support.parity import Gradients, gradients_of, largest_differences, losses_of_steps, sum_over_ranks
-from tests.support.tiny_families import CUTTING, cutting, cutting_processor, tagged_tokenizer
+from tests.support.tiny_families import CUTTING, TOKENS, cutting, cutting_processor, tagged_tokenizer
 from tests.support.tiny_model import CPU, MODES, groups_of
 
 # Rows of text, and heights and widths in pixels of their pictures, which the processors cut into 1 to 12 images.
@@ -37,11 +38,28 @@ ROWS = (
     ("<image><image> digit 7", ((20, 90), (70, 30))),
     ("which digit ? 1", ()),
 )
+# Aria's processor writes as many squares of each image as the image with most of them has.
+ALIKE = (("<image> digit 7", ((500, 990),)), *ROWS)
 ANSWERS = set("0123456789")
 WHOLE: dict[str, Any] = {
     "idefics2": Idefics2Processor, "idefics3": Idefics3Processor, "smolvlm": Idefics3Processor,
-    "mplug-owl3": mPLUGOwl3Processor,
+    "mplug-owl3": mPLUGOwl3Processor, "aria": AriaProcessor,
 }  # fmt: skip
+NEW = 3  # tokens that are generated
+
+
+def rows_of(name: str) -> Sequence[tuple[str, tuple[tuple[int, int], ...]]]:
+    return ALIKE if name == "aria" else ROWS
+
+
+def whole_processor(name: str, cut: bool) -> Any:
+    """The model's own one, for images and text."""
+    family, parts = family_of(cutting(name)), (cutting_processor(name, cut), tagged_tokenizer(**TOKENS.get(name, {})))
+    processor = WHOLE[name](*parts)
+    family.complete_processor(processor, family.image_token)
+    if name == "aria":  # of itself it leaves images whole, scaled to 980 pixels
+        return functools.partial(processor, split_image=cut, max_image_size=490)
+    return processor
 
 
 def pictures_of(seed: int, sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
@@ -57,7 +75,7 @@ def labels_of(ids: Sequence[int]) -> list[int]:
 def samples_of(name: str, video: bool) -> list[Sample]:
     family, tokenizer = family_of(cutting(name)), tagged_tokenizer()
     made = []
-    for seed, (text, sizes) in enumerate(ROWS):
+    for seed, (text, sizes) in enumerate(rows_of(name)):
         shown = [FrameSize(*size, video) for size in sizes]
         text = text.replace("<image>", family.image_token)
         ids = tokenizer(family.write(text, shown, cutting_processor(name), ANY_SIZE))["input_ids"]
@@ -70,23 +88,23 @@ def _take(frames: Sequence[np.ndarray], wanted: Sequence[int]) -> list[np.ndarra
     return [frames[index] for index in wanted]
 
 
+def arguments_of(name: str, processor: Any, seed: int, row: tuple[str, Any]) -> dict[str, Tensor]:
+    """What the model's own processor makes of a row."""
+    text, sizes = row
+    pictures = [Image.fromarray(picture) for picture in pictures_of(seed, sizes)]
+    text = text.replace("<image>", family_of(cutting(name)).image_token)
+    made = processor(text=[text], images=[pictures] if sizes else None, return_tensors="pt")
+    return {key: x.double() if key == "pixel_values" else x for key, x in made.items()}
+
+
 @functools.cache
 def in_transformers(name: str, video: bool) -> tuple[float, Gradients]:
     """Loss and gradients of the unmodified model, with all that its own processor gives it, a sample at a time."""
-    model, images = cutting(name, torch.float64), cutting_processor(name)
-    family, processor = family_of(model), WHOLE[name](images, tagged_tokenizer())
-    family.complete_processor(processor, family.image_token)
-    if video and name == "mplug-owl3":
-        images.cut_prompt = None
-    else:
-        images.do_image_splitting = not video
+    model, processor = cutting(name, torch.float64), whole_processor(name, not video)
     losses, items = [], 0
-    for seed, (text, sizes) in enumerate(ROWS):
-        pictures = [Image.fromarray(picture) for picture in pictures_of(seed, sizes)]
-        text = text.replace("<image>", family.image_token)
-        made = processor(text=[text], images=[pictures] if sizes else None, return_tensors="pt")
-        labels = torch.tensor([*labels_of(made["input_ids"][0].tolist())[1:], IGNORE])
-        arguments = {key: x.double() if key == "pixel_values" else x for key, x in made.items()}
+    for seed, row in enumerate(rows_of(name)):
+        arguments = arguments_of(name, processor, seed, row)
+        labels = torch.tensor([*labels_of(arguments["input_ids"][0].tolist())[1:], IGNORE])
         losses.append(cross_entropy(model(**arguments).logits[0], labels, ignore_index=IGNORE, reduction="sum"))
         items += int((labels != IGNORE).sum())
     loss = torch.stack(losses).sum() / items
@@ -125,9 +143,10 @@ def in_modes(name: str) -> list[tuple[float, Gradients]]:
     return results
 
 
+@pytest.mark.parametrize("ranks", [2, slow(4)])
 @pytest.mark.parametrize("name", slow_but(CUTTING, "idefics3"))
-def test_loss_and_gradients_are_those_of_the_model_with_its_own_processor(name: str) -> None:
-    for number, got in enumerate(run(2, in_modes, name)[0]):
+def test_loss_and_gradients_are_those_of_the_model_with_its_own_processor(name: str, ranks: int) -> None:
+    for number, got in enumerate(run(ranks, in_modes, name)[0]):
         loss, gradient = largest_differences(got, in_transformers(name, number == 2))
         assert loss < 1e-12 and gradient < 1e-11, (number, loss, gradient)
 
@@ -140,6 +159,23 @@ def test_the_path_without_exchange_is_exact_too() -> None:
         assert max(largest_differences((loss.item(), gradients_of(model)), in_transformers(name, False))) < 1e-11, name
 
 
+def answers(name: str) -> Tensor:
+    model, prompts = cutting(name, torch.float64), samples_of(name, False)
+    batches = attached(name, model, MODES[0] if dist.is_initialized() else None)
+    return generate(model, batches, prompts, max_new_tokens=NEW, do_sample=False, eos_token_id=10_000)
+
+
+@pytest.mark.parametrize("name", slow_but(CUTTING, "idefics3"))
+def test_answers_are_those_of_the_model_with_its_own_processor(name: str) -> None:
+    model, processor, want = cutting(name, torch.float64), whole_processor(name, True), []
+    for seed, row in enumerate(rows_of(name)):
+        made = arguments_of(name, processor, seed, row)
+        tokens = model.generate(**made, max_new_tokens=NEW, do_sample=False, eos_token_id=10_000, pad_token_id=0)
+        want.append(tokens[0, -NEW:].tolist())
+    assert answers(name).tolist() == want
+    assert run(2, answers, name)[0].tolist() == want
+
+
 def train(name: str, ranks: int) -> list[float]:
     model = cutting(name)
     return losses_of_steps(
@@ -148,8 +184,9 @@ def train(name: str, ranks: int) -> list[float]:
 
 
 @pytest.mark.slow
-def test_losses_under_zero3() -> None:
-    want, got = train("idefics3", 1), run(2, train, "idefics3", 2)[0]
+@pytest.mark.parametrize("name", CUTTING)
+def test_losses_under_zero3(name: str) -> None:
+    want, got = train(name, 1), run(2, train, name, 2)[0]
     assert want[-1] < want[0]
     assert got == pytest.approx(want, rel=1e-4)
 

@@ -266,12 +266,13 @@ def test_pixels_are_the_same_from_threads(name: str) -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-def test_an_export_does_not_cut_images_that_training_left_whole() -> None:
+@pytest.mark.parametrize("split", [False, True])
+def test_an_export_cuts_images_as_training_did(split: bool) -> None:
     model: Any = tiny("aria")
-    family, processor = family_of(model), SimpleNamespace(image_processor=SimpleNamespace())
+    family, processor = family_of(model), SimpleNamespace(image_processor=SimpleNamespace(split_image=split))
     assert isinstance(family, VisualFamily)
     family.complete_processor(processor, IMAGE)
-    assert vars(processor.image_processor) == {"split_image": False, "max_image_size": 490}
+    assert vars(processor.image_processor) == {"split_image": split, "max_image_size": 490}
 
 
 # Models by name

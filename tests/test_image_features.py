@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from ds_lvxattn.data.sample import IGNORE, FrameSize, Sample, SampleError
+from ds_lvxattn.batches.generation import generate
+from ds_lvxattn.data.sample import IGNORE, FrameSize, Part, Sample, in_one_row
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of
 from ds_lvxattn.families.family import ANY_SIZE
@@ -23,30 +24,59 @@ from ds_lvxattn.families.processors import ChannelsLast
 from ds_lvxattn.needle.task import IMAGE
 from tests.support.distributed import run
 from tests.support.image_models import IMAGE_MODELS, image_model
-from tests.support.marks import slow_but
+from tests.support.marks import slow, slow_but
 from tests.support.parity import Gradients, gradients_of, largest_differences, losses_of_steps, sum_over_ranks
-from tests.support.tiny_model import IMAGE_TOKEN, MODES, attach, loss_of, tiny_sample
+from tests.support.tiny_model import IMAGE_TOKEN, MODES, attach, loss_of, tiny_batches, tiny_sample
 
-# Patterns of text, and heights and widths of their pictures in pixels.
+# Patterns of text, and heights and widths of their images in pixels; of videos the number of frames is ahead of them.
 BATCH = (("ttItIttaItta", ((56, 70), (98, 60), (30, 31))), ("tItaa", ((64, 200),)), ("ttta", ()))
-# Of one picture alone LLaVA-OneVision's processor makes tiles.
-ONE_EACH = (("ttItta", ((56, 70),)), ("tItaa", ((120, 117),)), ("ttta", ()))
+# Of an image that is alone in its row LLaVA-OneVision's processor makes tiles, of several it does not.
+WITH_VIDEOS = (("tIItItaIIa", ((2, 40, 61), (120, 117), (2, 30, 33))), ("IIItta", ((3, 28, 28),)), *BATCH)
+BATCHES = {"llava_onevision": WITH_VIDEOS, "internvl": WITH_VIDEOS}
+NEW = 3  # tokens that are generated
+OF_IMAGE, OF_VIDEO = "<of an image>", "<of a video>"
 
 
 def samples(model: Any) -> list[Sample]:
     """As the family of ``model`` writes them."""
     processor, family, made = ChannelsLast(model.own_processor), family_of(model), []
     assert isinstance(family, VisualFamily)
-    for seed, (pattern, sizes) in enumerate(ONE_EACH if model.config.model_type == "llava_onevision" else BATCH):
-        rng, text = np.random.default_rng(seed), tiny_sample(pattern, seed)
-        frames = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
-        pictures = [FrameSize(*size) for size in sizes]
-        ids = processor.tokenizer(
-            family.write(words_of(model, text.input_ids), pictures, processor, ANY_SIZE), add_special_tokens=False
-        )["input_ids"]
+    for seed, (pattern, sizes) in enumerate(BATCHES.get(model.config.model_type, BATCH)):
+        text, media = tiny_sample(pattern, seed), media_of(seed, sizes)
+        frames = [frame for medium in media for frame in (medium[:, None] if medium.ndim == 4 else medium[None])]
+        pictures = in_one_row(size for medium in media for size in sizes_of(medium))
+        words = text_of(model, seed, pattern, sizes).replace(OF_IMAGE, IMAGE)
+        for medium in media:
+            if medium.ndim == 4:
+                parts = family.video_parts(range(len(medium))).replace(family.image_token, IMAGE)
+                words = words.replace(OF_VIDEO, parts, 1)
+        ids = processor.tokenizer(family.write(words, pictures, processor, ANY_SIZE), add_special_tokens=False)[
+            "input_ids"
+        ]
         take, labels = functools.partial(_take, frames), labels_of(text, ids)
-        made.append(Sample(ids, labels, len(sizes), take, pattern, pictures))
+        made.append(Sample(ids, labels, len(frames), take, pattern, pictures))
     return made
+
+
+def text_of(model: Any, seed: int, pattern: str, sizes: Sequence[tuple[int, ...]]) -> str:
+    """The words of a row, with a mark for each of its images and videos."""
+    text = words_of(model, tiny_sample(pattern, seed).input_ids)
+    for frames, *sides in ((1, *size) if len(size) == 2 else size for size in sizes):
+        text = text.replace(" ".join([IMAGE] * frames), OF_VIDEO if (frames, *sides) in sizes else OF_IMAGE, 1)
+    return text
+
+
+def media_of(seed: int, sizes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+    """Images, and videos of some frames each."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+
+
+def sizes_of(medium: np.ndarray) -> list[FrameSize]:
+    if medium.ndim == 3:
+        return [FrameSize(*medium.shape[:2])]
+    frames, *sides = medium.shape[:3]
+    return [FrameSize(*sides, True, Part(number, 1, frames, 1.0)) for number in range(frames)]
 
 
 def words_of(model: Any, ids: Sequence[int]) -> str:
@@ -61,23 +91,32 @@ def _take(frames: Sequence[np.ndarray], wanted: Sequence[int]) -> list[np.ndarra
 def in_transformers(kind: str) -> tuple[float, Gradients]:
     """Loss and gradients of the unmodified model, with all that its own processor gives it, a sample at a time."""
     model = image_model(kind, torch.float64)
-    processor = model.own_processor
     losses, items = [], 0
-    for seed, sample in enumerate(samples(model)):
-        plain = tiny_sample(sample.name, seed)
-        text = words_of(model, plain.input_ids).replace(IMAGE, processor.image_token)
-        pictures = sample.load_frames(range(sample.num_frames))
-        with_pictures = {"images": [pictures]} if pictures else {}
-        made = processor(text=[text], return_tensors="pt", **with_pictures)
+    for seed, (pattern, sizes) in enumerate(BATCHES.get(kind, BATCH)):
+        plain, made = tiny_sample(pattern, seed), made_by_transformers(model, seed, pattern, sizes)
         labels = labels_of(plain, made["input_ids"][0].tolist())
-        made = {key: x.double() if x.is_floating_point() else x for key, x in made.items()}
-        logits = model(**made).logits
+        logits = model(**in_float64(made)).logits
         targets = torch.tensor([*labels[1:], IGNORE])
         losses.append(cross_entropy(logits[0], targets, ignore_index=IGNORE, reduction="sum"))
         items += int((targets != IGNORE).sum())
     loss = torch.stack(losses).sum() / items
     loss.backward()
     return loss.item(), gradients_of(model)
+
+
+def in_float64(arguments: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: x.double() if x.is_floating_point() else x for key, x in arguments.items()}
+
+
+def made_by_transformers(model: Any, seed: int, pattern: str, sizes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    """What the model's own processor makes of a row."""
+    processor, media = model.own_processor, media_of(seed, sizes)
+    text = text_of(model, seed, pattern, sizes)
+    for mark, name in ((OF_IMAGE, "image_token"), (OF_VIDEO, "video_token")):
+        text = text.replace(mark, getattr(processor, name, ""))
+    images, videos = ([medium for medium in media if medium.ndim == axes] for axes in (3, 4))
+    given = ({"images": [images]} if images else {}) | ({"videos": videos} if videos else {})
+    return processor(text=[text], return_tensors="pt", **given)
 
 
 def labels_of(sample: Sample, rows: list[int]) -> list[int]:
@@ -101,9 +140,10 @@ def in_modes(kind: str) -> list[tuple[float, Gradients]]:
     return results
 
 
-@pytest.mark.parametrize("kind", slow_but(IMAGE_MODELS, "llava_next"))
-def test_loss_and_gradients_are_those_of_the_model_with_its_own_processor(kind: str) -> None:
-    for mode, got in zip(MODES, run(2, in_modes, kind)[0], strict=False):
+@pytest.mark.parametrize("ranks", [2, slow(4)])
+@pytest.mark.parametrize("kind", slow_but(IMAGE_MODELS, "llava_next", "llava_onevision"))
+def test_loss_and_gradients_are_those_of_the_model_with_its_own_processor(kind: str, ranks: int) -> None:
+    for mode, got in zip(MODES, run(ranks, in_modes, kind)[0], strict=False):
         loss, gradient = largest_differences(got, in_transformers(kind))
         assert loss < 1e-12 and gradient < 1e-11, (mode, loss, gradient)
 
@@ -113,20 +153,40 @@ def train(kind: str, ranks: int) -> list[float]:
     return losses_of_steps(model, samples(model), ranks, steps=3)
 
 
+def answers(kind: str) -> torch.Tensor:
+    model, ranks = image_model(kind, torch.float64), dist.get_world_size() if dist.is_initialized() else 1
+    prompts = samples(model)
+    batches = attach(model, ranks, MODES[0], prompts) if ranks > 1 else tiny_batches(model)
+    return generate(model, batches, prompts, max_new_tokens=NEW, do_sample=False, eos_token_id=10_000)
+
+
+@pytest.mark.parametrize("kind", slow_but(IMAGE_MODELS, "llava_onevision"))
+def test_answers_are_those_of_the_model_with_its_own_processor(kind: str) -> None:
+    model, want = image_model(kind, torch.float64), []
+    for seed, row in enumerate(BATCHES.get(kind, BATCH)):
+        made = in_float64(made_by_transformers(model, seed, *row))
+        tokens = model.generate(**made, max_new_tokens=NEW, do_sample=False, eos_token_id=10_000, pad_token_id=0)
+        want.append(tokens[0, -NEW:].tolist())
+    assert answers(kind).tolist() == want
+    assert run(2, answers, kind)[0].tolist() == want
+
+
 @pytest.mark.slow
-def test_losses_under_zero3() -> None:
-    """With the line breaks, parameters of the model around its parts."""
-    want, got = train("llava_next", 1), run(2, train, "llava_next", 2)[0]
+@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision", "internvl"])
+def test_losses_under_zero3(kind: str) -> None:
+    """With line breaks, parameters of the model around its parts."""
+    want, got = train(kind, 1), run(2, train, kind, 2)[0]
     assert want[-1] < want[0]
     assert got == pytest.approx(want, rel=1e-4)
 
 
-def test_several_images_are_refused_where_they_have_other_pixels_than_one() -> None:
-    model = image_model("llava_onevision")
-    family, processor = family_of(model), ChannelsLast(model.own_processor)
-    assert isinstance(family, VisualFamily)
-    with pytest.raises(SampleError, match="2 images and frames, of which the model's processor makes other pixels"):
-        family.write(2 * IMAGE, [FrameSize(56, 70)] * 2, processor, ANY_SIZE)
+def test_the_path_without_exchange_is_exact_too() -> None:
+    """With videos that the model's own code would want equally long."""
+    model = image_model("llava_onevision", torch.float64)
+    loss = loss_of(model, samples(model))
+    loss.backward()
+    got = loss.item(), gradients_of(model)
+    assert max(largest_differences(got, in_transformers("llava_onevision"))) < 1e-11
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
 from ds_lvxattn.plan.__main__ import main, report
 from ds_lvxattn.plan.cluster.job import ClusterJob
@@ -51,6 +53,7 @@ def test_models_that_ship(model: str) -> None:
     billions = {
         "Llama-3.2-11B-Vision": 10.7, "Llama-3.2-90B-Vision": 88.6, "OpenFlamingo-3B": 2.6, "OpenFlamingo-9B": 8.3,
         "mPLUG-Owl3-7B": 8.1, "NVLM-H-72B": 79.0, "LLaVA-1.5-7B": 7.1, "Qwen2.5-VL-7B": 8.3,
+        "Qwen2-VL-7B": 8.3, "Qwen2-VL-72B": 73.4, "Qwen3-VL-8B": 8.8, "Qwen3-VL-32B": 33.4,
     }  # fmt: skip
     sizes = SHIPPED[model]
     assert sizes.parameters / 1e9 == pytest.approx(billions[model], rel=0.12)
@@ -124,6 +127,26 @@ def test_visual_tokens_in_the_text(tmp_path: Path, capsys: pytest.CaptureFixture
     arguments = ["--model", "Qwen2.5-VL-7B", "--map", str(tmp_path / "map.png")]
     assert main([*arguments, *ARGUMENTS]) == 2
     assert "--map is of cross-attention" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "text", "vision"),
+    [
+        ("Qwen2-VL-7B", Qwen2VLConfig, (3584, 18944, 28, 28, 4, 152064), {"embed_dim": 1280}),
+        ("Qwen2.5-VL-7B", Qwen2_5_VLConfig, (3584, 18944, 28, 28, 4, 152064), {"hidden_size": 1280}),
+        ("Qwen3-VL-8B", Qwen3VLConfig, (4096, 12288, 36, 32, 8, 151936), {"out_hidden_size": 4096}),
+    ],
+)
+def test_a_saved_config_has_the_sizes_that_ship(
+    name: str, kind: Any, text: tuple[int, ...], vision: dict[str, int], tmp_path: Path
+) -> None:
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "vocab_size")  # fmt: skip
+    kind(text_config=dict(zip(keys, text, strict=True)), vision_config=vision).save_pretrained(tmp_path)
+    found, ships = model_sizes(str(tmp_path)), SHIPPED[name]
+    assert {**vars(found), "name": "", "source": ""} == {**vars(ships), "name": "", "source": ""}
+    larger = ships.with_image_size(2 * 10 * ships.token_side)
+    assert larger.frame_tokens == 400 and larger.vision_tokens == 1600
 
 
 @pytest.mark.parametrize(

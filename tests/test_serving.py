@@ -34,10 +34,11 @@ from ds_lvxattn.training.dataset import frames_in_text
 from ds_lvxattn.training.loading import LoadedModel, image_token_of, load_model
 from tests.support import qwen_videos
 from tests.support.distributed import run
-from tests.support.image_models import IMAGE_MODELS, SERVED, image_model
-from tests.support.marks import slow
-from tests.support.tiny_families import CUTTING, cutting, cutting_processor, tagged_tokenizer, tiny
-from tests.support.tiny_model import CPU, groups_of, tiny_config, tiny_model
+from tests.support.image_models import IMAGE_MODELS, SERVED, WITH_VIDEOS, Videos, image_model
+from tests.support.marks import slow, slow_but
+from tests.support.tiny_families import CUTTING, TOKENS, cutting, cutting_processor, tagged_tokenizer, tiny
+from tests.support.tiny_model import CPU, ds_config, groups_of, tiny_config, tiny_model
+from tests.support.training import finetune, metrics_in, write_config
 
 # As in published templates, text stands ahead of the image.
 TEMPLATE = (
@@ -49,9 +50,12 @@ AHEAD = (
     "{% for m in messages %}{% for part in m.content %}{% if part.type == 'image' %}<|image|>{% endif %}"
     "{% endfor %}{% endfor %}" + TEMPLATE.replace("<|image|>", "")
 )
-# Their processors write an image ahead of everything.
-TEMPLATES = {"blip2": AHEAD, "instructblip": AHEAD}
-TOKENS: dict[str, Any] = {"aria": {"extra_special_tokens": {"image_token": "<|img|>"}}}
+FILMED = ("llava_onevision", "internvl")  # take a video as such
+ONE_IMAGE = ("blip2", "instructblip")  # their processors write an image ahead of everything
+TEMPLATES = {
+    **dict.fromkeys(ONE_IMAGE, AHEAD),
+    **dict.fromkeys(FILMED, TEMPLATE.replace("{% else %}", "{% elif part.type == 'video' %}<video>{% else %}")),
+}
 TILES = 4
 
 
@@ -105,13 +109,23 @@ def trained(folder: str, export: str, rows: str, max_frames: int = 4) -> Tensor:
 
 
 def served(name: str, export: Path, pictures: list[np.ndarray]) -> dict[str, Any]:
-    """What the processor of an export makes of the row, for the model of the export."""
+    """What the processor of an export makes of the row, for the model of the export.
+
+    Args:
+        pictures: two images and the frames of a video.
+    """
+    *pictures, film = [*pictures[:2], np.stack(pictures[2:])]
     if name == "smolvlm" and not is_torchvision_available():  # which its whole processor needs
         parts = AutoImageProcessor.from_pretrained(export, backend="pil"), AutoTokenizer.from_pretrained(export)
         processor = Idefics3Processor(*parts, image_seq_len=4)
+    elif name in WITH_VIDEOS and not is_torchvision_available():
+        settings = json.loads((export / "processor_config.json").read_text())
+        images, videos = AutoImageProcessor.from_pretrained(export), Videos(settings["video_processor"])
+        parts = images, AutoTokenizer.from_pretrained(export), videos
+        processor = WITH_VIDEOS[name].from_args_and_dict(parts, settings)
     else:
         processor = AutoProcessor.from_pretrained(export)
-    if name in TEMPLATES:  # takes one image, ahead of the text and its first token
+    if name in ONE_IMAGE:  # takes one image, ahead of the text and its first token
         text = "<|begin_of_text|> which digit ? 3 <|end_of_text|>"
         made = processor(images=pictures[0], text=[text], return_tensors="pt")
         if name == "instructblip":  # which is asked with the prompt alone
@@ -123,13 +137,17 @@ def served(name: str, export: Path, pictures: list[np.ndarray]) -> dict[str, Any
         return processor(text=[["which", images[0], "digit ?", images[1], "3 <|end_of_text|>"]], return_tensors="pt")
     image = {"type": "image"}
     user = [{"type": "text", "text": "which"}, image, {"type": "text", "text": "digit ?"}, image]
+    # Of itself Aria's processor leaves images whole, scaled to 980 pixels, whatever its image processor says.
+    more: dict[str, Any] = {"max_image_size": 490, "split_image": True} if name == "aria" else {}
+    if name in FILMED:
+        user.append({"type": "video"})
+        more = {"videos": [film]}
     chat = [
         {"role": "user", "content": user},
         {"role": "assistant", "content": [{"type": "text", "text": "3"}]},
     ]
     text = AutoTokenizer.from_pretrained(export).apply_chat_template(chat, tokenize=False)
-    size = {"max_image_size": 490} if name == "aria" else {}  # its processor asks for 980, whatever the model has
-    return processor(text=[text], images=[images], return_tensors="pt", **size)
+    return processor(text=[text], images=[images], return_tensors="pt", **more)
 
 
 # transformers has no mPLUG-Owl3: the export brings its code.
@@ -170,20 +188,21 @@ def alone(export: Path, got: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["mllama", "llava", *map(slow, ("idefics", "blip2", "instructblip", "aria", *CUTTING, *SERVED))]
+    "name", ["mllama", "llava", *map(slow, ("idefics", *ONE_IMAGE, *CUTTING)), *slow_but(SERVED, "llava_onevision")]
 )
 def test_an_export_serves_what_was_trained(name: str, tmp_path: Path) -> None:
     folder, export, rows = tmp_path / "model", tmp_path / "export", tmp_path / "rows.jsonl"
     pretrained(name, folder)
-    pictures = [np.random.default_rng(n).integers(0, 256, (40, 30 + 50 * n, 3), dtype=np.uint8) for n in range(2)]
+    widths = (30, 80, 31, 31)
+    pictures = [np.random.default_rng(w).integers(0, 256, (40, w, 3), dtype=np.uint8) for w in widths]
     for number, picture in enumerate(pictures):
         Image.fromarray(picture).save(tmp_path / f"{number}.png")
-    one = name in TEMPLATES
-    asked = [
-        {"from": "human", "value": "<image> which digit ?" if one else "which <image> digit ? <image>"},
-        {"from": "gpt", "value": "3"},
-    ]
-    rows.write_text(json.dumps({"image": ["0.png", "1.png"][: 1 if one else 2], "conversations": asked}))
+    question = "<image> which digit ?" if name in ONE_IMAGE else "which <image> digit ? <image>"
+    media: dict[str, Any] = {"image": ["0.png", "1.png"][: question.count("<image>")]}
+    if name in FILMED:
+        question += " <video>"
+        media["video"] = ["2.png", "3.png"]
+    rows.write_text(json.dumps({**media, "conversations": _asked(question)}))
     got = run(2, trained, str(folder), str(export), str(rows))[0]
     if name == "mplug-owl3":
         return alone(export, got)
@@ -193,6 +212,39 @@ def test_an_export_serves_what_was_trained(name: str, tmp_path: Path) -> None:
         want = model(**served(name, export, pictures)).logits[0]
     torch.testing.assert_close(got[: len(want)], want, rtol=1e-4, atol=1e-4)
     assert len(got) - len(want) <= 1
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", slow("internvl"), slow("aria")])
+def test_the_command_trains_on_rows_of_images_and_videos_as_on_one_rank(name: str, tmp_path: Path) -> None:
+    pretrained(name, tmp_path / "model")
+    for number in range(5):
+        side = 40 if number < 3 else 30 + 40 * number  # the first three are the frames of a film
+        picture = np.random.default_rng(number).integers(0, 256, (40, side, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    film, images = ["0.png", "1.png", "2.png"], ["3.png", "4.png"]
+    rows = [
+        {"image": images, "conversations": _asked("which <image> digit ? <image>")},
+        {"video": [film], "conversations": _asked("<video> which digit ?")},
+        {"image": images[:1], "video": [film], "conversations": _asked("which <image> digit ? <video>")},
+        {"conversations": _asked("which digit ?")},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    losses = []
+    for size in (2, 1):
+        config = ds_config(2, 2, 2, size=size)
+        file = write_config(
+            tmp_path / f"{size}.json", config, eval_examples=0, frames=4, on_bad_sample="fail",
+            trainable="all", eval_data=str(tmp_path / "rows.jsonl"),
+        )  # fmt: skip
+        out = tmp_path / f"out{size}"
+        words = f"--ds_config {file} --model {tmp_path / 'model'} --data {tmp_path / 'rows.jsonl'} --steps 2".split()
+        assert run(size, finetune, [*words, "--seed", "1", "--output_dir", str(out)], timeout=300) == [""] * size
+        losses.append(metrics_in(out))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def _asked(question: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": "3"}]
 
 
 @pytest.mark.parametrize(("name", "ranks"), [slow("qwen2-vl", 2), slow("qwen2.5-vl", 4), ("qwen3-vl", 2)])

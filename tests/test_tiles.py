@@ -175,11 +175,15 @@ def test_a_picture_has_the_tiles_that_its_size_tells(height: int, width: int, li
         assert torch.equal(pixels["pixel_values"], theirs["pixel_values"][:, :, : shape.tokens // 5])
 
 
-def test_an_export_that_cannot_say_a_limit_of_tiles_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    Mllama(tiny_config(TILES)).limited(processor(), FrameLimits(image_tiles=TILES))
-    assert not caplog.records
-    Mllama(tiny_config(TILES)).limited(processor(), FrameLimits(image_tiles=2))
-    assert "at most 2 tiles" in caplog.text and "up to 4" in caplog.text
+def test_a_limit_of_tiles_that_no_export_can_say_is_refused() -> None:
+    family = Mllama(tiny_config(TILES))
+    family.refuse_unheeded(processor(), FrameLimits(image_tiles=TILES))
+    with pytest.raises(ConfigError, match=r"'finetuning.image_tiles' is 2, .* up to 4 .* within 28 x 28 pixels"):
+        Batches(tiny_model(tiny_config(TILES)), processor(), 0, 1, torch.device("cpu"), torch.float32, None,
+                FrameLimits(image_tiles=2))  # fmt: skip
+    # What the message says to do: such an image has one tile, trained and served.
+    shape = family.shape_of(FrameSize(SIZE, SIZE), processor(), ANY_SIZE)
+    assert shape.grid == (1, 1)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_lvxattn.batches.layout import BatchLayout, lay_out
-from ds_lvxattn.data.sample import IGNORE, FrameShape, FrameSize, Sample, SampleError
+from ds_lvxattn.data.sample import IGNORE, FrameShape, FrameSize, Sample, SampleError, in_one_row
 from ds_lvxattn.exchange.comm import Communicator, communicator
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.routes import Routes, routed_rows, visible_work
@@ -129,7 +129,7 @@ class Collator:
         )
 
     def _frame_shapes(self, sample: Sample) -> list[FrameShape]:
-        sizes: Sequence[FrameSize | None] = sample.sizes or [None] * sample.num_frames
+        sizes: Sequence[FrameSize | None] = in_one_row(sample.sizes or ()) or [None] * sample.num_frames
         if not isinstance(self.family, VisualFamily):
             return []
         shapes = [shape for size in sizes for shape in self.family.crops_of(size, self.processor, self.limits)]

@@ -14,7 +14,7 @@ from ds_lvxattn.batches.layout import BatchLayout
 from ds_lvxattn.batches.planning import planner_for
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.data.sample import Sample
-from ds_lvxattn.families import VisualFamily, family_of
+from ds_lvxattn.families import VisualFamily, family_of, unwrapped
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
 from ds_lvxattn.families.processors import ChannelsLast
 from ds_lvxattn.plan.layer_plan import LayerPlan
@@ -79,6 +79,8 @@ class Batches:
         family = family_of(model)
         if isinstance(family, VisualFamily):
             family.refuse_unheeded(processor, limits)
+            if parallel is None:
+                family.fit_unattached(unwrapped(model))
         processor = ChannelsLast(processor)
         division: Division | None = None
         self.planner: Planner | None = None

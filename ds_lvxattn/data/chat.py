@@ -40,16 +40,23 @@ class VideoText:
         text: how a conversation writes a video, ``token`` in it.
         token: what a chat template leaves of a video; its parts stand in the place of it.
         write: the text of these parts, a frame's token in it for each, by the seconds at which they are shown.
+        image: the token of an image.
     """
 
     merged: int
     text: str
     token: str
     write: Callable[[Sequence[float]], str]
+    image: str
 
-    def of(self, times: Sequence[Sequence[float]]) -> WrittenVideos:
-        """Those of a conversation, by the times of their parts."""
-        return WrittenVideos(self.text, self.token, tuple(map(self.write, times)))
+    def of(self, times: Sequence[Sequence[float]], order: Sequence[bool]) -> WrittenVideos:
+        """Those of a conversation.
+
+        Args:
+            times: of the parts of each.
+            order: of its images and videos, which are videos.
+        """
+        return WrittenVideos(self.text, self.token, tuple(map(self.write, times)), self.image, tuple(order))
 
 
 @dataclass(frozen=True)
@@ -57,22 +64,32 @@ class WrittenVideos:
     """The videos of a conversation.
 
     Attributes:
-        text, token: see ``VideoText``.
+        text, token, image: see ``VideoText``.
         parts: the text of the parts of each.
+        order: of the images and videos of the conversation, which are videos.
     """
 
     text: str = ""
     token: str = ""
     parts: tuple[str, ...] = ()
+    image: str = ""
+    order: tuple[bool, ...] = ()
 
     def put_into(self, text: str) -> str:
         """``text`` of a conversation, or of its beginning, with the parts of its videos in their places.
 
         Raises:
-            SampleError: more of their tokens than videos.
+            SampleError: more of their tokens than videos; images and videos in another order than the conversation's.
         """
         if not self.token:
             return text
+        media = re.findall(f"{re.escape(self.token)}|{re.escape(self.image)}", text)
+        order = tuple(token == self.token for token in media)
+        if order != self.order and sorted(order) == sorted(self.order):
+            raise SampleError(
+                "the chat template writes the images and videos of a turn in another order than the row, images first "
+                "for instance; give them in the order of the template"
+            )
         first, *others = text.split(self.token)
         if len(others) > len(self.parts):
             raise SampleError(f"the text holds {self.token!r} outside its {len(self.parts)} videos; take it out")

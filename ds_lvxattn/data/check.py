@@ -67,7 +67,7 @@ def check_rows(
     max_frames: int,
     root: str,
     encode: Encode | None = None,
-    merged: int = 1,
+    merged: int = 0,
     limit: int | None = None,
     save: Path | None = None,
 ) -> Findings:

@@ -28,7 +28,7 @@ from ds_lvxattn.data.media import (
     sample_times,
 )
 from ds_lvxattn.data.rows import MediaRef, Turn, read_row, unknown_keys
-from ds_lvxattn.data.sample import FrameSize, Sample, SampleError, as_it_is, one_row
+from ds_lvxattn.data.sample import FrameSize, Sample, SampleError, as_it_is, in_one_row, one_row
 from ds_lvxattn.data.table import Data, open_table
 
 logger = logging.getLogger(__name__)
@@ -165,11 +165,11 @@ class ConversationSource:
         found = [part for turn in turns for part in turn.parts if isinstance(part, MediaRef)]
         if self.image_token is None and found:
             raise SampleError(f"{len(found)} images and videos, and the model takes text alone")
-        merged = self.videos.merged if self.videos else 1
+        merged = self.videos.merged if self.videos else 0
         media = open_media(found, self.max_frames, self.media_root, self.pixels, self.upright, self.fps, merged)
         videos = videos_of(media, self.videos)
         messages = messages_of(turns, media, self.frame_text, videos)
-        sizes = [size for m in media for size in m.frame_sizes]
+        sizes = in_one_row(size for m in media for size in m.frame_sizes)
 
         def write(text: str) -> str:
             return self.write(text, sizes)
@@ -201,7 +201,7 @@ def open_media(
     pixels: PixelLimits = NO_LIMITS,
     upright: bool = True,
     fps: float | None = None,
-    merged: int = 1,
+    merged: int = 0,
 ) -> list[Media]:
     """Media with the frames that are taken of them: one of an image, the rest of the budget divided over the videos.
 
@@ -212,7 +212,8 @@ def open_media(
         pixels: to which larger pictures are scaled down while they are decoded.
         upright: whether images are turned by their EXIF orientation.
         fps: frames of each second of a video that are taken, where its row does not say; None: all of its share.
-        merged: frames of a video that the model merges: as many are taken, or a multiple, where there are more.
+        merged: frames of a video that the model merges: as many are taken, or a multiple, where there are more; 0: it
+            takes them by themselves.
 
     Raises:
         SampleError: missing or broken media, or more of them than frames.
@@ -245,26 +246,29 @@ def open_media(
             room = min(room, max(int(asked.get("frames", room)), 1))
             span = {"fps": asked.get("fps", fps), "start": asked.get("start"), "end": asked.get("end")}
             info = probe_video(first)
-            times = sample_times(info, _multiple(room, merged), **span, multiple=merged)
+            times = sample_times(info, _multiple(room, merged), **span, multiple=max(merged, 1))
             frames = [info.frame_at(time) for time in times]
             rate, step = Fraction(0), (times[-1] - times[0]) / max(len(times) - 1, 1)
         size = pixels.of(medium.kind)
         media.append(
             Media(
                 medium.kind, sources, tuple(frames), tuple(map(float, times)), size, upright,
-                merged if medium.kind == "video" else 1, float(step), float(rate),
+                merged if medium.kind == "video" else 0, float(step), float(rate),
             )
         )  # fmt: skip
     return media
 
 
 def _multiple(frames: int, merged: int) -> int:
-    return frames - frames % merged if frames > merged else frames
+    return frames - frames % merged if frames > merged > 1 else frames
 
 
 def videos_of(media: Sequence[Media], how: VideoText | None) -> WrittenVideos:
     """The text of the videos among ``media``; none where they go in frame by frame."""
-    return how.of([medium.part_times for medium in media if medium.is_video]) if how else NO_VIDEOS
+    if how is None:
+        return NO_VIDEOS
+    order = [medium.is_video for medium in media for _ in range(1 if medium.is_video else len(medium.frames))]
+    return how.of([medium.part_times for medium in media if medium.is_video], order)
 
 
 def messages_of(

@@ -12,7 +12,7 @@ from ds_lvxattn.data.chat import VideoText, check_tokens, check_words, render
 from ds_lvxattn.data.conversations import messages_of, open_media, videos_of
 from ds_lvxattn.data.media import DEFAULT_LIMITS, load_frames
 from ds_lvxattn.data.rows import MediaRef, read_row
-from ds_lvxattn.data.sample import IGNORE, FrameSize, Sample, SampleError, as_it_is, one_row
+from ds_lvxattn.data.sample import IGNORE, FrameSize, Sample, SampleError, as_it_is, in_one_row, one_row
 
 
 def question_sample(
@@ -54,13 +54,13 @@ def question_sample(
     asked = {"messages": [{"role": "user", "content": question}], "video": None if video is None else os.fspath(video)}
     turns = read_row(asked, answered=False)
     found = [part for turn in turns for part in turn.parts if isinstance(part, MediaRef)]
-    media = open_media(found, max_frames, "", DEFAULT_LIMITS, merged=videos.merged if videos else 1)
+    media = open_media(found, max_frames, "", DEFAULT_LIMITS, merged=videos.merged if videos else 0)
     frame_text = frame_text or image_token or ""
     videos_here = videos_of(media, videos)
     messages = messages_of(turns, media, frame_text, videos_here)
     text = render(messages, tokenizer, True, frame_text, videos_here)
     check_words(messages, text, frame_text, videos_here.text)
-    sizes = [size for medium in media for size in medium.frame_sizes]
+    sizes = in_one_row(size for medium in media for size in medium.frame_sizes)
     input_ids = tokenizer(write(text, sizes), add_special_tokens=False, verbose=False)["input_ids"]
     check_tokens(input_ids, tokenizer, embeddings, image_token)
     rows_of = [rows for size in sizes for rows in frame_tokens(size)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -41,6 +41,11 @@ class Part:
     frames: int
     seconds: float
 
+    @property
+    def is_last(self) -> bool:
+        """Whether its video ends with it."""
+        return (self.number + 1) * self.merged >= self.frames
+
 
 @dataclass(frozen=True)
 class FrameSize:
@@ -50,12 +55,21 @@ class FrameSize:
         height, width: pixels.
         video: whether it is a frame of a video, for which limits differ from those of an image.
         part: for models that take a video as such: the frames that this one stands for; None: one picture by itself.
+        images: pictures by themselves in its row (``in_one_row``), which some processors cut only where there is one.
     """
 
     height: int
     width: int
     video: bool = False
     part: Part | None = None
+    images: int = 1
+
+
+def in_one_row(sizes: Iterable[FrameSize]) -> list[FrameSize]:
+    """The pictures of a row, which know how many images there are."""
+    listed = list(sizes)
+    images = sum(size.part is None for size in listed)
+    return [size if size.part is not None else replace(size, images=images) for size in listed]
 
 
 def one_row(size: FrameSize) -> Sequence[int]:

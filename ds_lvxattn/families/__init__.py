@@ -18,7 +18,9 @@ from ds_lvxattn.families.idefics2 import Idefics2
 from ds_lvxattn.families.idefics3 import Idefics3, SmolVLM
 from ds_lvxattn.families.image_features import ImageFeatures
 from ds_lvxattn.families.instructblip import InstructBlip, InstructBlipVideo
+from ds_lvxattn.families.internvl import InternVL
 from ds_lvxattn.families.llava import Llava
+from ds_lvxattn.families.llava_onevision import LlavaOnevision
 from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
 from ds_lvxattn.families.paligemma import PaliGemma
@@ -46,6 +48,8 @@ FAMILIES: tuple[type[Family], ...] = (
     Qwen3VLMoe,
     Gemma3,
     PaliGemma,
+    LlavaOnevision,
+    InternVL,
     ImageFeatures,  # any other model of transformers with images in its text
     TextOnly,  # last: any causal language model of transformers
 )

@@ -2,6 +2,9 @@
 
 Its projector reads each image by itself with learned queries, so each rank runs it over its own frames; the tokens of a
 frame stand in the text, as in LLaVA. A projector over all frames of a video is ``runtime.adapters``.
+
+Where its image processor splits images (``split_image``), an image is scaled to the best of the processor's
+resolutions and cut into squares, which ranks share. A frame of a video stays whole.
 """
 
 from __future__ import annotations
@@ -16,16 +19,21 @@ from torch import Tensor, nn
 from transformers import AriaForConditionalGeneration
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionAttention
 
-from ds_lvxattn.data.sample import FrameShape
+from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
+from ds_lvxattn.families.family import FrameLimits
 from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.families.processors import written
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
 
 class Aria(Concatenation):
-    """The Aria family; see ``VisualFamily``. Frames are padded to squares of the vision config's ``image_size``."""
+    """The Aria family; see ``VisualFamily``. Frames are padded to squares of the vision config's ``image_size``.
+
+    ``FrameShape.grid``: of an image that is split, the number of its squares.
+    """
 
     name = "Aria"
     model_class = AriaForConditionalGeneration
@@ -70,17 +78,42 @@ class Aria(Concatenation):
     def encoder_tokens(self) -> int:
         return _patches(self.config.vision_config)
 
+    def crops_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> list[FrameShape]:
+        if size is None or size.video or not processor.split_image:
+            return [self.shape_of(size, processor, limits)]
+        settings = {"max_image_size": self.config.vision_config.image_size, "split_image": True}
+        count = processor.get_number_of_image_patches(size.height, size.width, settings)
+        tokens = self.frame_tokens(), self.encoder_tokens()
+        return [FrameShape(*tokens, (count,), crop=crop, pictures=int(crop == 0)) for crop in range(count)]
+
+    def cut(self, frame: np.ndarray, processor: Any) -> list[np.ndarray]:
+        squares = processor.get_image_patches(
+            frame.transpose(2, 0, 1),
+            processor.split_resolutions,
+            self.config.vision_config.image_size,
+            processor.resample,
+        )
+        return [np.ascontiguousarray(square.transpose(1, 2, 0)) for square in squares]
+
+    def write(self, text: str, sizes: Sequence[FrameSize], processor: Any, limits: FrameLimits) -> str:
+        counts = (len(self.crops_of(size, processor, limits)) for size in sizes)
+        return written(text, self.image_token, (self.image_token * count for count in counts))
+
     def complete_processor(self, processor: Any, image_token: str) -> None:
-        """An image is served as it was trained: whole, and of this size."""
+        """An image is served as it was trained, of this size."""
         processor.size_conversion = {self.config.vision_config.image_size: self.frame_tokens()}
-        processor.image_processor.split_image = False
         processor.image_processor.max_image_size = self.config.vision_config.image_size
 
     def pixels(
         self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
     ) -> Mapping[str, Tensor]:
         side = self.config.vision_config.image_size
-        processed = processor(list(frames), return_tensors="pt", max_image_size=side, split_image=False)
+        # One that is split into a single square is scaled and padded all the same.
+        images = [
+            self.cut(frame, processor)[0] if shape.grid == (1,) else frame
+            for frame, shape in zip(frames, shapes, strict=True)
+        ]
+        processed = processor(images, return_tensors="pt", max_image_size=side, split_image=False)
         return {key: processed[key][None] for key in self.pixel_arguments}
 
     def blank_pixels(self) -> Mapping[str, Tensor]:

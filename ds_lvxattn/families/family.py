@@ -383,6 +383,10 @@ class VisualFamily(Family):
 
     # The unmodified model, without exchange
 
+    def fit_unattached(self, model: nn.Module) -> None:
+        """Let ``model`` take what ``pixels`` gives and its own code does not; it may have been called before."""
+        return None
+
     def prompt_arguments(self, positions: np.ndarray) -> Mapping[str, Tensor]:
         """What its ``generate`` wants of prompts beside tokens and pixels.
 

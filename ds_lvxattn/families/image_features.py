@@ -27,14 +27,16 @@ from torch.nn.functional import pad
 from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.processing_utils import ProcessorMixin
 
 from ds_lvxattn.data.sample import FrameShape, FrameSize, SampleError
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.family import FrameLimits
 from ds_lvxattn.families.frames import encode_in_portions
-from ds_lvxattn.families.processors import written
+from ds_lvxattn.families.processors import without_video_processor, written
 from ds_lvxattn.families.text_only import OBSTACLES, refuse
+from ds_lvxattn.families.videos import VideoProcessor
 from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
@@ -50,10 +52,14 @@ class ImageFeatures(Concatenation):
     A frame of a video is an image. Where the processor cuts images into as many tiles as it is told, it is told the
     limits; elsewhere a frame has at most the pixels of a square of the vision config's ``image_size``, unless told
     otherwise.
+
+    Attributes:
+        video_processor: name of transformers' class, for a model that takes videos as such.
     """
 
     name = "images in the text"
-    model_class = PreTrainedModel
+    video_processor = ""
+    model_class: type[PreTrainedModel] = PreTrainedModel
     image_token = "<image>"
 
     @classmethod
@@ -118,23 +124,15 @@ class ImageFeatures(Concatenation):
 
     def shape_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> FrameShape:
         """``grid``: rows of pixels, height and width that the processor gets, tiles at most (0: as it has it)."""
-        return self._looked_at(size, processor, limits)[0]
+        return self.looked_at(size, processor, limits)[0]
 
     def write(self, text: str, sizes: Sequence[FrameSize], processor: Any, limits: FrameLimits) -> str:
-        if (
-            len(sizes) > 1
-            and "batch_num_images" in inspect.signature(_class_of(self.config).get_image_features).parameters
-        ):
-            raise SampleError(
-                f"{len(sizes)} images and frames, of which the model's processor makes other pixels than of "
-                "one alone; give one image a row, or a model without that difference"
-            )
         # Some processors have one token for an image in a conversation, and another one for its visual tokens.
         token = self.token_of(processor.tokenizer)
-        pictures = (self._looked_at(size, processor, limits)[1] for size in sizes)
+        pictures = (self.looked_at(size, processor, limits)[1] for size in sizes)
         return written(text.replace(processor.image_token, token), token, pictures)
 
-    def _looked_at(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> tuple[FrameShape, str]:
+    def looked_at(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> tuple[FrameShape, str]:
         """The shape of a picture, and how the processor writes it."""
         size = size or FrameSize(self._square, self._square, video=True)
         cuts = hasattr(_whole(processor).image_processor, "max_patches")
@@ -177,26 +175,57 @@ class ImageFeatures(Concatenation):
 
     def load_processor(self, name: str) -> Any:
         try:
-            return AutoProcessor.from_pretrained(name, trust_remote_code=False)
+            found = AutoProcessor.from_pretrained(name, trust_remote_code=False)
         except ImportError as error:
-            raise ConfigError(f"its processor does not load here: {error}") from error
+            found, reason = None, str(error)
+        else:
+            reason = f"transformers finds a {type(found).__name__} alone"
+        if not isinstance(
+            found, ProcessorMixin
+        ):  # for want of torchvision, without which there are no video processors
+            found = without_video_processor(name, self.config, self.video_settings)
+        if found is None:
+            raise ConfigError(f"its processor does not load here: {reason}")
+        return found
+
+    def video_settings(self, images: Any) -> dict[str, Any]:
+        """Settings of the video processor where no file has them: those of the image processor, as in transformers."""
+        if not self.video_processor:
+            return {}
+        shared = (
+            "do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "rescale_factor", "resample", "image_mean",
+            "image_std",
+        )  # fmt: skip
+        size = {"height": self._square, "width": self._square}
+        return {
+            "video_processor_type": self.video_processor,
+            "size": size,
+            **{key: getattr(images, key) for key in shared},
+        }
+
+    def scaled(self, frames: np.ndarray, processor: Any) -> Tensor:
+        """Frames of a video, uint8 ``[f, H, W, 3]``, as the model's video processor makes them, ``[f, 3, h, w]``."""
+        video = VideoProcessor.of(processor.video_processor)
+        return video.scaled(frames, video.settings["size"]["height"], video.settings["size"]["width"])
 
     def pixels(self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any) -> Mapping[str, Any]:
         names = inspect.signature(_class_of(self.config).get_image_features).parameters
-        made = []
-        for frame, shape in zip(frames, shapes, strict=True):
-            _, height, width, most = shape.grid
-            if frame.shape[:2] != (height, width):
-                frame = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
-            made.append(_made(processor, frame, most))
-            tokens = made[-1]["input_ids"].count(self._image_id)
-            if tokens != shape.tokens:
-                raise SampleError(
-                    f"a picture of {width} x {height} pixels has {tokens} visual tokens, and one without its contents "
-                    f"{shape.tokens}"
-                )
-        joined = {key: _joined([of[key] for of in made])[None] for key in made[0] if key in names}
-        return {key: x.numpy() if key in ON_HOST else x for key, x in joined.items()}
+        made = [self.made(frame, shape, processor, shape.grid[3]) for frame, shape in zip(frames, shapes, strict=True)]
+        return on_host({key: _joined([of[key] for of in made])[None] for key in made[0] if key in names})
+
+    def made(self, frame: np.ndarray, shape: FrameShape, processor: Any, most: int = 0) -> dict[str, Any]:
+        """What the processor makes of a picture of such a shape; see ``made_by``."""
+        height, width = shape.grid[1:3]
+        if frame.shape[:2] != (height, width):
+            frame = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+        made = made_by(processor, [frame], most)
+        tokens = made["input_ids"].count(self._image_id)
+        if tokens != shape.tokens:
+            raise SampleError(
+                f"a picture of {width} x {height} pixels has {tokens} visual tokens, and one without its contents "
+                f"{shape.tokens}"
+            )
+        return made
 
     def blank(self, processor: Any, limits: FrameLimits) -> Mapping[str, Any]:
         shape = self.shape_of(None, processor, limits)
@@ -375,7 +404,7 @@ def _patch(vision: Any) -> int:
 @functools.lru_cache(maxsize=4096)
 def _looked_at(processor: Any, height: int, width: int, most: int, image_id: int, patch: int) -> tuple[FrameShape, str]:
     """What the processor makes of a picture of that size, told from a blank one, and how it writes it."""
-    made = _made(processor, np.zeros((height, width, 3), np.uint8), most)
+    made = made_by(processor, [np.zeros((height, width, 3), np.uint8)], most)
     values = next(x for key, x in made.items() if key.startswith("pixel_values"))
     tokenizer, text, runs = processor.tokenizer, "", []
     for is_image, ids in itertools.groupby(made["input_ids"], lambda token: token == image_id):
@@ -387,8 +416,9 @@ def _looked_at(processor: Any, height: int, width: int, most: int, image_id: int
     return FrameShape(sum(runs), encoder_tokens, grid, runs=tuple(runs) if len(runs) > 1 else ()), text
 
 
-def _made(processor: Any, picture: np.ndarray, most: int) -> dict[str, Any]:
-    """What the processor makes of a picture and the token that stands for it: tensors, and token ids in a list.
+def made_by(processor: Any, pictures: Sequence[np.ndarray], most: int = 0) -> dict[str, Any]:
+    """What the processor makes of the pictures of a row and the tokens that stand for them: tensors, and token ids in a
+    list.
 
     Args:
         most: tiles at most; 0: as the processor has it.
@@ -397,8 +427,15 @@ def _made(processor: Any, picture: np.ndarray, most: int) -> dict[str, Any]:
     if most:
         least = min(processor.image_processor.min_patches, most)
         cut = {"crop_to_patches": most > 1, "min_patches": least, "max_patches": most}
-    made = processor([picture], text=[processor.image_token], return_tensors="pt", add_special_tokens=False, **cut)
+    text = processor.image_token * len(pictures)
+    given = list(pictures) if len(pictures) == 1 else [list(pictures)]
+    made = processor(given, text=[text], return_tensors="pt", add_special_tokens=False, **cut)
     return {**made, "input_ids": made["input_ids"][0].tolist()}
+
+
+def on_host(arguments: Mapping[str, Tensor]) -> dict[str, Any]:
+    """``arguments``, those of them as arrays that the model reads on the host."""
+    return {key: x.numpy() if key in ON_HOST else x for key, x in arguments.items()}
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

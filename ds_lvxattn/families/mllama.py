@@ -14,7 +14,6 @@ the memory of the frames for the few tokens of a conversation ahead of its video
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +34,7 @@ from transformers.models.mllama.modeling_mllama import (
 )
 
 from ds_lvxattn.data.sample import FrameShape, FrameSize
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.family import TILE_LIMITS, FrameLimits, VisualFamily, dense_frame_mask
 from ds_lvxattn.families.frames import encode_in_portions, in_samples, refuse_mask
 from ds_lvxattn.families.mllama_encoder import install_encoder
@@ -48,9 +48,6 @@ ROLES = {MllamaTextCrossAttention: "cross", MllamaTextSelfAttention: "self", Mll
 KEYS_AT_ONCE = 1 << 16
 
 PIXELS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
-
-
-logger = logging.getLogger(__name__)
 
 
 class Mllama(VisualFamily):
@@ -88,16 +85,22 @@ class Mllama(VisualFamily):
     def tile_limits(self, processor: Any) -> tuple[str, ...]:
         return tuple(TILE_LIMITS)
 
-    def limited(self, processor: Any, limits: FrameLimits) -> Any:
-        """It cannot say a limit: it numbers aspect ratios by its ``max_image_tiles``, as the model reads them."""
-        if limits.image_tiles is not None and limits.image_tiles < processor.max_image_tiles:
-            logger.warning(
-                "images were trained with at most %d tiles ('finetuning.image_tiles'), and the exported processor "
-                "makes up to %d: scale images down to that many tiles before it (docs/serving.md)",
-                limits.image_tiles,
-                processor.max_image_tiles,
+    def refuse_unheeded(self, processor: Any, limits: FrameLimits) -> None:
+        """See ``VisualFamily``. Fewer tiles of an image than the processor makes are refused too.
+
+        No processor could serve them: it numbers aspect ratios by its ``max_image_tiles`` and fills up to as many
+        tiles, and real tiles see those that fill up, so that number is the model's, and shapes its weights.
+        """
+        super().refuse_unheeded(processor, limits)
+        tiles, most = limits.image_tiles, processor.max_image_tiles
+        if tiles is not None and tiles < most:
+            side = self.config.vision_config.image_size
+            raise ConfigError(
+                f"'finetuning.image_tiles' is {tiles}, and {self.name}'s image processor makes up to {most} of an "
+                "image: it cannot be told fewer, so what is exported would be served with other images than it was "
+                "trained on; leave it out, and scale the images of your rows down beforehand (within "
+                f"{side} x {side} pixels one has one tile), in training as in serving"
             )
-        return processor
 
     def shape_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> FrameShape:
         grid = (1, 1)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.image_utils import SizeDict
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from ds_lvxattn.families.videos import VideoProcessor
 
@@ -16,6 +18,46 @@ def written(text: str, token: str, pieces: Iterable[str]) -> str:
     """``text`` with the first of ``pieces`` in the place of the first ``token``, and so on; later tokens stay."""
     waiting = iter(pieces)
     return re.sub(re.escape(token), lambda _: next(waiting, token), text)
+
+
+class OwnVideos:
+    """What a whole processor of transformers becomes that has a ``VideoProcessor`` for that of transformers."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """As of transformers' processors."""
+        if not isinstance(argument, VideoProcessor):
+            return super().check_argument_for_proper_class(argument_name, argument)  # type: ignore[misc]
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of transformers' processors; without a video processor of which no settings are known."""
+        made: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return {key: value for key, value in made.items() if key != "video_processor" or value}
+
+
+def without_video_processor(name: str, config: Any, settings: Callable[[Any], Mapping[str, Any]]) -> Any:
+    """The whole processor of a local path or hub name, for images and text; None for a model that has none.
+
+    It takes no videos, and keeps and saves the settings of its video processor, which may need what is not installed.
+
+    Args:
+        config: the model's.
+        settings: those of its video processor where no file has them, by its image processor.
+
+    Raises:
+        ImportError: it needs something else that is not installed.
+    """
+    kind: Any = PROCESSOR_MAPPING.get(type(config), None)
+    if kind is None or "video_processor" not in kind.get_attributes():
+        return None
+    images = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+    parts = {
+        "image_processor": images,
+        "tokenizer": AutoTokenizer.from_pretrained(name, trust_remote_code=False),
+        "video_processor": VideoProcessor.load(name, settings(images)),
+    }
+    own: Any = type(kind.__name__, (OwnVideos, kind), {})  # saved under the name of transformers' class
+    return own.from_args_and_dict([parts[key] for key in kind.get_attributes()], own.get_processor_dict(name)[0])
 
 
 class ChannelsLast:

@@ -1,7 +1,7 @@
-"""Videos as Qwen's video processors make them of frames, from their own settings, on the host.
+"""Videos as transformers' video processors make them of frames, from their own settings, on the host.
 
-transformers' video processors need torchvision, which nothing else here does. These settings, one resampling of torch
-and a permutation are all that they do to frames that have been chosen already.
+They need torchvision, which nothing else here does. These settings, one resampling of torch and (Qwen's) a permutation
+are all that they do to frames that have been chosen already.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from transformers.utils import cached_file
+from transformers.utils import PushToHubMixin, cached_file
 
 FILE = "video_preprocessor_config.json"
 WHOLE_FILE = "processor_config.json"  # of a whole processor, its parts inside
@@ -26,7 +26,7 @@ MODES = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "biline
 
 
 @dataclass(frozen=True)
-class VideoProcessor:
+class VideoProcessor(PushToHubMixin):
     """A video processor by its settings.
 
     Attributes:
@@ -34,6 +34,12 @@ class VideoProcessor:
     """
 
     settings: Mapping[str, Any]
+    _auto_class: ClassVar[None] = None  # asked for by a whole processor that saves this one with it
+
+    @classmethod
+    def of(cls, processor: Any) -> VideoProcessor:
+        """One by the settings of a video processor of transformers; one of these as it is."""
+        return processor if isinstance(processor, cls) else cls(processor.to_dict())
 
     @classmethod
     def load(cls, name: str, default: Mapping[str, Any]) -> VideoProcessor:
@@ -45,9 +51,12 @@ class VideoProcessor:
         """
         whole, alone = _read(name, WHOLE_FILE), _read(name, FILE)
         found = dict(whole.get("video_processor") or alone)
-        size = dict(found.pop("size", None) or default["size"])
+        if not (found or default):
+            return cls({})
+        size = dict(found.pop("size", None) or default.get("size", {}))
         for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):  # names of older files
-            size[edge] = found.pop(key, None) or size.get(edge) or default["size"][edge]
+            least = found.pop(key, None) or size.get(edge) or default.get("size", {}).get(edge)
+            size |= {} if least is None else {edge: least}
         return cls({**default, **found, "size": size})
 
     def with_settings(self, **settings: Any) -> VideoProcessor:
@@ -59,6 +68,18 @@ class VideoProcessor:
         text = json.dumps(dict(self.settings), indent=2, sort_keys=True)
         Path(folder, FILE).write_text(text + "\n")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As of transformers' processors."""
+        return dict(self.settings)
+
+    def scaled(self, frames: np.ndarray, height: int, width: int) -> Tensor:
+        """uint8 frames ``[f, H, W, 3]`` as float32 ``[f, 3, height, width]``, normalized."""
+        x = torch.from_numpy(frames).permute(0, 3, 1, 2)
+        if x.shape[2:] != (height, width):
+            mode = MODES[Image.Resampling(self.settings["resample"])]
+            x = interpolate(x.contiguous(), size=(height, width), mode=mode, antialias=True, align_corners=False)
+        return self._normalized(x)
+
     def patches(self, frames: np.ndarray, height: int, width: int) -> Tensor:
         """The patches of frames that are merged.
 
@@ -69,11 +90,7 @@ class VideoProcessor:
         Returns:
             float32 ``[patches, values]``, those that make one visual token side by side.
         """
-        x = torch.from_numpy(frames).permute(0, 3, 1, 2)
-        if x.shape[2:] != (height, width):
-            mode = MODES[Image.Resampling(self.settings["resample"])]
-            x = interpolate(x.contiguous(), size=(height, width), mode=mode, antialias=True, align_corners=False)
-        x = self._normalized(x)
+        x = self.scaled(frames, height, width)
         merge, patch = self.settings["merge_size"], self.settings["patch_size"]
         # merged, channels, then rows and columns: of blocks, of patches in a block, of pixels in a patch
         x = x.unflatten(3, (-1, merge, patch)).unflatten(2, (-1, merge, patch))

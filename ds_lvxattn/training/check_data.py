@@ -28,7 +28,7 @@ from ds_lvxattn.data.check import Encode, Findings, check_rows
 from ds_lvxattn.data.conversations import messages_of, videos_of
 from ds_lvxattn.data.media import Media
 from ds_lvxattn.data.rows import Turn
-from ds_lvxattn.data.sample import IGNORE, FrameSize, SampleError, as_it_is, one_row
+from ds_lvxattn.data.sample import IGNORE, FrameSize, SampleError, as_it_is, in_one_row, one_row
 from ds_lvxattn.data.table import open_table
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of_config
@@ -84,7 +84,7 @@ def check(asked: argparse.Namespace) -> Findings:
     table = open_table(asked.data)
     if asked.save is not None:
         asked.save.mkdir(parents=True, exist_ok=True)
-    encode, merged = (None, 1) if asked.model is None else encode_for(asked.model)
+    encode, merged = (None, 0) if asked.model is None else encode_for(asked.model)
     return check_rows(
         table,
         max_frames=asked.frames or FinetuningConfig.model_fields["frames"].default,
@@ -100,7 +100,7 @@ def encode_for(name: str) -> tuple[Encode, int]:
     """How many tokens the model called ``name`` makes of a conversation; its weights are not loaded.
 
     Returns:
-        That, and how many frames of a video it merges to one.
+        That, and how many frames of a video it merges to one; 0: it takes frames by themselves.
 
     Raises:
         ConfigError: nothing loads under the name, or no family knows it.
@@ -125,7 +125,7 @@ def encode_for(name: str) -> tuple[Encode, int]:
             raise SampleError(f"{len(media)} images and videos, and the model takes text alone")
         text = "" if visual is None else visual.frame_text or visual.token_of(tokenizer)
         written = videos_of(media, videos)
-        sizes = [size for medium in media for size in medium.frame_sizes]
+        sizes = in_one_row(size for medium in media for size in medium.frame_sizes)
         ids, labels = encode(
             messages_of(turns, media, text, written), tokenizer, text, written, functools.partial(write, sizes=sizes)
         )
@@ -135,7 +135,7 @@ def encode_for(name: str) -> tuple[Encode, int]:
             raise SampleError(f"{rows} tokens, and the model's positions reach {most}")
         return rows, sum(label != IGNORE for label in labels)
 
-    return count, videos.merged if videos else 1
+    return count, videos.merged if videos else 0
 
 
 def report(data: str, findings: Findings) -> str:

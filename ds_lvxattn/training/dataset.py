@@ -103,10 +103,14 @@ def embedded_tokens(model: PreTrainedModel) -> int | None:
 
 def videos_in_text(family: VisualFamily, tokenizer: Any) -> VideoText | None:
     """How the model's text has a video; None: frame by frame, also where its tokenizer has no token for one."""
-    needed = [token for token in (family.video_token, family.image_token) if token]
-    if len(needed) < 2 or any(token not in tokenizer.get_vocab() for token in needed):
+    image, video = family.token_of(tokenizer), family.video_token
+    if not video or any(token not in tokenizer.get_vocab() for token in (image, video)):
         return None
-    return VideoText(family.merged_frames(), family.video_text, family.video_token, family.video_parts)
+
+    def parts(times: Sequence[float]) -> str:
+        return family.video_parts(times).replace(family.image_token, image)
+
+    return VideoText(family.merged_frames(), family.video_text, video, parts, image)
 
 
 def rows_of_frames(family: VisualFamily, processor: Any, limits: FrameLimits) -> Callable[[FrameSize], Sequence[int]]:

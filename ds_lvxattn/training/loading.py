@@ -120,7 +120,9 @@ def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
             f"--model {name}: cannot be loaded ({error}); small random models are {', '.join(SMALL_MODELS)}"
         ) from error
     del zero3
-    whole = whole_processor(name) if isinstance(family, VisualFamily) else None
+    whole = None
+    if isinstance(family, VisualFamily):
+        whole = processor if isinstance(processor, ProcessorMixin) else whole_processor(name)
     take_template(tokenizer, whole)
     try:
         return LoadedModel(model, tokenizer, processor, image_token_of(model, tokenizer), whole)

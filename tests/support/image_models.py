@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import (
@@ -26,6 +27,9 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
+from ds_lvxattn.families import family_of_config
+from ds_lvxattn.families.processors import OwnVideos
+from ds_lvxattn.families.videos import VideoProcessor
 from ds_lvxattn.needle.small_models import PIXELS, SIZE, SQUARE, random
 from ds_lvxattn.needle.task import IMAGE, build_tokenizer
 from tests.support.tiny_model import IMAGE_TOKEN, TINY
@@ -36,11 +40,12 @@ PINPOINTS = [[SIZE * rows, SIZE * columns] for rows, columns in ((1, 2), (2, 1),
 
 def tagged(tags: Sequence[str], **named: str) -> tuple[Any, dict[str, Any]]:
     """The tokenizer of the needle task, which also knows ``tags``, and the sizes of a text model for it."""
-    tokenizer = build_tokenizer()
+    needle = build_tokenizer()
+    special = {key: getattr(needle, key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    if named:
+        special["extra_special_tokens"] = named
+    tokenizer = type(needle)(tokenizer_object=needle._tokenizer, **special)
     tokenizer.add_special_tokens({"additional_special_tokens": list(tags)}, replace_extra_special_tokens=False)
-    for name, token in named.items():
-        setattr(tokenizer, name, token)
-        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
     return tokenizer, {**TINY.text, "vocab_size": len(tokenizer)}
 
 
@@ -58,19 +63,20 @@ def llava_next() -> tuple[Any, Any]:
     return config, processor
 
 
-class ImagesAlone:
-    """A processor without its video processor, which needs torchvision."""
+class Videos(VideoProcessor):
+    """Makes of videos what transformers' video processors make, which need torchvision."""
 
-    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        return None
-
-
-class InternVL(ImagesAlone, InternVLProcessor):
-    """Without videos."""
+    def __call__(self, videos: Sequence[np.ndarray], **options: Any) -> dict[str, torch.Tensor]:
+        sides = self.settings["size"]["height"], self.settings["size"]["width"]
+        return {"pixel_values_videos": torch.stack([self.scaled(video, *sides) for video in videos])}
 
 
-class LlavaOnevision(ImagesAlone, LlavaOnevisionProcessor):
-    """Without videos."""
+class InternVL(OwnVideos, InternVLProcessor):
+    """With such videos."""
+
+
+class LlavaOnevision(OwnVideos, LlavaOnevisionProcessor):
+    """With such videos."""
 
 
 def llava_onevision() -> tuple[Any, Any]:
@@ -84,8 +90,9 @@ def llava_onevision() -> tuple[Any, Any]:
         vision_feature_select_strategy="full",
     )  # fmt: skip
     images = LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=pinpoints, **PIXELS)
+    videos = Videos(family_of_config(config).video_settings(images))
     processor = LlavaOnevision(
-        images, tokenizer, None, num_image_tokens=4, vision_feature_select_strategy="full", image_token=IMAGE
+        images, tokenizer, videos, num_image_tokens=4, vision_feature_select_strategy="full", image_token=IMAGE
     )
     return config, processor
 
@@ -102,7 +109,8 @@ def internvl() -> tuple[Any, Any]:
         vision_config=vision, text_config=Qwen2Config(**text), image_token_id=IMAGE_TOKEN, image_seq_length=4
     )
     images = GotOcr2ImageProcessorPil(size=SQUARE, max_patches=3, **PIXELS)
-    return config, InternVL(images, tokenizer, None, image_seq_length=4)
+    videos = Videos(family_of_config(config).video_settings(images))
+    return config, InternVL(images, tokenizer, videos, image_seq_length=4)
 
 
 def aya_vision() -> tuple[Any, Any]:
@@ -126,8 +134,9 @@ IMAGE_MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "internvl": internvl,
     "aya_vision": aya_vision,
 }
-# Those whose whole processor loads without torchvision.
-SERVED = ("llava_next", "aya_vision")
+# Those whose whole processor has one for videos, which needs torchvision.
+WITH_VIDEOS: dict[str, Any] = {"llava_onevision": LlavaOnevision, "internvl": InternVL}
+SERVED = ("llava_next", "aya_vision", *WITH_VIDEOS)
 
 
 def image_model(kind: str, dtype: torch.dtype = torch.float32) -> Any:

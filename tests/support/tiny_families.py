@@ -64,12 +64,17 @@ CUTTING: dict[str, Callable[[], Any]] = {
     "idefics3": functools.partial(small_models.idefics3, TINY),
     "smolvlm": functools.partial(small_models.idefics3, TINY, smol=True),
     "mplug-owl3": FAMILIES["mplug_owl3, fused"],
+    "aria": FAMILIES["aria"],
 }
 TAGS = (
     "<|img|>", "<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "\n",
     "<|start_cut|>", "<|end_cut|>",
     *(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)),
 )  # fmt: skip
+
+
+# What the tokenizers of some names must name, as arguments of ``tagged_tokenizer``.
+TOKENS: dict[str, Any] = {"aria": {"extra_special_tokens": {"image_token": "<|img|>"}}}
 
 
 def tagged_tokenizer(**options: Any) -> Any:
@@ -85,13 +90,13 @@ def tagged_tokenizer(**options: Any) -> Any:
     return tokenizer
 
 
-def cutting_processor(name: str) -> Any:
-    """The image processor of a model by its name in ``CUTTING``, which cuts pictures."""
+def cutting_processor(name: str, cut: bool = True) -> Any:
+    """The image processor of a model by its name in ``CUTTING``, which cuts pictures, or leaves them whole."""
     processor = SMALL_MODELS[f"small-{name}"][1]()
     if name == "mplug-owl3":
-        processor.cut_prompt = "v3"
+        processor.cut_prompt = "v3" if cut else None
     else:
-        processor.do_image_splitting = True
+        setattr(processor, "split_image" if name == "aria" else "do_image_splitting", cut)
     return processor
 
 

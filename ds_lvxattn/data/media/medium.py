@@ -102,7 +102,7 @@ class Media:
         times: when each of them was looked for, in seconds after the video's first frame; none where it has no times.
         size: of the decoded frames.
         upright: whether images are turned by their EXIF orientation; videos always are.
-        merged: frames of a video that count as one (``Part``).
+        merged: frames of a video that count as one part of it (``Part``); 0: they are taken by themselves, as images.
         step: seconds from one of ``frames`` to the next, on average.
         rate: of a video that is given as its frames, how many there are in a second.
     """
@@ -113,14 +113,14 @@ class Media:
     times: tuple[float, ...] = ()
     size: Size = None
     upright: bool = True
-    merged: int = 1
+    merged: int = 0
     step: float = 0.0
     rate: float = FRAMES_A_SECOND
 
     @property
     def is_video(self) -> bool:
         """Whether it is taken as a video, and not as frames by themselves."""
-        return self.kind == "video" and self.merged > 1
+        return self.kind == "video" and self.merged > 0
 
     @property
     def parts(self) -> list[tuple[int, ...]]:

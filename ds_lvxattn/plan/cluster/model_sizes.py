@@ -132,6 +132,7 @@ class ModelSizes:
         return self.cross_layers * self.cross_parameters + projector
 
 
+SIDE = 10  # visual tokens along a side of a frame, where it may have any size and the config does not say
 LLAMA_DEFAULTS = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
     "vocab_size": 32000,
@@ -211,6 +212,22 @@ SHIPPED = {
             "Qwen2.5-VL-7B", "the model's config.json; frames of 280 pixels", 3584, 18944, 152064, 28, (28, 4, 128),
             100, (32, 1280, 5130, 400), token_side=28, vision_head_dim=80,
         ),
+        _concatenation(
+            "Qwen2-VL-7B", "the model's config.json; frames of 280 pixels", 3584, 18944, 152064, 28, (28, 4, 128),
+            100, (32, 1280, 5120, 400), token_side=28, vision_head_dim=80,
+        ),
+        _concatenation(
+            "Qwen2-VL-72B", "the model's config.json; frames of 280 pixels", 8192, 29568, 152064, 80, (64, 8, 128),
+            100, (32, 1280, 5120, 400), token_side=28, vision_head_dim=80,
+        ),
+        _concatenation(
+            "Qwen3-VL-8B", "the model's config.json; frames of 320 pixels", 4096, 12288, 151936, 36, (32, 8, 128),
+            100, (27, 1152, 4304, 400), token_side=32, vision_head_dim=72,
+        ),
+        _concatenation(
+            "Qwen3-VL-32B", "the model's config.json; frames of 320 pixels", 5120, 25600, 151936, 64, (64, 8, 128),
+            100, (27, 1152, 4304, 400), token_side=32, vision_head_dim=72,
+        ),
     )
 }  # fmt: skip
 
@@ -218,8 +235,8 @@ SHIPPED = {
 def model_sizes(name: str) -> ModelSizes:
     """Sizes by the name of a shipped model (capitals do not count) or the path of a ``config.json`` or its folder.
 
-    A local file is a transformers config of Llama 3.2 Vision, mPLUG-Owl3, LLaVA with a CLIP tower or Qwen2.5-VL, or
-    has the fields of ``ModelSizes``.
+    A local file is a transformers config of Llama 3.2 Vision, mPLUG-Owl3, LLaVA with a CLIP tower, Qwen2-VL, Qwen2.5-VL
+    or Qwen3-VL, or has the fields of ``ModelSizes``.
 
     Raises:
         ModelError: neither.
@@ -284,24 +301,32 @@ def _from_config(config: dict[str, Any], path: Path) -> ModelSizes:
             (vision["num_hidden_layers"], vision["hidden_size"], vision["intermediate_size"], patches + 1),
             vision_head_dim=vision["hidden_size"] // vision.get("num_attention_heads", 16),
         )  # fmt: skip
-    if kind == "qwen2_5_vl":
+    if kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
         text, vision = {**config, **config.get("text_config", {})}, config["vision_config"]
-        heads = text["num_attention_heads"]
-        side = vision.get("image_size", 280) // vision["patch_size"]
+        heads, head_dim = text["num_attention_heads"], text.get("head_dim")
+        token_side = vision["patch_size"] * vision["spatial_merge_size"]
+        side = vision.get("image_size", SIDE * token_side) // vision["patch_size"]
+        encoder = vision["depth"], *_qwen_vision(kind, vision), side**2
         return _concatenation(
             name, str(path), text["hidden_size"], text["intermediate_size"], text["vocab_size"],
-            text["num_hidden_layers"], (heads, text["num_key_value_heads"], text["hidden_size"] // heads),
-            (side // vision["spatial_merge_size"]) ** 2,
-            # Its feed-forward parts have a gate: three matrices, where others have two.
-            (vision["depth"], vision["hidden_size"], 3 * vision["intermediate_size"] // 2, side**2),
-            token_side=vision["patch_size"] * vision["spatial_merge_size"],
-            vision_head_dim=vision["hidden_size"] // vision.get("num_heads", 16),
+            text["num_hidden_layers"], (heads, text["num_key_value_heads"], head_dim or text["hidden_size"] // heads),
+            (side // vision["spatial_merge_size"]) ** 2, encoder, token_side=token_side,
+            vision_head_dim=encoder[1] // vision.get("num_heads", 16),
         )  # fmt: skip
     fields = {field.name for field in dataclasses.fields(ModelSizes)}
     optional = {"name", "source", "most_tiles", "token_side", "vision_head_dim", "vision_output"}
     if fields - optional <= set(config):
         return ModelSizes(**{"name": name, "source": str(path), **{key: config[key] for key in fields & set(config)}})
     raise ModelError(
-        f"--model {path}: model_type is {kind!r}; the planner reads 'mllama', 'mplugowl3', 'llava' and 'qwen2_5_vl' "
-        f"configs, or a JSON object with the keys {sorted(fields - optional)}"
+        f"--model {path}: model_type is {kind!r}; the planner reads 'mllama', 'mplugowl3', 'llava', 'qwen2_vl', "
+        f"'qwen2_5_vl' and 'qwen3_vl' configs, or a JSON object with the keys {sorted(fields - optional)}"
     )
+
+
+def _qwen_vision(kind: str, vision: dict[str, Any]) -> tuple[int, int]:
+    """Width and inner size of Qwen's encoders, each of which names them in its own way."""
+    if kind == "qwen2_vl":
+        return vision["embed_dim"], int(vision["embed_dim"] * vision["mlp_ratio"])
+    if kind == "qwen2_5_vl":  # its feed-forward parts have a gate: three matrices, where others have two
+        return vision["hidden_size"], 3 * vision["intermediate_size"] // 2
+    return vision["hidden_size"], vision["intermediate_size"]
