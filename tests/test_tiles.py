@@ -178,7 +178,7 @@ def test_a_picture_has_the_tiles_that_its_size_tells(height: int, width: int, li
 def test_a_limit_of_tiles_that_no_export_can_say_is_refused() -> None:
     family = Mllama(tiny_config(TILES))
     family.refuse_unheeded(processor(), FrameLimits(image_tiles=TILES))
-    with pytest.raises(ConfigError, match=r"'finetuning.image_tiles' is 2, .* up to 4 .* within 28 x 28 pixels"):
+    with pytest.raises(ConfigError, match=r"'finetuning.image_tiles' is 2, .* up to 4 .*within 28 x 28 pixels"):
         Batches(tiny_model(tiny_config(TILES)), processor(), 0, 1, torch.device("cpu"), torch.float32, None,
                 FrameLimits(image_tiles=2))  # fmt: skip
     # What the message says to do: such an image has one tile, trained and served.
