@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from ds_lvxattn.plan.memory import POLICIES, ModelStates, frames_that_fit, kept_
 from ds_lvxattn.plan.modes import eligible_modes
 from ds_lvxattn.plan.profile import load_profile
 from ds_lvxattn.plan.zero import StageTime, Work, advice, fastest, stages_of_run
-from ds_lvxattn.training.memory_plan import MemoryPlan
+from ds_lvxattn.training.memory_plan import MemoryPlan, memory_plan
 from tests.support.distributed import run
 from tests.support.tiny_model import CPU, attach, loss_of, tiny_model, tiny_sample
 
@@ -159,6 +162,21 @@ def test_what_plan_json_says_of_zero() -> None:
     assert plan.zero["predicted_s"] == {"1": 1.0, "2": 1.0, "3": 1.2} and plan.zero["warning"] == plan.warning
     assert "'zero_optimization.stage' to 1" in (plan.warning or "")
     assert MemoryPlan("kv", {}, 0, 0, None, 3).zero is None
+
+
+def test_a_run_on_a_gpu_is_told_of_a_faster_stage() -> None:
+    text = SimpleNamespace(total=200)
+    layout: Any = SimpleNamespace(
+        visual_tokens=1601 * 48, frames=[48], keys_in_text=False, samples_of_rows=[[0]], text=text, rows=1
+    )
+    layers, states = [cross_layer(1601 * 24)] * 8, ModelStates(11 * 10**9, 2 * 10**9, 2, 3, 2)
+    with mock.patch("torch.cuda.get_device_properties", return_value=SimpleNamespace(total_memory=80 * 2**30)):
+        plan = memory_plan(
+            layers, (4096,), "kv", states, layout, torch.device("cuda"), load_profile("h100"), Work(0.05, 0.1)
+        )
+    assert plan.frames is not None and [each.stage for each in plan.stages] == [1, 2, 3]
+    assert plan.zero is not None and plan.zero["stage"] == 3 and plan.zero["fastest_that_fits"] == 2
+    assert "ZeRO-2" in (plan.warning or "")
 
 
 def test_frames_that_fit() -> None:
