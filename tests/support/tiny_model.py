@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,6 +46,7 @@ from ds_lvxattn.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.needle.small_models import SIZE, SMALL_MODELS, Scale, mllama_config, random
 from ds_lvxattn.needle.task import IMAGE, VOCABULARY, build_tokenizer
+from ds_lvxattn.plan.modes import eligible_modes
 from ds_lvxattn.training.loading import LoadedModel
 
 CPU = torch.device("cpu")
@@ -59,13 +61,12 @@ PATTERNS = {
     "short clip": "tItta",
     "text only": "ttatta",
 }
-# How attention crosses the ranks: strategy, schedule, placement.
+# How attention crosses the ranks: strategy, schedule, placement. Those that route by a mask come behind the others.
+# Modes of two levels, which need nodes, are in ``tests/test_two_levels.py``.
+_FLAT = sorted((mode for mode in eligible_modes() if not mode.two_levels), key=lambda mode: mode.routes_by_mask)
+_PLACEMENTS = itertools.cycle(("contiguous", "striped", "striped"))
 MODES = (
-    ("lv_xattn", "gather", "contiguous"),
-    ("lv_xattn", "ring", "striped"),
-    ("ulysses", "auto", "striped"),
-    ("ring", "ring", "contiguous"),
-    ("lv_xattn", "routed", "striped"),
+    *((*mode.key, placement) for mode, placement in zip(_FLAT, _PLACEMENTS, strict=False)),
     ("auto", "auto", "contiguous"),
 )
 
