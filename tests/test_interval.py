@@ -9,36 +9,45 @@ from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
 from ds_lvxattn.kernels.math import MathKernel
 from tests.support.distributed import run
 
-MODES = [("ulysses", "auto"), ("lv_xattn", "gather"), ("hybrid", "kv_gather"), ("hybrid", "gather"), ("local", "auto")]
+MODES = [
+    ("ulysses", "auto"), ("lv_xattn", "gather"), ("hybrid", "kv_gather"), ("hybrid", "gather"), ("local", "auto"),
+    ("lv_xattn", "ring"), ("ring", "ring"), ("hybrid", "kv_ring"),
+]  # fmt: skip
 
 
 def ranges_that_kernels_see(striped: bool) -> dict[tuple[str, str], int]:
-    """For each strategy how many different tensors of ranges reach the kernel in three layers."""
+    """For each strategy how many different tensors of ranges reach the kernel in both passes of three layers."""
     world = torch.distributed.group.WORLD
     keys = SequenceShards.striped(8, 2, 2) if striped else SequenceShards.contiguous(8, 2)
     layouts = {world: ShardLayout(SequenceShards((2, 2)), keys), None: ShardLayout(*map(SequenceShards, ((2,), (4,))))}
     stop = torch.full((2, 1, 2), 5, dtype=torch.int32)
     intervals = {world: KVInterval(torch.zeros_like(stop), stop), None: KVInterval(torch.zeros_like(stop[0]), stop[0])}
-    q, (k, v) = torch.randn(1, 4, 2, 8), torch.randn(2, 1, 2, 4, 8)
+    q, (k, v) = torch.randn(1, 4, 2, 8, requires_grad=True), torch.randn(2, 1, 2, 4, 8, requires_grad=True)
     seen: list[torch.Tensor] = []
-    forward = MathKernel.forward
+    forward, backward = MathKernel.forward, MathKernel.backward
 
-    def record(self, q, k, v, start, stop, scale):
+    def record(self, q, k, v, start, *more):
         seen.append(start)
-        return forward(self, q, k, v, start, stop, scale)
+        return forward(self, q, k, v, start, *more)
+
+    def record_backward(self, dout, q, k, v, out, lse, delta, start, *more):
+        seen.append(start)
+        return backward(self, dout, q, k, v, out, lse, delta, start, *more)
 
     counts = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MathKernel, "forward", record)
+        patch.setattr(MathKernel, "backward", record_backward)
         for strategy, schedule in MODES:
             group = None if strategy == "local" else world
             seen.clear()
             for _ in range(3):
-                sp_attention(
+                out, _ = sp_attention(
                     q, k, v, group=group, strategy=strategy, schedule=schedule, interval=intervals[group],
                     shards=layouts[group], inner_size=1,
                 )  # fmt: skip
-            assert len(seen) >= 3
+                out.sum().backward()
+            assert len(seen) >= 6
             counts[strategy, schedule] = len({id(tensor) for tensor in seen})
     return counts
 
@@ -46,7 +55,8 @@ def ranges_that_kernels_see(striped: bool) -> dict[tuple[str, str], int]:
 @pytest.mark.parametrize("striped", [False, True])
 def test_layers_share_what_is_derived(striped: bool) -> None:
     for counts in run(2, ranges_that_kernels_see, striped):
-        assert set(counts.values()) == {1}, counts
+        # A ring computes the rows, or the keys, of one rank after another.
+        assert counts == {mode: 2 if "ring" in mode[1] else 1 for mode in counts}
 
 
 def test_positions_outside_the_sequence() -> None:

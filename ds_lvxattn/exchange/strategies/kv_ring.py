@@ -13,6 +13,7 @@ from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.comm import Communicator, Message, Transfer, communicator_by_name
 from ds_lvxattn.exchange.interval import clip_to_rank
 from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.derived import derived_of
 from ds_lvxattn.kernels.differentiable import attention_operator
 from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
 from ds_lvxattn.kernels.triton.delta import attention_delta
@@ -50,8 +51,11 @@ def _pass_on(comm: Communicator, held: Sequence[Tensor], lengths: Sequence[int],
     return arriving, comm.exchange([Message(what, x, to, y, of) for x, y in zip(held, arriving, strict=True)])
 
 
-def _of(ranges: Optional[Tensor], owner: int) -> Optional[Tensor]:
-    return None if ranges is None else ranges[owner]
+def _of(first: Optional[Tensor], last: Optional[Tensor], owner: int) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    """What the rows see of the keys of ``owner``, cut out once for the layers of a batch."""
+    if first is None or last is None:
+        return None, None
+    return derived_of(first, last, ("keys of", owner), lambda: (first[owner].clone(), last[owner].clone()))
 
 
 def kv_ring(
@@ -75,7 +79,8 @@ def kv_ring(
         transfer = None
         if step < comm.ranks - 1:
             arriving, transfer = _pass_on(comm, held, kv_lengths, owner, "keys and values")
-        part, part_lse = forward_local(q, held[0], held[1], _of(first, owner), _of(last, owner), scale, kernel, softcap)
+        ranges = _of(first, last, owner)
+        part, part_lse = forward_local(q, held[0], held[1], *ranges, scale, kernel, softcap)
         # The running result stays in float32: rounding it at every step would cost accuracy.
         part = part.to(part_lse.dtype)
         if out is None or lse is None:
@@ -122,7 +127,7 @@ def kv_ring_backward(
             arriving, transfer = _pass_on(comm, held, kv_lengths, owner, "keys and values")
         part_dq, *parts = backward_local(
             chosen, dout, q, held[0], held[1], out if chosen.needs_out else None, lse, delta,
-            _of(first, owner), _of(last, owner), scale, softcap,
+            *_of(first, last, owner), scale, softcap,
         )  # fmt: skip
         dq += part_dq
         parts = [part.to(wide).contiguous() for part in parts]

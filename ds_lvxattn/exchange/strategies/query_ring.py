@@ -13,6 +13,7 @@ from torch import Tensor
 from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.comm import Communicator, Message, Transfer, communicator_by_name
 from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.derived import derived_of
 from ds_lvxattn.kernels.differentiable import attention_operator, empty_results
 from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
 from ds_lvxattn.kernels.triton.delta import attention_delta
@@ -88,9 +89,18 @@ class _Returns:
         return [torch.stack(kind) for kind in zip(*self.parts, strict=True)]
 
 
-def _of(ranges: Optional[Tensor], lengths: Sequence[int], owner: int) -> Optional[Tensor]:
-    """Of ``ranges [B, n * s_max]`` those of the rows of ``owner``."""
-    return None if ranges is None else ranges.narrow(1, owner * max(lengths), lengths[owner])
+def _of(
+    first: Optional[Tensor], last: Optional[Tensor], lengths: Sequence[int], owner: int
+) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    """Of ``first, last [B, n * s_max]`` those of the rows of ``owner``, cut out once for the layers of a batch."""
+    if first is None or last is None:
+        return None, None
+
+    def cut() -> tuple[Tensor, Tensor]:
+        start, stop = (x.narrow(1, owner * max(lengths), lengths[owner]).clone() for x in (first, last))
+        return start, stop
+
+    return derived_of(first, last, ("rows of", owner, tuple(lengths)), cut)
 
 
 def query_ring(
@@ -109,7 +119,7 @@ def query_ring(
     comm = communicator_by_name(group)
     returns = _Returns(comm, q.shape[2])
     for owner, (queries,) in _Ring(comm, q_lengths, ("queries",), (q,)):
-        start, stop = _of(first, q_lengths, owner), _of(last, q_lengths, owner)
+        start, stop = _of(first, last, q_lengths, owner)
         returns.send(owner, forward_local(queries, k, v, start, stop, scale, kernel, softcap), ("outputs", "lse"))
     out, lse = empty_results(q)
     outs, lses = returns.collect()
@@ -142,7 +152,7 @@ def query_ring_backward(
     dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     returns = _Returns(comm, q.shape[2])
     for owner, (queries, douts, lses, deltas) in ring:
-        start, stop = _of(first, q_lengths, owner), _of(last, q_lengths, owner)
+        start, stop = _of(first, last, q_lengths, owner)
         partial_dq, partial_dk, partial_dv = backward_local(
             chosen, douts, queries, k, v, None, lses, deltas, start, stop, scale, softcap
         )

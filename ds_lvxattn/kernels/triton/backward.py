@@ -107,10 +107,17 @@ def interval_backward(
         x = slice(first, first + run)
         _backward_of_rows(
             dout[:, :, x], q[:, :, x], k, v, lse[:, :, x], delta[:, :, x],
-            None if start is None else start[:, x], None if stop is None else stop[:, x],
-            scale, softcap, config, room, dq[:, :, x], dk_sum, dv_sum, add=True,
+            *_ranges_of_run(start, stop, x), scale, softcap, config, room, dq[:, :, x], dk_sum, dv_sum, add=True,
         )  # fmt: skip
     return dq, dk.copy_(dk_sum), dv.copy_(dv_sum)
+
+
+def _ranges_of_run(start: Tensor | None, stop: Tensor | None, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+    """Cut out once for all layers of a batch."""
+    if start is None or stop is None:
+        return None, None
+    key = ("rows", rows.start, rows.stop)
+    return derived_of(start, stop, key, lambda: (start[:, rows].clone(), stop[:, rows].clone()))
 
 
 class _Ranges(NamedTuple):
