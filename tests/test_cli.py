@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ds_lvxattn import cli
+from ds_lvxattn.training.launch import free_port
 from tests.support.processes import REPOSITORY, finish
 
 SETTINGS = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
@@ -51,6 +52,12 @@ def test_ranks_are_started_by_the_launcher_on_a_free_port(monkeypatch: pytest.Mo
     assert given[3:7] == ["--num_gpus", "3", "--master_port", "7777"]
 
 
+def alone() -> dict[str, str]:
+    """What a launcher tells the only rank."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address}
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_all_that_the_commands_need(tmp_path: Path) -> None:
     """Built from the repository, and run from an empty folder with nothing of the repository on the path."""
@@ -75,8 +82,8 @@ def test_the_wheel_holds_all_that_the_commands_need(tmp_path: Path) -> None:
     where = [sys.executable, "-c", "import ds_lvxattn; print(ds_lvxattn.__file__)"]
     assert str(installed) in finish(where, cwd=empty, **settings).stdout
 
-    def command(*words: object) -> str:
-        done = finish([sys.executable, "-m", "ds_lvxattn.cli", *words], cwd=empty, **settings)
+    def command(*words: object, **rank: str) -> str:
+        done = finish([sys.executable, "-m", "ds_lvxattn.cli", *words], cwd=empty, **settings, **rank)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -88,6 +95,7 @@ def test_the_wheel_holds_all_that_the_commands_need(tmp_path: Path) -> None:
     assert len((empty / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     layers = json.loads((empty / "run" / "plan.json").read_text())
     assert {layer["strategy"] for layer in layers if layer["role"] != "local"} == {"lv_xattn"}
+    # On the rank at hand, as under a launcher.
     said = command("generate", "--ds_config", config, "--model", "run/model", "--question", "which digit ?",
-                   "--num_gpus", 1, "--max_new_tokens", 2)  # fmt: skip
+                   "--max_new_tokens", 2, **alone())  # fmt: skip
     assert said is not None

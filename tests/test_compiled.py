@@ -13,7 +13,7 @@ from ds_lvxattn.runtime import compiled
 from ds_lvxattn.training.loading import loss_factor, parameter_groups, partition_over_all_ranks, select_trainable
 from tests.support.distributed import run
 from tests.support.parity import losses_of_batches, samples_of
-from tests.support.tiny_model import attach, ds_config, groups_of, tiny_model
+from tests.support.tiny_model import attach, ds_config, groups_of, tiny_config, tiny_model
 
 STEPS = (("tIIta",), ("IItaItII",))
 # Backend, ZeRO stage, strategy, schedule and recompute policy.
@@ -25,7 +25,8 @@ CASES = (
 
 
 def made() -> torch.nn.Module:
-    model = tiny_model()
+    # A layer of each kind: what is compiled is a layer.
+    model = tiny_model(tiny_config(num_hidden_layers=2, cross_attention_layers=[1]))
     select_trainable(model, "pretrained", "default")
     return model.train()
 

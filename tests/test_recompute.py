@@ -139,7 +139,7 @@ def engine_gradients(stage: str, frozen: str, policy: str) -> tuple[dict[str, Te
 
 
 def engine_gradients_by_policy(stage: str, frozen: Sequence[str]) -> list[dict[str, Any]]:
-    with frames_in_portions(2, tiny_config(tiles=2)):
+    with frames_in_portions(5, tiny_config(tiles=2)):
         return [
             {policy: engine_gradients(stage, name, policy) for policy in ("none", "kv", "layer")} for name in frozen
         ]
