@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ds_lvxattn.data.chat import encode, render
+from ds_lvxattn.data.chat import WrittenVideos, encode, render
 from ds_lvxattn.data.sample import SampleError
 from ds_lvxattn.needle.task import IMAGE, build_tokenizer
 
@@ -63,3 +63,10 @@ def test_a_template_that_loses_text_makes_a_row_bad(template: str, word: str) ->
 def test_a_template_that_refuses_is_an_error() -> None:
     with pytest.raises(SampleError, match="refuses the conversation: no"):
         render(CHAT, tokenizer_with("{{ raise_exception('no') }}"))
+
+
+def test_images_and_videos_in_another_order_than_the_row_make_it_bad() -> None:
+    videos = WrittenVideos("<video>", "<video>", (IMAGE * 2,), IMAGE, (True, False))  # a video, then an image
+    assert videos.put_into(f"<video> and {IMAGE}") == f"{IMAGE}{IMAGE} and {IMAGE}"
+    with pytest.raises(SampleError, match="in another order than the row"):
+        videos.put_into(f"{IMAGE}<video> and")
