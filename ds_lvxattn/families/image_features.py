@@ -13,11 +13,12 @@ the visual tokens are made where ZeRO-3 has gathered the parameters of the modul
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -209,7 +210,10 @@ class ImageFeatures(Concatenation):
         return video.scaled(frames, video.settings["size"]["height"], video.settings["size"]["width"])
 
     def pixels(self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any) -> Mapping[str, Any]:
-        names = inspect.signature(_class_of(self.config).get_image_features).parameters
+        model_class = _class_of(self.config)
+        names = set(inspect.signature(model_class.get_image_features).parameters)
+        # Some take further ones by the forward alone.
+        names |= {key for key in inspect.signature(model_class.forward).parameters if key.startswith("image_")}
         made = [self.made(frame, shape, processor, shape.grid[3]) for frame, shape in zip(frames, shapes, strict=True)]
         return on_host({key: _joined([of[key] for of in made])[None] for key in made[0] if key in names})
 
@@ -347,16 +351,24 @@ def _obstacles(model: Any) -> Iterator[str | None]:
         yield "tokens of an image see each other in both directions ('token_type_ids')"
     if "mm_token_type_ids" in arguments:
         yield "what its rows see, or where they stand, follows from which are of images ('mm_token_type_ids')"
-    features = getattr(inner, "get_image_features", None)
-    pixels = (
-        [key for key in inspect.signature(features).parameters if key.startswith("pixel_values")] if features else []
-    )
-    if len(pixels) > 1:
-        yield f"its images come in several arguments {pixels}"
+    if hasattr(inner, "get_image_features"):
+        asked = inspect.signature(inner.get_image_features)
+        pixels = [key for key in asked.parameters if key.startswith("pixel_values") and key in arguments]
+        if len(pixels) > 1:
+            yield f"its images come in several arguments {pixels}"
+        more = sorted(_fields(asked.return_annotation) - _fields(BaseModelOutputWithPooling))
+        if more:
+            yield f"its 'get_image_features' gives more than visual tokens {more}"
     if any("deepstack" in key for key in _keys(config.to_dict())):
         yield "visual features go into several of its layers ('deepstack')"
     for of_text in OBSTACLES:
         yield of_text(model.get_decoder())
+
+
+def _fields(annotation: Any) -> set[str]:
+    """Fields of the dataclass, or of those in the union, that an annotation names."""
+    classes = [x for x in (annotation, *get_args(annotation)) if dataclasses.is_dataclass(x)]
+    return {field.name for x in classes for field in dataclasses.fields(x)}
 
 
 def _keys(tree: Mapping[str, Any]) -> Iterator[str]:

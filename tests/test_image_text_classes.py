@@ -1,0 +1,157 @@
+"""Models with images in their text that have no family of their own, with a processor that stands in for theirs.
+
+Small random models by the sizes that most configs name; what each makes of an image is asked of the model itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+from ds_lvxattn.data.sample import IGNORE, FrameSize, Sample
+from tests.support.distributed import run
+from tests.support.parity import Gradients, gradients_of, largest_differences, sum_over_ranks
+from tests.support.tiny_model import MODES, attach, loss_of
+
+SIDE, PATCH, IMAGE, VOCABULARY = 56, 14, 150, 160
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "depth": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "num_heads": 4, "head_dim": 8, "image_size": SIDE, "patch_size": PATCH,
+    "out_hidden_size": 32, "spatial_merge_size": 2, "window_size": 28, "fullatt_block_indexes": [1],
+    "drop_path_rate": 0.0,
+}  # fmt: skip
+AROUND = {
+    "image_token_id": IMAGE, "image_token_index": IMAGE, "downsample_factor": 2, "alignment_intermediate_size": 64,
+    "vision_feature_layer": -1,
+}  # fmt: skip
+KINDS = (
+    "cohere2_vision", "mistral3", "lighton_ocr", "vipllava", "video_llava", "qianfan_ocr", "exaone4_5",
+    "hyperclovax_vision_v2", "video_llama_3",
+)  # fmt: skip
+TEXT_OF_SAMPLES = ("ttItaatIta", "tItaa", "ttata")
+
+
+class StandIn:
+    """A processor of pictures of one size, for a model that has none here."""
+
+    image_processor = object()
+
+    def __init__(self, model: Any) -> None:
+        self.inner, self.tokenizer, self.image_token = model.model, self, f"<{IMAGE}>"
+        self.names = inspect.signature(self.inner.get_image_features).parameters
+        self.vision = model.config.vision_config
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return f"<{token}>"
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        return "".join(map(self.convert_ids_to_tokens, ids))
+
+    def arrays(self, picture: np.ndarray) -> dict[str, Tensor]:
+        """The model's arguments for one picture."""
+        pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].double() / 127.5 - 1
+        made = {"pixel_values": pixels, "image_sizes": torch.tensor([[SIDE, SIDE]])}
+        if "image_grid_thw" in self.names:
+            rows, times = SIDE // PATCH, getattr(self.vision, "temporal_patch_size", 1)
+            patches = pixels[0].unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).permute(1, 2, 0, 3, 4)
+            made = {
+                "pixel_values": patches.flatten(3).flatten(0, 1)[:, :, None].expand(-1, -1, times, -1).flatten(1),
+                "image_grid_thw": torch.tensor([[1, rows, rows]]), "image_merge_sizes": torch.tensor([2]),
+            }  # fmt: skip
+        return {key: x for key, x in made.items() if key in self.names}
+
+    @functools.cached_property
+    def tokens(self) -> int:
+        """Visual tokens of a picture."""
+        with torch.no_grad():
+            made: Any = self.inner.get_image_features(**self.arrays(picture(0)), return_dict=True).pooler_output
+        return sum(part.shape[:-1].numel() for part in (made if isinstance(made, (list, tuple)) else [made]))
+
+    def __call__(self, pictures: list[np.ndarray], **options: Any) -> dict[str, Any]:
+        return {**self.arrays(pictures[0]), "input_ids": torch.tensor([[IMAGE] * self.tokens])}
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def small(kind: str) -> Any:
+    config = CONFIG_MAPPING[kind]()
+    for part, sizes in ((config.text_config, TEXT), (config.vision_config, VISION), (config, AROUND)):
+        for name, value in sizes.items():
+            if hasattr(part, name):
+                of_both_sides = isinstance(getattr(part, name), (list, tuple)) and name.endswith("_size")
+                setattr(part, name, [value, value] if of_both_sides else value)
+        if getattr(part, "layer_types", None):
+            part.layer_types = part.layer_types[:2]
+    model: Any = AutoModelForImageTextToText.from_config(config).double()
+    model.own_processor = StandIn(model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.15)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.train()
+
+
+def samples() -> list[Sample]:
+    made = []
+    for seed, pattern in enumerate(TEXT_OF_SAMPLES):
+        rng = np.random.default_rng(seed)
+        ids = [IMAGE if c == "I" else int(rng.integers(3, 100)) for c in pattern]
+        labels = [token if c == "a" else IGNORE for token, c in zip(ids, pattern, strict=True)]
+        shown = [picture(10 * seed + n) for n in range(pattern.count("I"))]
+        take = functools.partial(_take, shown)
+        made.append(Sample(ids, labels, len(shown), take, pattern, [FrameSize(SIDE, SIDE)] * len(shown)))
+    return made
+
+
+def _take(pictures: list[np.ndarray], wanted: list[int]) -> list[np.ndarray]:
+    return [pictures[index] for index in wanted]
+
+
+def in_transformers(kind: str) -> tuple[float, Gradients]:
+    """Loss and gradients of the unmodified model, a sample at a time."""
+    model, losses, items = small(kind), [], 0
+    for sample in samples():
+        pictures = [model.own_processor.arrays(x) for x in sample.load_frames(range(sample.num_frames))]
+        arguments = {key: torch.cat([made[key] for made in pictures]) for key in (pictures[0] if pictures else ())}
+        repeats = torch.tensor([model.own_processor.tokens if token == IMAGE else 1 for token in sample.input_ids])
+        rows, labels = (torch.tensor(x).repeat_interleave(repeats) for x in (sample.input_ids, sample.labels))
+        targets = torch.cat((labels[1:], torch.tensor([IGNORE])))
+        logits = model(input_ids=rows[None], **arguments).logits[0]
+        losses.append(cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum"))
+        items += int((targets != IGNORE).sum())
+    loss = torch.stack(losses).sum() / items
+    loss.backward()
+    return loss.item(), gradients_of(model)
+
+
+def on_ranks(kind: str) -> tuple[float, Gradients]:
+    model = small(kind)
+    loss = loss_of(model, samples(), attach(model, dist.get_world_size(), MODES[1], samples()))
+    loss.backward()
+    return sum_over_ranks(loss, gradients_of(model))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in CONFIG_MAPPING])
+def test_loss_and_gradients_are_those_of_the_unmodified_model(kind: str) -> None:
+    loss, gradient = largest_differences(run(2, on_ranks, kind)[0], in_transformers(kind))
+    # Norms of Cohere compute in float32, whatever the model.
+    assert loss < 1e-12 and gradient < (1e-6 if kind == "cohere2_vision" else 1e-11)
