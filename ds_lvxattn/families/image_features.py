@@ -351,6 +351,8 @@ def _obstacles(model: Any) -> Iterator[str | None]:
         yield "tokens of an image see each other in both directions ('token_type_ids')"
     if "mm_token_type_ids" in arguments:
         yield "what its rows see, or where they stand, follows from which are of images ('mm_token_type_ids')"
+    if any("deepstack" in key for key in _keys(config.to_dict())):
+        yield "visual features go into several of its layers ('deepstack')"
     if hasattr(inner, "get_image_features"):
         asked = inspect.signature(inner.get_image_features)
         pixels = [key for key in asked.parameters if key.startswith("pixel_values") and key in arguments]
@@ -359,8 +361,6 @@ def _obstacles(model: Any) -> Iterator[str | None]:
         more = sorted(_fields(asked.return_annotation) - _fields(BaseModelOutputWithPooling))
         if more:
             yield f"its 'get_image_features' gives more than visual tokens {more}"
-    if any("deepstack" in key for key in _keys(config.to_dict())):
-        yield "visual features go into several of its layers ('deepstack')"
     for of_text in OBSTACLES:
         yield of_text(model.get_decoder())
 
