@@ -8,6 +8,7 @@ import torch
 from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
 from ds_lvxattn.kernels.math import MathKernel
 from tests.support.distributed import run
+from tests.support.tiny_model import tiny_batches, tiny_model, tiny_sample
 
 MODES = [
     ("ulysses", "auto"), ("lv_xattn", "gather"), ("hybrid", "kv_gather"), ("hybrid", "gather"), ("local", "auto"),
@@ -66,3 +67,22 @@ def test_positions_outside_the_sequence() -> None:
     inside = KVInterval(torch.tensor([[0, 2, 0]], dtype=torch.int32), torch.tensor([[4, 4, 0]], dtype=torch.int32))
     for one, other in zip(sp_attention(q, k, v, interval=wide), sp_attention(q, k, v, interval=inside), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "unmasked"),
+    [
+        (("Itta",), True),
+        (("tIta",), True),  # text ahead of the first image sees all in this model
+        (("IIta",), False),
+        (("Ita", "Ita"), False),
+        (("tIttIa",), False),
+        (("tta", "Ita"), False),
+    ],
+)
+def test_a_batch_knows_whether_every_row_sees_every_key(patterns: tuple[str, ...], unmasked: bool) -> None:
+    """Then kernels without a mask run on a GPU; self-attention is causal whatever the batch."""
+    layout = tiny_batches(tiny_model()).layout([tiny_sample(pattern) for pattern in patterns])
+    start, stop = layout.ranges_of("cross")
+    assert layout.sees_all("cross") == unmasked == bool(((start == 0) & (stop == layout.keys.total)).all())
+    assert not layout.sees_all("self")
