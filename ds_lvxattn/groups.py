@@ -46,6 +46,11 @@ class SequenceParallelGroups:
         self._data = _own_group([range(i, world, size) for i in range(size)], rank)
         self._model = _own_group([range(i, i + 1) for i in range(world)], rank)
 
+    def close(self) -> None:
+        """End the groups and their threads; after their last use, on every rank."""
+        for group in (self._sequence, self._data, self._model, self._all):
+            dist.destroy_process_group(group)
+
     def get_sequence_parallel_group(self) -> dist.ProcessGroup:
         return self._sequence
 

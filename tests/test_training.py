@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForImageTextToText
 
 from tests.support.distributed import run
@@ -17,6 +18,7 @@ from tests.support.tiny_model import (
     MODES,
     ds_config,
     loss_of,
+    start_deepspeed,
 )
 from tests.support.training import (
     FINETUNE,
@@ -67,6 +69,17 @@ def test_fifty_steps_of_one_sample_of_every_kind(stage: int, tmp_path: Path) -> 
 @pytest.mark.parametrize(("recompute", "stage"), [slow("kv", 3), ("layer", 2)])
 def test_recomputation_leaves_the_losses_as_they_are(recompute: str, stage: int, tmp_path: Path) -> None:
     check(Case(2, 2, stage, ("auto", "auto", "striped"), steps=8, recompute=recompute), tmp_path)
+
+
+def groups_left(case: Case, folder: Path) -> int:
+    start_deepspeed()
+    before = len(dist.distributed_c10d._world.pg_map)
+    train(case, folder)
+    return len(dist.distributed_c10d._world.pg_map) - before
+
+
+def test_a_run_leaves_no_process_group_behind(tmp_path: Path) -> None:
+    assert run(2, groups_left, Case(2, 2, 3, MODES[0], steps=1), tmp_path) == [0, 0]
 
 
 # The command
