@@ -50,6 +50,15 @@ ScheduleChoice = Annotated[Any, _one_of(lambda: ("auto", *schedules()))]
 KernelChoice = Annotated[Any, _one_of(lambda: ("auto", *INTERVAL_KERNELS))]
 
 
+def _count_of_tiles(value: Any) -> Any:
+    if value in ("auto", None) or (type(value) is int and value >= 1):
+        return value
+    raise PydanticCustomError("literal_error", "choose {expected}", {"expected": "'auto', null or a number >= 1"})
+
+
+TileCount = Annotated[Any, AfterValidator(_count_of_tiles)]
+
+
 class SequenceParallelConfig(DeepSpeedConfigModel):
     """Keys of the ``sequence_parallel`` block.
 
@@ -67,6 +76,8 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
         text: whether text is ``divided`` over the ranks or, ``replicated``, on every rank, where only the frames are
             divided: then self-attention exchanges nothing, and cross-attention merges partial results.
         compile: ``torch.compile`` for each layer of the language model and the vision encoder, around its attention.
+        tiled_mlp, tiled_logits: parts of the rows that the feed-forward part of a text layer, or the output layer and
+            the loss, takes one after the other, and again in the backward pass; ``auto``: by sizes; None: all at once.
         size: ranks of a sequence-parallel group, from ``sequence_parallel_size`` beside the block.
         offload: keep on the CPU what layers that recompute keep, from ``activation_checkpointing.cpu_checkpointing``.
     """
@@ -82,6 +93,8 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
     inner_size: int | None = Field(None, ge=1, strict=True)
     text: Literal["auto", "divided", "replicated"] = "auto"
     compile: bool = False
+    tiled_mlp: TileCount = None
+    tiled_logits: TileCount = None
     size: int = Field(1, ge=1)
     offload: bool = False
 

@@ -83,7 +83,7 @@ def model_sizes(parallel: SequenceParallel) -> ModelSizes:
     # What decoders call it that have no gate: the plan takes their feed-forward part for one with a gate.
     inner = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", 4 * text.hidden_size)
     frame_tokens = family.frame_tokens() if isinstance(family, VisualFamily) else 1
-    return ModelSizes(text.hidden_size, inner, frame_tokens, *_dense_operations(parallel))
+    return ModelSizes(text.hidden_size, inner, frame_tokens, *_dense_operations(parallel), parallel.config.tiled_mlp)
 
 
 def _dense_operations(parallel: SequenceParallel) -> tuple[float, float]:

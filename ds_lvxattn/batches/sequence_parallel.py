@@ -21,6 +21,7 @@ from ds_lvxattn.plan.modes import eligible_modes
 from ds_lvxattn.runtime.compiled import compile_layers
 from ds_lvxattn.runtime.recompute import Recomputation
 from ds_lvxattn.runtime.registration import IMPLEMENTATION, refuse_other_masks, register_with_transformers
+from ds_lvxattn.runtime.tiled import TiledLogits, tile_feed_forward
 
 # transformers chooses these by itself; any other implementation is somebody's wish, which is not overruled.
 REPLACEABLE = ("sdpa", "eager", IMPLEMENTATION)
@@ -41,6 +42,7 @@ class SequenceParallel:
         layers: the model's attention modules, in its order, with roles and sizes.
         recomputation: what its layers compute again in the backward pass.
         comm: communicator of the sequence-parallel group.
+        tiled_logits: its output layer and loss by tiles; None: all rows at once.
 
     Raises:
         ConfigError: an attention implementation that would be overruled, attention dropout above 0, rotary frequencies
@@ -84,6 +86,7 @@ class SequenceParallel:
             config.offload,
         )
         self.family.install_hooks(model, self.recomputation)
+        self.tiled_logits = tile_rows(model, self.layers, config)
         if config.compile:
             compile_layers(self.compilable)
 
@@ -94,12 +97,7 @@ class SequenceParallel:
     @property
     def decoder_layers(self) -> list[GradientCheckpointingLayer]:
         """The layers around exchanged attention, which transformers can checkpoint."""
-        attention = set(self._exchanged)
-        return [
-            layer
-            for layer in self.model.modules()
-            if isinstance(layer, GradientCheckpointingLayer) and attention.intersection(layer.modules())
-        ]
+        return decoder_layers(self.model, self.layers)
 
     @property
     def compilable(self) -> list[nn.Module]:
@@ -117,6 +115,29 @@ class SequenceParallel:
     def windows(self) -> list[int]:
         """Sliding windows of self-attention layers, each once."""
         return sorted({layer.window for layer in self.layers.values() if layer.window is not None})
+
+
+def decoder_layers(model: nn.Module, layers: Mapping[nn.Module, AttentionLayer]) -> list[GradientCheckpointingLayer]:
+    """The layers of ``model`` around its attention modules ``layers`` but those of encoders."""
+    attention = {module for module, layer in layers.items() if layer.role != "local"}
+    return [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, GradientCheckpointingLayer) and attention.intersection(layer.modules())
+    ]
+
+
+def tile_rows(
+    model: PreTrainedModel, layers: Mapping[nn.Module, AttentionLayer], config: SequenceParallelConfig
+) -> TiledLogits | None:
+    """Let ``model`` take its rows by tiles where the settings say so, sequence-parallel or not.
+
+    Raises:
+        ConfigError: it has no part that can.
+    """
+    if config.tiled_mlp is not None:
+        tile_feed_forward(decoder_layers(model, layers), config.tiled_mlp)
+    return None if config.tiled_logits is None else TiledLogits(model, config.tiled_logits)
 
 
 def attention_dropout(attention: nn.Module) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -278,7 +279,10 @@ class SequenceParallelTrainer(Trainer):
         metrics: dict[str, Any] = {}
         for step, loaded in enumerate(self._loaders[1].ahead(map(as_made, self._without_repeats(dataloader)))):
             batch = attached.batches.prepare(loaded)
-            with torch.no_grad(), self.compute_loss_context_manager():
+            whole: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if not loss_only and attached.tiled_logits is not None:
+                whole = attached.tiled_logits.whole_logits()
+            with torch.no_grad(), self.compute_loss_context_manager(), whole:
                 outputs = model(**batch.inputs)
             rows = len(loaded.layout.frames)
             given = {"losses": group_loss(outputs.loss, 1, attached.parallel).repeat(rows)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ds_lvxattn.plan.tiling import FEED_FORWARD_VALUES, Tiles, rows_of_tile
+
 FLOAT32 = 4
 
 
@@ -25,6 +27,7 @@ class LayerSizes:
         shares_layer: whether this attention shares a decoder layer, its queries too, with another one, with which the
             rest of the layer is counted; its visual features pass the layer's norm.
         inner_size: ranks of a node; None: all are on one.
+        tiled_mlp: tiles of the feed-forward part, as in the config.
     """
 
     role: str
@@ -45,6 +48,7 @@ class LayerSizes:
     element: int
     shares_layer: bool = False
     inner_size: int | None = None
+    tiled_mlp: Tiles = None
 
     @property
     def inner(self) -> int:
@@ -60,6 +64,11 @@ class LayerSizes:
     def row_bytes(self) -> int:
         """Bytes of a text row of each sequence."""
         return self.batch * self.width * self.element
+
+    @property
+    def feed_forward_tile(self) -> int:
+        """Rows that the feed-forward part takes at once, over all sequences."""
+        return rows_of_tile(self.batch * self.rows, self.intermediate, self.tiled_mlp, FEED_FORWARD_VALUES)
 
     @property
     def kv_bytes(self) -> int:

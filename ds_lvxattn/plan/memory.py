@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from ds_lvxattn.plan.layer_sizes import FLOAT32, LayerSizes
 from ds_lvxattn.plan.modes import mode_of
+from ds_lvxattn.plan.tiling import LOGITS_VALUES, Tiles, rows_of_tile
 
 POLICIES = ("none", "kv", "layer")
 FITS = 5 / 6  # of the device's memory: allocators round, and later batches may be larger
@@ -68,8 +69,16 @@ def _second_attention_bytes(sizes: LayerSizes) -> int:
 
 
 def _feed_forward_bytes(sizes: LayerSizes) -> int:
-    """Input; the gate before and after its activation, the value beside it, and their product."""
-    return sizes.batch * sizes.rows * (sizes.width + 4 * sizes.intermediate) * sizes.element
+    """Input; the gate before and after its activation, the value beside it, and their product.
+
+    With tiles the input alone, since they are computed again.
+    """
+    inner = _feed_forward_values(sizes) if sizes.tiled_mlp is None else 0
+    return sizes.rows * sizes.row_bytes + inner
+
+
+def _feed_forward_values(sizes: LayerSizes) -> int:
+    return sizes.feed_forward_tile * 4 * sizes.intermediate * sizes.element
 
 
 @dataclass(frozen=True)
@@ -110,8 +119,14 @@ def workspace_bytes(sizes: LayerSizes, policy: str, features_train: bool) -> int
     gradient, the sum so far and the part of one projection; by then a layer that kept ``K`` and ``V`` has freed them.
     An estimate: allocators round, and kernels have workspaces.
     """
+    # A tile that is computed again, with its gradients.
+    tile = 2 * _feed_forward_values(sizes) if sizes.tiled_mlp is not None else 0
     if sizes.role != "cross":
-        return 2 * sizes.kv_bytes
+        return max(2 * sizes.kv_bytes, tile)
+    return max(_cross_attention_workspace(sizes, policy, features_train), tile)
+
+
+def _cross_attention_workspace(sizes: LayerSizes, policy: str, features_train: bool) -> int:
     features = 2 * sizes.batch * sizes.keys * sizes.width * sizes.element if features_train else 0
     if policy != "none":
         return 5 * sizes.kv_bytes + features
@@ -119,8 +134,13 @@ def workspace_bytes(sizes: LayerSizes, policy: str, features_train: bool) -> int
     return max(2 * sizes.kv_bytes, features + sizes.kv_bytes - freed)
 
 
+def logits_bytes(rows: int, vocabulary: int, element: int, tiles: Tiles) -> int:
+    """Peak of the logits of ``rows`` rows: as the model gives them, and in float32 their logarithms and gradients."""
+    return rows_of_tile(rows, vocabulary, tiles, LOGITS_VALUES) * vocabulary * (element + 2 * FLOAT32)
+
+
 def step_bytes(
-    layers: Iterable[LayerSizes], policy: str, states: ModelStates, shared: int, features_train: bool
+    layers: Iterable[LayerSizes], policy: str, states: ModelStates, shared: int, features_train: bool, logits: int = 0
 ) -> int:
     """Peak device bytes of a training step.
 
@@ -129,8 +149,9 @@ def step_bytes(
         states: model, gradients and optimizer.
         shared: bytes that all layers share: the visual features, and what their projector keeps.
         features_train: whether the features need a gradient.
+        logits: by ``logits_bytes``; they are there before any layer's backward pass begins.
     """
-    kept, work = 0, 0
+    kept, work = 0, logits
     for layer in layers:
         kept += kept_bytes(layer, policy)
         work = max(work, workspace_bytes(layer, policy, features_train))

@@ -23,6 +23,7 @@ from ds_lvxattn.plan.replicated_compute import (
     replicating_is_faster,
     text_seconds,
 )
+from ds_lvxattn.plan.tiling import Tiles
 from ds_lvxattn.plan.traffic import CallShape, LayerShape
 from ds_lvxattn.plan.visibility import of_shape
 from ds_lvxattn.plan.zero import Work
@@ -40,6 +41,7 @@ class ModelSizes:
         frame_tokens: visual tokens of a frame.
         row_operations: operations of a text row, forward and backward, attention left out.
         token_operations: the same of a token of the vision encoder.
+        tiled_mlp: tiles of the feed-forward part, as in the config.
     """
 
     width: int
@@ -47,6 +49,7 @@ class ModelSizes:
     frame_tokens: int
     row_operations: float
     token_operations: float
+    tiled_mlp: Tiles = None
 
 
 @dataclass(frozen=True)
@@ -267,5 +270,5 @@ def _layer_sizes(plan: LayerPlan, layer: AttentionLayer, shape: CallShape, model
         layer.role, plan.strategy, plan.schedule, shape.batch, shape.ranks,
         rows, rows, sum(shape.q_lengths), keys, max(sum(shape.kv_lengths), keys),
         layer.heads, layer.kv_heads, layer.head_dim, model.width, model.intermediate, shape.element, layer.shares_layer,
-        shape.inner_size,
+        shape.inner_size, model.tiled_mlp,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from deepspeed.runtime.zero import register_external_parameter
 from deepspeed.utils import z3_leaf_module
 from torch import nn
 
@@ -39,6 +40,27 @@ def gathered_once(module: nn.Module) -> Iterator[None]:
     finally:
         for hook in behind.values():
             hook(module, (), None)
+
+
+def gather_for(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Before a forward pass, as a hook that is registered ahead of ZeRO-3's: those gather and release, for ``module``
+    and in both passes, the parameters of what is inside it too. Their gradients go the usual way, unlike those of a
+    module that ZeRO-3 takes as a whole."""
+    if has_hooks_inside(module):
+        for parameter in module.parameters():
+            register_external_parameter(module, parameter)
+
+
+@contextlib.contextmanager
+def at_hand(module: nn.Module) -> Iterator[None]:
+    """Calls of what is inside ``module``, of any number, are nothing to ZeRO-3; see ``gather_for``."""
+    with contextlib.ExitStack() as stack:
+        for child in module.modules():
+            if child is not module:
+                for hooks in (child._forward_pre_hooks, child._forward_hooks):
+                    if some := _of_zero3(hooks):
+                        stack.enter_context(_without(hooks, some))
+        yield
 
 
 def has_hooks_inside(module: nn.Module) -> bool:

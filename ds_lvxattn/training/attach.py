@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ds_lvxattn.batches.collate import MicroBatch
 from ds_lvxattn.batches.loader import ControlGroups, Loader, SampleLoader
 from ds_lvxattn.batches.prepare import Batches, Loaded
-from ds_lvxattn.batches.sequence_parallel import SequenceParallel
+from ds_lvxattn.batches.sequence_parallel import SequenceParallel, tile_rows
 from ds_lvxattn.calibrate import calibrated
 from ds_lvxattn.calibration.extent import HeadLayout
 from ds_lvxattn.config import SequenceParallelConfig, load_ds_config, sequence_parallel_config
@@ -29,6 +29,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of, unwrapped
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
+from ds_lvxattn.runtime.tiled import TiledLogits
 from ds_lvxattn.training.dataset import frames_in_text, text_limit
 from ds_lvxattn.training.ds_config import batch_sizes, with_fused_adam
 from ds_lvxattn.training.loading import (
@@ -65,6 +66,7 @@ class Attached:
     Attributes:
         batches: makes micro-batches; ``batches.planner.plan`` is the plan at hand.
         parallel: the model's sequence parallelism; None with a size of 1 and without packing.
+        tiled_logits: the model's loss by tiles; None: from whole logits.
         loss_factor: what a loss is multiplied by before the backward pass; ``loss`` does it.
 
     Raises:
@@ -90,9 +92,13 @@ class Attached:
         if getattr(model, MARK, False):
             raise ConfigError("the model is attached already, and its hooks would run twice; load it afresh")
         self.parallel: SequenceParallel | None = None
+        self.tiled_logits: TiledLogits | None = None
         if config.size > 1 or packing is not None:
             assert groups is not None
             self.parallel = _attached(model, config, groups)
+            self.tiled_logits = self.parallel.tiled_logits
+        elif config.tiled_mlp is not None or config.tiled_logits is not None:
+            self.tiled_logits = tile_rows(model, family_of(model).attention_layers(model), config)
         self.batches = Batches(
             model, loaded.processor, loaded.pad_token, loaded.image_id,
             device, dtype or model_dtype(ds_config), self.parallel, limits, packing,

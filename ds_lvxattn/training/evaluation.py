@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ds_lvxattn.batches.collate import MicroBatch
 from ds_lvxattn.batches.loader import Loader
 from ds_lvxattn.groups import SequenceParallelGroups
+from ds_lvxattn.runtime.tiled import first_choices
 
 
 @torch.no_grad()
@@ -46,7 +47,7 @@ def evaluate(
         progress()
         batch = loader.batches.prepare(loaded)
         output = model(**batch.inputs)
-        right = (wrong_tokens(output.logits, batch, groups) == 0).sum()
+        right = (wrong_tokens(first_choices(output), batch, groups) == 0).sum()
         sums[0] += output.loss * batch.inputs["num_items_in_batch"]
         sums[1] += (batch.answers >= 0).sum()
         sums[2] += right * counts
@@ -61,11 +62,15 @@ def evaluate(
     }
 
 
-def wrong_tokens(logits: Tensor, batch: MicroBatch, groups: SequenceParallelGroups) -> Tensor:
-    """int64 ``[answers]``: wrong tokens of each answer of the group's micro-batch, over the ranks that hold rows."""
+def wrong_tokens(choices: Tensor, batch: MicroBatch, groups: SequenceParallelGroups) -> Tensor:
+    """int64 ``[answers]``: wrong tokens of each answer of the group's micro-batch, over the ranks that hold rows.
+
+    Args:
+        choices: int64 ``[B, s]``, the token that the model finds likeliest for each of the rank's rows.
+    """
     supervised = batch.answers >= 0
-    misses = (logits.argmax(dim=-1) != batch.labels)[supervised]
-    wrong = torch.zeros(batch.num_answers, dtype=torch.long, device=logits.device)
+    misses = (choices != batch.labels)[supervised]
+    wrong = torch.zeros(batch.num_answers, dtype=torch.long, device=choices.device)
     wrong.index_add_(0, batch.answers[supervised], misses.long())
     if batch.num_answers:
         dist.all_reduce(wrong, group=groups.get_sequence_parallel_group())

@@ -239,6 +239,7 @@ class Trainer:
             planner.layer_sizes(sizes.shapes()), visual_widths,
             self.parallel.recomputation.policy, model_states(model, self.job.ds_config, dist.get_world_size()),
             first, self.device, planner.profile, planner.work(sizes),
+            family.text_config.vocab_size, self.parallel.config.tiled_logits,
         )  # fmt: skip
         log.zero = memory.zero
         log.plan(plan)

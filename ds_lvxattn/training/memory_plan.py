@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from ds_lvxattn.batches.layout import BatchLayout
-from ds_lvxattn.plan.layer_sizes import LayerSizes
-from ds_lvxattn.plan.memory import POLICIES, ModelStates, frames_that_fit, kept_bytes, step_bytes
+from ds_lvxattn.plan.layer_sizes import FLOAT32, LayerSizes
+from ds_lvxattn.plan.memory import POLICIES, ModelStates, frames_that_fit, kept_bytes, logits_bytes, step_bytes
 from ds_lvxattn.plan.profile import Profile
+from ds_lvxattn.plan.tiling import Tiles
 from ds_lvxattn.plan.zero import StageTime, Work, advice, fastest, stages_of_run
 
 
@@ -68,6 +69,8 @@ def memory_plan(
     device: torch.device,
     profile: Profile,
     work: Work,
+    vocabulary: int = 0,
+    tiled_logits: Tiles = None,
 ) -> MemoryPlan:
     """The plan for the first micro-batch.
 
@@ -79,6 +82,7 @@ def memory_plan(
         layout: of the micro-batch.
         profile: the machine.
         work: of a micro-batch, by ``Planner.work``.
+        vocabulary, tiled_logits: size of the output layer, and its tiles.
     """
 
     def shared(some: Sequence[LayerSizes]) -> int:
@@ -89,6 +93,11 @@ def memory_plan(
     for each, of_role in kept.items():
         for layer in layers:
             of_role[layer.role] = of_role.get(layer.role, 0) + kept_bytes(layer, each)
+
+    def logits(text: int) -> int:
+        rows = layout.rows * -(-text // layout.text.ranks)
+        return logits_bytes(rows, vocabulary, layers[0].element if layers else FLOAT32, tiled_logits)
+
     frames, stages = None, []
     if device.type == "cuda":
         capacity = torch.cuda.get_device_properties(device).total_memory
@@ -100,7 +109,7 @@ def memory_plan(
         def step(each: str, count: int) -> int:
             some = [_at(layer, text + count * rows, count, per_frame, layout.rows) for layer in layers]
             # Features that need no gradient would leave room for more.
-            return step_bytes(some, each, states, shared(some), features_train=True)
+            return step_bytes(some, each, states, shared(some), True, logits(text + count * rows))
 
         frames = {each: frames_that_fit(functools.partial(step, each), capacity) for each in POLICIES}
         stages = stages_of_run(profile, layers, policy, states, shared(layers), True, work, capacity)
