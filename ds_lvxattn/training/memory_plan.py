@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ds_lvxattn.batches.layout import BatchLayout
-from ds_lvxattn.plan.layer_sizes import FLOAT32, LayerSizes
+from ds_lvxattn.plan.layer_sizes import LayerSizes
 from ds_lvxattn.plan.memory import POLICIES, ModelStates, frames_that_fit, kept_bytes, logits_bytes, step_bytes
 from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.plan.tiling import Tiles
@@ -94,9 +94,8 @@ def memory_plan(
         for layer in layers:
             of_role[layer.role] = of_role.get(layer.role, 0) + kept_bytes(layer, each)
 
-    def logits(text: int) -> int:
-        rows = layout.rows * -(-text // layout.text.ranks)
-        return logits_bytes(rows, vocabulary, layers[0].element if layers else FLOAT32, tiled_logits)
+    def logits(some: Sequence[LayerSizes]) -> int:
+        return max(logits_bytes(x.batch * x.rows, vocabulary, x.element, tiled_logits) for x in some)
 
     frames, stages = None, []
     if device.type == "cuda":
@@ -109,7 +108,7 @@ def memory_plan(
         def step(each: str, count: int) -> int:
             some = [_at(layer, text + count * rows, count, per_frame, layout.rows) for layer in layers]
             # Features that need no gradient would leave room for more.
-            return step_bytes(some, each, states, shared(some), True, logits(text + count * rows))
+            return step_bytes(some, each, states, shared(some), True, logits(some))
 
         frames = {each: frames_that_fit(functools.partial(step, each), capacity) for each in POLICIES}
         stages = stages_of_run(profile, layers, policy, states, shared(layers), True, work, capacity)
