@@ -14,7 +14,8 @@ the memory of the frames for the few tokens of a conversation ahead of its video
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,9 @@ class Mllama(VisualFamily):
         for module in model.modules():
             if isinstance(module, MllamaTextCrossAttention):
                 norm: Any = module.k_norm
-                norm.forward = functools.partial(_norm_keys, recomputation, norm, norm.forward)
+                # A method, not a partial object: torch.compile then takes the norms of all layers for one.
+                vars(norm).update(recomputation=recomputation, of_keys=norm.forward)
+                norm.forward = types.MethodType(_norm_keys, norm)
 
     def frame_tokens(self) -> int:
         vision = self.config.vision_config
@@ -232,11 +235,12 @@ def _fitted(frame: np.ndarray, grid: tuple[int, ...], most: int, tile: int, proc
     return np.asarray(Image.fromarray(frame).resize((width, height), processor.resample))
 
 
-def _norm_keys(recomputation: Recomputation, norm: nn.Module, forward: Callable[[Tensor], Tensor], k: Tensor) -> Tensor:
+def _norm_keys(norm: Any, k: Tensor) -> Tensor:
     """The norm of keys ``k [B, H_kv, S_kv, D]``, in portions; recomputed, they keep nothing but ``k``."""
+    forward = norm.of_keys
     if not norm.training or k.shape[2] <= KEYS_AT_ONCE:
         return forward(k)
-    if recomputation.policy != "none":
+    if norm.recomputation.policy != "none":
         forward = functools.partial(recompute, norm, forward)
     return torch.cat([forward(portion) for portion in k.split(KEYS_AT_ONCE, dim=2)], dim=2)
 
