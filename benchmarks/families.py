@@ -36,12 +36,14 @@ from ds_lvxattn.batches.generation import generate
 from ds_lvxattn.batches.prepare import Batches
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.config import SequenceParallelConfig
-from ds_lvxattn.data.sample import IGNORE, Sample
+from ds_lvxattn.data.sample import IGNORE, FrameSize, Sample
 from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.families.family import ANY_SIZE
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
 from ds_lvxattn.needle.small_models import HEADS, SIZE, SMALL_MODELS, Scale, random
 from ds_lvxattn.needle.task import IMAGE, VOCABULARY
 from ds_lvxattn.plan.modes import eligible_modes
+from ds_lvxattn.training.dataset import rows_of_frames
 
 IMAGE_ID = VOCABULARY.index(IMAGE)
 LIMIT = 1.2
@@ -63,20 +65,25 @@ class Figure:
     generated: float | None
 
 
-def samples() -> list[Sample]:
+def samples(batches: Batches) -> list[Sample]:
     """Two rows with images at uneven places; neither text nor frames divide evenly.
 
     Both begin with an image: in transformers, text ahead of the first one sees the blank frames that pad a batch.
     """
-    return [_sample("ItIIttt" + "ta" * 40 + "IaIIIta" + "ta" * 30, 0), _sample("It" + "ta" * 25, 1)]
+    size = FrameSize(SIZE, SIZE)
+    crops = len(rows_of_frames(batches.collator.family, batches.collator.processor, ANY_SIZE)(size))
+    patterns = ("ItIIttt" + "ta" * 40 + "IaIIIta" + "ta" * 30, "It" + "ta" * 25)
+    return [_sample(pattern.replace("I", "I" * crops), crops, size, seed) for seed, pattern in enumerate(patterns)]
 
 
-def _sample(pattern: str, seed: int) -> Sample:
+def _sample(pattern: str, crops: int, size: FrameSize, seed: int) -> Sample:
+    """``crops`` image tokens stand for one picture, as many as the model's processor cuts it into."""
     draw = np.random.default_rng(seed)
     ids = [IMAGE_ID if c == "I" else int(draw.integers(3, IMAGE_ID)) for c in pattern]
     labels = [token if c == "a" else IGNORE for token, c in zip(ids, pattern, strict=True)]
-    frames = draw.integers(0, 256, (pattern.count("I"), SIZE, SIZE, 3), dtype=np.uint8)
-    return Sample(ids, labels, len(frames), functools.partial(_take, frames), f"sample {seed}")
+    frames = draw.integers(0, 256, (pattern.count("I") // crops, size.height, size.width, 3), dtype=np.uint8)
+    take = functools.partial(_take, frames)
+    return Sample(ids, labels, len(frames), take, f"sample {seed}", [size] * len(frames))
 
 
 def _take(frames: np.ndarray, wanted: Sequence[int]) -> list[np.ndarray]:
@@ -108,7 +115,7 @@ def batches_of(model: nn.Module, name: str, device: torch.device, parallel: Sequ
 
 def gradients(model: nn.Module, batches: Batches, layout: Any = None) -> Tensor:
     """Those of all parameters in float32, of this rank's part of the loss."""
-    rows = samples()
+    rows = samples(batches)
     layout = layout or batches.collator.layout(rows)
     model.zero_grad()
     model(**batches.prepare(batches.load(rows, layout)).inputs).loss.backward()
@@ -159,7 +166,7 @@ def measure(name: str, head_size: int, device: torch.device, groups: SequencePar
         return ((got - exact).norm() / exact.norm()).item()
 
     figure = Figure(name, head_size, error(gradients(small, unmodified)), {}, {}, float("nan"), None)
-    prompts = samples()[:1]
+    prompts = samples(unmodified)[:1]
     small.zero_grad()
     for mode in eligible_modes():
         strategy = f"{mode.strategy} {mode.schedule}"
@@ -172,7 +179,7 @@ def measure(name: str, head_size: int, device: torch.device, groups: SequencePar
             figure.refused[strategy] = str(refused)
             continue
         if strategy == GATHER:
-            whole = functools.partial(gradients, attached, batches, batches.collator.undivided_layout(samples()))
+            whole = functools.partial(gradients, attached, batches, batches.collator.undivided_layout(samples(batches)))
             figure.over_bf16["whole"] = error(summed(whole())) / figure.bf16_error
             divided = seconds(functools.partial(gradients, attached, batches), device)
             figure.whole_over_divided_time = seconds(whole, device) / divided
