@@ -1,6 +1,6 @@
 """How long a training run waits for its data: the finetune command over real films, at Llama-3.2-11B-Vision's sizes.
 
-    python benchmarks/data_wait.py --num_gpus 1 --output FILE.json
+    python benchmarks/data_wait.py --num_gpus 2 --output FILE.json
 
 Films of 1280 x 720 with a key frame every 250 are made, a model of the published sizes with random weights is saved,
 and ``ds-lvxattn finetune`` trains on rows of one film each, ``--frames`` frames at equal parts of it. The figure is
@@ -96,7 +96,7 @@ def ds_config(frames: int, ranks: int, steps: int, on_gpu: bool) -> dict[str, ob
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_gpus", type=int, default=1)
+    parser.add_argument("--num_gpus", type=int, default=2, help="on one of 80 GB, give --layers 20 (%(default)s)")
     parser.add_argument("--frames", type=int, default=24, help="of a row, for each GPU (%(default)s)")
     parser.add_argument("--text", type=int, default=384, help="tokens of a row (%(default)s)")
     parser.add_argument("--steps", type=int, default=15)

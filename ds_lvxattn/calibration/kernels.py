@@ -139,7 +139,6 @@ def _points(
 ) -> list[KernelPoint]:
     """Measured calls over the extent; at few rows also with a part of the heads, as head all-to-all has them."""
     some = HeadLayout(layout.heads // layout.kv_heads, 1, layout.head_dim)
-    masks_narrow = mask in ("growing", "sliding")
     points = []
     for rows in extent.rows:
         for keys in extent.keys:
@@ -148,7 +147,7 @@ def _points(
                 variants.append(some)
             for sizes in variants:
                 operations = 4.0 * sizes.heads * sizes.head_dim * rows * keys
-                if operations > extent.operations or (masks_narrow and keys == extent.keys[0] and rows > 512):
+                if operations > extent.operations or (mask == "sliding" and keys == extent.keys[0] and rows > 512):
                     continue
                 calls = kernel_calls(sizes, rows, keys, mask, device, dtype, name)
                 times = [
