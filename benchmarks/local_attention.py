@@ -34,14 +34,14 @@ def passes(case: Case, backward: bool) -> dict[str, Callable[[], object]]:
     call = (Call.backward if backward else Call.forward)(q, k, start is not None)
     kernels = [kernel for kernel in KERNELS if kernel.name not in PLAIN and kernel.unsupported(call) is None]
     calls: dict[str, Callable[[], object]] = {}
-    out, lse = forward_local(q, k, v, start, stop, case.scale, "triton")
+    out, lse = forward_local(q, k, v, start, stop, case.scale, "triton", None)
     for kernel in kernels:
         delta = None if kernel.needs_out else attention_delta(dout, out, None)
         if backward:
-            args = (kernel, dout, q, k, v, out, lse, delta, start, stop, case.scale)
+            args = (kernel, dout, q, k, v, out, lse, delta, start, stop, case.scale, None)
             calls[kernel.name] = lambda args=args: backward_local(*args)
         else:
-            calls[kernel.name] = lambda name=kernel.name: forward_local(q, k, v, start, stop, case.scale, name)
+            calls[kernel.name] = lambda name=kernel.name: forward_local(q, k, v, start, stop, case.scale, name, None)
     return calls
 
 

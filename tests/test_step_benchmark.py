@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import sys
 from pathlib import Path
@@ -20,6 +21,11 @@ sys.path.insert(0, BENCHMARKS)  # as where its script is started
 import paired  # noqa: E402
 import step  # noqa: E402
 import step_parts  # noqa: E402
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in Path(BENCHMARKS).glob("*.py")))
+def test_each_benchmark_imports_what_there_is(name: str) -> None:
+    importlib.import_module(name)
 
 
 def tiny_runs(stage: int) -> dict[str, Any]:

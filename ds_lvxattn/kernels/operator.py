@@ -41,7 +41,7 @@ def forward_local(
     stop: Optional[Tensor],
     scale: float,
     kernel: str,
-    softcap: Optional[float] = None,
+    softcap: Optional[float],
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``q`` over the keys at hand, which may be none; see ``Kernel.forward``.
 
@@ -79,7 +79,7 @@ def backward_local(
     start: Optional[Tensor],
     stop: Optional[Tensor],
     scale: float,
-    softcap: Optional[float] = None,
+    softcap: Optional[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``forward_local`` given the whole group's log-sum-exp; see ``Kernel.backward``.
 
