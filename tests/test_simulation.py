@@ -176,7 +176,8 @@ def test_heads_inside_and_collectives_between_nodes(name: str, ranks: int) -> No
         forward_groups, groups = hybrid_gather.pipeline(call, profile)
         between = simulate.pipeline(outer, forward_groups, forward.kernel / forward_groups, 2 * key, 0.0)
         assert forward.total == pytest.approx(heads[0] + between, rel=0.15), (rows, keys)
-        again = 0.0 if kv_gather.keeps(hybrid.between_nodes(shape)) else 2 * key
+        across = hybrid.between_nodes(shape, shape.heads // size, max(shape.kv_heads // size, 1))
+        again = 0.0 if kv_gather.keeps(across) else 2 * key
         between = simulate.pipeline(outer, groups, backward.kernel / groups, again, nodes * 2 * key)
         assert backward.total == pytest.approx(heads[1] + between, rel=0.15), (rows, keys)
 

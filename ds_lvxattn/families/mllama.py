@@ -95,8 +95,8 @@ class Mllama(VisualFamily):
         tiles, and real tiles see those that fill up, so that number is the model's, and shapes its weights.
         """
         super().refuse_unheeded(processor, limits)
-        tiles, most = limits.image_tiles, processor.max_image_tiles
-        if tiles is not None and tiles < most:
+        tiles = limits.image_tiles
+        if tiles is not None and tiles < (most := processor.max_image_tiles):
             side = self.config.vision_config.image_size
             raise ConfigError(
                 f"'finetuning.image_tiles' is {tiles}, and {self.name}'s image processor makes up to {most} of an "
