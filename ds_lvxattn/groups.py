@@ -15,6 +15,7 @@ from datetime import timedelta
 import deepspeed
 import torch.distributed as dist
 from deepspeed import comm as ds_comm
+from deepspeed.utils import groups as deepspeed_groups
 
 from ds_lvxattn.errors import ConfigError, RunError
 
@@ -47,7 +48,12 @@ class SequenceParallelGroups:
         self._model = _own_group([range(i, i + 1) for i in range(world)], rank)
 
     def close(self) -> None:
-        """End the groups and their threads; after their last use, on every rank."""
+        """End the groups and their threads; after their last use, on every rank.
+
+        DeepSpeed keeps the ``mpu`` of its last engine for engines without one: it forgets this one.
+        """
+        if deepspeed_groups.mpu is self:
+            deepspeed_groups.mpu = None
         for group in (self._sequence, self._data, self._model, self._all):
             dist.destroy_process_group(group)
 
