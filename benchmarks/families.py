@@ -9,7 +9,7 @@ figure is that of the ranks over that of the unmodified model in bf16, and at mo
 batch; ``whole`` is the batch computed whole by every rank, as small batches are, with its time over that of
 ``lv_xattn gather`` beside it. ``generated`` is how far the tokens that are generated over ``lv_xattn``, greedily, fall
 short of the likeliest ones of the unmodified model in bf16, which reads them in one pass: the largest difference in
-logits, in standard deviations of the logits. A wrong cache makes it about 3, rounding a few hundredths.
+logits, in standard deviations of the logits.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ DeepSpeed 0.19.8 takes the groups from an ``mpu`` or from a device mesh. The mes
 partitions and reduces over the data-parallel dimension alone, so gradients would not be summed over the ranks of
 a sequence-parallel group. With an ``mpu`` that has ``get_sequence_data_parallel_group``, ZeRO stages 1 to 3 work
 over all ranks and divide by ``ranks / sequence_parallel_size``; stage 3 only for parameters that are partitioned
-over all ranks beforehand, which ``training.model.partition_over_all_ranks`` sees to.
+over all ranks beforehand, which ``training.loading.partition_over_all_ranks`` sees to.
 """
 
 from __future__ import annotations
