@@ -56,9 +56,9 @@ class RunLog:
         self.output_dir = output_dir
         self.console = Console()
         self._path = output_dir / METRICS
-        if done is None:
+        if done is None and self._path.exists():
             keep_metrics(self._path, "an earlier run that left no checkpoint wrote metrics here")
-        else:
+        elif done is not None:
             lines = lines_of(self._path, done)
             if digest not in (None, text_digest(lines)):
                 problem = f"{self._path} is not what it was at step {done}: lines are lost or changed"
