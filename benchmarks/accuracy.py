@@ -26,7 +26,7 @@ def reference(case: Case, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     q, k, v, dout = (x.double() for x in tensors)
     start, stop = case.interval()
     key = torch.arange(case.keys, device="cuda")
-    out, dq, dk, dv = (torch.zeros_like(x) for x in (q, q, k, v))
+    out, dq, dk, dv = (torch.zeros_like(x) for x in (dout, q, k, v))
     for head in range(q.shape[1]):
         for rows in torch.arange(case.rows, device="cuda").split(1024):
             scores = case.scale * q[0, head, rows] @ k[0, 0].T
@@ -45,8 +45,8 @@ def reference(case: Case, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def kernels_of(case: Case) -> list[Kernel]:
     """Those of this project, and FlashAttention-4, that can do ``case``."""
-    q, k, *_ = case.inputs()
-    call = Call.backward(q, k, case.mask != "visible")
+    q, k, v, _ = case.inputs()
+    call = Call.backward(q, k, v, case.mask != "visible")
     return [x for x in KERNELS if not x.needs_out and x.name != "math" and x.unsupported(call) is None]
 
 

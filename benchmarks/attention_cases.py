@@ -31,10 +31,17 @@ class Case:
     forward_target: float
     backward_target: float
     batch: int = 1
+    value_dim: int | None = None
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Head sizes of keys and of values."""
+        return self.head_dim, self.value_dim or self.head_dim
 
     @property
     def name(self) -> str:
-        return f"{self.mask} {self.heads}/{self.kv_heads}/{self.head_dim} {self.rows}x{self.keys}"
+        sizes = "+".join(str(size) for size in dict.fromkeys(self.head_dims))
+        return f"{self.mask} {self.heads}/{self.kv_heads}/{sizes} {self.rows}x{self.keys}"
 
     @property
     def scale(self) -> float:
@@ -62,17 +69,20 @@ class Case:
         return start, stop
 
     def tflop(self, backward: bool) -> float:
-        """Operations on visible scores, in 1e12: ``4 * H_q * D * visible`` forward, 2.5 times that backward."""
+        """Operations on visible scores, in 1e12: ``2 * H_q * (D + D_v) * visible`` forward, one more product with
+        keys backward and both twice."""
         start, stop = self.interval()
         seen = self.batch * self.rows * self.keys if start is None else int((stop - start).sum())
-        return 4 * self.heads * self.head_dim * seen * (2.5 if backward else 1.0) / 1e12
+        key, value = self.head_dims
+        return 2 * self.heads * (3 * key + 2 * value if backward else key + value) * seen / 1e12
 
     def inputs(self, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``q, k, v, dout``."""
         torch.manual_seed(0)
         q_shape = (self.batch, self.heads, self.rows, self.head_dim)
-        kv_shape = (self.batch, self.kv_heads, self.keys, self.head_dim)
-        return tuple(torch.randn(shape, device="cuda", dtype=dtype) for shape in (q_shape, kv_shape, kv_shape, q_shape))
+        key, value = ((self.batch, self.kv_heads, self.keys, size) for size in self.head_dims)
+        shapes = (q_shape, key, value, (*q_shape[:3], value[3]))
+        return tuple(torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes)
 
 
 CASES = (
@@ -84,6 +94,7 @@ CASES = (
     Case("sliding", 32, 8, 128, 4096, 131072, 1.5, 1.55),
     Case("frame", 8, 8, 64, 4096, 262144, 5.0, 2.2),
     Case("encoder", 16, 16, 80, 6432, 6432, 5.0, 1.0, batch=5),
+    Case("growing", 16, 16, 192, 8192, 65536, 1.0, 1.0, value_dim=128),
 )
 
 

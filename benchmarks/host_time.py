@@ -67,7 +67,7 @@ def calls_of(layer: Layer) -> dict[str, Forward]:
     def exchanged(mode: Mode) -> Forward:
         return lambda: layer.attend(strategy=mode.strategy, schedule=mode.schedule)
 
-    kernels = usable_kernels(Call.forward(layer.q, layer.k, start is not None))
+    kernels = usable_kernels(Call.forward(layer.q, layer.k, layer.v, start is not None))
     calls = {f"{LOCAL}, {kernel}": local(kernel) for kernel in kernels}
     if layer.comm.ranks == 1:
         calls[f"{LOCAL}, sp_attention"] = layer.attend

@@ -31,7 +31,7 @@ def passes(case: Case, backward: bool) -> dict[str, Callable[[], object]]:
     """A pass of ``case`` by each kernel that can do it."""
     q, k, v, dout = case.inputs()
     start, stop = case.interval()
-    call = (Call.backward if backward else Call.forward)(q, k, start is not None)
+    call = (Call.backward if backward else Call.forward)(q, k, v, start is not None)
     kernels = [kernel for kernel in KERNELS if kernel.name not in PLAIN and kernel.unsupported(call) is None]
     calls: dict[str, Callable[[], object]] = {}
     out, lse = forward_local(q, k, v, start, stop, case.scale, "triton", None)
@@ -47,9 +47,9 @@ def passes(case: Case, backward: bool) -> dict[str, Callable[[], object]]:
 
 def choice(case: Case, backward: bool, profile: Profile | None) -> str:
     """The kernel that ``auto`` takes."""
-    q, k, *_ = case.inputs()
+    q, k, v, _ = case.inputs()
     start, stop = case.interval()
-    call = (Call.backward if backward else Call.forward)(q, k, start is not None)
+    call = (Call.backward if backward else Call.forward)(q, k, v, start is not None)
     usable = usable_kernels(call)
     seen, drift = seen_and_drift(start, stop, case.keys)
     sizes = (case.batch, case.heads, case.kv_heads, case.head_dim, case.rows, case.keys, seen, drift)

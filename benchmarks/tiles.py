@@ -45,11 +45,11 @@ def measure(case: Case, backward: bool) -> list[tuple[float, tuple[object, ...]]
     delta = attention_delta(dout, out, None)
     masked = start is not None
     if backward:
-        tuned = backward_config(case.head_dim, 2, masked, True)
-        configs = [x for x in backward_candidates(tuned) if x.keep_ds or (masked and case.head_dim <= 64)]
+        tuned = backward_config(case.head_dims, 2, masked, True)
+        configs = [x for x in backward_candidates(tuned) if x.keep_ds or (masked and max(case.head_dims) <= 64)]
         call = lambda c: interval_backward(dout, q, k, v, lse, delta, start, stop, case.scale, config=c)  # noqa: E731
     else:
-        configs = [forward_config(case.head_dim, 2, masked, True), *forward_candidates()]
+        configs = [forward_config(case.head_dims, 2, masked, True), *forward_candidates()]
         call = lambda c: interval_forward(q, k, v, start, stop, case.scale, config=c)  # noqa: E731
     fit = []
     for config in configs:

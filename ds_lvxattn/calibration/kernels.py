@@ -70,8 +70,8 @@ def kernel_calls(
     k, v = (torch.randn(1, keys, kv_heads, head_dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(2))
     start, stop = _bounds(mask, rows, keys, device)
     scale = head_dim**-0.5
-    first = select_kernel(name, Call.forward(q, k, mask is not None))
-    kernel = select_kernel(name, Call.backward(q, k, mask is not None))
+    first = select_kernel(name, Call.forward(q, k, v, mask is not None))
+    kernel = select_kernel(name, Call.backward(q, k, v, mask is not None))
     out, lse = first.forward(q, k, v, start, stop, scale)
     delta = None if kernel.needs_out else attention_delta(dout, out, None)
     seen, drift = seen_and_drift(start, stop, keys)
@@ -88,7 +88,7 @@ def _tile(kernel: Kernel, head_dim: int, dtype: torch.dtype, masked: bool, devic
     if kernel.name == "triton":
         from ds_lvxattn.kernels.triton.tiles import forward_config, is_hopper
 
-        config = forward_config(head_dim, dtype.itemsize, masked, is_hopper(device))
+        config = forward_config((head_dim, head_dim), dtype.itemsize, masked, is_hopper(device))
         return {"tile_rows": config.block_m, "tile_keys": config.block_n, "packed": True, "splits_below": 1 << 30}
     if device.type == "cuda" and kernel.name != "math":
         return {"tile_rows": 128, "tile_keys": 128, "packed": False, "splits_below": FEW_TILES}

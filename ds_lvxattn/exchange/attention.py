@@ -99,7 +99,7 @@ def sp_attention(
     replicated = queries == "replicated"
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap is {softcap}; give a positive one, or None for none")
-    select_kernel(kernel, Call.forward(q, k, interval is not None, softcap is not None))
+    select_kernel(kernel, Call.forward(q, k, v, interval is not None, softcap is not None))
 
     if shards is None:
         options = (

@@ -16,12 +16,13 @@ class Call:
     Attributes:
         device: device type.
         dtype: of ``q``, ``k``, ``v``.
-        heads, kv_heads, head_dim: query heads, key heads, head size.
+        heads, kv_heads, head_dim: query heads, key heads, head size of queries and keys.
         masked: whether rows have key ranges.
         tiles: tiles of 128 query rows, over heads and batch, of a forward pass. None for a backward pass, whose work
             is divided over the keys, of which there are enough.
         rows: query rows of a sequence.
         capped: whether the scores have a soft cap.
+        value_dim: head size of the values; None: as that of the keys.
     """
 
     device: str
@@ -33,17 +34,33 @@ class Call:
     tiles: int | None = None
     rows: int = 4096
     capped: bool = False
+    value_dim: int | None = None
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Head sizes of the keys and of the values."""
+        return self.head_dim, self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
+    def other_values(self) -> str | None:
+        """Why a kernel that takes one head size cannot do it, or None where it can."""
+        key, value = self.head_dims
+        return None if value == key else f"it takes values of the head size of the keys, not {value} beside {key}"
 
     @classmethod
-    def forward(cls, q: Tensor, k: Tensor, masked: bool, capped: bool = False) -> Call:
-        batch, heads, rows, head_dim = q.shape
-        tiles = batch * heads * -(-rows // 128)
-        return cls(q.device.type, q.dtype, heads, k.shape[1], head_dim, masked, tiles, rows, capped)
+    def forward(cls, q: Tensor, k: Tensor, v: Tensor, masked: bool, capped: bool = False) -> Call:
+        batch, heads, rows, _ = q.shape
+        return cls._of(q, k, v, masked, batch * heads * -(-rows // 128), capped)
 
     @classmethod
-    def backward(cls, q: Tensor, k: Tensor, masked: bool, capped: bool = False) -> Call:
-        heads, rows, head_dim = q.shape[1:]
-        return cls(q.device.type, q.dtype, heads, k.shape[1], head_dim, masked, rows=rows, capped=capped)
+    def backward(cls, q: Tensor, k: Tensor, v: Tensor, masked: bool, capped: bool = False) -> Call:
+        return cls._of(q, k, v, masked, None, capped)
+
+    @classmethod
+    def _of(cls, q: Tensor, k: Tensor, v: Tensor, masked: bool, tiles: int | None, capped: bool) -> Call:
+        _, heads, rows, _ = q.shape
+        _, kv_heads, _, head_dim = k.shape
+        return cls(q.device.type, q.dtype, heads, kv_heads, head_dim, masked, tiles, rows, capped, v.shape[3])
 
 
 class Kernel(Protocol):
@@ -75,11 +92,11 @@ class Kernel(Protocol):
         scale: float,
         softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Attention of ``q [B, H_q, S_q, D]`` over ``k, v [B, H_kv, S_kv, D]``, both lengths above 0.
+        """Attention of ``q [B, H_q, S_q, D]`` over ``k [B, H_kv, S_kv, D]``, ``v [B, H_kv, S_kv, D_v]``, not empty.
 
         ``start, stop`` are int32 ``[B, S_q]`` local key ranges, or None when every key is visible.
         The scores are ``scale * q k``; of one above 0, ``softcap``, they are ``softcap * tanh(scale * q k / softcap)``.
-        Returns ``out [B, H_q, S_q, D]`` (0 for rows that see nothing) and the natural log-sum-exp
+        Returns ``out [B, H_q, S_q, D_v]`` (0 for rows that see nothing) and the natural log-sum-exp
         ``[B, H_q, S_q]`` in float32, float64 for float64 (``-inf`` for such rows).
         """
 

@@ -25,6 +25,8 @@ class CudnnKernel:
             return "it has no interval mask"
         if call.capped:
             return "it has no soft cap of the scores"
+        if call.other_values is not None:
+            return call.other_values
         if call.dtype not in (torch.bfloat16, torch.float16):
             return f"it takes bfloat16 or float16, not {call.dtype}"
         if call.head_dim > 128 or call.head_dim % 8:

@@ -20,9 +20,18 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
-    """``out`` in the dtype and, where they are dense, the strides of ``q``, and its log-sum-exp; not filled."""
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+def empty_rows(x: Tensor, size: int, device: torch.device | str | None = None) -> Tensor:
+    """``[B, H, S, size]`` in the dtype and, where they are dense, the order of the strides of ``x [B, H, S, D]``; not
+    filled."""
+    if size == x.shape[3]:
+        return torch.empty_like(x, device=device)
+    order = sorted(range(3), key=x.stride, reverse=True)
+    return torch.empty_permuted((*x.shape[:3], size), (*order, 3), dtype=x.dtype, device=device or x.device)
+
+
+def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``out`` as ``empty_rows`` of ``q`` in the head size of ``v``, and its log-sum-exp; not filled."""
+    return empty_rows(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
 
 
 def attention_operator(
@@ -38,12 +47,12 @@ def attention_operator(
         name: of the operator.
         forward: ``(q, k, v, *more) -> (out, lse)``, strides of ``empty_results``. ``more`` are tensors or None, then
             settings, as annotated.
-        backward: ``(dout, dlse, q, k, v, out, lse, *more) -> (dq, dk, dv)``, strides of ``empty_like``; ``dlse`` is
+        backward: ``(dout, dlse, q, k, v, out, lse, *more) -> (dq, dk, dv)``, strides of ``empty_rows``; ``dlse`` is
             None where nobody uses the log-sum-exp.
         kept: for an operator with a third result, which only its backward pass reads, as ``(..., q, kept, k, ...)``:
             called as ``forward``, it gives such a tensor, not filled. The last setting then says whether it is kept.
-        kept_holds_queries: what is kept holds the queries too, and ``out`` stands for ``q``, whose shape and strides it
-            has.
+        kept_holds_queries: what is kept holds the queries too, and ``out`` stands for ``q``, whose shape, but for the
+            head size, and order of strides it has.
 
     Returns:
         The operator.
@@ -54,11 +63,12 @@ def attention_operator(
     no_gradients = (None,) * (len(parameters) - 3)
 
     def fake(*args: Any) -> tuple[Tensor, ...]:
-        return empty_results(args[0]) if kept is None else (*empty_results(args[0]), kept(*args))
+        results = empty_results(args[0], args[2])
+        return results if kept is None else (*results, kept(*args))
 
     def fake_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         k, v = args[:2] if kept is None else args[1:3]
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        return empty_rows(q, k.shape[3]), torch.empty_like(k), torch.empty_like(v)
 
     operator = _define(name, forward, fake)
     operator_backward = _define(f"{name}_backward", backward, fake_backward)

@@ -27,6 +27,8 @@ class FlashKernel:
             return "it has no interval mask"
         if call.capped:
             return "it has no soft cap of the scores"
+        if call.other_values is not None:
+            return call.other_values
         if call.device == "cpu":
             return None
         if call.device != "cuda":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.differentiable import empty_results
 
 # Scores of one chunk of query rows. Chunks bound the memory: never S_q x S_kv at once.
 MAX_SCORES = 1 << 26
@@ -35,8 +36,7 @@ class MathKernel:
         softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         wide = _wide(q.dtype)
-        out = torch.empty_like(q)
-        lse = torch.empty(q.shape[:3], dtype=wide, device=q.device)
+        out, lse = empty_results(q, v)
         keys, values = k.to(wide), v.to(wide)
         for rows in _chunks(q, k):
             scores = _scores(q[:, :, rows], keys, scale)

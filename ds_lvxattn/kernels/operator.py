@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ds_lvxattn.kernels.base import Call, Kernel
 from ds_lvxattn.kernels.derived import derived_of
-from ds_lvxattn.kernels.differentiable import attention_operator, lse_dtype
+from ds_lvxattn.kernels.differentiable import attention_operator, empty_results, empty_rows
 from ds_lvxattn.kernels.dispatch import fastest_first, select_kernel
 from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.kernels.triton.merge import merge_partials
@@ -15,14 +15,14 @@ from ds_lvxattn.kernels.triton.surrogate import output_with_delta
 
 
 def like(x: Tensor, pattern: Tensor) -> Tensor:
-    """``x`` in the dtype and strides of ``empty_like(pattern)``; no copy where the kernel has chosen them already."""
-    filled = x.untyped_storage().nbytes() == x.nbytes  # then equal strides are those of ``empty_like``
+    """``x`` in the dtype and strides of ``empty_rows(pattern, ...)``; no copy where the kernel chose them already."""
+    filled = x.untyped_storage().nbytes() == x.nbytes  # then equal strides are those of ``empty_rows``
     if filled and x.dtype == pattern.dtype and x.stride() == pattern.stride():
         return x
-    want = torch.empty_like(pattern, device="meta")
+    want = empty_rows(pattern, x.shape[3], "meta")
     if x.dtype == want.dtype and x.stride() == want.stride():
         return x
-    return torch.empty_like(pattern).copy_(x)
+    return empty_rows(pattern, x.shape[3]).copy_(x)
 
 
 def backward_kernel(name: str, call: Call, with_dlse: bool) -> Kernel:
@@ -48,9 +48,9 @@ def forward_local(
     Of several ranges a row, int32 ``[B, S_q, ranges]``, each is attended to by itself, and the results are merged.
     """
     if q.numel() == 0 or k.shape[2] == 0:
-        lse = torch.full(q.shape[:3], float("-inf"), dtype=lse_dtype(q.dtype), device=q.device)
-        return torch.zeros_like(q), lse
-    chosen = select_kernel(kernel, Call.forward(q, k, start is not None, softcap is not None))
+        out, lse = empty_results(q, v)
+        return out.zero_(), lse.fill_(float("-inf"))
+    chosen = select_kernel(kernel, Call.forward(q, k, v, start is not None, softcap is not None))
     if start is None or stop is None or start.dim() == 2:
         return chosen.forward(q, k, v, start, stop, scale, softcap)
     results = (chosen.forward(q, k, v, *each, scale, softcap) for each in _each_range(start, stop))
@@ -129,7 +129,7 @@ def _backward(
     softcap: Optional[float],
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = backward_kernel(kernel, Call.backward(q, k, start is not None, softcap is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, v, start is not None, softcap is not None), dlse is not None)
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
     dq, dk, dv = backward_local(chosen, dout, q, k, v, out, lse, delta, start, stop, scale, softcap)
     return like(dq, q), like(dk, k), like(dv, v)
@@ -152,7 +152,7 @@ def local_attention(
 
     Args:
         q: ``[B, H_q, S_q, D]``.
-        k, v: ``[B, H_kv, S_kv, D]``; ``H_q`` is a multiple of ``H_kv``.
+        k, v: ``[B, H_kv, S_kv, D]`` and ``[B, H_kv, S_kv, D_v]``; ``H_q`` is a multiple of ``H_kv``.
         start, stop: int32 ``[B, S_q]`` visible key ranges, or ``[B, S_q, ranges]`` disjoint ones; None when every key
             is visible.
         scale: factor of the scores.
@@ -160,6 +160,6 @@ def local_attention(
         softcap: soft cap of the scores, which are then ``softcap * tanh(scale * q k / softcap)``; None: none.
 
     Returns:
-        ``out [B, H_q, S_q, D]`` and the natural log-sum-exp ``[B, H_q, S_q]``, both differentiable.
+        ``out [B, H_q, S_q, D_v]`` and the natural log-sum-exp ``[B, H_q, S_q]``, both differentiable.
     """
     return _operator(q, k, v, start, stop, scale, softcap, kernel)

@@ -101,20 +101,21 @@ def make_problem():
 
     def make(
         batch=1, heads=2, kv_heads=1, rows=33, keys=70, head_dim=64, dtype=torch.float32, mask="random",
-        gain=1.0, sequence_first=False, seed=0, softcap=None,
+        gain=1.0, sequence_first=False, seed=0, softcap=None, value_dim=None,
     ) -> Problem:  # fmt: skip
         torch.manual_seed(seed)
 
-        def tensor(heads: int, length: int) -> Tensor:
+        def tensor(heads: int, length: int, size: int) -> Tensor:
             if sequence_first:
-                return torch.randn(batch, length, heads, head_dim).to(DEVICE, dtype).transpose(1, 2)
-            return torch.randn(batch, heads, length, head_dim).to(DEVICE, dtype)
+                return torch.randn(batch, length, heads, size).to(DEVICE, dtype).transpose(1, 2)
+            return torch.randn(batch, heads, length, size).to(DEVICE, dtype)
 
-        q = tensor(heads, rows) * gain
-        k, v = tensor(kv_heads, keys), tensor(kv_heads, keys)
+        values = value_dim or head_dim
+        q = tensor(heads, rows, head_dim) * gain
+        k, v = tensor(kv_heads, keys, head_dim), tensor(kv_heads, keys, values)
         start, stop = interval(mask, batch, rows, keys)
         dlse = torch.randn(batch, heads, rows).to(DEVICE)
-        return Problem(q, k, v, tensor(heads, rows), dlse, start, stop, head_dim**-0.5, softcap)
+        return Problem(q, k, v, tensor(heads, rows, values), dlse, start, stop, head_dim**-0.5, softcap)
 
     return make
 

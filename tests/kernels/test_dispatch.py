@@ -16,8 +16,8 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
-def call(device="cuda", dtype=torch.bfloat16, head_dim=128, masked=False, tiles=None, capped=False):
-    return Call(device, dtype, 32, 8, head_dim, masked, tiles, capped=capped)
+def call(device="cuda", dtype=torch.bfloat16, head_dim=128, masked=False, tiles=None, capped=False, value_dim=None):
+    return Call(device, dtype, 32, 8, head_dim, masked, tiles, capped=capped, value_dim=value_dim)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,11 @@ def call(device="cuda", dtype=torch.bfloat16, head_dim=128, masked=False, tiles=
         ("math", call(dtype=torch.float32)),
         ("math", call(masked=True, dtype=torch.float32)),
         ("math", call(masked=True, head_dim=100)),
+        ("triton", call(head_dim=192, value_dim=128)),
+        ("triton", call(masked=True, head_dim=192, value_dim=128)),
+        ("math", call(head_dim=192, value_dim=100)),
+        ("math", call("cpu", torch.float32, value_dim=64)),
+        ("flash", call("cpu", torch.float32, value_dim=128)),
         ("flash", call("cpu", torch.float32)),
         ("math", call("cpu", torch.float64, masked=True)),
     ),
@@ -77,6 +82,8 @@ def test_auto_needs_no_cudnn_below_ampere(monkeypatch):
         ("triton", call("cpu"), "does not run on cpu"),
         ("triton", call(dtype=torch.float32), "not torch.float32"),
         ("triton", call(head_dim=100), "multiples of 8, 16 to 256, not 100"),
+        ("triton", call(value_dim=100), "multiples of 8, 16 to 256, not 100"),
+        *[(name, call(value_dim=64), "not 64 beside 128") for name in ("cudnn", "flash")],
     ),
 )
 def test_forcing_an_impossible_kernel_names_the_reason(name, asked, reason):

@@ -201,6 +201,7 @@ def test_captured_in_a_cuda_graph(make_problem):
         (Call("cuda", torch.bfloat16, 4, 2, 256, True), "16 to 128, not 256"),
         (Call("cuda", torch.bfloat16, 4, 2, 100, True), "not 100"),
         (Call("cuda", torch.bfloat16, 4, 2, 128, True, capped=True), "no soft cap"),
+        (Call("cuda", torch.bfloat16, 4, 2, 128, True, value_dim=64), "not 64 beside 128"),
     ),
 )
 def test_unsupported_names_what_is_wrong(monkeypatch, call, reason):

@@ -66,9 +66,11 @@ def test_soft_cap(make_problem, error, head_dim, mask):
         assert error(grads[name], exact[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("head_dim", (16, 32, 72, 80, 88, 96, 256))
+@pytest.mark.parametrize("head_dim", (16, 32, 72, 80, 88, 96, 160, 256, (192, 128), (64, 16), (24, 80)))
 def test_head_sizes(make_problem, error, head_dim):
-    p = make_problem(rows=30 * LONG, keys=70 * LONG, head_dim=head_dim, dtype=HALVES[-1])
+    """Of keys, and of values where they differ."""
+    key, value = head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
+    p = make_problem(rows=30 * LONG, keys=70 * LONG, head_dim=key, value_dim=value, dtype=HALVES[-1])
     exact = p.exact()
     grads = run(p, exact)
     for name in GRADS:
@@ -141,7 +143,7 @@ def test_same_bits_every_time(make_problem, head_dim):
     rows=st.integers(1, 60 * LONG),
     keys=st.integers(1, 150 * LONG),
     heads=st.sampled_from(((1, 1), (4, 2), (3, 1))),
-    head_dim=st.sampled_from((64, 128)),
+    head_dim=st.sampled_from(((64, 64), (128, 128), (32, 16), (80, 128), (192, 128))),
     mask=st.sampled_from(MASKS),
     workspace=st.sampled_from((2**16 * LONG, 2**30)),
     softcap=st.sampled_from((None, 0.7, 50.0)),
@@ -149,8 +151,8 @@ def test_same_bits_every_time(make_problem, head_dim):
 )
 def test_any_length(make_problem, error, rows, keys, heads, head_dim, mask, workspace, softcap, seed):
     p = make_problem(
-        heads=heads[0], kv_heads=heads[1], rows=rows, keys=keys, head_dim=head_dim, mask=mask, seed=seed,
-        softcap=softcap,
+        heads=heads[0], kv_heads=heads[1], rows=rows, keys=keys, head_dim=head_dim[0], value_dim=head_dim[1],
+        mask=mask, seed=seed, softcap=softcap,
     )  # fmt: skip
     exact = p.exact()
     out, lse = interval_forward(p.q, p.k, p.v, p.start, p.stop, p.scale, softcap=softcap)

@@ -58,12 +58,16 @@ def test_soft_cap(make_problem, error, head_dim, gain):
     assert error(lse, exact["lse"]) < 1e-6
 
 
-@pytest.mark.parametrize("head_dim", (16, 32, 72, 80, 88, 96, 128, 256))
+@pytest.mark.parametrize("head_dim", (16, 32, 72, 80, 88, 96, 128, 160, 256, (192, 128), (64, 16), (24, 80)))
 def test_head_sizes(make_problem, error, head_dim):
+    """Of keys, and of values where they differ."""
+    key, value = head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
     dtype = HALVES[-1]
-    p = make_problem(rows=30 * LONG, keys=70 * LONG, head_dim=head_dim, dtype=dtype)
+    p = make_problem(rows=30 * LONG, keys=70 * LONG, head_dim=key, value_dim=value, dtype=dtype, sequence_first=True)
     exact = p.exact()
-    assert error(run(p)[0], exact["out"]) <= 1.5 * error(p.pytorch()["out"], exact["out"])
+    out, _ = run(p)
+    assert out.shape == p.dout.shape and out.stride() == p.dout.stride()
+    assert error(out, exact["out"]) <= 1.5 * error(p.pytorch()["out"], exact["out"])
 
 
 def test_large_log_sum_exp(make_problem, error):

@@ -76,7 +76,7 @@ def all_keys_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: gradients of other ranks' keys go home and are added up there."""
     keys, comm = SequenceShards.of_deal(kv_lengths, kv_deal), communicator_by_name(group)
-    chosen = backward_kernel(kernel, Call.backward(q, k, start is not None, softcap is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, v, start is not None, softcap is not None), dlse is not None)
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
     whole = _gathered(k, v, keys, comm)
     dq, *parts = backward_local(chosen, dout, q, *whole, out, lse, delta, start, stop, scale, softcap)

@@ -143,7 +143,7 @@ def query_gather(
     rows, own = max(q_lengths), q_lengths[exchange.rank]
     groups = head_groups[0]
     queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
-    out, lse = empty_results(q)
+    out, lse = empty_results(q, v)
     kept = _kept(q, k, v, first, last, scale, softcap, kernel, group, inner, q_lengths, head_groups, keep_queries)
 
     def gather(i: int) -> InFlight:
@@ -208,7 +208,7 @@ def query_gather_backward(
     """Backward pass: ``dk`` and ``dv`` are complete on their rank; the parts of ``dq`` go to their owners."""
     exchange = rows_by_name(group, inner)
     rows, own = max(q_lengths), q_lengths[exchange.rank]
-    chosen = backward_kernel(kernel, Call.backward(q, k, first is not None, softcap is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, v, first is not None, softcap is not None), dlse is not None)
     groups = head_groups[1]
     queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
     delta = attention_delta(dout, out, dlse).to(lse.dtype)

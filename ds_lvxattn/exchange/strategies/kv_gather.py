@@ -73,7 +73,7 @@ def kv_gather(
     comm = communicator_by_name(group)
     groups = head_groups[0]
     queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
-    out, lse = empty_results(q)
+    out, lse = empty_results(q, v)
     kept = _kept(q, k, v, start, stop, places, scale, softcap, kernel, group, kv_lengths, head_groups, keep)
 
     def gather(i: int) -> InFlight:
@@ -128,7 +128,7 @@ def kv_gather_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: ``dq`` is complete on its rank; the parts of ``dk`` and ``dv`` go to their owners."""
     comm = communicator_by_name(group)
-    chosen = backward_kernel(kernel, Call.backward(q, k, start is not None, softcap is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, v, start is not None, softcap is not None), dlse is not None)
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse).to(lse.dtype)
     groups, rows = head_groups[1], len(kv_lengths) * max(kv_lengths)
     queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)

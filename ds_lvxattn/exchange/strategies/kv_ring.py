@@ -112,7 +112,7 @@ def kv_ring_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: ``dq`` stays, ``dk`` and ``dv`` of other ranks' keys travel home with them in float32."""
     comm = communicator_by_name(group)
-    chosen = backward_kernel(kernel, Call.backward(q, k, first is not None, softcap is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, v, first is not None, softcap is not None), dlse is not None)
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
     wide = lse.dtype
     dq = torch.zeros_like(q, dtype=wide)

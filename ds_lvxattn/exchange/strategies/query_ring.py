@@ -121,7 +121,7 @@ def query_ring(
     for owner, (queries,) in _Ring(comm, q_lengths, ("queries",), (q,)):
         start, stop = _of(first, last, q_lengths, owner)
         returns.send(owner, forward_local(queries, k, v, start, stop, scale, kernel, softcap), ("outputs", "lse"))
-    out, lse = empty_results(q)
+    out, lse = empty_results(q, v)
     outs, lses = returns.collect()
     merge_partials(outs, lses, out=out, lse=lse)
     return out, lse
@@ -145,7 +145,7 @@ def query_ring_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: ``Q``, ``dO``, ``L`` and ``delta`` go round, ``dQ`` parts go to their owners."""
     comm = communicator_by_name(group)
-    chosen = backward_kernel(kernel, Call.backward(q, k, first is not None, softcap is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, v, first is not None, softcap is not None), dlse is not None)
     delta = attention_delta(dout, out, dlse).to(lse.dtype)
     ring = _Ring(comm, q_lengths, ("queries", "output gradients", "lse", "lse"), (q, dout, lse, delta))
     wide = lse.dtype

@@ -50,7 +50,7 @@ def query_replicated(
     """Forward pass: ``out [B, H, s_q, D]`` and ``lse [B, H, s_q]``, equal on every rank."""
     comm = communicator_by_name(group)
     partial_out, partial_lse = forward_local(q, k, v, first, last, scale, kernel, softcap)
-    out, lse = empty_results(q)
+    out, lse = empty_results(q, v)
     merge_partials(*_gather_results(partial_out, partial_lse, comm), out=out, lse=lse)
     return out, lse
 
@@ -90,7 +90,7 @@ def query_replicated_backward(
     comm = communicator_by_name(group)
     if parts:
         dout, dlse = _sum_parts(dout, dlse, comm)
-    chosen = backward_kernel(kernel, Call.backward(q, k, first is not None, softcap is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, v, first is not None, softcap is not None), dlse is not None)
     delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
     dq, dk, dv = backward_local(chosen, dout, q, k, v, out, lse, delta, first, last, scale, softcap)
     if not parts:

@@ -112,7 +112,7 @@ def query_routed(
     outs, lses = post.give_back([("outputs", partial_out), ("lse", partial_lse)])
     outs = _by_row(outs, returns, 0.0).unflatten(1, (batch, own)).transpose(2, 3)
     lses = _by_row(lses, returns, float("-inf")).unflatten(1, (batch, own)).transpose(2, 3)
-    out, lse = empty_results(q)
+    out, lse = empty_results(q, v)
     merge_partials(outs, lses, out=out, lse=lse)
     kept = queries.transpose(1, 2).contiguous() if keep_queries else q.new_empty((0, start.shape[1], heads, head_dim))
     return out, lse, kept
@@ -148,7 +148,7 @@ def query_routed_backward(
     """Backward pass: ``dk`` and ``dv`` are complete on their rank; the parts of ``dq`` go to their owners."""
     batch, _, own, _ = out.shape
     post = _Post(communicator_by_name(group), batch, send_rows, slots, start.shape[1], sent, received)
-    chosen = backward_kernel(kernel, Call.backward(q, k, True, softcap is not None), dlse is not None)
+    chosen = backward_kernel(kernel, Call.backward(q, k, v, True, softcap is not None), dlse is not None)
     delta = attention_delta(dout, out, dlse).to(lse.dtype)
     # A padding row of a sequence has log-sum-exp 0 and gradients 0 here, and an empty range: it adds nothing.
     named = [("output gradients", dout), ("lse", lse), ("lse", delta)]

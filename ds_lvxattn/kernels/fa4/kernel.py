@@ -35,6 +35,8 @@ class FlashAttention4Kernel:
             return "flash-attn-4 is not installed (pip install 'ds-lvxattn[fa4]')"
         if call.capped:
             return "it has no soft cap of the scores"
+        if call.other_values is not None:
+            return call.other_values
         if call.dtype not in (torch.bfloat16, torch.float16):
             return f"it takes bfloat16 or float16, not {call.dtype}"
         if call.head_dim % 8 or not 16 <= call.head_dim <= 128:

@@ -63,9 +63,9 @@ def interval_backward(
     """Gradients of attention over the keys at hand, given row terms over all ranks' keys. Deterministic.
 
     Args:
-        dout: ``[B, H_q, S_q, D]`` gradient of the whole (merged) output, dtype of ``q``.
+        dout: ``[B, H_q, S_q, D_v]`` gradient of the whole (merged) output, dtype of ``q``.
         q: ``[B, H_q, S_q, D]`` bfloat16, float16 or float32; any strides.
-        k, v: ``[B, H_kv, S_kv, D]`` of the same dtype; ``H_q`` is a multiple of ``H_kv``.
+        k, v: ``[B, H_kv, S_kv, D]`` and ``[B, H_kv, S_kv, D_v]`` of the same dtype; ``H_q`` is a multiple of ``H_kv``.
         lse: float32 ``[B, H_q, S_q]``, natural log-sum-exp over all keys of the group; rows with ``-inf`` add
             nothing.
         delta: float32 ``[B, H_q, S_q]``, ``rowsum(dO * O) - dL`` (``attention_delta``).
@@ -86,19 +86,19 @@ def interval_backward(
     if scale <= 0:
         raise ValueError(f"interval_backward: scale is {scale}; it must be positive (negate q for a negative one)")
     batch, heads_q, seq_q, head_dim = q.shape
-    heads_kv = k.shape[1]
+    heads_kv, head_dims = k.shape[1], (head_dim, v.shape[3])
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
 
-    config = config or backward_config(head_dim, q.element_size(), start is not None, is_hopper(q.device))
+    config = config or backward_config(head_dims, q.element_size(), start is not None, is_hopper(q.device))
     room = workspace_bytes // (heads_kv * config.block_n * config.tile * q.element_size())
     run = seq_q
     if config.keep_ds or start is None:
         units = multiprocessors(q.device)
         group = heads_q // heads_kv
-        run = rows_at_once(seq_q, k.shape[2], group, batch, heads_kv, head_dim, config, room, units)
+        run = rows_at_once(seq_q, k.shape[2], group, batch, heads_kv, head_dims, config, room, units)
     if run == seq_q:
         _backward_of_rows(dout, q, k, v, lse, delta, start, stop, scale, softcap, config, room, dq, dk, dv, add=False)
         return dq, dk, dv
@@ -200,14 +200,17 @@ def _backward_of_rows(
     )
     row_tiles = (*row_descriptors(q_rows, config.block_m), *row_descriptors(dout_rows, config.block_m))
     k_tiles, v_tiles = (row_descriptors(rows_for_copy_engine(x), config.block_n) for x in (k, v))
+    value_dim = v.shape[3]
     block_d, block_d_2 = split_head(head_dim)
+    block_v, block_v_2 = split_head(value_dim)
     dq_rows = torch.empty((batch, heads_kv, rows, head_dim), dtype=torch.float32, device=q.device)
     tile_args = dict(
         HEAD_DIM=head_dim, BLOCK_D=block_d, TILE=config.tile, BLOCK_N=config.block_n,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     key_args = dict(
-        BLOCK_D_2=block_d_2, BLOCK_M=config.block_m, HAS_INTERVAL=has_interval, CAPPED=softcap is not None, ADD=add,
+        BLOCK_D_2=block_d_2, VALUE_DIM=value_dim, BLOCK_V=block_v, BLOCK_V_2=block_v_2, BLOCK_M=config.block_m,
+        HAS_INTERVAL=has_interval, CAPPED=softcap is not None, ADD=add,
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers, **tile_args,
     )  # fmt: skip
     query_args = dict(num_warps=config.query_warps, num_stages=config.query_stages, **tile_args)
@@ -223,7 +226,7 @@ def _backward_of_rows(
         query_grads_again_kernel[(tiles, pairs)](
             row_descriptors(q_rows, config.tile)[0], row_descriptors(dout_rows, config.tile)[0], k_tiles[0], v_tiles[0],
             terms, packed_start, packed_stop, bounds,
-            dq_rows, heads_kv, tiles, scale, cap, CAPPED=softcap is not None, **query_args,
+            dq_rows, heads_kv, tiles, scale, cap, BLOCK_V=block_v, CAPPED=softcap is not None, **query_args,
         )  # fmt: skip
     else:
         plan = masked_plan or plan_dense(blocks, batch, heads_kv, tiles, room, programs)

@@ -16,7 +16,7 @@ def _visit_rows(
     stop_ptr, batch, head, row, seq_rows, key_first, ds_row, ds_column, seq_kv, scale_log2, cap,
     MASKED: tl.constexpr, HAS_INTERVAL: tl.constexpr, CAPPED: tl.constexpr, KEEP_DS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D_2: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_V_2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the rows ``[row, row + BLOCK_M)`` add to ``dK`` and ``dV``; keys along the first axis throughout,
     so that ``P`` and ``dS`` feed the next product from registers.
@@ -49,12 +49,12 @@ def _visit_rows(
     p_slope = p
     if CAPPED:
         p_slope *= slope
-    dout = dout_desc.load([batch, head, row, 0]).reshape(BLOCK_M, BLOCK_D)
+    dout = dout_desc.load([batch, head, row, 0]).reshape(BLOCK_M, BLOCK_V)
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
     delta = tl.load(terms_ptr + seq_rows + rows)
     dp = tl.dot(v, dout.T, input_precision=PRECISION)
-    if BLOCK_D_2 > 0:
-        dout_2 = dout_2_desc.load([batch, head, row, BLOCK_D]).reshape(BLOCK_M, BLOCK_D_2)
+    if BLOCK_V_2 > 0:
+        dout_2 = dout_2_desc.load([batch, head, row, BLOCK_V]).reshape(BLOCK_M, BLOCK_V_2)
         dv_2 = tl.dot(p.to(dout.dtype), dout_2, dv_2, input_precision=PRECISION)
         dp = tl.dot(v_2, dout_2.T, dp, input_precision=PRECISION)
     ds = (p_slope * (dp - delta[None, :])).to(q.dtype)
@@ -73,9 +73,10 @@ def key_grads_kernel(
     k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s,
     pairs, heads_kv, seq_kv, tiles, blocks, chunk, chunk_blocks, slots, scale, cap,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D_2: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_INTERVAL: tl.constexpr, CAPPED: tl.constexpr,
-    KEEP_DS: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D_2: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_V_2: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_INTERVAL: tl.constexpr, CAPPED: tl.constexpr, KEEP_DS: tl.constexpr, ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dK``, ``dV`` of one chunk's key blocks, and their ``dS`` against all rows that see them.
 
@@ -118,28 +119,31 @@ def key_grads_kernel(
 
         key = key_first + tl.arange(0, BLOCK_N)
         dim = tl.arange(0, BLOCK_D)
+        dim_v = tl.arange(0, BLOCK_V)
         mask = (key < seq_kv)[:, None] & (dim < HEAD_DIM)[None, :]
+        mask_v = (key < seq_kv)[:, None] & (dim_v < VALUE_DIM)[None, :]
         # Few visits follow where dS is not kept, so the start counts: plain loads overlap, while the copy
         # engine outside a loop is waited for once a tensor. Elsewhere registers count, and it needs fewer.
         if KEEP_DS:
             k = k_desc.load([batch, head, key_first, 0]).reshape(BLOCK_N, BLOCK_D)
-            v = v_desc.load([batch, head, key_first, 0]).reshape(BLOCK_N, BLOCK_D)
+            v = v_desc.load([batch, head, key_first, 0]).reshape(BLOCK_N, BLOCK_V)
         else:
             k_rows = k_ptr + batch.to(tl.int64) * k_stride_b + head.to(tl.int64) * k_stride_h
             v_rows = v_ptr + batch.to(tl.int64) * v_stride_b + head.to(tl.int64) * v_stride_h
             k = tl.load(k_rows + key.to(tl.int64)[:, None] * k_stride_s + dim[None, :], mask=mask, other=0.0)
-            v = tl.load(v_rows + key.to(tl.int64)[:, None] * v_stride_s + dim[None, :], mask=mask, other=0.0)
+            v = tl.load(v_rows + key.to(tl.int64)[:, None] * v_stride_s + dim_v[None, :], mask=mask_v, other=0.0)
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
         k_2 = 0.0
         v_2 = 0.0
         dk_2 = 0.0
         dv_2 = 0.0
         if BLOCK_D_2 > 0:  # a head size between powers of two: its last columns
             k_2 = k_2_desc.load([batch, head, key_first, BLOCK_D]).reshape(BLOCK_N, BLOCK_D_2)
-            v_2 = v_2_desc.load([batch, head, key_first, BLOCK_D]).reshape(BLOCK_N, BLOCK_D_2)
             dk_2 = tl.zeros([BLOCK_N, BLOCK_D_2], tl.float32)
-            dv_2 = tl.zeros([BLOCK_N, BLOCK_D_2], tl.float32)
+        if BLOCK_V_2 > 0:
+            v_2 = v_2_desc.load([batch, head, key_first, BLOCK_V]).reshape(BLOCK_N, BLOCK_V_2)
+            dv_2 = tl.zeros([BLOCK_N, BLOCK_V_2], tl.float32)
         for step in tl.range(0, whole * STEPS):
             tile = step // STEPS
             if HAS_INTERVAL:
@@ -153,7 +157,7 @@ def key_grads_kernel(
                 dk, dk_2, dv, dv_2, k, k_2, v, v_2, q_desc, q_2_desc, dout_desc, dout_2_desc, ds_desc, terms,
                 rows_start, rows_stop, batch, head, tile * TILE + column, tiles * TILE, key_first,
                 (head * slots + slot) * BLOCK_N, column, seq_kv, scale * _LOG2_E, cap, False, HAS_INTERVAL, CAPPED,
-                KEEP_DS, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_D_2, PRECISION,
+                KEEP_DS, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_D_2, BLOCK_V, BLOCK_V_2, PRECISION,
             )  # fmt: skip
         for step in tl.range(0, part * STEPS):
             tile = step // STEPS
@@ -168,7 +172,7 @@ def key_grads_kernel(
                 dk, dk_2, dv, dv_2, k, k_2, v, v_2, q_desc, q_2_desc, dout_desc, dout_2_desc, ds_desc, terms,
                 rows_start, rows_stop, batch, head, tile * TILE + column, tiles * TILE, key_first,
                 (head * slots + slot) * BLOCK_N, column, seq_kv, scale * _LOG2_E, cap, True, HAS_INTERVAL, CAPPED,
-                KEEP_DS, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_D_2, PRECISION,
+                KEEP_DS, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_D_2, BLOCK_V, BLOCK_V_2, PRECISION,
             )  # fmt: skip
 
         key = key.to(tl.int64)[:, None]
@@ -177,18 +181,22 @@ def key_grads_kernel(
         dk *= scale
         if ADD:
             dk += tl.load(dk_rows + dim[None, :], mask=mask, other=0.0)
-            dv += tl.load(dv_rows + dim[None, :], mask=mask, other=0.0)
+            dv += tl.load(dv_rows + dim_v[None, :], mask=mask_v, other=0.0)
         tl.store(dk_rows + dim[None, :], dk.to(dk_ptr.dtype.element_ty), mask=mask)
-        tl.store(dv_rows + dim[None, :], dv.to(dv_ptr.dtype.element_ty), mask=mask)
+        tl.store(dv_rows + dim_v[None, :], dv.to(dv_ptr.dtype.element_ty), mask=mask_v)
         if BLOCK_D_2 > 0:
             dim_2 = BLOCK_D + tl.arange(0, BLOCK_D_2)
             mask_2 = (key < seq_kv) & (dim_2 < HEAD_DIM)[None, :]
             dk_2 *= scale
             if ADD:
                 dk_2 += tl.load(dk_rows + dim_2[None, :], mask=mask_2, other=0.0)
-                dv_2 += tl.load(dv_rows + dim_2[None, :], mask=mask_2, other=0.0)
             tl.store(dk_rows + dim_2[None, :], dk_2, mask=mask_2)
-            tl.store(dv_rows + dim_2[None, :], dv_2, mask=mask_2)
+        if BLOCK_V_2 > 0:
+            dim_v_2 = BLOCK_V + tl.arange(0, BLOCK_V_2)
+            mask_v_2 = (key < seq_kv) & (dim_v_2 < VALUE_DIM)[None, :]
+            if ADD:
+                dv_2 += tl.load(dv_rows + dim_v_2[None, :], mask=mask_v_2, other=0.0)
+            tl.store(dv_rows + dim_v_2[None, :], dv_2, mask=mask_v_2)
 
 
 @triton.jit(do_not_specialize=["heads_kv", "tiles", "blocks", "chunk", "chunk_blocks", "slots"])
@@ -252,7 +260,8 @@ def query_grads_kernel(
 @triton.jit
 def _add_query_grads(
     acc, q, dout, lse, delta, k_desc, v_desc, batch, head, key_first, row_start, row_stop, scale_log2, cap,
-    MASKED: tl.constexpr, CAPPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dS K`` of one block of keys, from the scores computed again."""
     k = k_desc.load([batch, head, key_first, 0]).reshape(BLOCK_N, BLOCK_D)
@@ -270,7 +279,7 @@ def _add_query_grads(
     p = tl.exp2(scores - lse[:, None])
     if CAPPED:
         p *= slope
-    v = v_desc.load([batch, head, key_first, 0]).reshape(BLOCK_N, BLOCK_D)
+    v = v_desc.load([batch, head, key_first, 0]).reshape(BLOCK_N, BLOCK_V)
     ds = p * (tl.dot(dout, v.T, input_precision=PRECISION) - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
 
@@ -279,8 +288,8 @@ def _add_query_grads(
 def query_grads_again_kernel(
     q_desc, dout_desc, k_desc, v_desc, terms_ptr, start_ptr, stop_ptr, bounds_ptr, dq_ptr,
     heads_kv, tiles, scale, cap,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dQ / scale`` of one tile of rows without a workspace, from only the keys that the tile sees."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -288,7 +297,7 @@ def query_grads_again_kernel(
     head = tl.program_id(1) % heads_kv
     rows = tile * TILE + tl.arange(0, TILE)
     q = q_desc.load([batch, head, tile * TILE, 0]).reshape(TILE, BLOCK_D)
-    dout = dout_desc.load([batch, head, tile * TILE, 0]).reshape(TILE, BLOCK_D)
+    dout = dout_desc.load([batch, head, tile * TILE, 0]).reshape(TILE, BLOCK_V)
     terms_ptr += tl.program_id(1).to(tl.int64) * 2 * tiles * TILE
     lse = tl.load(terms_ptr + rows)
     delta = tl.load(terms_ptr + tiles * TILE + rows)
@@ -309,14 +318,14 @@ def query_grads_again_kernel(
     for key in tl.range(clear_first, clear_last, BLOCK_N):
         acc = _add_query_grads(
             acc, q, dout, lse, delta, k_desc, v_desc, batch, head, key, row_start, row_stop, scale * _LOG2_E,
-            cap, False, CAPPED, BLOCK_N, BLOCK_D, PRECISION,
+            cap, False, CAPPED, BLOCK_N, BLOCK_D, BLOCK_V, PRECISION,
         )  # fmt: skip
     for block in tl.range(0, masked_blocks):
         after = clear_last + (block - blocks_before) * BLOCK_N
         key = tl.where(block < blocks_before, first + block * BLOCK_N, after)
         acc = _add_query_grads(
             acc, q, dout, lse, delta, k_desc, v_desc, batch, head, key, row_start, row_stop, scale * _LOG2_E,
-            cap, True, CAPPED, BLOCK_N, BLOCK_D, PRECISION,
+            cap, True, CAPPED, BLOCK_N, BLOCK_D, BLOCK_V, PRECISION,
         )  # fmt: skip
     dim = tl.arange(0, BLOCK_D)
     row = (tl.program_id(1) * tiles + tile).to(tl.int64) * TILE + tl.arange(0, TILE)

@@ -88,15 +88,15 @@ def plan_masked(bounds: Tensor, count: Tensor, block_n: int, room: int) -> Chunk
 
 
 def rows_at_once(
-    rows: int, keys: int, group: int, batch: int, heads_kv: int, head_dim: int, config: BackwardConfig, room: int,
-    units: int,
+    rows: int, keys: int, group: int, batch: int, heads_kv: int, head_dims: tuple[int, int], config: BackwardConfig,
+    room: int, units: int,
 ) -> int:  # fmt: skip
     """Query rows of a run, at most, so that a chunk of keys has programs for ``ROUNDS`` rounds over the chip.
 
     Args:
         rows, keys: query rows and keys in all.
         group: query heads of a key head.
-        batch, heads_kv, head_dim: sequences, key heads, head size.
+        batch, heads_kv, head_dims: sequences, key heads, head sizes of keys and of values.
         config: the tiles.
         room: slots of the workspace a key/value head.
         units: multiprocessors.
@@ -105,7 +105,8 @@ def rows_at_once(
     blocks = 1 + min(wanted, -(-keys // config.block_n))  # one more is kept back, see ``plan_masked``
     tiles = max(room // (batch * blocks), LEAST_TILES)
     runs = -(-rows // max(tiles * config.tile // group, 1))
-    operations = 10.0 * batch * heads_kv * group * head_dim * rows * keys
+    key, value = head_dims
+    operations = 2.0 * (3 * key + 2 * value) * batch * heads_kv * group * rows * keys
     runs = max(min(runs, int(operations / RUN_OPERATIONS)), 1)
     run = -(-rows // (runs * RUN_GRANULE)) * RUN_GRANULE
     return min(run, rows)

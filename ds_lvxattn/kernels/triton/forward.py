@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ds_lvxattn.kernels.differentiable import empty_rows
 from ds_lvxattn.kernels.triton.merge import merge_partials_triton
 from ds_lvxattn.kernels.triton.tiles import ForwardConfig, forward_config, is_hopper, split_head
 
@@ -39,7 +40,8 @@ def _attend(
     acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, first_key, row_start,
     row_stop, seq_kv, scale_log2, cap,
     MASKED: tl.constexpr, HAS_INTERVAL: tl.constexpr, CAPPED: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_D_2: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_D_2: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_V_2: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over the keys ``[first_key, first_key + BLOCK_N)``, in base 2."""
     k = k_desc.load([batch, head, first_key, 0]).reshape(BLOCK_N, BLOCK_D)
@@ -61,11 +63,11 @@ def _attend(
     shrink = tl.exp2(row_max - new_max)
     row_sum = row_sum * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None]
-    v = v_desc.load([batch, head, first_key, 0]).reshape(BLOCK_N, BLOCK_D)
+    v = v_desc.load([batch, head, first_key, 0]).reshape(BLOCK_N, BLOCK_V)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    if BLOCK_D_2 > 0:
+    if BLOCK_V_2 > 0:
         acc_2 = acc_2 * shrink[:, None]
-        v_2 = v_2_desc.load([batch, head, first_key, BLOCK_D]).reshape(BLOCK_N, BLOCK_D_2)
+        v_2 = v_2_desc.load([batch, head, first_key, BLOCK_V]).reshape(BLOCK_N, BLOCK_V_2)
         acc_2 = tl.dot(p.to(v_2.dtype), v_2, acc_2, input_precision=PRECISION)
     return acc, acc_2, new_max, row_sum
 
@@ -94,9 +96,9 @@ def _interval_forward_kernel(
     q_stride_b, q_stride_h, q_stride_s, bound_stride_b,
     out_stride_split, out_stride_b, out_stride_h, out_stride_s, lse_stride_split,
     pairs, tiles, heads_kv, seq_q, seq_kv, splits, scale_log2, cap,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D_2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_INTERVAL: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_D_2: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_V_2: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_INTERVAL: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M rows of one key/value head against one share of the keys that the tile sees.
 
@@ -127,12 +129,10 @@ def _interval_forward_kernel(
     q_row = batch.to(tl.int64) * q_stride_b + q_head.to(tl.int64) * q_stride_h + query.to(tl.int64) * q_stride_s
     q = tl.load(q_ptr + q_row[:, None] + dim[None, :], mask=tile_mask, other=0.0)
     q_2 = 0.0
-    acc_2 = 0.0
     if BLOCK_D_2 > 0:  # a head size between powers of two: its last columns
         dim_2 = BLOCK_D + tl.arange(0, BLOCK_D_2)
         tile_mask_2 = inside[:, None] & (dim_2 < HEAD_DIM)[None, :]
         q_2 = tl.load(q_ptr + q_row[:, None] + dim_2[None, :], mask=tile_mask_2, other=0.0)
-        acc_2 = tl.zeros([BLOCK_M, BLOCK_D_2], tl.float32)
 
     # [first, last): keys that some row sees. [all_first, all_last): keys that every row sees, rows that see
     # nothing aside: whatever the unmasked loop adds to those is replaced at the end.
@@ -165,7 +165,10 @@ def _interval_forward_kernel(
     if HAS_INTERVAL:
         enter += lead((clear_last - clear_first) // BLOCK_N, clear_first, BLOCK_N) * BLOCK_N
 
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    acc_2 = 0.0
+    if BLOCK_V_2 > 0:
+        acc_2 = tl.zeros([BLOCK_M, BLOCK_V_2], tl.float32)
     # Finite, so that a block without one visible key leaves exp2(-inf - row_max) = 0 and not NaN.
     row_max = tl.full([BLOCK_M], -1e30, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -173,26 +176,26 @@ def _interval_forward_kernel(
         acc, acc_2, row_max, row_sum = _attend(
             acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, key, row_start,
             row_stop, seq_kv, scale_log2, cap, False, HAS_INTERVAL, CAPPED, BLOCK_N, BLOCK_D, BLOCK_D_2,
-            PRECISION,
+            BLOCK_V, BLOCK_V_2, PRECISION,
         )  # fmt: skip
     for key in tl.range(clear_last, last, BLOCK_N):
         acc, acc_2, row_max, row_sum = _attend(
             acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, key, row_start,
             row_stop, seq_kv, scale_log2, cap, True, HAS_INTERVAL, CAPPED, BLOCK_N, BLOCK_D, BLOCK_D_2,
-            PRECISION,
+            BLOCK_V, BLOCK_V_2, PRECISION,
         )  # fmt: skip
     if HAS_INTERVAL:
         for key in tl.range(first, clear_first, BLOCK_N):
             acc, acc_2, row_max, row_sum = _attend(
                 acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, key, row_start,
                 row_stop, seq_kv, scale_log2, cap, True, HAS_INTERVAL, CAPPED, BLOCK_N, BLOCK_D, BLOCK_D_2,
-                PRECISION,
+                BLOCK_V, BLOCK_V_2, PRECISION,
             )  # fmt: skip
         for key in tl.range(clear_first, enter, BLOCK_N):
             acc, acc_2, row_max, row_sum = _attend(
                 acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, key, row_start,
                 row_stop, seq_kv, scale_log2, cap, False, HAS_INTERVAL, CAPPED, BLOCK_N, BLOCK_D, BLOCK_D_2,
-                PRECISION,
+                BLOCK_V, BLOCK_V_2, PRECISION,
             )  # fmt: skip
 
     sees = sees & (row_sum > 0)
@@ -205,9 +208,13 @@ def _interval_forward_kernel(
         + query.to(tl.int64) * out_stride_s
     )
     out = out_ptr + out_row[:, None]
-    tl.store(out + dim[None, :], (acc * weight).to(out_ptr.dtype.element_ty), mask=tile_mask)
-    if BLOCK_D_2 > 0:
-        tl.store(out + dim_2[None, :], (acc_2 * weight).to(out_ptr.dtype.element_ty), mask=tile_mask_2)
+    column = tl.arange(0, BLOCK_V)[None, :]
+    acc = (acc * weight).to(out_ptr.dtype.element_ty)
+    tl.store(out + column, acc, mask=inside[:, None] & (column < VALUE_DIM))
+    if BLOCK_V_2 > 0:
+        column_2 = BLOCK_V + tl.arange(0, BLOCK_V_2)[None, :]
+        acc_2 = (acc_2 * weight).to(out_ptr.dtype.element_ty)
+        tl.store(out + column_2, acc_2, mask=inside[:, None] & (column_2 < VALUE_DIM))
     lse_row = split.to(tl.int64) * lse_stride_split + (batch * heads_kv * GROUP + q_head).to(tl.int64) * seq_q + query
     tl.store(lse_ptr + lse_row, lse, mask=inside)
 
@@ -280,7 +287,7 @@ def interval_forward(
 
     Args:
         q: ``[B, H_q, S_q, D]`` bfloat16, float16 or float32; any strides, unit stride in ``D``.
-        k, v: ``[B, H_kv, S_kv, D]`` of the same dtype; ``H_q`` is a multiple of ``H_kv``.
+        k, v: ``[B, H_kv, S_kv, D]`` and ``[B, H_kv, S_kv, D_v]`` of the same dtype; ``H_q`` is a multiple of ``H_kv``.
         start, stop: int32 ``[B, S_q]``, row ``i`` sees the local key positions ``[start_i, stop_i)`` with
             ``0 <= start_i <= stop_i <= S_kv``; None for both when every row sees every key.
         scale: positive factor of the scores, usually ``D ** -0.5``.
@@ -288,8 +295,8 @@ def interval_forward(
         softcap: soft cap of the scores, positive; None: none.
 
     Returns:
-        ``out [B, H_q, S_q, D]`` in the dtype and, where they are dense, the strides of ``q``; float32 natural
-        log-sum-exp ``[B, H_q, S_q]``. Rows that see no key give 0 and ``-inf``.
+        ``out [B, H_q, S_q, D_v]`` in the dtype and, where they are dense, the order of the strides of ``q``; float32
+        natural log-sum-exp ``[B, H_q, S_q]``. Rows that see no key give 0 and ``-inf``.
 
     Raises:
         ValueError: ``scale`` is not positive.
@@ -299,14 +306,14 @@ def interval_forward(
     if q.stride(-1) != 1:
         q = q.contiguous()
     batch, heads_q, seq_q, head_dim = q.shape
-    heads_kv, seq_kv = k.shape[1], k.shape[2]
-    out = torch.empty_like(q)
+    heads_kv, seq_kv, value_dim = v.shape[1:]
+    out = empty_rows(q, value_dim)
     lse = torch.empty((batch, heads_q, seq_q), dtype=torch.float32, device=q.device)
     if out.numel() == 0 or seq_kv == 0:
         return out.zero_(), lse.fill_(float("-inf"))
 
     has_interval = start is not None and stop is not None
-    config = config or forward_config(head_dim, q.element_size(), has_interval, is_hopper(q.device))
+    config = config or forward_config((head_dim, value_dim), q.element_size(), has_interval, is_hopper(q.device))
     group = heads_q // heads_kv
     tiles = triton.cdiv(seq_q * group, config.block_m)
     slots = multiprocessors(q.device) * config.resident
@@ -314,20 +321,21 @@ def interval_forward(
     if splits == 1:
         part_out, part_lse = out.unsqueeze(0), lse.unsqueeze(0)
     else:
-        part_out = torch.empty((splits, batch, heads_q, seq_q, head_dim), dtype=torch.float32, device=q.device)
+        part_out = torch.empty((splits, batch, heads_q, seq_q, value_dim), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((splits, batch, heads_q, seq_q), dtype=torch.float32, device=q.device)
     if start is not None and stop is not None:
         start, stop = start.contiguous(), stop.contiguous()
 
     block_d, block_d_2 = split_head(head_dim)
+    block_v, block_v_2 = split_head(value_dim)
     _interval_forward_kernel[(tiles * batch * heads_kv, splits)](
         q, *row_descriptors(rows_for_copy_engine(k), config.block_n),
         *row_descriptors(rows_for_copy_engine(v), config.block_n), start, stop, part_out, part_lse,
         *q.stride()[:3], seq_q, *part_out.stride()[:4], part_lse.stride(0),
         batch * heads_kv, tiles, heads_kv, seq_q, seq_kv, splits, scale * LOG2_E, (softcap or 0.0) / scale,
-        GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_D_2=block_d_2, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, HAS_INTERVAL=has_interval, CAPPED=softcap is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=block_d, BLOCK_D_2=block_d_2, BLOCK_V=block_v,
+        BLOCK_V_2=block_v_2, BLOCK_M=config.block_m, BLOCK_N=config.block_n, HAS_INTERVAL=has_interval,
+        CAPPED=softcap is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits > 1:

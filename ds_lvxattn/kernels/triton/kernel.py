@@ -30,7 +30,8 @@ class TritonKernel:
         # Imported late: the other kernels work without Triton.
         from ds_lvxattn.kernels.triton.forward import interval_forward_supported
 
-        return interval_forward_supported(call.dtype, call.head_dim, call.device)
+        reasons = (interval_forward_supported(call.dtype, size, call.device) for size in call.head_dims)
+        return next((reason for reason in reasons if reason is not None), None)
 
     def forward(
         self,
