@@ -203,6 +203,27 @@ def _end_with_the_test_process() -> None:
     os._exit(1)
 
 
+class _GlooOfOneLoop:
+    """In place of the class ``ProcessGroupGloo``: every group of the process uses one device.
+
+    A gloo device is a thread that wakes a hundred times a second; each group would have its own, and the ranks of a
+    test process, with the groups of all tests, a thousand of them: a third of the machine.
+    """
+
+    def __init__(self) -> None:
+        self._made = dist.ProcessGroupGloo
+        self._device = self._made.create_default_device()
+
+    def __call__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroupGloo:
+        options = self._made._Options()
+        options._devices = [self._device]
+        options._timeout = timeout
+        return self._made(store, rank, size, options)
+
+    def __instancecheck__(self, group: object) -> bool:
+        return isinstance(group, self._made)
+
+
 def _serve(rank: int, ranks: int, port: int, pipe: Connection, stack_file: str) -> None:
     """Life of one rank: answer requests until the test process closes the pipe."""
     threading.Thread(target=_end_with_the_test_process, daemon=True).start()
@@ -224,6 +245,7 @@ def _serve(rank: int, ranks: int, port: int, pipe: Connection, stack_file: str) 
         # DeepSpeed would compile its shared-memory collectives; a process killed meanwhile leaves a lock file
         # behind, on which every later process waits for ever. Without them it uses gloo.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        dist.distributed_c10d.ProcessGroupGloo = _GlooOfOneLoop()  # type: ignore[assignment,misc]
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group(
         BACKEND,
