@@ -13,7 +13,6 @@ import pytest
 
 from ds_lvxattn.runtime import compiled
 from tests.support.distributed import run
-from tests.support.marks import slow
 from tests.support.tiny_model import start_deepspeed
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
@@ -40,7 +39,8 @@ def tiny_runs(stage: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("stage", [2, slow(3)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_every_strategy_makes_the_same_step(stage: int, tmp_path: Path) -> None:
     found = run(2, tiny_runs, stage)[0]
     strategies = found["strategies"]

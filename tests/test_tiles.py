@@ -137,7 +137,9 @@ def in_modes(modes: Sequence[tuple[str, str, str]], portions: int) -> list[list[
     return results
 
 
-@pytest.mark.parametrize(("ranks", "modes", "portions"), [(2, MODES, 2), slow(4, MODES[:2], 100)])
+@pytest.mark.parametrize(
+    ("ranks", "modes", "portions"), [(2, MODES[:1], 2), slow(2, MODES[1:], 2), slow(4, MODES[:2], 100)]
+)
 def test_loss_and_gradients_are_those_of_the_model_with_its_own_processor(
     ranks: int, modes: Sequence[tuple[str, str, str]], portions: int
 ) -> None:
