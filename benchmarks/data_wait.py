@@ -6,6 +6,11 @@ Films of 1280 x 720 with a key frame every 250 are made, a model of the publishe
 and ``ds-lvxattn finetune`` trains on rows of one film each, ``--frames`` frames at equal parts of it. The figure is
 ``data_wait_s`` over ``step_time_s`` of ``metrics.jsonl``, summed over the steps after the first three: of those, one
 waits for its film to be indexed and others warm kernels up. ``--tiny`` tries the command with a small model.
+
+The file is written again after every step, with what there is: the phases of the start with their times, and the
+steps. The run is ended after its last step, since its checkpoint and its export, 65 GB of the whole model, say nothing
+of data, or when ``--seconds`` of the whole command are over. Its strategy is set, so that no machine is measured first.
+Films and model are left in ``--folder``, where a later call finds them.
 """
 
 from __future__ import annotations
@@ -13,15 +18,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
+from typing import IO, Any
 
 import torch
-from decoding import make_film
+from decoding import make_film, processors
 from full_size import IMAGE_SIZE, model_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MllamaConfig, MllamaForConditionalGeneration, PreTrainedTokenizerFast
@@ -31,6 +44,7 @@ from ds_lvxattn.needle.small_models import Scale, mllama_config
 
 KEY_EVERY = 250
 WARM_UP = 3  # steps that are not counted
+BEGAN = time.perf_counter()
 SPECIAL = ("<|begin_of_text|>", "<|eot_id|>", "<|image|>")
 TEMPLATE = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|eot_id|>' }}{% endfor %}"
 
@@ -89,8 +103,92 @@ def ds_config(frames: int, ranks: int, steps: int, on_gpu: bool) -> dict[str, ob
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True}},
         "zero_optimization": {"stage": 2},
         "sequence_parallel_size": ranks,
-        "sequence_parallel": {"strategy": "auto", "recompute": "layer"},
+        "sequence_parallel": {"strategy": "lv_xattn", "recompute": "layer"},
         "finetuning": {"steps": steps, "frames": frames, "eval_examples": 0, "trainable": "default"},
+    }
+
+
+class Run:
+    """The command, watched: its lines with the time that has passed, its phases, and its metrics as they come.
+
+    Attributes:
+        phases: what ``finetune`` began between steps, and when, in seconds of this command.
+        steps: the lines of ``metrics.jsonl`` so far.
+    """
+
+    def __init__(self, command: list[str], metrics: Path) -> None:
+        self.metrics = metrics
+        self.phases: list[dict[str, Any]] = []
+        self.steps: list[dict[str, Any]] = []
+        self.process = subprocess.Popen(
+            command, env={"WANDB_MODE": "disabled", **os.environ}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        threading.Thread(target=self._tell, args=(self.process.stdout,), daemon=True).start()
+
+    def _tell(self, lines: IO[str]) -> None:
+        for line in lines:
+            say(line.rstrip())
+            if found := re.fullmatch(r"\d\d:\d\d:\d\d  (.+)", line.rstrip()):
+                self.phases.append({"phase": found[1], "began_s": seconds_so_far()})
+
+    def follow(self, steps: int, seconds: float, note: Callable[[Run], None]) -> None:
+        """Until ``steps`` are done, the run ends, or ``seconds`` of this command are over; ``note`` what comes."""
+        known = 0
+        while True:
+            ended = self.process.poll() is not None  # before the last look, so that it sees all
+            lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
+            new = [json.loads(line) for line in lines[len(self.steps) :] if line.endswith("\n")]
+            for step in new:
+                self.steps.append(step)
+                say("step {step}: {step_time_s:.3f} s, of which {data_wait_s:.3f} s for data".format(**step))
+            if known != len(self.phases) + len(self.steps):
+                known = len(self.phases) + len(self.steps)
+                note(self)
+            if ended or len(self.steps) >= steps or seconds_so_far() > seconds:
+                return
+            time.sleep(0.2)
+
+    def end(self) -> None:
+        """End the launcher and its ranks."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(self.process.pid, number)
+                self.process.wait(15)
+
+
+def seconds_so_far() -> float:
+    return round(time.perf_counter() - BEGAN, 1)
+
+
+def say(text: str) -> None:
+    print(f"{seconds_so_far():7.1f} s  {text}", flush=True)
+
+
+def make_films(films: list[Path], length: int) -> None:
+    """Films of one content: what is known of a film is kept by its path."""
+    for film in films:
+        if not film.exists():
+            partial = film.with_name(f"partial-{film.name}")
+            if film is films[0]:
+                make_film(partial, length, KEY_EVERY)
+            else:
+                shutil.copyfile(films[0], partial)
+            partial.rename(film)
+
+
+def figures_of(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of the steps after those that warm up; empty without any."""
+    counted = steps[WARM_UP:]
+    if not counted:
+        return {}
+    waited, took = sum(s["data_wait_s"] for s in counted), sum(s["step_time_s"] for s in counted)
+    return {
+        "steps": len(counted),
+        "step_s": statistics.median(s["step_time_s"] for s in counted),
+        "longest_wait_s": max(s["data_wait_s"] for s in counted),
+        "data_wait": waited / took,
     }
 
 
@@ -103,47 +201,66 @@ def main() -> None:
     parser.add_argument("--films", type=int, default=4)
     parser.add_argument("--length", type=int, default=7200, help="frames of a film (%(default)s)")
     parser.add_argument("--layers", type=int, default=40, help="text layers, of which every fifth is cross-attention")
+    parser.add_argument("--seconds", type=float, default=240, help="of the whole command, at most (%(default)s)")
     parser.add_argument("--folder", type=Path, help="where films, model and run go; by default a temporary folder")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the command")
     parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
-        folder = args.folder or Path(made)
-        folder.mkdir(parents=True, exist_ok=True)
-        films = [folder / f"film{number}.mp4" for number in range(args.films)]
-        with ProcessPoolExecutor(min(args.films, os.cpu_count() or 1)) as pool:
-            jobs = [pool.submit(make_film, film, args.length, KEY_EVERY) for film in films]
-            save_model(folder / "model", mllama_config(Scale(), tiles=4) if args.tiny else model_config(args.layers))
-            for job in jobs:
-                job.result()
-        data = write_rows(folder, films, args.steps + 1, args.text)
-        config = folder / "ds_config.json"
-        frames = args.frames * args.num_gpus
-        config.write_text(json.dumps(ds_config(frames, args.num_gpus, args.steps, torch.cuda.is_available())))
+        measure(args, args.folder or Path(made))
+
+
+def measure(args: argparse.Namespace, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    films = [folder / f"film{args.length}-{number}.mp4" for number in range(args.films)]
+    making = get_context("spawn").Process(target=make_films, args=(films, args.length))
+    making.start()
+    model = folder / ("model-tiny" if args.tiny else f"model-{args.layers}")
+    if not (model / "config.json").exists():
+        partial = folder / "partial-model"
+        save_model(partial, mllama_config(Scale(), tiles=4) if args.tiny else model_config(args.layers))
+        partial.rename(model)
         torch.cuda.empty_cache()
-        command = [
-            sys.executable, "-m", "ds_lvxattn.cli", "finetune", "--num_gpus", str(args.num_gpus),
-            "--ds_config", str(config), "--model", str(folder / "model"), "--data", str(data),
-            "--steps", str(args.steps), "--output_dir", str(folder / "run"),
-        ]  # fmt: skip
-        subprocess.run(command, check=True, env={"WANDB_MODE": "disabled", **os.environ})
-        lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "data_wait_s" in line][WARM_UP:]
-    waited, took = sum(s["data_wait_s"] for s in steps), sum(s["step_time_s"] for s in steps)
-    figures = {
+    say("the model is there")
+    making.join()
+    if making.exitcode:
+        sys.exit("no films")
+    say("the films are there")
+    data = write_rows(folder, films, args.steps + 1, args.text)
+    config, out = folder / "ds_config.json", folder / "run"
+    shutil.rmtree(out, ignore_errors=True)
+    frames = args.frames * args.num_gpus
+    config.write_text(json.dumps(ds_config(frames, args.num_gpus, args.steps, torch.cuda.is_available())))
+    command = [
+        sys.executable, "-m", "ds_lvxattn.cli", "finetune", "--num_gpus", str(args.num_gpus),
+        "--ds_config", str(config), "--model", str(model), "--data", str(data),
+        "--steps", str(args.steps), "--output_dir", str(out),
+    ]  # fmt: skip
+    facts = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "gpus": args.num_gpus,
-        "cores": len(os.sched_getaffinity(0)),
+        **processors(),
         "frames": frames,
         "image_size": IMAGE_SIZE,
-        "steps": len(steps),
-        "step_s": statistics.median(s["step_time_s"] for s in steps),
-        "longest_wait_s": max(s["data_wait_s"] for s in steps),
-        "data_wait": waited / took,
+        "layers": args.layers,
     }
-    print(json.dumps(figures, indent=1))
-    if args.output:
-        args.output.write_text(json.dumps(figures, indent=1) + "\n")
+
+    def note(run: Run) -> None:
+        each = [{key: step[key] for key in ("step", "step_time_s", "data_wait_s")} for step in run.steps]
+        found = {**facts, **figures_of(run.steps), "phases": run.phases, "each_step": each}
+        if args.output:
+            args.output.write_text(json.dumps(found, indent=1) + "\n")
+
+    say("starting the run")
+    run = Run(command, out / "metrics.jsonl")
+    try:
+        run.follow(args.steps, args.seconds, note)
+    finally:
+        run.end()
+        note(run)
+    print(json.dumps({**facts, **figures_of(run.steps)}, indent=1))
+    if len(run.steps) < args.steps:
+        sys.exit(f"{len(run.steps)} of {args.steps} steps; the run ended with code {run.process.returncode}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -101,6 +102,8 @@ def test_the_command_and_its_resumption(tmp_path: Path) -> None:
     options = ("--ds_config", file, "--model", model, "--steps", STEPS, "--seed", 3)
     first = launch(FINETUNE, *options, "--output_dir", whole)
     assert first.returncode == 0, first.stdout + first.stderr
+    assert "metrics" not in first.stderr  # nothing is said of an earlier run where there was none
+    check_console(first.stdout)
     check_files(whole)
 
     # What a run leaves that is killed after step 4: its last checkpoint is that of step 3.
@@ -119,6 +122,17 @@ def test_the_command_and_its_resumption(tmp_path: Path) -> None:
     samples = mixed_samples(4).samples
     assert loss_of(trained, samples).item() == pytest.approx(loss_of(resumed, samples).item(), rel=1e-5)
     assert loss_of(trained, samples).item() != pytest.approx(loss_of(original, samples).item(), rel=1e-2)
+
+
+def check_console(text: str) -> None:
+    """What takes long is said as it begins, in order, and the first and the last step have a line."""
+    said = re.findall(r"^(?:\d\d:\d\d:\d\d  )?(\w[\w ]+?)(?:  loss .*)?$", text, re.MULTILINE)
+    expected = [
+        "loading the model", "reading the data", "starting DeepSpeed", "loading the first batch", "planning",
+        "step 1", f"saving the checkpoint of step {STEPS // 2}", f"step {STEPS}",
+        f"saving the checkpoint of step {STEPS}", f"evaluating after step {STEPS}", "exporting the model",
+    ]  # fmt: skip
+    assert [line for line in said if line in expected] == expected
 
 
 def check_files(folder: Path) -> None:

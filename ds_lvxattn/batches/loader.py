@@ -80,16 +80,18 @@ class _Begun:
 class SampleLoader:
     """Loads micro-batches of samples on one rank, ahead of their use.
 
-    Threads decode: over samples, and over the groups of pictures of each. As many make pixels, over frames, beside
-    them, so that they do not wait for what decodes ahead. One thread more lays out, compares verdicts and puts pixels
-    together, batch after batch, so that the ranks' messages come in one order.
+    Threads decode: over samples, and over the groups of pictures of each. As many read rows and the indices of their
+    films, and as many make pixels, over frames, beside them, so that neither waits for what decodes ahead. One thread
+    more lays out, compares verdicts and puts pixels together, batch after batch, so that the ranks' messages come in
+    one order.
 
     Args:
         batches: knows the layout.
         control: groups over which the verdicts travel; None: this rank is alone.
         skip_bad: whether a broken sample is skipped with a warning (and counted) or fatal.
         look_ahead: micro-batches that are loaded while one is used; as many are kept in memory.
-        workers: threads that decode, and that make pixels; None: those of the host, divided over its ranks.
+        workers: threads that decode, and as many for rows and for pixels; None: those of the host, divided over its
+            ranks.
         remedy: what to do about a fatal sample, in words.
     """
 
@@ -107,6 +109,8 @@ class SampleLoader:
         self._nothing = Sample([batches.collator.pad_token], [IGNORE])
         workers = workers or default_workers()
         self._pool = ThreadPoolExecutor(workers, "decode")
+        # Not behind what decodes already: its threads would stand still until every rank has emptied its queue.
+        self._makers = ThreadPoolExecutor(workers, "samples")
         self._pixel_threads = ThreadPoolExecutor(workers, "pixels") if workers > 1 else None
 
     def load_samples(self, samples: Sequence[MakeSample | None]) -> Loaded:
@@ -122,7 +126,7 @@ class SampleLoader:
 
     def _begin(self, samples: Sequence[MakeSample | None]) -> _Begun:
         """Make the samples, and start to decode their frames."""
-        made = [None if make is None else self._pool.submit(self._made, make) for make in samples]
+        made = [None if make is None else self._makers.submit(self._made, make) for make in samples]
         found = [self._nothing if future is None else future.result() for future in made]
         failures = self._compare([f if isinstance(f, SampleError) else _digest(f) for f in found])
         usable = [

@@ -179,16 +179,21 @@ class Attached:
 
     # Training
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether ``calibrate`` has something to do."""
+        auto = self.config.strategy == "auto" and self.config.size > 1
+        return auto and self.batches.planner is not None and not self._calibrated
+
     def calibrate(self) -> None:
         """Once, and where the config leaves the strategy to the plan: measure the machine for it; all ranks call it.
 
         What was measured on the same machine before is read instead (``ds_lvxattn.calibrate``).
         """
         planner = self.batches.planner
-        if self.parallel is None or planner is None or self._calibrated:
+        if not self.calibrates:
             return
-        if self.config.strategy != "auto" or self.config.size == 1:
-            return
+        assert self.parallel is not None and planner is not None
         layouts = [HeadLayout(*layout) for layout in self.parallel.head_layouts]
         comm = self.parallel.comm
         planner.profile = calibrated(

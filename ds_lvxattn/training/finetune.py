@@ -28,6 +28,7 @@ from ds_lvxattn.training.launcher import follow_launcher
 from ds_lvxattn.training.loading import QUICKSTART, load_model, select_trainable
 from ds_lvxattn.training.loop import Job, Trainer
 from ds_lvxattn.training.lora import add_adapters
+from ds_lvxattn.training.phases import begin
 from ds_lvxattn.training.rank import run_rank
 from ds_lvxattn.training.run_settings import add_overrides, read_settings
 from ds_lvxattn.training.watchdog import Watchdog, group_timeout
@@ -60,7 +61,7 @@ def finetune(args: argparse.Namespace, watchdog: Watchdog | None = None) -> None
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", args.local_rank)))
     await_builds()
     _seed(args.seed)
-    watchdog.enter("loading the model")
+    begin(watchdog, "loading the model")
     ds_config = settings.ds_config
     loaded = load_model(args.model, ds_config, args.seed)
     loaded.limits = settings.finetuning.frame_limits
@@ -70,7 +71,7 @@ def finetune(args: argparse.Namespace, watchdog: Watchdog | None = None) -> None
         add_adapters(loaded.model, lora, args.model, stage, accelerator.current_device_name())
     else:
         select_trainable(loaded.model, args.model, settings.finetuning.trainable)
-    watchdog.enter("reading the data")
+    begin(watchdog, "reading the data")
     rows = settings.length * ds_config["train_batch_size"]
     train, evaluation = load_sources(args.data, loaded, settings.finetuning, rows, args.seed)
     steps = settings.steps_of(len(train))

@@ -39,6 +39,7 @@ from ds_lvxattn.training.lora import has_adapters, merged, save_adapter
 from ds_lvxattn.training.memory_plan import memory_plan, model_states
 from ds_lvxattn.training.order import Order
 from ds_lvxattn.training.outcome import gather, on_all_ranks
+from ds_lvxattn.training.phases import begin
 from ds_lvxattn.training.plan_times import PlanTimes
 from ds_lvxattn.training.provenance import write_provenance
 from ds_lvxattn.training.run_folder import RunFolder
@@ -109,7 +110,7 @@ class Trainer:
         job = self.job
         if not job.resume:
             on_all_ranks(lambda: checkpoint.check_fresh(job.output_dir), self.everyone)
-        self.watchdog.enter("starting DeepSpeed")
+        begin(self.watchdog, "starting DeepSpeed")
         model = job.loaded.model
         self.device = torch.device(get_accelerator().current_device_name())
         self.attached = attached = Attached(
@@ -165,8 +166,10 @@ class Trainer:
 
     def _run(self) -> dict[str, Any]:
         job, every = self.job, self.job.finetuning
-        self.watchdog.enter("loading the checkpoint")
-        done = self.checkpoints.resume() if job.resume else None
+        done = None
+        if job.resume:
+            begin(self.watchdog, "loading the checkpoint")
+            done = self.checkpoints.resume()
         begun = done or 0
         if begun > job.steps:
             raise ConfigError(f"--resume: the checkpoint is at step {begun} already; give --steps {begun} or more")
@@ -180,11 +183,12 @@ class Trainer:
         finite = FiniteLoss(self.checkpoints.newest)
         accumulation = self.engine.gradient_accumulation_steps()
         try:
-            self.watchdog.enter("planning")
+            begin(self.watchdog, "loading the first batch")
             # A run that has its last step behind it plans for that one, to evaluate.
             start = min(begun, job.steps - 1) * accumulation
             batches = self.loader.stream(self.order.rows, start, job.steps * accumulation)
             first = next(batches)
+            begin(self.watchdog, "planning")
             self.plan_times = PlanTimes(self.batches, self.device, log.plan)
             self.plan_times.start(self._make_plan(log, first.layout), begun + 1)
             batches = itertools.chain((first,), batches)
@@ -216,7 +220,7 @@ class Trainer:
             if not result:
                 result = self._evaluate(log, job.steps)  # of a run that had its last step behind it
             if every.keep_best and best.step not in (0, step):
-                self.watchdog.enter(f"loading the checkpoint of step {best.step}")
+                begin(self.watchdog, f"loading the checkpoint of step {best.step}")
                 self.checkpoints.load_step(best.step)
                 log.say(f"exporting the model of step {best.step}, whose evaluation was the best")
             self._export(log)
@@ -231,7 +235,9 @@ class Trainer:
             layers = collator.family.attention_layers(model).values()
             log.plan(plan_layers(list(layers), {}, profile_for_device(self.device.type), PlanSettings(), ranks=1))
             return ()
-        self.attached.calibrate()
+        if self.attached.calibrates:
+            begin(self.watchdog, "measuring the machine for the plan, unless an earlier run did")
+            self.attached.calibrate()
         sizes, family = collator.sizes(first), collator.family
         visual_widths = family.visual_widths() if isinstance(family, VisualFamily) else ()
         plan = planner.start(sizes)
@@ -296,7 +302,7 @@ class Trainer:
         if not finite:
             log.say(f"no checkpoint of step {step}: its loss or gradients are not finite")
             return
-        self.watchdog.enter(f"saving the checkpoint of step {step}")
+        begin(self.watchdog, f"saving the checkpoint of step {step}")
         log.sync()
         self.checkpoints.save(step, best.step if self.job.finetuning.keep_best else 0)
 
@@ -305,7 +311,7 @@ class Trainer:
         if loader is None or not len(loader.source):
             return {}
         micro_batch = self.engine.train_micro_batch_size_per_gpu()
-        self.watchdog.enter(f"evaluating after step {step}")
+        begin(self.watchdog, f"evaluating after step {step}")
         result = evaluate(self.engine, loader, self.groups, micro_batch, self.watchdog.tick)
         if new_tokens := self.job.finetuning.eval_new_tokens:
             result |= evaluate_answers(
@@ -317,7 +323,7 @@ class Trainer:
 
     def _export(self, log: RunLog) -> None:
         """``model/``; with adapters ``adapter/``, and ``model/`` where they are merged. Then the hub, if asked for."""
-        self.watchdog.enter("exporting the model")
+        begin(self.watchdog, "exporting the model")
         job, first, lora = self.job, dist.get_rank() == 0, self.job.finetuning.lora
         model = job.loaded.model
         state = checkpoint.full_state_dict(self.engine, trained_only=lora is not None and not lora.merge)

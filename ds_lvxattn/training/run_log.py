@@ -19,6 +19,7 @@ from ds_lvxattn.training.metrics import METRICS, keep_metrics, lines_of, text_di
 from ds_lvxattn.training.trackers import start_tracker
 
 MIB = 1 << 20
+LINE_SECONDS = 10.0  # of steps, for each of which a log without a terminal gets a line
 
 
 class RunLog:
@@ -71,6 +72,7 @@ class RunLog:
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
+        self._steps, self._since_line = steps, LINE_SECONDS
         self._task = self._progress.add_task("train", total=steps, note="")
         self._progress.start()
 
@@ -141,8 +143,10 @@ class RunLog:
         loss, seconds, waited, frames = (metrics[key] for key in keys)
         note = f"loss {loss:.4f}  {seconds:.3f} s/step ({waited:.3f} s for data)  {frames:.0f} frames/s"
         self._progress.update(self._task, completed=metrics["step"], note=note)
-        if not self.console.is_terminal and (metrics["step"] % 20 == 0 or metrics["step"] == 1):
+        self._since_line += seconds
+        if not self.console.is_terminal and (metrics["step"] == self._steps or self._since_line >= LINE_SECONDS):
             self.console.print(f"step {metrics['step']}  {note}")
+            self._since_line = 0.0
 
     def sync(self) -> None:
         """Bring the metrics to the disk: a checkpoint must not outlive those of its steps."""
