@@ -22,9 +22,11 @@ ops = torch.ops.ds_lvxattn
 Q_LENGTHS, KV_LENGTHS = (3, 2), (4, 6)
 
 
-def qkv(rank: int = 0, dtype: torch.dtype = torch.float32, requires_grad: bool = True) -> tuple[Tensor, ...]:
+def qkv(
+    rank: int = 0, dtype: torch.dtype = torch.float32, requires_grad: bool = True, value_dim: int = 8
+) -> tuple[Tensor, ...]:
     torch.manual_seed(rank)
-    shapes = [(2, 4, Q_LENGTHS[rank], 8), *[(2, 2, KV_LENGTHS[rank], 8)] * 2]
+    shapes = [(2, 4, Q_LENGTHS[rank], 8), *[(2, 2, KV_LENGTHS[rank], size) for size in (8, value_dim)]]
     return tuple(torch.randn(s, dtype=dtype, device=device(), requires_grad=requires_grad) for s in shapes)
 
 
@@ -40,7 +42,8 @@ def ranges(*shape: int, seed: int = 5) -> tuple[Tensor, Tensor]:
 def test_opcheck_of_local_attention(masked: bool, kernel: str) -> None:
     start, stop = ranges(2, Q_LENGTHS[0]) if masked else (None, None)
     softcap = 2.0 if kernel == "math" and masked else None
-    torch.library.opcheck(ops.local_attention, (*qkv(), start, stop, 0.3, softcap, kernel))
+    value_dim = 8 if kernel == "auto" else 4
+    torch.library.opcheck(ops.local_attention, (*qkv(value_dim=value_dim), start, stop, 0.3, softcap, kernel))
 
 
 def test_opcheck_of_local_attention_backward() -> None:
@@ -62,7 +65,7 @@ def opcheck_distributed(name: str, masked: bool, keep_queries: bool) -> dict[str
     """``opcheck`` of an operator and of its backward, on all ranks together."""
     comm = communicator(dist.group.WORLD)
     forward, backward = getattr(ops, name), getattr(ops, f"{name}_backward")
-    q, k, v = qkv(comm.rank)
+    q, k, v = qkv(comm.rank, value_dim=4 if masked else 8)
     rows = [comm.ranks, 2, max(Q_LENGTHS)]
     if name == "kv_gather":
         rows = [2, q.shape[2]]

@@ -31,7 +31,7 @@ CALLS = {
     "uneven": Layer((5, 2), (31, 8), dtype=torch.float32, lse_in_loss=False),
     "empty": Layer((0, 3), (7, 0), dtype=torch.float64, lse_in_loss=False),
     "3 ranks": Layer((4, 3, 3), (10, 5, 0), heads=6, kv_heads=3, lse_in_loss=False),
-    "2 x 2": Layer((4, 3, 3, 5), (10, 5, 0, 7), kv_heads=2, inner_size=2, lse_in_loss=False),
+    "2 x 2": Layer((4, 3, 3, 5), (10, 5, 0, 7), kv_heads=2, inner_size=2, lse_in_loss=False, value_dim=8),
     "2 x 2, masked": Layer(
         (4, 0, 3, 5), (10, 5, 0, 30), heads=2, kv_heads=1, inner_size=2, masked=True, lse_in_loss=False, seed=4
     ),
@@ -40,7 +40,15 @@ CALLS = {
         (4, 0, 3, 5), (10, 5, 0, 7), heads=10, kv_heads=2, dtype=torch.float32, lse_in_loss=False
     ),
     "2 x 2, heads that a node does not divide": Layer(
-        (4, 3, 3, 5), (10, 5, 0, 7), heads=6, kv_heads=3, inner_size=2, masked=True, lse_in_loss=False, seed=5
+        (4, 3, 3, 5),
+        (10, 5, 0, 7),
+        heads=6,
+        kv_heads=3,
+        value_dim=24,
+        inner_size=2,
+        masked=True,
+        lse_in_loss=False,
+        seed=5,
     ),
     "3 ranks, one key head": Layer((4, 3, 0), (10, 5, 7), heads=6, kv_heads=1, dtype=torch.float32, lse_in_loss=False),
 }
@@ -54,6 +62,7 @@ def test_predicted_bytes_are_the_counted_ones(layer: Layer) -> None:
         layer.batch, layer.heads, layer.kv_heads, layer.head_dim, layer.q_lengths, layer.kv_lengths,
         layer.dtype.itemsize, routed_rows(*layer.ranges, layer.shards) if layer.masked else None, inner_size=inner,
         routed_between=routed_rows(between.start, between.stop, layer.shards.of_nodes(inner)) if layer.masked else None,
+        value_dim=layer.value_dim,
     )  # fmt: skip
     possible = (mode for mode in eligible_modes() if not mode.obstacle(layer.heads, layer.kv_heads, layer.ranks, inner))
     modes = tuple((*mode.key, "sharded") for mode in possible)

@@ -59,6 +59,7 @@ def cases(draw: st.DrawFn, ranks: int) -> Case:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=draw(st.sampled_from([1, 8, 16, 33, 64])),
+        value_dim=draw(st.sampled_from([None, None, 5, 24])),
         dtype=draw(st.sampled_from(sorted(DTYPES))),
         mask=mask,
         pieces=draw(st.integers(2, 4)) if mask == "random" and draw(st.booleans()) else 1,
@@ -82,7 +83,7 @@ def test_several_ranges_a_row(ranks: int) -> None:
     striped = SequenceShards.striped(11 * ranks, ranks, 3)
     uneven = SequenceShards((5, 0, 3, 1)[-ranks:])
     cases = [
-        Case(uneven, striped, 2, 2 * ranks, ranks, mask="random", pieces=3, inner_size=2, seed=1),
+        Case(uneven, striped, 2, 2 * ranks, ranks, 12, 8, mask="random", pieces=3, inner_size=2, seed=1),
         Case(uneven, striped, 1, 2 * ranks, ranks, mask="random", pieces=2, interval_of_all_ranks=True,
              keep_queries=False, head_groups=(2, 1), seed=2),
         Case(uneven, striped, 1, ranks, 1, dtype="bfloat16", mask="random", pieces=5, seed=3),
@@ -116,6 +117,7 @@ def cases_of_any_heads(draw: st.DrawFn, ranks: int) -> Case:
         heads=kv_heads * group,
         kv_heads=kv_heads,
         head_dim=draw(st.sampled_from([1, 8, 16])),
+        value_dim=draw(st.sampled_from([None, 4])),
         dtype=draw(st.sampled_from(sorted(DTYPES))),
         mask=mask,
         pieces=draw(st.integers(1, 3)) if mask == "random" else 1,

@@ -46,46 +46,48 @@ def formulas(layer: Layer, mode: tuple[str, str, str], rank: int) -> tuple[dict[
     Collectives pad to the longest shard; point-to-point messages do not.
     """
     n, size, wide = layer.ranks, layer.dtype.itemsize, 8 if layer.dtype == torch.float64 else 4
-    row, stat = layer.batch * layer.heads * layer.head_dim * size, layer.batch * layer.heads * wide
+    row, out = (layer.batch * layer.heads * of * size for of in layer.head_dims)
+    stat = layer.batch * layer.heads * wide
     total, own = sum(layer.q_lengths), layer.q_lengths[rank]
     sent, returned = total - own, (n - 1) * own
     if mode == GATHER or (mode == ROUTED and not layer.masked):
         sent = returned = (n - 1) * max(layer.q_lengths)
     elif mode == ROUTED:
         # Rows count over the batch here.
-        row, stat = row // layer.batch, stat // layer.batch
+        row, out, stat = row // layer.batch, out // layer.batch, stat // layer.batch
         seen = rows_seen(layer)
         sent = sum(seen[other][rank] for other in range(n)) - seen[rank][rank]
         returned = sum(seen[rank]) - seen[rank][rank]
     if mode in (GATHER, QUERY_RING, ROUTED):
-        forward = {"queries": sent * row, "outputs": returned * row, "lse": returned * stat}
+        forward = {"queries": sent * row, "outputs": returned * out, "lse": returned * stat}
         kept = layer.keep_queries
         if kept is None:
             kept = n * max(layer.q_lengths) * layer.heads <= 2 * max(layer.kv_lengths) * layer.kv_heads
         queries_again = {} if kept and mode != QUERY_RING else {"queries": sent * row}
         return forward, {
-            "output gradients": sent * row,
+            "output gradients": sent * out,
             "query gradients": returned * row,
             "lse": 2 * sent * stat,
             **queries_again,
         }
     if mode == REPLICATED:
-        forward = {"outputs": (n - 1) * total * (row + stat)}
+        forward = {"outputs": (n - 1) * total * (out + stat)}
         return forward, {"query gradients": 2 * (n - 1) * total * row // size * wide // n}
     if mode == ULYSSES:
         if not divides_heads(layer.heads, layer.kv_heads, n):
-            return uneven_ulysses(layer, rank, row // layer.heads, stat // layer.heads)
-        kv_row = layer.batch * max(layer.kv_heads, n) * layer.head_dim * size
+            return uneven_ulysses(layer, rank, row // layer.heads, out // layer.heads, stat // layer.heads)
+        kv_row = layer.batch * max(layer.kv_heads, n) * sum(layer.head_dims) * size
         rows, keys = (n - 1) * max(layer.q_lengths), (n - 1) * max(layer.kv_lengths)
         forward = {
             "queries": rows * row // n,
-            "outputs": rows * row // n,
-            "keys and values": 2 * keys * kv_row // n,
+            "outputs": rows * out // n,
+            "keys and values": keys * kv_row // n,
             "lse": rows * stat // n,
         }
+        # Each gradient goes back the way of what it is of.
         return forward, forward if layer.lse_in_loss else {k: b for k, b in forward.items() if k != "lse"}
     assert mode == KV_RING, f"write down what {mode} receives"
-    key = 2 * layer.batch * layer.kv_heads * layer.head_dim
+    key = layer.batch * layer.kv_heads * sum(layer.head_dims)
     keys = sum(layer.kv_lengths)
     visiting = (keys - layer.kv_lengths[rank]) * key * size
     # The gradients of all keys arrive here, its own last, but for those of the rank before.
@@ -93,20 +95,24 @@ def formulas(layer: Layer, mode: tuple[str, str, str], rank: int) -> tuple[dict[
     return {"keys and values": visiting}, {"keys and values": visiting, "key and value gradients": gradients}
 
 
-def uneven_ulysses(layer: Layer, rank: int, vector: int, stat: int) -> tuple[dict[str, int], dict[str, int]]:
-    """``formulas`` of heads that the ranks do not divide; ``vector``, ``stat``: bytes of a row of one head."""
+def uneven_ulysses(layer: Layer, rank: int, key: int, value: int, stat: int) -> tuple[dict[str, int], dict[str, int]]:
+    """``formulas`` of heads that the ranks do not divide; ``key``, ``value``, ``stat``: bytes of a row of one head."""
     shards = head_shards(layer.heads, layer.kv_heads, layer.ranks)
     others = [other for other in range(layer.ranks) if other != rank]
     rows, keys = (sum(lengths[other] for other in others) for lengths in (layer.q_lengths, layer.kv_lengths))
     heads, kv_heads = (sum(len(getattr(shards[other], kind)) for other in others) for kind in ("queries", "keys"))
     own_rows, own_keys = layer.q_lengths[rank], layer.kv_lengths[rank]
-    to_heads = {"queries": rows * len(shards[rank].queries) * vector}
-    to_rows = {"outputs": own_rows * heads * vector, "lse": own_rows * heads * stat}
-    forward = {**to_heads, **to_rows, "keys and values": 2 * keys * len(shards[rank].keys) * vector}
+    to_heads, to_rows = rows * len(shards[rank].queries), own_rows * heads
+    forward = {
+        "queries": to_heads * key,
+        "outputs": to_rows * value,
+        "lse": to_rows * stat,
+        "keys and values": keys * len(shards[rank].keys) * (key + value),
+    }
     backward = {
-        "outputs": to_heads["queries"],
-        "queries": to_rows["outputs"],
-        "keys and values": 2 * own_keys * kv_heads * vector,
+        "outputs": to_heads * value,
+        "queries": to_rows * key,
+        "keys and values": own_keys * kv_heads * (key + value),
     }
     if layer.lse_in_loss:
         backward["lse"] = rows * len(shards[rank].queries) * stat
@@ -115,6 +121,7 @@ def uneven_ulysses(layer: Layer, rank: int, vector: int, stat: int) -> tuple[dic
 
 LAYERS = {
     "even": Layer((6, 6), (40, 40)),
+    "other values": Layer((6, 4), (40, 30), head_dim=24, value_dim=16, keep_queries=False, masked=True, seed=1),
     "kernel that takes the output": Layer((6, 6), (40, 40), kernel="flash", lse_in_loss=False),
     "head groups, queries again": Layer((6, 5), (40, 30), head_groups=(4, 2), keep_queries=False, lse_in_loss=False),
     "head groups, masked": Layer((6, 6), (40, 40), head_groups=(2, 4), keep_queries=True, masked=True, seed=1),
@@ -122,7 +129,7 @@ LAYERS = {
     "masked, three ranges a row": Layer((5, 9), (31, 8), masked=True, keep_queries=False, batch=1, seed=2, pieces=3),
     "uneven": Layer((5, 2), (31, 8), dtype=torch.float32),
     "empty": Layer((0, 3), (7, 0), dtype=torch.float64),
-    "3 ranks, heads that they do not divide": Layer((5, 2, 4), (31, 8, 0)),
+    "3 ranks, heads that they do not divide": Layer((5, 2, 4), (31, 8, 0), value_dim=24),
     "4 ranks": Layer((4, 4, 4, 4), (24, 24, 24, 24)),
     "4 ranks, uneven, fewer key heads": Layer((5, 0, 2, 1), (9, 31, 0, 12), kv_heads=2, dtype=torch.float16),
     "4 ranks, masked": Layer((5, 0, 2, 1), (9, 31, 0, 12), kv_heads=2, dtype=torch.float32, masked=True, seed=3),

@@ -1,7 +1,8 @@
 """What every mode's attention function takes: ``(q, k, v, exchange) -> (out, lse)``.
 
-Differentiable attention of the rank's own rows ``q [B, H_q, s_q, D]`` over the keys of all ranks, of which ``k, v
-[B, H_kv, s_kv, D]`` are its own; ``out`` is like ``q``, ``lse [B, H_q, s_q]`` the natural log-sum-exp.
+Differentiable attention of the rank's own rows ``q [B, H_q, s_q, D]`` over the keys of all ranks, of which ``k
+[B, H_kv, s_kv, D]`` and ``v [B, H_kv, s_kv, D_v]`` are its own; ``out [B, H_q, s_q, D_v]`` and the natural log-sum-exp
+``lse [B, H_q, s_q]``.
 """
 
 from __future__ import annotations

@@ -48,8 +48,9 @@ def sp_attention(
 
     Args:
         q: ``[B, H_q, s_q, D]``, the rank's own rows; float64, float32, bfloat16 or float16, CPU or CUDA.
-        k, v: ``[B, H_kv, s_kv, D]``, the rank's own keys and values; ``H_q`` is a multiple of ``H_kv``.
-            Shards may be uneven or empty.
+        k, v: ``[B, H_kv, s_kv, D]`` and ``[B, H_kv, s_kv, D_v]``, the rank's own keys and values; ``H_q`` is a
+            multiple of ``H_kv``. Shards may be uneven or empty. Values may have another head size than keys (latent
+            attention of DeepSeek); each travels in its own.
         group: sequence-parallel process group; None is one rank.
         strategy: ``lv_xattn`` (queries travel), ``ulysses`` (heads are redistributed), ``ring`` (keys and values
             travel), ``hybrid`` (heads are redistributed inside a node; queries, or keys and values, travel between
@@ -78,7 +79,7 @@ def sp_attention(
             divides the ranks. None asks the ranks for their hosts, once.
 
     Returns:
-        ``out`` like ``q`` (0 for rows that see nothing), and ``lse [B, H_q, s_q]``, the natural
+        ``out [B, H_q, s_q, D_v]`` like ``q`` (0 for rows that see nothing), and ``lse [B, H_q, s_q]``, the natural
         log-sum-exp in float32, float64 for float64 inputs (``-inf`` for such rows).
 
     Raises:
@@ -105,7 +106,7 @@ def sp_attention(
         options = (
             strategy, queries, gradients, schedule, kernel, scale, softcap, head_groups, keep_queries, inner_size,
         )  # fmt: skip
-        shards = _ask_for_shards(q, k, interval, comm, options)
+        shards = _ask_for_shards(q, k, v, interval, comm, options)
     _check_shards(q, k, shards, comm, replicated)
     if mode.two_levels:
         inner_size = node_size(comm) if inner_size is None else inner_size
@@ -126,10 +127,10 @@ def sp_attention(
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+    if not q.dim() == k.dim() == v.dim() == 4 or k.shape[:3] != v.shape[:3]:
         raise ValueError(
             f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
-            "give [B, H_q, s_q, D] and twice [B, H_kv, s_kv, D]"
+            "give [B, H_q, s_q, D], [B, H_kv, s_kv, D] and [B, H_kv, s_kv, D_v]"
         )
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise ValueError(
@@ -141,14 +142,14 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _ask_for_shards(
-    q: Tensor, k: Tensor, interval: KVInterval | None, comm: Communicator, options: tuple[object, ...]
+    q: Tensor, k: Tensor, v: Tensor, interval: KVInterval | None, comm: Communicator, options: tuple[object, ...]
 ) -> ShardLayout:
     """The shard lengths of every rank, and a check that all ranks make the same call."""
     if comm.ranks == 1:
         return ShardLayout(SequenceShards((q.shape[2],)), SequenceShards((k.shape[2],)))
     own_rows = interval is not None and not interval.of_all_ranks
     ranges = 0 if interval is None else interval.ranges or 1
-    sizes = (*q.shape[:2], k.shape[1], q.shape[3], ranges, int(own_rows))
+    sizes = (*q.shape[:2], k.shape[1], q.shape[3], v.shape[3], ranges, int(own_rows))
     names = zlib.crc32(repr((q.dtype, *options)).encode())
     mine = torch.tensor([q.shape[2], k.shape[2], *sizes, names], device=q.device)
     everyone = comm.all_gather(mine, "shard lengths").tolist()
@@ -156,9 +157,9 @@ def _ask_for_shards(
         if theirs[2:] != everyone[0][2:]:
             raise ValueError(
                 "the ranks of the group call sp_attention with different settings; give all of them the same "
-                "[batch, query heads, key heads, head size, intervals given, intervals of own rows, hash of dtype, "
-                "strategy, queries, gradients, schedule, kernel, scale, softcap, head_groups, keep_queries and "
-                "inner_size]: "
+                "[batch, query heads, key heads, head size, that of values, intervals given, intervals of own rows, "
+                "hash of dtype, strategy, queries, gradients, schedule, kernel, scale, softcap, head_groups, "
+                "keep_queries and inner_size]: "
                 f"rank 0 {everyone[0][2:]}, rank {rank} {theirs[2:]}"
             )
     rows, keys = zip(*(theirs[:2] for theirs in everyone), strict=True)

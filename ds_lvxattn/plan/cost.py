@@ -43,7 +43,7 @@ class Layer:
         seconds = network.all_gather(profile, shape.ranks, sent)
         link = (shape.ranks - 1) * sent / seconds if seconds else NVLINK
         return head_groups(
-            shape.batch, shape.heads, shape.kv_heads, shape.head_dim, shape.element,
+            shape.batch, shape.heads, shape.kv_heads, shape.mean_head_dim, shape.element,
             shape.q_lengths, shape.kv_lengths, link, self.mask.masked,
         )  # fmt: skip
 
@@ -146,7 +146,7 @@ def kernel_times(
     kernels = profile.kernels_for(shape.head_dim, layer.mask.masked)
     heads, kv_heads = max(shape.heads // divide, 1), max(shape.kv_heads // divide, 1)
     call = AttentionCall(
-        shape.batch, heads, kv_heads, shape.head_dim, rows, keys, min(seen, keys), drift, shape.element
+        shape.batch, heads, kv_heads, shape.mean_head_dim, rows, keys, min(seen, keys), drift, shape.element
     )
     forward = min(kernel_seconds(profile, kernel, call, False) for kernel in kernels)
     backward, name = min((kernel_seconds(profile, kernel, call, True), kernel.name) for kernel in kernels)
@@ -171,7 +171,7 @@ def projection_seconds(profile: Profile, tokens: float, features: int, width: in
 def projection_passes(layer: Layer, profile: Profile) -> tuple[float, float, float]:
     """K and V from the rank's features: forward, backward, and once more where they are recomputed."""
     shape = layer.shape
-    tokens, width = shape.batch * max(shape.kv_lengths), shape.kv_heads * shape.head_dim
+    tokens, width = shape.batch * max(shape.kv_lengths), shape.kv_heads * sum(shape.head_dims) // 2
     if not layer.features or not tokens:
         return 0.0, 0.0, 0.0
     measured = profile.projection(width, shape.head_dim)

@@ -26,7 +26,8 @@ class AttentionCall:
     """One rank's attention call.
 
     Attributes:
-        batch, heads, kv_heads, head_dim, rows, keys: its sizes.
+        batch, heads, kv_heads, rows, keys: its sizes.
+        head_dim: head size; of keys and values that differ, the mean.
         seen: keys that a row sees, on average.
         drift: see ``KernelPoint``.
         element: bytes of an element.
@@ -35,7 +36,7 @@ class AttentionCall:
     batch: int
     heads: int
     kv_heads: int
-    head_dim: int
+    head_dim: float
     rows: float
     keys: float
     seen: float

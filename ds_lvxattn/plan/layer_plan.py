@@ -32,6 +32,7 @@ class AttentionLayer:
             counted.
         window: of ``self``, the last keys that a row sees, its own included; None: all before it.
         capped: whether its scores have a soft cap.
+        value_dim: head size of its values and outputs; None: as that of the keys.
     """
 
     name: str
@@ -42,6 +43,7 @@ class AttentionLayer:
     shares_layer: bool = False
     window: int | None = None
     capped: bool = False
+    value_dim: int | None = None
 
     @property
     def kind(self) -> str:
@@ -175,7 +177,7 @@ def plan_layers(
         forced = settings.forced(layer.name)
         past = (before or {}).get(layer.name)
         # Most layers of a model are alike, and so are their plans.
-        key = (layer.kind, layer.heads, layer.kv_heads, layer.head_dim, forced, past)
+        key = (layer.kind, layer.heads, layer.kv_heads, layer.head_dim, layer.value_dim, forced, past)
         if key not in known:
             sizes = shapes.get(layer.kind)
             why = _nothing_to_exchange(layer, sizes, ranks, text_copied)
@@ -203,7 +205,7 @@ def _nothing_to_exchange(layer: AttentionLayer, sizes: CallShape | None, ranks: 
 def _replicated_layer(layer: AttentionLayer, sizes: CallShape, profile: Profile, settings: PlanSettings) -> LayerPlan:
     """Of text that is on every rank only partial results travel, whatever the strategy of divided text would be."""
     policy = recomputed(layer.role, settings.recompute)
-    shape = sizes.of_layer(layer.heads, layer.kv_heads, layer.head_dim, policy)
+    shape = sizes.of_layer(layer.heads, layer.kv_heads, layer.head_dim, policy, layer.value_dim)
     cost = REPLICATED.cost(Layer(shape, of_shape(shape)), profile)
     received = max(REPLICATED.traffic(shape, rank).total for rank in range(shape.ranks))
     return LayerPlan(
@@ -223,7 +225,8 @@ def _plan_layer(
     room: float | None,
     kernels: Collection[str] | None,
 ) -> LayerPlan:
-    shape = sizes.of_layer(layer.heads, layer.kv_heads, layer.head_dim, recomputed(layer.role, settings.recompute))
+    policy = recomputed(layer.role, settings.recompute)
+    shape = sizes.of_layer(layer.heads, layer.kv_heads, layer.head_dim, policy, layer.value_dim)
     costed = Layer(shape, of_shape(shape))
     allowed = {name: (settings.schedule,) for name in strategies() if settings.schedule in schedules(name)}
     found = candidates(costed, profile, allowed, room, forced)

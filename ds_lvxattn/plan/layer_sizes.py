@@ -20,7 +20,7 @@ class LayerSizes:
         ranks: ranks of the sequence-parallel group.
         rows, longest_rows, total_rows: query rows of this rank, of the rank with most, of all ranks.
         keys, total_keys: key rows that are projected on this rank, and on all ranks.
-        heads, kv_heads, head_dim: query heads, key heads, head size.
+        heads, kv_heads, head_dim: query heads, key heads, head size of queries and keys.
         width: size of a text row (``d_model``), and of a visual feature.
         intermediate: inner size of the feed-forward part.
         element: bytes of an element.
@@ -28,6 +28,7 @@ class LayerSizes:
             rest of the layer is counted; its visual features pass the layer's norm.
         inner_size: ranks of a node; None: all are on one.
         tiled_mlp: tiles of the feed-forward part, as in the config.
+        value_dim: head size of values and outputs; None: as that of the keys.
     """
 
     role: str
@@ -49,6 +50,7 @@ class LayerSizes:
     shares_layer: bool = False
     inner_size: int | None = None
     tiled_mlp: Tiles = None
+    value_dim: int | None = None
 
     @property
     def inner(self) -> int:
@@ -71,13 +73,31 @@ class LayerSizes:
         return rows_of_tile(self.batch * self.rows, self.intermediate, self.tiled_mlp, FEED_FORWARD_VALUES)
 
     @property
-    def kv_bytes(self) -> int:
-        """Bytes of this rank's keys, as of its values."""
+    def key_bytes(self) -> int:
+        """Bytes of this rank's keys."""
         return self.batch * self.keys * self.kv_heads * self.head_dim * self.element
 
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of this rank's values."""
+        return self.batch * self.keys * self.kv_heads * self._value_dim * self.element
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of both."""
+        return self.key_bytes + self.value_bytes
+
+    @property
+    def _value_dim(self) -> int:
+        return self.head_dim if self.value_dim is None else self.value_dim
+
     def query_bytes(self, rows: int) -> int:
-        """Bytes of ``rows`` query rows (as of output rows)."""
+        """Bytes of ``rows`` query rows."""
         return self.batch * rows * self.heads * self.head_dim * self.element
+
+    def output_bytes(self, rows: int) -> int:
+        """Bytes of ``rows`` output rows."""
+        return self.batch * rows * self.heads * self._value_dim * self.element
 
     def statistic_bytes(self, rows: int) -> int:
         """Bytes of the log-sum-exp of ``rows`` query rows."""

@@ -65,7 +65,7 @@ def _attention_bytes(sizes: LayerSizes) -> int:
 def _second_attention_bytes(sizes: LayerSizes) -> int:
     """Keys and values; of the features, what their norm keeps and its output, which is the input of the projection."""
     normed = sizes.norm_bytes(sizes.keys, sizes.width) + sizes.batch * sizes.keys * sizes.width * sizes.element
-    return 2 * sizes.kv_bytes + normed
+    return sizes.kv_bytes + normed
 
 
 def _feed_forward_bytes(sizes: LayerSizes) -> int:
@@ -122,16 +122,16 @@ def workspace_bytes(sizes: LayerSizes, policy: str, features_train: bool) -> int
     # A tile that is computed again, with its gradients.
     tile = 2 * _feed_forward_values(sizes) if sizes.tiled_mlp is not None else 0
     if sizes.role != "cross":
-        return max(2 * sizes.kv_bytes, tile)
+        return max(sizes.kv_bytes, tile)
     return max(_cross_attention_workspace(sizes, policy, features_train), tile)
 
 
 def _cross_attention_workspace(sizes: LayerSizes, policy: str, features_train: bool) -> int:
     features = 2 * sizes.batch * sizes.keys * sizes.width * sizes.element if features_train else 0
     if policy != "none":
-        return 5 * sizes.kv_bytes + features
-    freed = 2 * sizes.kv_bytes + sizes.norm_bytes(sizes.keys * sizes.kv_heads, sizes.head_dim)
-    return max(2 * sizes.kv_bytes, features + sizes.kv_bytes - freed)
+        return 2 * sizes.kv_bytes + sizes.key_bytes + features
+    freed = sizes.kv_bytes + sizes.norm_bytes(sizes.keys * sizes.kv_heads, sizes.head_dim)
+    return max(sizes.kv_bytes, features + sizes.key_bytes - freed)
 
 
 def logits_bytes(rows: int, vocabulary: int, element: int, tiles: Tiles) -> int:

@@ -26,11 +26,16 @@ MULTIPROCESSORS = 132
 FEW_ROUNDS = 4  # of tiles in a backward pass; of more, the last one does not count
 
 
+def mean_head_dim(head_dim: int, value_dim: int | None) -> float:
+    """The head size of keys and of values (None: the same), where their mean counts."""
+    return head_dim if value_dim is None else (head_dim + value_dim) / 2
+
+
 def head_groups(
     batch: int,
     heads: int,
     kv_heads: int,
-    head_dim: int,
+    head_dim: float,
     element: int,
     q_lengths: Sequence[int],
     kv_lengths: Sequence[int],
@@ -41,7 +46,7 @@ def head_groups(
 
     Args:
         batch: sequences in the micro-batch.
-        heads, kv_heads, head_dim: query heads, key heads, head size.
+        heads, kv_heads, head_dim: query heads, key heads, ``mean_head_dim``.
         element: bytes of an element.
         q_lengths, kv_lengths: query rows and keys of every rank.
         link: bytes a second that a rank receives.
@@ -97,7 +102,7 @@ def key_groups(
     batch: int,
     heads: int,
     kv_heads: int,
-    head_dim: int,
+    head_dim: float,
     element: int,
     q_lengths: Sequence[int],
     kv_lengths: Sequence[int],

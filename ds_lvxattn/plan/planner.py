@@ -159,7 +159,7 @@ class Planner:
             (
                 layer.role,
                 shapes[layer.kind].of_layer(
-                    layer.heads, layer.kv_heads, layer.head_dim, recomputed(layer.role, policy)
+                    layer.heads, layer.kv_heads, layer.head_dim, recomputed(layer.role, policy), layer.value_dim
                 ),
             )
             for layer in self._layers
@@ -270,5 +270,5 @@ def _layer_sizes(plan: LayerPlan, layer: AttentionLayer, shape: CallShape, model
         layer.role, plan.strategy, plan.schedule, shape.batch, shape.ranks,
         rows, rows, sum(shape.q_lengths), keys, max(sum(shape.kv_lengths), keys),
         layer.heads, layer.kv_heads, layer.head_dim, model.width, model.intermediate, shape.element, layer.shares_layer,
-        shape.inner_size, model.tiled_mlp,
+        shape.inner_size, model.tiled_mlp, layer.value_dim,
     )  # fmt: skip

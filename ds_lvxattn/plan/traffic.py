@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ds_lvxattn.plan.pipeline import keeps_queries
+from ds_lvxattn.plan.pipeline import keeps_queries, mean_head_dim
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class LayerShape:
 
     Attributes:
         batch: sequences in the micro-batch.
-        heads, kv_heads, head_dim: query heads, key heads, head size.
+        heads, kv_heads, head_dim: query heads, key heads, head size of queries and keys.
         q_lengths, kv_lengths: query rows and keys of every rank.
         element: bytes of an element of ``q``, ``k``, ``v``.
         routed_rows: query rows, counted over the batch, that each rank sends to each rank by schedule ``routed``,
@@ -26,6 +26,7 @@ class LayerShape:
         recompute: ``none``, ``kv`` or ``layer``: what the backward pass computes, and Ulysses sends, again.
         inner_size: ranks of a node, consecutive ones; None: all are on one.
         routed_between: as ``routed_rows``, rows that each node sends to each node; None as there, or for one node.
+        value_dim: head size of values and outputs; None: as that of the keys.
     """
 
     batch: int
@@ -40,6 +41,17 @@ class LayerShape:
     recompute: str = "none"
     inner_size: int | None = None
     routed_between: tuple[tuple[int, ...], ...] | None = None
+    value_dim: int | None = None
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Head sizes of the keys and of the values."""
+        return self.head_dim, self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
+    def mean_head_dim(self) -> float:
+        """Of both."""
+        return mean_head_dim(self.head_dim, self.value_dim)
 
     @property
     def inner(self) -> int:
@@ -71,8 +83,12 @@ class LayerShape:
         return max(work) * len(work) / sum(work) if sum(work) else 1.0
 
     def query_bytes(self, rows: int) -> int:
-        """Bytes of ``rows`` query rows (as of output rows)."""
+        """Bytes of ``rows`` query rows, as of their gradients."""
         return self.batch * rows * self.heads * self.head_dim * self.element
+
+    def output_bytes(self, rows: int) -> int:
+        """Bytes of ``rows`` output rows, as of their gradients."""
+        return self.batch * rows * self.heads * self.head_dims[1] * self.element
 
     def statistic_bytes(self, rows: int) -> int:
         """Bytes of one statistic of ``rows`` rows."""
@@ -80,7 +96,7 @@ class LayerShape:
 
     def kv_bytes(self, keys: float, element: int | None = None) -> float:
         """Bytes of K and V of ``keys`` keys, in elements of another size if given."""
-        return 2 * self.batch * keys * self.kv_heads * self.head_dim * (element or self.element)
+        return self.batch * keys * self.kv_heads * sum(self.head_dims) * (element or self.element)
 
 
 @dataclass(frozen=True)
@@ -100,11 +116,13 @@ class CallShape:
     def ranks(self) -> int:
         return len(self.q_lengths)
 
-    def of_layer(self, heads: int, kv_heads: int, head_dim: int, recompute: str) -> LayerShape:
+    def of_layer(
+        self, heads: int, kv_heads: int, head_dim: int, recompute: str, value_dim: int | None = None
+    ) -> LayerShape:
         """The call of a layer with these heads, whose policy is ``recompute``."""
         return LayerShape(
             self.batch, heads, kv_heads, head_dim, self.q_lengths, self.kv_lengths, self.element, self.routed_rows,
-            self.visible_work, recompute, self.inner_size, self.routed_between,
+            self.visible_work, recompute, self.inner_size, self.routed_between, value_dim,
         )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ class Case:
     heads: int = 2
     kv_heads: int = 2
     head_dim: int = 8
+    value_dim: int | None = None
     dtype: str = "float64"
     mask: str = "none"
     pieces: int = 1
@@ -99,8 +100,8 @@ def operands(case: Case) -> Operands:
 
     q = normal(case.batch, case.heads, rows, case.head_dim)
     k = normal(case.batch, case.kv_heads, keys, case.head_dim)
-    v = normal(case.batch, case.kv_heads, keys, case.head_dim)
-    dout, dlse = normal(*q.shape), normal(*q.shape[:3])
+    v = normal(case.batch, case.kv_heads, keys, case.value_dim or case.head_dim)
+    dout, dlse = normal(*q.shape[:3], v.shape[3]), normal(*q.shape[:3])
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     if case.lse_above_100:
         # A direction that q and k share moves every score by the same 250.
@@ -172,7 +173,7 @@ def attend(case: Case, mode: tuple[str, str, str], rank: int) -> list[Tensor]:
         keep_queries=case.keep_queries,
         inner_size=case.inner_size,
     )
-    assert out.shape == q.shape and out.dtype == q.dtype
+    assert out.shape == (*q.shape[:3], v.shape[3]) and out.dtype == q.dtype
     dout = None if data.dout is None else data.dout[:, :, rows]
     dlse = None if data.dlse is None else data.dlse[:, :, rows]
     grads = torch.autograd.grad(loss_of(out, lse, dout, dlse), (q, k, v))

@@ -28,6 +28,7 @@ class Layer:
     heads: int = 8
     kv_heads: int = 4
     head_dim: int = 16
+    value_dim: int | None = None
     dtype: torch.dtype = torch.bfloat16
     kernel: str = "math"
     lse_in_loss: bool = True
@@ -41,6 +42,11 @@ class Layer:
     @property
     def ranks(self) -> int:
         return len(self.q_lengths)
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Head sizes of the keys and of the values."""
+        return self.head_dim, self.value_dim or self.head_dim
 
     @property
     def shards(self) -> ShardLayout:
@@ -138,8 +144,10 @@ def traffic_of(layer: Layer, modes: tuple[tuple[str, str, str], ...]) -> list[Tr
         q_lengths = (rows,) * comm.ranks if replicated else layer.q_lengths
         options: dict[str, Any] = {"dtype": layer.dtype, "device": device(), "requires_grad": True}
         q = torch.randn(layer.batch, layer.heads, rows, layer.head_dim, **options)
-        k = torch.randn(layer.batch, layer.kv_heads, layer.kv_lengths[comm.rank], layer.head_dim, **options)
-        v = torch.randn_like(k, requires_grad=True)
+        k, v = (
+            torch.randn(layer.batch, layer.kv_heads, layer.kv_lengths[comm.rank], size, **options)
+            for size in layer.head_dims
+        )
         shards = ShardLayout(SequenceShards(q_lengths), SequenceShards(layer.kv_lengths))
         interval = layer.interval if layer.masked and not replicated else None
         # The first call of a strategy may start DeepSpeed's front end, which has traffic of its own.

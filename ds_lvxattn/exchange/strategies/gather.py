@@ -18,11 +18,11 @@ from torch import Tensor
 from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.query_rows import Waiting, attention_layout, gather_buffer, rows_by_name
 from ds_lvxattn.kernels.base import Call
-from ds_lvxattn.kernels.differentiable import attention_operator, empty_results
+from ds_lvxattn.kernels.differentiable import attention_operator, empty_results, empty_rows
 from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
 from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.kernels.triton.merge import merge_partials
-from ds_lvxattn.plan.pipeline import head_groups, keeps_queries
+from ds_lvxattn.plan.pipeline import head_groups, keeps_queries, mean_head_dim
 
 
 def gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,8 @@ def _gathered(
     first: Tensor | None, last: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     layout = exchange.layout
-    batch, heads, _, head_dim = q.shape
+    batch, heads, _, _ = q.shape
+    head_dim = mean_head_dim(q.shape[3], v.shape[3])
     kv_heads, lengths = k.shape[1], (layout.q.lengths, layout.kv.lengths)
     groups = exchange.head_groups or head_groups(
         batch, heads, kv_heads, head_dim, q.element_size(), *lengths, masked=first is not None
@@ -136,8 +137,8 @@ def query_gather(
         keep_queries: keep the gathered queries for the backward pass.
 
     Returns:
-        ``out [B, H, s_q, D]``, ``lse [B, H, s_q]``, and the gathered queries ``[groups, n * s_max, B, H / groups, D]``
-        (no group of them where they are not kept).
+        ``out [B, H, s_q, D_v]``, ``lse [B, H, s_q]``, and the gathered queries ``[groups, n * s_max, B, H / groups,
+        D]`` (no group of them where they are not kept).
     """
     exchange = rows_by_name(group, inner)
     rows, own = max(q_lengths), q_lengths[exchange.rank]
@@ -212,7 +213,7 @@ def query_gather_backward(
     groups = head_groups[1]
     queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
     delta = attention_delta(dout, out, dlse).to(lse.dtype)
-    dq = torch.empty_like(q)
+    dq = empty_rows(q, k.shape[3])  # ``q`` may be ``out``, in its place
     # The gradients of K and V: of one group they are what the kernel returns, of several they are put together.
     complete: tuple[Tensor, ...] = () if groups == 1 else (torch.empty_like(k), torch.empty_like(v))
 

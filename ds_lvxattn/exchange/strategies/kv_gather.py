@@ -19,7 +19,7 @@ from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.differentiable import attention_operator, empty_results
 from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local
 from ds_lvxattn.kernels.triton.delta import attention_delta
-from ds_lvxattn.plan.pipeline import keeps_keys, key_groups
+from ds_lvxattn.plan.pipeline import keeps_keys, key_groups, mean_head_dim
 
 
 def kv_gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,8 @@ def kv_gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> 
     layout, comm = exchange.layout, exchange.comm
     start, stop = exchange.own_ranges(q.shape[2])
     places = padded_order(layout.kv, range(comm.ranks), q.device)
-    batch, heads, _, head_dim = q.shape
+    batch, heads, _, _ = q.shape
+    head_dim = mean_head_dim(q.shape[3], v.shape[3])
     kv_heads, lengths = k.shape[1], (layout.q.lengths, layout.kv.lengths)
     groups = exchange.head_groups or key_groups(batch, heads, kv_heads, head_dim, q.element_size(), *lengths)
     keep = keeps_keys(heads, kv_heads, *lengths)
@@ -67,8 +68,8 @@ def kv_gather(
         keep: keep the gathered keys and values for the backward pass.
 
     Returns:
-        ``out [B, H, s_q, D]``, ``lse [B, H, s_q]``, and K and V of all ranks, ``[groups, 2, n * s_max, B, h, D]`` with
-        ``h = H_kv / groups`` (no group of them where they are not kept).
+        ``out [B, H, s_q, D_v]``, ``lse [B, H, s_q]``, and K and V of all ranks, ``[groups, n * s_max * B * h * (D +
+        D_v)]`` with ``h = H_kv / groups`` (no group of them where they are not kept); see ``_by_side``.
     """
     comm = communicator_by_name(group)
     groups = head_groups[0]
@@ -76,8 +77,10 @@ def kv_gather(
     out, lse = empty_results(q, v)
     kept = _kept(q, k, v, start, stop, places, scale, softcap, kernel, group, kv_lengths, head_groups, keep)
 
+    sides = _by_side(kept, k, v, groups)
+
     def gather(i: int) -> InFlight:
-        both = list(kept[i]) if keep else _buffers(k[:, keys[i]], len(kv_lengths) * max(kv_lengths))
+        both = [side[i] for side in sides] if keep else _buffers(k, v, groups, len(kv_lengths) * max(kv_lengths))
         sent = [("keys and values", x[:, keys[i]], buffer) for x, buffer in zip((k, v), both, strict=True)]
         return both, start_gather(sent, comm)
 
@@ -92,13 +95,21 @@ def kv_gather(
 
 
 def _kept(q, k, v, start, stop, places, scale, softcap, kernel, group, kv_lengths, head_groups, keep) -> Tensor:
-    batch, kv_heads, _, head_dim = k.shape
     groups, rows = head_groups[0], len(kv_lengths) * max(kv_lengths)
-    return k.new_empty((groups if keep else 0, 2, rows, batch, kv_heads // groups, head_dim))
+    return k.new_empty((groups if keep else 0, rows * k.shape[0] * (k.shape[1] // groups) * (k.shape[3] + v.shape[3])))
 
 
-def _buffers(x: Tensor, rows: int) -> list[Tensor]:
-    return [x.new_empty((rows, x.shape[0], x.shape[1], x.shape[3])) for _ in range(2)]
+def _by_side(kept: Tensor, k: Tensor, v: Tensor, groups: int) -> list[Tensor]:
+    """K and V of all ranks, ``[groups, n * s_max, B, H_kv / groups, ...]`` each, of ``kept`` as ``_kept`` makes it."""
+    batch, heads, sizes = k.shape[0], k.shape[1] // groups, [k.shape[3], v.shape[3]]
+    rows = kept.shape[1] // (batch * heads * sum(sizes))
+    parts = kept.split([rows * batch * heads * size for size in sizes], dim=1)
+    return [part.unflatten(1, (rows, batch, heads, size)) for part, size in zip(parts, sizes, strict=True)]
+
+
+def _buffers(k: Tensor, v: Tensor, groups: int, rows: int) -> list[Tensor]:
+    """Where K and V of one of ``groups`` groups are gathered."""
+    return [x.new_empty((rows, x.shape[0], x.shape[1] // groups, x.shape[3])) for x in (k, v)]
 
 
 def _in_order(wire: Tensor, places: Optional[Tensor]) -> Tensor:
@@ -133,11 +144,12 @@ def kv_gather_backward(
     groups, rows = head_groups[1], len(kv_lengths) * max(kv_lengths)
     queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    sides = _by_side(kept, k, v, head_groups[0])
 
     def gather(i: int) -> InFlight:
         if keep:
-            return [rows_of_group(kept[:, side], groups, i) for side in (0, 1)], _Arrived()
-        both = _buffers(k[:, keys[i]], rows)
+            return [rows_of_group(side, groups, i) for side in sides], _Arrived()
+        both = _buffers(k, v, groups, rows)
         sent = [("keys and values", x[:, keys[i]], buffer) for x, buffer in zip((k, v), both, strict=True)]
         return both, start_gather(sent, comm)
 

@@ -70,7 +70,7 @@ def kv_ring(
     group: str,
     kv_lengths: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Forward pass: ``out [B, H, s_q, D]`` and ``lse [B, H, s_q]``; ``first, last`` of ``_ranges_of_owners``."""
+    """Forward pass: ``out [B, H, s_q, D_v]`` and ``lse [B, H, s_q]``; ``first, last`` of ``_ranges_of_owners``."""
     comm = communicator_by_name(group)
     held = [k.contiguous(), v.contiguous()]
     out = lse = None

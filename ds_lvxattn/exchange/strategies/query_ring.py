@@ -115,7 +115,7 @@ def query_ring(
     group: str,
     q_lengths: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Forward pass: ``out [B, H, s_q, D]`` and ``lse [B, H, s_q]``; ``first, last`` as ``Exchange.local_ranges``."""
+    """Forward pass: ``out [B, H, s_q, D_v]`` and ``lse [B, H, s_q]``; ``first, last`` as ``Exchange.local_ranges``."""
     comm = communicator_by_name(group)
     returns = _Returns(comm, q.shape[2])
     for owner, (queries,) in _Ring(comm, q_lengths, ("queries",), (q,)):

@@ -47,7 +47,7 @@ def query_replicated(
     group: str,
     parts: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Forward pass: ``out [B, H, s_q, D]`` and ``lse [B, H, s_q]``, equal on every rank."""
+    """Forward pass: ``out [B, H, s_q, D_v]`` and ``lse [B, H, s_q]``, equal on every rank."""
     comm = communicator_by_name(group)
     partial_out, partial_lse = forward_local(q, k, v, first, last, scale, kernel, softcap)
     out, lse = empty_results(q, v)
@@ -56,7 +56,7 @@ def query_replicated(
 
 
 def _gather_results(out: Tensor, lse: Tensor, comm: Communicator) -> tuple[Tensor, Tensor]:
-    """Partial results of all ranks, ``[n, B, H, s_q, D]`` and ``[n, B, H, s_q]``.
+    """Partial results of all ranks, ``[n, B, H, s_q, D_v]`` and ``[n, B, H, s_q]``.
 
     A token's result is small: both travel in one message, side by side in bytes.
     """

@@ -15,7 +15,7 @@ from ds_lvxattn.exchange.comm import Communicator, Part, communicator_by_name
 from ds_lvxattn.exchange.routes import Routes
 from ds_lvxattn.exchange.strategies.gather import gather_attention
 from ds_lvxattn.kernels.base import Call
-from ds_lvxattn.kernels.differentiable import attention_operator, empty_results
+from ds_lvxattn.kernels.differentiable import attention_operator, empty_results, empty_rows
 from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
 from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.kernels.triton.merge import merge_partials
@@ -102,8 +102,8 @@ def query_routed(
     """Forward pass. The tensors after ``v`` and the counts are those of ``Routes``.
 
     Returns:
-        ``out [B, H, s_q, D]``, ``lse [B, H, s_q]``, and the queries of the rows computed here ``[B, r, H, D]`` (none of
-        them where they are not kept).
+        ``out [B, H, s_q, D_v]``, ``lse [B, H, s_q]``, and the queries of the rows computed here ``[B, r, H, D]`` (none
+        of them where they are not kept).
     """
     batch, heads, own, head_dim = q.shape
     post = _Post(communicator_by_name(group), batch, send_rows, slots, start.shape[1], sent, received)
@@ -161,7 +161,7 @@ def query_routed_backward(
         chosen, douts, queries[0], k, v, None, lses, deltas, start, stop, scale, softcap
     )
     (parts,) = post.give_back([("query gradients", partial_dq.to(q.dtype))])
-    dq = torch.empty_like(q)
+    dq = empty_rows(q, k.shape[3])  # ``q`` may be ``out``, in its place
     dq.copy_(_by_row(parts, returns, 0.0).sum(dim=0, dtype=lse.dtype).unflatten(0, (batch, own)).transpose(1, 2))
     return dq, like(dk, k), like(dv, v)
 

@@ -57,7 +57,7 @@ def redistributed_heads(
         q, k, v: the rank's own rows and keys with all heads.
         layout: shards of queries and keys over ``comm`` and maybe more ranks.
         members: the ranks of ``layout`` that ``comm`` consists of.
-        attend: takes q, k and v, ``[B, heads, rows or keys, D]`` in the order of the sequence; gives output and
+        attend: takes q, k and v, ``[B, heads, rows or keys, D or D_v]`` in the order of the sequence; gives output and
             log-sum-exp. Called once where the ranks divide the heads.
 
     Returns:

@@ -27,7 +27,8 @@ def passes(layer: Layer, profile: Profile) -> Passes:
     shape = layer.shape
     n, own, keys = shape.ranks, max(shape.q_lengths), max(shape.kv_lengths)
     rows = n * own
-    query, all_queries = shape.query_bytes(own), shape.query_bytes(rows)
+    query, output = shape.query_bytes(own), shape.output_bytes(own)
+    all_queries, all_outputs = shape.query_bytes(rows), shape.output_bytes(rows)
 
     def pipeline(groups: int, kernel: float, elementwise: float, sent: float, returned: float) -> Pass:
         come = network.all_gather(profile, n, sent / groups)
@@ -39,17 +40,17 @@ def passes(layer: Layer, profile: Profile) -> Passes:
     groups, later = layer.head_groups(profile)
     kernels = kernel_times(layer, profile, rows, keys, *seen_on_a_rank(layer), divide=groups)
     elementwise = moved(profile, 2 * query, groups)
-    elementwise += moved(profile, (n + 1) * query + n * shape.statistic_bytes(own), groups)  # the merge
-    forward = pipeline(groups, kernels.forward, elementwise, query, all_queries + shape.statistic_bytes(rows))
+    elementwise += moved(profile, (n + 1) * output + n * shape.statistic_bytes(own), groups)  # the merge
+    forward = pipeline(groups, kernels.forward, elementwise, query, all_outputs + shape.statistic_bytes(rows))
 
     kernels = kernel_times(layer, profile, rows, keys, *seen_on_a_rank(layer), divide=later)
-    sent = query + 2 * shape.statistic_bytes(own)
+    sent = output + 2 * shape.statistic_bytes(own)
     if not shape.keeps_queries:
         sent += query
-    elementwise = moved(profile, 2 * query) + moved(profile, 2 * query, later)  # delta; what is sent, into its place
+    elementwise = moved(profile, 2 * output) + moved(profile, 2 * output, later)  # delta; what is sent, into its place
     elementwise += moved(profile, (n + 1) * query, later)  # the sum of the parts of dQ
     if kernels.takes_out:
-        elementwise += moved(profile, 2 * all_queries, later)  # the output that stands in for delta
+        elementwise += moved(profile, 2 * all_outputs, later)  # the output that stands in for delta
     if later > 1:
         elementwise += moved(profile, 2 * shape.kv_bytes(keys), 2 * later)  # dK, dV of a group into their place
     return Passes(forward, pipeline(later, kernels.backward, elementwise, sent, all_queries))
@@ -58,7 +59,9 @@ def passes(layer: Layer, profile: Profile) -> Passes:
 def workspace(layer: Layer, profile: Profile) -> float:
     """Backward: all queries, and of two groups in flight dO, its stand-in and the parts of dQ, out and back."""
     shape, groups = layer.shape, layer.head_groups(profile)[1]
-    return shape.query_bytes(shape.ranks * max(shape.q_lengths)) * (1 + 4 * min(2, groups) / groups)
+    rows = shape.ranks * max(shape.q_lengths)
+    in_flight = 2 * (shape.query_bytes(rows) + shape.output_bytes(rows))
+    return shape.query_bytes(rows) + in_flight * min(2, groups) / groups
 
 
 GATHER = Mode(

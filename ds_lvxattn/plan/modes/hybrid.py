@@ -144,7 +144,7 @@ def two_levels(flat: Mode, schedule: str, implementation: str, colour: str) -> M
             return ulysses.inputs(sizes)
         if sizes.inner == 1:
             return flat.inputs(sizes)
-        return sum(flat.inputs(level) + level.query_bytes(level.rows) for level in sizes_between(sizes))
+        return sum(flat.inputs(level) + level.output_bytes(level.rows) for level in sizes_between(sizes))
 
     def pipeline(layer: Layer, profile: Profile) -> tuple[int, int]:
         """Groups of the largest run of heads, as far as they are groups of all heads too, which a plan counts."""

@@ -28,14 +28,14 @@ def groups_of(layer: Layer, profile: Profile) -> tuple[int, int]:
     own = shape.kv_bytes(max(shape.kv_lengths))
     seconds = network.all_gather(profile, shape.ranks, own)
     return key_groups(
-        shape.batch, shape.heads, shape.kv_heads, shape.head_dim, shape.element, shape.q_lengths, shape.kv_lengths,
+        shape.batch, shape.heads, shape.kv_heads, shape.mean_head_dim, shape.element, shape.q_lengths, shape.kv_lengths,
         (shape.ranks - 1) * own / seconds if seconds else NVLINK,
     )  # fmt: skip
 
 
 def traffic(shape: LayerShape, rank: int) -> Traffic:
     """K and V, and the parts of their gradients; shards are padded to the longest."""
-    per_key = 2 * shape.batch * shape.kv_heads * shape.head_dim * shape.element
+    per_key = shape.batch * shape.kv_heads * sum(shape.head_dims) * shape.element
 
     def received(sources: Sequence[int]) -> tuple[int, int]:
         keys = per_key * len(sources) * max(shape.kv_lengths)
@@ -79,7 +79,7 @@ def returned(sizes: LayerSizes) -> int:
     """Output, log-sum-exp, and K and V of all ranks where they are kept."""
     lengths = (sizes.longest_rows,) * sizes.ranks, (sizes.keys,) * sizes.ranks
     kept = keeps_keys(sizes.heads, sizes.kv_heads, *lengths)
-    return own_results(sizes) + (2 * sizes.ranks * sizes.kv_bytes if kept else 0)
+    return own_results(sizes) + (sizes.ranks * sizes.kv_bytes if kept else 0)
 
 
 KV_GATHER = Mode(

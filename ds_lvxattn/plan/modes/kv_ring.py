@@ -14,7 +14,7 @@ from ds_lvxattn.plan.traffic import LayerShape, Traffic, from_sources
 def traffic(shape: LayerShape, rank: int) -> Traffic:
     """Keys and values of the other ranks; in the backward pass their gradients in float32 too."""
     n = shape.ranks
-    per_key = 2 * shape.batch * shape.kv_heads * shape.head_dim
+    per_key = shape.batch * shape.kv_heads * sum(shape.head_dims)
     others = sum(shape.kv_lengths) - shape.kv_lengths[rank]
     # Gradients come home last, so every shard but that of the rank before passes through here.
     gradients = sum(shape.kv_lengths) - shape.kv_lengths[(rank - 1) % n]
@@ -33,11 +33,11 @@ def passes(layer: Layer, profile: Profile) -> Passes:
     n, own, keys = shape.ranks, max(shape.q_lengths), max(shape.kv_lengths)
     seen = mask.share * mask.busiest_step * keys
     kernels = kernel_times(layer, profile, own, keys, seen, mask.drift / n)
-    query = shape.query_bytes(own)
+    query, output = shape.query_bytes(own), shape.output_bytes(own)
     key = network.send(profile, n, shape.kv_bytes(keys))
     gradient = network.send(profile, n, shape.kv_bytes(keys, shape.statistic))
 
-    work = kernels.forward + moved(profile, 3 * query)
+    work = kernels.forward + moved(profile, 3 * output)
     total = (n - 1) * overlapped(profile, work, key) + work
     forward = Pass(n * kernels.forward, n * (work - kernels.forward), total - n * work)
 

@@ -16,7 +16,7 @@ def passes(layer: Layer, profile: Profile) -> Passes:
     """All queries over the rank's own keys."""
     shape = layer.shape
     kernels = kernel_times(layer, profile, sum(shape.q_lengths), max(shape.kv_lengths), *seen_on_a_rank(layer))
-    delta = 0.0 if kernels.takes_out else moved(profile, 2 * shape.query_bytes(max(shape.q_lengths)))
+    delta = 0.0 if kernels.takes_out else moved(profile, 2 * shape.output_bytes(max(shape.q_lengths)))
     return Passes(Pass(kernels.forward), Pass(kernels.backward, delta))
 
 

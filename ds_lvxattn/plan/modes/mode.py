@@ -122,9 +122,9 @@ class Mode:
 
 def own_results(sizes: LayerSizes) -> int:
     """Output and log-sum-exp of the rank's own rows."""
-    return sizes.query_bytes(sizes.rows) + sizes.statistic_bytes(sizes.rows)
+    return sizes.output_bytes(sizes.rows) + sizes.statistic_bytes(sizes.rows)
 
 
 def own_inputs(sizes: LayerSizes) -> int:
     """The rank's own q, k and v."""
-    return 2 * sizes.kv_bytes + sizes.query_bytes(sizes.rows)
+    return sizes.kv_bytes + sizes.query_bytes(sizes.rows)

@@ -13,12 +13,12 @@ def exchanged(shape: LayerShape, sent: int, returned: int, queries_again: bool) 
 
     The main terms are those of LV-XAttn (arXiv 2502.02406), table 1, generalised to GQA and uneven shards.
     """
-    row = shape.heads * shape.head_dim * shape.element
+    query, output = (shape.heads * size * shape.element for size in shape.head_dims)
     statistic = shape.heads * shape.statistic
-    forward = sent * row + returned * (row + statistic)
+    forward = sent * query + returned * (output + statistic)
     # Coming in: dO, L and delta. Coming back: dQ.
-    backward = sent * (row + 2 * statistic) + returned * row
-    return forward, backward + (sent * row if queries_again else 0)
+    backward = sent * (output + 2 * statistic) + returned * query
+    return forward, backward + (sent * query if queries_again else 0)
 
 
 def keeps_gathered(sizes: LayerSizes) -> bool:

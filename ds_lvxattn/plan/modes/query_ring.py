@@ -28,7 +28,7 @@ def passes(layer: Layer, profile: Profile) -> Passes:
     """Queries visit the ranks; the next ones and the last results travel while a kernel runs."""
     shape, mask = layer.shape, layer.mask
     n, own, keys = shape.ranks, max(shape.q_lengths), max(shape.kv_lengths)
-    query, statistic = shape.query_bytes(own), shape.statistic_bytes(own)
+    query, output, statistic = shape.query_bytes(own), shape.output_bytes(own), shape.statistic_bytes(own)
     seen = mask.share * mask.busiest_step * keys
     kernels = kernel_times(layer, profile, own, keys, seen, mask.drift / n)
 
@@ -40,15 +40,17 @@ def passes(layer: Layer, profile: Profile) -> Passes:
         total += (overlapped(profile, work, go) if n > 2 else work) + go if n > 1 else work
         return Pass(n * kernel, n * each_step + at_the_end, total - n * work)
 
-    forward = ring(kernels.forward, 0.0, moved(profile, (n + 1) * query + n * statistic, 2), query, query + statistic)
+    forward = ring(kernels.forward, 0.0, moved(profile, (n + 1) * output + n * statistic, 2), query, output + statistic)
     wide = moved(profile, 5 * shape.kv_bytes(keys), 4)  # a 2-byte part read, a float32 sum read and written
-    summed = moved(profile, 2 * query) + moved(profile, (n + 1) * query)
-    return Passes(forward, ring(kernels.backward, wide, summed, 2 * query + 2 * statistic, query))
+    summed = moved(profile, 2 * output) + moved(profile, (n + 1) * query)
+    return Passes(forward, ring(kernels.backward, wide, summed, query + output + 2 * statistic, query))
 
 
 def workspace(layer: Layer, profile: Profile) -> float:
     shape = layer.shape
-    return (2 * 3 + shape.ranks) * shape.query_bytes(max(shape.q_lengths)) + 2 * shape.kv_bytes(max(shape.kv_lengths))
+    rows = max(shape.q_lengths)
+    held = 3 * (shape.query_bytes(rows) + shape.output_bytes(rows)) + shape.ranks * shape.query_bytes(rows)
+    return held + 2 * shape.kv_bytes(max(shape.kv_lengths))
 
 
 QUERY_RING = Mode(

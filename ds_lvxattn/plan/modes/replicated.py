@@ -18,7 +18,7 @@ from ds_lvxattn.plan.traffic import LayerShape, Traffic, from_sources
 def traffic(shape: LayerShape, rank: int) -> Traffic:
     """Partial results come in, their message filled up to 8 bytes; the gradient of the queries is summed as a ring."""
     n, rows = shape.ranks, max(shape.q_lengths)
-    message = shape.query_bytes(rows) + shape.statistic_bytes(rows)
+    message = shape.output_bytes(rows) + shape.statistic_bytes(rows)
     summed = shape.query_bytes(rows) // shape.element * shape.statistic
 
     def received(sources: Sequence[int]) -> tuple[int, int]:
@@ -33,10 +33,10 @@ def passes(layer: Layer, profile: Profile) -> Passes:
     shape = layer.shape
     rows = max(shape.q_lengths)
     kernels = kernel_times(layer, profile, rows, max(shape.kv_lengths), *seen_on_a_rank(layer))
-    delta = 0.0 if kernels.takes_out else moved(profile, 2 * shape.query_bytes(rows))
-    result = shape.query_bytes(rows) + shape.statistic_bytes(rows)
+    delta = 0.0 if kernels.takes_out else moved(profile, 2 * shape.output_bytes(rows))
+    result = shape.output_bytes(rows) + shape.statistic_bytes(rows)
     summed = shape.query_bytes(rows) / shape.element * shape.statistic
-    merge = moved(profile, shape.ranks * result + shape.query_bytes(rows))
+    merge = moved(profile, shape.ranks * result + shape.output_bytes(rows))
     sum_time = 2 * network.all_gather(profile, shape.ranks, summed / shape.ranks)
     return Passes(
         Pass(kernels.forward, merge, network.all_gather(profile, shape.ranks, result)),
@@ -46,7 +46,7 @@ def passes(layer: Layer, profile: Profile) -> Passes:
 
 def workspace(layer: Layer, profile: Profile) -> float:
     shape, rows = layer.shape, max(layer.shape.q_lengths)
-    return (shape.ranks + 1) * (shape.query_bytes(rows) + shape.statistic_bytes(rows))
+    return (shape.ranks + 1) * (shape.output_bytes(rows) + shape.statistic_bytes(rows))
 
 
 REPLICATED = Mode(

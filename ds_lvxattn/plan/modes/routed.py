@@ -33,26 +33,26 @@ def passes(layer: Layer, profile: Profile) -> Passes:
     seen, drift = seen_on_a_rank(layer)
     seen_by_those = seen / layer.mask.rows_seen if layer.mask.rows_seen else 0.0
     kernels = kernel_times(layer, profile, rows, max(shape.kv_lengths), seen_by_those, drift)
-    travelling = shape.query_bytes(round(rows))
+    travelling, returning = shape.query_bytes(round(rows)), shape.output_bytes(round(rows))
     statistic = shape.statistic_bytes(round(rows))
     again = 0 if shape.keeps_queries else travelling
     # Each own row comes back from as many ranks as it was sent to: on average the rows that a rank computes.
     forward = Pass(
         kernels.forward,
-        moved(profile, 2 * travelling) + moved(profile, travelling + statistic + shape.query_bytes(own)),
-        network.all_to_all(profile, n, travelling) + network.all_to_all(profile, n, travelling + statistic),
+        moved(profile, 2 * travelling) + moved(profile, returning + statistic + shape.output_bytes(own)),
+        network.all_to_all(profile, n, travelling) + network.all_to_all(profile, n, returning + statistic),
     )
     backward = Pass(
         kernels.backward,
-        moved(profile, 4 * travelling) + moved(profile, travelling + shape.query_bytes(own)),
-        network.all_to_all(profile, n, travelling + 2 * statistic + again) + network.all_to_all(profile, n, travelling),
+        moved(profile, 2 * (travelling + returning)) + moved(profile, travelling + shape.query_bytes(own)),
+        network.all_to_all(profile, n, returning + 2 * statistic + again) + network.all_to_all(profile, n, travelling),
     )
     return Passes(forward, backward)
 
 
 def workspace(layer: Layer, profile: Profile) -> float:
-    shape = layer.shape
-    return 5 * layer.mask.rows_seen * shape.query_bytes(shape.ranks * max(shape.q_lengths))
+    shape, rows = layer.shape, layer.shape.ranks * max(layer.shape.q_lengths)
+    return layer.mask.rows_seen * (3 * shape.query_bytes(rows) + 2 * shape.output_bytes(rows))
 
 
 ROUTED = Mode(

@@ -32,7 +32,8 @@ def passes(layer: Layer, profile: Profile) -> Passes:
         return gather.passes(layer, profile)
     n, own, keys = shape.ranks, max(shape.q_lengths), max(shape.kv_lengths)
     rows, (a, b) = n * own, (shape.inner, shape.nodes)
-    query, all_queries = shape.query_bytes(own), shape.query_bytes(rows)
+    query, output = shape.query_bytes(own), shape.output_bytes(own)
+    all_queries, all_outputs = shape.query_bytes(rows), shape.output_bytes(rows)
     near, far = network.inner_level(profile, a), network.outer_level(profile, a)
 
     def pipelined(groups: int, kernel: float, elementwise: float, sent: float, returned: float) -> Pass:
@@ -47,16 +48,16 @@ def passes(layer: Layer, profile: Profile) -> Passes:
     statistic = shape.statistic_bytes(rows)
     elementwise = moved(profile, 2 * query, groups)
     # Merged inside the node, for the rows of a rank a node, and by their owner.
-    elementwise += moved(profile, (1 + 1 / a) * (all_queries + statistic), groups)
-    elementwise += moved(profile, (b + 1) * query, groups)
-    forward = pipelined(groups, kernels.forward, elementwise, query, all_queries + statistic)
+    elementwise += moved(profile, (1 + 1 / a) * (all_outputs + statistic), groups)
+    elementwise += moved(profile, (b + 1) * output, groups)
+    forward = pipelined(groups, kernels.forward, elementwise, query, all_outputs + statistic)
 
     kernels = kernel_times(layer, profile, rows, keys, *seen_on_a_rank(layer), divide=later)
-    sent = query + 2 * shape.statistic_bytes(own) + (0 if shape.keeps_queries else query)
-    elementwise = moved(profile, 2 * query) + moved(profile, 2 * query, later)
+    sent = output + 2 * shape.statistic_bytes(own) + (0 if shape.keeps_queries else query)
+    elementwise = moved(profile, 2 * output) + moved(profile, 2 * output, later)
     elementwise += moved(profile, (1 + 1 / a) * all_queries, later) + moved(profile, (b + 1) * query, later)
     if kernels.takes_out:
-        elementwise += moved(profile, 2 * all_queries, later)
+        elementwise += moved(profile, 2 * all_outputs, later)
     if later > 1:
         elementwise += moved(profile, 2 * shape.kv_bytes(keys), 2 * later)
     return Passes(forward, pipelined(later, kernels.backward, elementwise, sent, all_queries))

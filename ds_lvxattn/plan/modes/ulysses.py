@@ -31,7 +31,7 @@ def traffic(shape: LayerShape, rank: int) -> Traffic:
     q_lengths, kv_lengths = shape.q_lengths, shape.kv_lengths
     if divides_heads(shape.heads, shape.kv_heads, n):
         q_lengths, kv_lengths = (max(q_lengths),) * n, (max(kv_lengths),) * n
-    vector = shape.batch * shape.head_dim * shape.element
+    key, value = (shape.batch * size * shape.element for size in shape.head_dims)  # bytes of one of a head
     queries, keys = len(heads[rank].queries), len(heads[rank].keys)
 
     def received(sources: Sequence[int]) -> tuple[int, int]:
@@ -39,9 +39,9 @@ def traffic(shape: LayerShape, rank: int) -> Traffic:
         heads_of_own = q_lengths[rank] * sum(len(heads[source].queries) for source in sources)
         keys_of_own = kv_lengths[rank] * sum(len(heads[source].keys) for source in sources)
         # In the backward pass dO as q before, dQ as the output, dK and dV from where K and V went.
-        rows_of_heads = rows * queries + heads_of_own
-        forward = vector * (rows_of_heads + 2 * visual * keys) + heads_of_own * shape.batch * shape.statistic
-        backward = vector * (rows_of_heads + 2 * keys_of_own)
+        forward = key * rows * queries + value * heads_of_own + (key + value) * visual * keys
+        forward += heads_of_own * shape.batch * shape.statistic
+        backward = value * rows * queries + key * heads_of_own + (key + value) * keys_of_own
         # Neither exchange is an operator that checkpointing can keep: all of it runs again, whatever is recomputed.
         return forward, backward + (forward if shape.recompute != "none" else 0)
 
@@ -62,7 +62,7 @@ def passes(layer: Layer, profile: Profile) -> Passes:
     ]  # fmt: skip
     forward, backward, repeated = redistribution(shape, profile, n)
     takes_out = all(each.takes_out for each in kernels)
-    delta = 0.0 if takes_out else moved(profile, 2 * shape.query_bytes(max(shape.q_lengths)))
+    delta = 0.0 if takes_out else moved(profile, 2 * shape.output_bytes(max(shape.q_lengths)))
     return Passes(
         replace(forward, kernel=sum(each.forward for each in kernels)),
         replace(backward, kernel=sum(each.backward for each in kernels), passes=backward.passes + delta),
@@ -78,7 +78,8 @@ def redistribution(shape: LayerShape, profile: Profile, ranks: int) -> Passes:
     """
     share, copies = _stretched(shape.heads, shape.kv_heads, ranks)
     query = share * shape.query_bytes(max(shape.q_lengths))
-    one_key = copies * shape.kv_bytes(max(shape.kv_lengths)) / 2
+    output = share * shape.output_bytes(max(shape.q_lengths))
+    key, value = (copies * shape.kv_bytes(max(shape.kv_lengths)) * x / sum(shape.head_dims) for x in shape.head_dims)
     statistic = share * shape.statistic_bytes(max(shape.q_lengths))
 
     def exchange(sizes: tuple[float, ...]) -> tuple[float, float]:
@@ -86,10 +87,10 @@ def redistribution(shape: LayerShape, profile: Profile, ranks: int) -> Passes:
         copied = sum(moved(profile, 4 * size, 2) for size in sizes)
         return copied, sum(network.all_to_all(profile, ranks, size) for size in sizes)
 
-    repeat = moved(profile, 2 * (one_key / copies + one_key), 2) if copies > 1 else 0.0
-    copied, sent = exchange((query, one_key, one_key, query, statistic))
-    forward = Pass(0.0, copied + repeat + moved(profile, 2 * query), sent)
-    copied, sent = exchange((query, one_key, one_key, query))
+    repeat = moved(profile, (key + value) * (1 + 1 / copies), 2) if copies > 1 else 0.0
+    copied, sent = exchange((query, key, value, output, statistic))
+    forward = Pass(0.0, copied + repeat + moved(profile, 2 * output), sent)
+    copied, sent = exchange((query, key, value, output))
     return Passes(forward, Pass(0.0, copied + repeat, sent), forward)
 
 
@@ -100,7 +101,9 @@ def workspace(layer: Layer, profile: Profile) -> float:
 def held(shape: LayerShape, ranks: int) -> float:
     """Bytes of q, k, v and out on their way, as they are packed, sent and unpacked."""
     share, copies = _stretched(shape.heads, shape.kv_heads, ranks)
-    return 3 * (2 * share * shape.query_bytes(max(shape.q_lengths)) + copies * shape.kv_bytes(max(shape.kv_lengths)))
+    rows = max(shape.q_lengths)
+    travelling = share * (shape.query_bytes(rows) + shape.output_bytes(rows))
+    return 3 * (travelling + copies * shape.kv_bytes(max(shape.kv_lengths)))
 
 
 def _stretched(heads: int, kv_heads: int, ranks: int) -> tuple[float, float]:
@@ -112,13 +115,13 @@ def _stretched(heads: int, kv_heads: int, ranks: int) -> tuple[float, float]:
 def returned(sizes: LayerSizes) -> int:
     """The busiest rank's share of the heads, for all rows."""
     share = _of_busiest(sizes)
-    return share.query_bytes(sizes.total_rows) + share.statistic_bytes(sizes.total_rows)
+    return share.output_bytes(sizes.total_rows) + share.statistic_bytes(sizes.total_rows)
 
 
 def inputs(sizes: LayerSizes) -> int:
     """Its share of the heads of q, k and v, and the output on its way back."""
     share = replace(_of_busiest(sizes), keys=sizes.total_keys)
-    return sizes.query_bytes(sizes.rows) + share.query_bytes(sizes.total_rows) + 2 * share.kv_bytes
+    return sizes.output_bytes(sizes.rows) + share.query_bytes(sizes.total_rows) + share.kv_bytes
 
 
 def _of_busiest(sizes: LayerSizes) -> LayerSizes:
