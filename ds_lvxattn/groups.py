@@ -21,6 +21,8 @@ from ds_lvxattn.errors import ConfigError, RunError
 
 # Where launchers say how many ranks there are: those of DeepSpeed and torch, and of MPI.
 WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+# And where how many of them are on this host: torch's, DeepSpeed's, those of MPI.
+HOST_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 
 class SequenceParallelGroups:
@@ -133,6 +135,12 @@ def launched_ranks() -> int:
     if dist.is_initialized():
         return dist.get_world_size()
     return int(next(filter(None, map(os.environ.get, WORLD_SIZES)), 1))
+
+
+def launched_ranks_of_host() -> int | None:
+    """Ranks on this host, as the launcher says; None where it does not."""
+    found = next(filter(None, map(os.environ.get, HOST_SIZES)), None)
+    return None if found is None else int(found)
 
 
 def set_timeouts(timeout: timedelta) -> None:

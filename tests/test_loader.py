@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -14,8 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ds_lvxattn.batches import processors
 from ds_lvxattn.batches.loader import ControlGroups, Loader
 from ds_lvxattn.data.sample import IGNORE, Sample, SampleError
+from ds_lvxattn.groups import HOST_SIZES
 from ds_lvxattn.training.evaluation import evaluate
 from ds_lvxattn.training.order import Order
 from tests.support.distributed import run
@@ -155,6 +158,49 @@ def test_whatever_is_raised_while_a_sample_is_made_is_its_fault() -> None:
         assert part in told
     for _, _, _, error in run(2, load_raising, False):
         assert "sample 1: RuntimeError: a codec's own error (set 'finetuning.on_bad_sample'" in error
+
+
+# Threads
+
+
+@pytest.mark.parametrize(
+    ("environment", "bound", "limit", "expected"),
+    [
+        ({}, False, None, 16),
+        ({"LOCAL_WORLD_SIZE": "2"}, False, None, 8),
+        ({"LOCAL_SIZE": "8"}, False, None, 2),  # DeepSpeed's launcher says no more than this
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "32"}, False, None, 1),
+        ({"LOCAL_SIZE": "2"}, True, None, 16),  # --bind_cores_to_rank
+        ({"LOCAL_SIZE": "2"}, False, "600000 100000", 3),
+        ({"LOCAL_SIZE": "2"}, True, "600000 100000", 3),
+        ({"LOCAL_SIZE": "2"}, False, "max 100000", 8),
+    ],
+)
+def test_a_rank_takes_its_share_of_the_processors(
+    environment: dict[str, str], bound: bool, limit: str | None, expected: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name in HOST_SIZES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16 if pid == 0 or not bound else 32)))
+    monkeypatch.setattr(processors, "CGROUPS", tmp_path)
+    monkeypatch.setattr(processors, "own_cgroup", lambda: "pod/container")
+    (tmp_path / "pod" / "container").mkdir(parents=True)
+    (tmp_path / "pod" / "container" / "cpu.max").write_text("max 100000\n")
+    if limit is not None:
+        (tmp_path / "pod" / "cpu.max").write_text(limit + "\n")
+    assert processors.processors_of_rank() == expected
+
+
+def test_the_quota_of_cgroups_of_version_1(tmp_path: Path) -> None:
+    (tmp_path / "cpu").mkdir()
+    for name, value in (("cpu.cfs_quota_us", "250000"), ("cpu.cfs_period_us", "100000")):
+        (tmp_path / "cpu" / name).write_text(value)
+    assert processors.quota(tmp_path, "") == 2.5
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1")
+    assert processors.quota(tmp_path, "") is None
 
 
 # Evaluation

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from ds_lvxattn.batches.collate import Pixels
 from ds_lvxattn.batches.layout import BatchLayout
 from ds_lvxattn.batches.prepare import Batches, Loaded
+from ds_lvxattn.batches.processors import processors_of_rank
 from ds_lvxattn.data.sample import IGNORE, Sample, SampleError, SampleSource
 from ds_lvxattn.groups import SequenceParallelGroups
 
@@ -107,7 +107,7 @@ class SampleLoader:
         self.batches, self.control, self.skip_bad = batches, control, skip_bad
         self.look_ahead, self.remedy = look_ahead, remedy
         self._nothing = Sample([batches.collator.pad_token], [IGNORE])
-        workers = workers or default_workers()
+        workers = workers or processors_of_rank()
         self._pool = ThreadPoolExecutor(workers, "decode")
         # Not behind what decodes already: its threads would stand still until every rank has emptied its queue.
         self._makers = ThreadPoolExecutor(workers, "samples")
@@ -261,11 +261,6 @@ class Loader(SampleLoader):
             rows: number of a micro-batch to its dataset rows.
         """
         return self.ahead(self._samples(rows(number)) for number in range(first, last))
-
-
-def default_workers() -> int:
-    """Processors that this process may use, divided over the ranks of the host."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _problem(verdicts: Sequence[str]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
 from ds_lvxattn.calibration.clock import Clock
+from ds_lvxattn.groups import launched_ranks_of_host
 
 
 def device_name(device: torch.device) -> str:
@@ -25,7 +25,7 @@ def memory(device: torch.device) -> int | None:
 
 def gpus_per_node(device: torch.device) -> int:
     there = torch.cuda.device_count() if device.type == "cuda" else dist.get_world_size()
-    return int(os.environ.get("LOCAL_WORLD_SIZE", there))
+    return launched_ranks_of_host() or there
 
 
 def triton_version() -> str | None:

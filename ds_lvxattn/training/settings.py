@@ -63,7 +63,7 @@ class FinetuningConfig(DeepSpeedConfigModel):
             while they are decoded; None: no limit.
         image_orientation: ``upright``, by the EXIF orientation, or as ``stored``.
         look_ahead: micro-batches that are loaded while one trains; as many are kept in memory.
-        decode_workers: threads of a rank that decode; None: the host's processors divided over its ranks.
+        decode_workers: threads of a rank that decode; None: its share of the host's processors.
         media_root: folder that relative media paths start from; None: the folder of the data file.
         eval_data: a dataset of its own to evaluate on; None: a held-out share of the training data.
         eval_share: that share.
