@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import harness
 import torch
@@ -19,7 +20,7 @@ from attention_cases import CASES, Case, baseline_calls
 from ds_lvxattn.calibration.kernels import seen_and_drift
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.dispatch import KERNELS, select_kernel, usable_kernels
-from ds_lvxattn.kernels.operator import backward_local, forward_local
+from ds_lvxattn.kernels.local import LocalAttention
 from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.plan.kernel_time import AttentionCall, kernel_seconds
 from ds_lvxattn.plan.profile import Profile, load_profile
@@ -34,14 +35,13 @@ def passes(case: Case, backward: bool) -> dict[str, Callable[[], object]]:
     call = (Call.backward if backward else Call.forward)(q, k, v, start is not None)
     kernels = [kernel for kernel in KERNELS if kernel.name not in PLAIN and kernel.unsupported(call) is None]
     calls: dict[str, Callable[[], object]] = {}
-    out, lse = forward_local(q, k, v, start, stop, case.scale, "triton", None)
+    out, lse = LocalAttention(start, stop, case.scale, None, "triton").forward(q, k, v)
     for kernel in kernels:
         delta = None if kernel.needs_out else attention_delta(dout, out, None)
         if backward:
-            args = (kernel, dout, q, k, v, out, lse, delta, start, stop, case.scale, None)
-            calls[kernel.name] = lambda args=args: backward_local(*args)
+            calls[kernel.name] = partial(kernel.backward, dout, q, k, v, out, lse, delta, start, stop, case.scale)
         else:
-            calls[kernel.name] = lambda name=kernel.name: forward_local(q, k, v, start, stop, case.scale, name, None)
+            calls[kernel.name] = partial(kernel.forward, q, k, v, start, stop, case.scale)
     return calls
 
 

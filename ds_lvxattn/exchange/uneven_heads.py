@@ -16,7 +16,7 @@ from torch import Tensor
 from ds_lvxattn.exchange.arguments import Attend
 from ds_lvxattn.exchange.comm import Communicator, Part
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
-from ds_lvxattn.kernels.differentiable import lse_dtype
+from ds_lvxattn.kernels.base import lse_dtype
 from ds_lvxattn.plan.head_shards import head_shards
 
 

@@ -119,3 +119,22 @@ class Kernel(Protocol):
         ``out`` is given to kernels with ``needs_out``, ``delta [B, H_q, S_q]`` to the others. Returns ``dq``
         (the part that comes from these keys), ``dk`` and ``dv``, in the dtype of the inputs or wider.
         """
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """dtype of the log-sum-exp of inputs in ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_rows(x: Tensor, size: int, device: torch.device | str | None = None) -> Tensor:
+    """``[B, H, S, size]`` in the dtype and, where they are dense, the order of the strides of ``x [B, H, S, D]``; not
+    filled."""
+    if size == x.shape[3]:
+        return torch.empty_like(x, device=device)
+    order = sorted(range(3), key=x.stride, reverse=True)
+    return torch.empty_permuted((*x.shape[:3], size), (*order, 3), dtype=x.dtype, device=device or x.device)
+
+
+def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``out`` as ``empty_rows`` of ``q`` in the head size of ``v``, and its log-sum-exp; not filled."""
+    return empty_rows(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))

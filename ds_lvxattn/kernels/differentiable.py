@@ -12,26 +12,10 @@ from typing import Any, Optional, get_type_hints
 import torch
 from torch import Tensor
 
+from ds_lvxattn.kernels.base import empty_results, empty_rows
+from ds_lvxattn.kernels.local import BackwardPass, LocalAttention
+
 _library = torch.library.Library("ds_lvxattn", "FRAGMENT")
-
-
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """dtype of the log-sum-exp of inputs in ``dtype``: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def empty_rows(x: Tensor, size: int, device: torch.device | str | None = None) -> Tensor:
-    """``[B, H, S, size]`` in the dtype and, where they are dense, the order of the strides of ``x [B, H, S, D]``; not
-    filled."""
-    if size == x.shape[3]:
-        return torch.empty_like(x, device=device)
-    order = sorted(range(3), key=x.stride, reverse=True)
-    return torch.empty_permuted((*x.shape[:3], size), (*order, 3), dtype=x.dtype, device=device or x.device)
-
-
-def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """``out`` as ``empty_rows`` of ``q`` in the head size of ``v``, and its log-sum-exp; not filled."""
-    return empty_rows(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
 
 
 def attention_operator(
@@ -45,41 +29,68 @@ def attention_operator(
 
     Args:
         name: of the operator.
-        forward: ``(q, k, v, *more) -> (out, lse)``, strides of ``empty_results``. ``more`` are tensors or None, then
-            settings, as annotated.
-        backward: ``(dout, dlse, q, k, v, out, lse, *more) -> (dq, dk, dv)``, strides of ``empty_rows``; ``dlse`` is
-            None where nobody uses the log-sum-exp.
-        kept: for an operator with a third result, which only its backward pass reads, as ``(..., q, kept, k, ...)``:
-            called as ``forward``, it gives such a tensor, not filled. The last setting then says whether it is kept.
+        forward: ``(q, k, v, local, *more) -> (out, lse)``, any strides. ``local`` is a ``LocalAttention``; ``more`` are
+            tensors or None, then settings, as annotated.
+        backward: ``(given, *more) -> (dq, dk, dv)``, any strides, in the dtypes of ``q, k, v`` or wider. ``given`` is a
+            ``BackwardPass``.
+        kept: for an operator with a third result, which only its backward pass reads, as ``given.kept``: called as
+            ``forward``, it gives such a tensor, not filled. The last setting then says whether it is kept.
         kept_holds_queries: what is kept holds the queries too, and ``out`` stands for ``q``, whose shape, but for the
             head size, and order of strides it has.
 
     Returns:
-        The operator.
+        The operator, ``(q, k, v, start, stop, *more tensors, scale, softcap, kernel, *more settings)``.
     """
-    parameters = list(inspect.signature(forward).parameters)
     hints = get_type_hints(forward)
-    tensors = sum(hints[parameter] in (Tensor, Optional[Tensor]) for parameter in parameters)
-    no_gradients = (None,) * (len(parameters) - 3)
+    results = hints.pop("return")
+    more = dict(list(hints.items())[4:])
+    tensors = {key: hint for key, hint in more.items() if hint in (Tensor, Optional[Tensor])}
+    settings = {key: hint for key, hint in more.items() if key not in tensors}
+    common = {
+        "start": Optional[Tensor], "stop": Optional[Tensor], **tensors,
+        "scale": float, "softcap": Optional[float], "kernel": str, **settings,
+    }  # fmt: skip
+    q_k_v = {"q": Tensor, "k": Tensor, "v": Tensor}
+    count = len(tensors)
+    saved = 5 + count  # tensors among the arguments
+    no_gradients = (None,) * len(common)
 
-    def fake(*args: Any) -> tuple[Tensor, ...]:
-        results = empty_results(args[0], args[2])
-        return results if kept is None else (*results, kept(*args))
+    def split(start: Tensor | None, stop: Tensor | None, *more: Any) -> tuple[LocalAttention, tuple[Any, ...]]:
+        return LocalAttention(start, stop, *more[count : count + 3]), more[:count] + more[count + 3 :]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        local, more = split(*args)
+        out, lse, *extra = forward(q, k, v, local, *more)
+        return _like(out, q), lse.contiguous(), *extra
+
+    def run_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        extra, (k, v, out, lse, *rest) = (None, args) if kept is None else (args[0], args[1:])
+        local, more = split(*rest)
+        dq, dk, dv = backward(BackwardPass(dout, dlse, q, extra, k, v, out, lse, local), *more)
+        return _like(dq, q), _like(dk, k), _like(dv, v)
+
+    def fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        if kept is None:
+            return empty_results(q, v)
+        local, more = split(*args)
+        return *empty_results(q, v), kept(q, k, v, local, *more)
 
     def fake_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         k, v = args[:2] if kept is None else args[1:3]
         return empty_rows(q, k.shape[3]), torch.empty_like(k), torch.empty_like(v)
 
-    operator = _define(name, forward, fake)
-    operator_backward = _define(f"{name}_backward", backward, fake_backward)
+    operator = _define(name, q_k_v | common, results, run, fake)
+    given = {"dout": Tensor, "dlse": Optional[Tensor], "q": Tensor, **({} if kept is None else {"kept": Tensor})}
+    given |= {"k": Tensor, "v": Tensor, "out": Tensor, "lse": Tensor, **common}
+    operator_backward = _define(f"{name}_backward", given, tuple[Tensor, Tensor, Tensor], run_backward, fake_backward)
 
     class Attention(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
             results = _below_autograd(operator, args)
             out, lse, *extra = results
-            q, k, v, *more = args[:tensors]
-            ctx.settings = args[tensors:]
+            q, k, v, *more = args[:saved]
+            ctx.settings = args[saved:]
             ctx.save_for_backward(
                 None if extra and args[-1] and kept_holds_queries else q, *extra, k, v, out, lse, *more
             )
@@ -103,12 +114,31 @@ def attention_operator(
     return operator
 
 
-def _define(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
+def _define(
+    name: str, parameters: dict[str, Any], results: Any, function: Callable[..., Any], fake: Callable[..., Any]
+) -> torch._ops.OpOverload:
     """``ds_lvxattn::NAME``, for every device; it returns new tensors."""
-    _library.define(name + torch.library.infer_schema(function, mutates_args=()))
+
+    def prototype() -> None: ...
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    annotated = [inspect.Parameter(key, kind, annotation=hint) for key, hint in parameters.items()]
+    setattr(prototype, "__signature__", inspect.Signature(annotated, return_annotation=results))  # noqa: B010
+    _library.define(name + torch.library.infer_schema(prototype, mutates_args=()))
     _library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ds_lvxattn::{name}", fake, lib=_library)
     return getattr(torch.ops.ds_lvxattn, name).default
+
+
+def _like(x: Tensor, pattern: Tensor) -> Tensor:
+    """``x`` in the dtype and strides of ``empty_rows(pattern, ...)``; no copy where the kernel chose them already."""
+    filled = x.untyped_storage().nbytes() == x.nbytes  # then equal strides are those of ``empty_rows``
+    if filled and x.dtype == pattern.dtype and x.stride() == pattern.stride():
+        return x
+    want = empty_rows(pattern, x.shape[3], "meta")
+    if x.dtype == want.dtype and x.stride() == want.stride():
+        return x
+    return empty_rows(pattern, x.shape[3]).copy_(x)
 
 
 def _below_autograd(operator: torch._ops.OpOverload, args: tuple[Any, ...]) -> tuple[Tensor, ...]:

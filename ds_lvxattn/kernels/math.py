@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ds_lvxattn.kernels.base import Call
-from ds_lvxattn.kernels.differentiable import empty_results
+from ds_lvxattn.kernels.base import Call, empty_results, lse_dtype
 
 # Scores of one chunk of query rows. Chunks bound the memory: never S_q x S_kv at once.
 MAX_SCORES = 1 << 26
@@ -35,7 +34,7 @@ class MathKernel:
         scale: float,
         softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        wide = _wide(q.dtype)
+        wide = lse_dtype(q.dtype)
         out, lse = empty_results(q, v)
         keys, values = k.to(wide), v.to(wide)
         for rows in _chunks(q, k):
@@ -68,7 +67,7 @@ class MathKernel:
         scale: float,
         softcap: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = _wide(q.dtype)
+        wide = lse_dtype(q.dtype)
         assert delta is not None
         keys, values = k.to(wide), v.to(wide)
         dq = torch.empty(q.shape, dtype=wide, device=q.device)
@@ -94,10 +93,6 @@ class MathKernel:
             dq[:, :, rows] = _ungroup(torch.matmul(_fold(dscores), keys), dscores)
             dk += torch.matmul(_fold(dscores).transpose(-1, -2), _fold(_group(q[:, :, rows].to(wide), groups)))
         return dq, dk, dv
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _chunks(q: Tensor, k: Tensor) -> Iterator[slice]:

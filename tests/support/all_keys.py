@@ -1,6 +1,6 @@
 """The torch side of the mode ``all_keys``: keys and values of all ranks are gathered on each; queries stay."""
 
-from typing import Optional, Sequence
+from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -8,16 +8,14 @@ from torch import Tensor
 from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.comm import Communicator, Part, communicator_by_name
 from ds_lvxattn.exchange.shards import SequenceShards
-from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.differentiable import attention_operator
-from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
-from ds_lvxattn.kernels.triton.delta import attention_delta
+from ds_lvxattn.kernels.local import BackwardPass, LocalAttention
 
 
 def all_keys_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Attention of the rank's rows over the keys of all ranks; see ``exchange.arguments``."""
     keys = exchange.layout.kv
-    return torch.ops.ds_lvxattn.all_keys(
+    return _operator(
         q, k, v, *exchange.own_ranges(q.shape[2]), exchange.scale, exchange.softcap, exchange.kernel,
         exchange.comm.name, keys.lengths, keys.deal,
     )  # fmt: skip
@@ -39,54 +37,27 @@ def _gathered(k: Tensor, v: Tensor, keys: SequenceShards, comm: Communicator) ->
 
 
 def all_keys(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Optional[Tensor],
-    stop: Optional[Tensor],
-    scale: float,
-    softcap: Optional[float],
-    kernel: str,
-    group: str,
-    kv_lengths: Sequence[int],
+    q: Tensor, k: Tensor, v: Tensor, local: LocalAttention, group: str, kv_lengths: Sequence[int],
     kv_deal: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    """Forward pass: ``out [B, H, s_q, D]`` and ``lse [B, H, s_q]``."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Forward pass; ``local`` has the ranges of the own rows."""
     keys, comm = SequenceShards.of_deal(kv_lengths, kv_deal), communicator_by_name(group)
-    out, lse = forward_local(q, *_gathered(k, v, keys, comm), start, stop, scale, kernel, softcap)
-    return like(out, q), lse.contiguous()
+    return local.forward(q, *_gathered(k, v, keys, comm))
 
 
 def all_keys_backward(
-    dout: Tensor,
-    dlse: Optional[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    start: Optional[Tensor],
-    stop: Optional[Tensor],
-    scale: float,
-    softcap: Optional[float],
-    kernel: str,
-    group: str,
-    kv_lengths: Sequence[int],
-    kv_deal: Sequence[int],
+    given: BackwardPass, group: str, kv_lengths: Sequence[int], kv_deal: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: gradients of other ranks' keys go home and are added up there."""
     keys, comm = SequenceShards.of_deal(kv_lengths, kv_deal), communicator_by_name(group)
-    chosen = backward_kernel(kernel, Call.backward(q, k, v, start is not None, softcap is not None), dlse is not None)
-    delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
-    whole = _gathered(k, v, keys, comm)
-    dq, *parts = backward_local(chosen, dout, q, *whole, out, lse, delta, start, stop, scale, softcap)
-    both = torch.stack(parts).to(lse.dtype).movedim(3, 0)
+    dq, *parts = given.of_own_rows(*_gathered(given.k, given.v, keys, comm))
+    both = torch.stack(parts).to(given.lse.dtype).movedim(3, 0)
     wire = both.new_zeros((keys.ranks * keys.longest, *both.shape[1:]))
-    wire[_order(keys, q.device)] = both
+    wire[_order(keys, dq.device)] = both
     home = torch.empty_like(wire)
     comm.start_all_to_all([Part("key and value gradients", wire, home)]).wait()
-    dk, dv = home.unflatten(0, (keys.ranks, -1)).sum(dim=0)[: k.shape[2]].movedim(0, 3)
-    return like(dq, q), like(dk, k), like(dv, v)
+    dk, dv = home.unflatten(0, (keys.ranks, -1)).sum(dim=0)[: given.k.shape[2]].movedim(0, 3)
+    return dq, dk, dv
 
 
-attention_operator("all_keys", all_keys, all_keys_backward)
+_operator = attention_operator("all_keys", all_keys, all_keys_backward)

@@ -10,17 +10,16 @@ large, gathered again.
 """
 
 from collections.abc import Callable
-from typing import Optional, Sequence
+from typing import Sequence
 
 import torch
 from torch import Tensor
 
 from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.query_rows import Waiting, attention_layout, gather_buffer, rows_by_name
-from ds_lvxattn.kernels.base import Call
-from ds_lvxattn.kernels.differentiable import attention_operator, empty_results, empty_rows
-from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
-from ds_lvxattn.kernels.triton.delta import attention_delta
+from ds_lvxattn.kernels.base import empty_results, empty_rows
+from ds_lvxattn.kernels.differentiable import attention_operator
+from ds_lvxattn.kernels.local import BackwardPass, LocalAttention
 from ds_lvxattn.kernels.triton.merge import merge_partials
 from ds_lvxattn.plan.pipeline import head_groups, keeps_queries, mean_head_dim
 
@@ -68,7 +67,7 @@ def _gathered(
     keep = exchange.keep_queries
     if keep is None:
         keep = keeps_queries(heads, kv_heads, *lengths)
-    out, lse, _ = torch.ops.ds_lvxattn.query_gather(
+    out, lse, _ = _operator(
         q, k, v, first, last, exchange.scale, exchange.softcap, exchange.kernel, group, inner, layout.q.lengths,
         groups, keep,
     )  # fmt: skip
@@ -112,25 +111,14 @@ def head_slices(heads: int, groups: int) -> list[slice]:
 
 
 def query_gather(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Optional[Tensor],
-    last: Optional[Tensor],
-    scale: float,
-    softcap: Optional[float],
-    kernel: str,
-    group: str,
-    inner: str,
-    q_lengths: Sequence[int],
-    head_groups: Sequence[int],
-    keep_queries: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, local: LocalAttention, group: str, inner: str, q_lengths: Sequence[int],
+    head_groups: Sequence[int], keep_queries: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Forward pass.
 
     Args:
-        first, last: int32 ``[B, n * s_max, ...]``, the keys of this rank that the rows of every rank see, in the order
-            in which they are gathered.
+        local: ranges of int32 ``[B, n * s_max, ...]``, the keys of this rank that the rows of every rank see, in the
+            order in which they are gathered.
         group, inner: see ``rows_by_name``.
         q_lengths: query rows of every rank, in the order of the ranks.
         head_groups: groups of key heads of the forward and of the backward pass; divisors of ``H_kv``.
@@ -145,16 +133,14 @@ def query_gather(
     groups = head_groups[0]
     queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
     out, lse = empty_results(q, v)
-    kept = _kept(q, k, v, first, last, scale, softcap, kernel, group, inner, q_lengths, head_groups, keep_queries)
+    kept = _kept(q, k, v, local, group, inner, q_lengths, head_groups, keep_queries)
 
     def gather(i: int) -> InFlight:
         q_all = kept[i] if keep_queries else gather_buffer(q[:, queries[i]], exchange.ranks, rows)
         return [q_all], exchange.gather([("queries", q[:, queries[i]], q_all)], rows)
 
     def attend(i: int, arrived: list[Tensor]) -> InFlight:
-        partial_out, partial_lse = forward_local(
-            attention_layout(arrived[0]), k[:, keys[i]], v[:, keys[i]], first, last, scale, kernel, softcap
-        )
+        partial_out, partial_lse = local.forward(attention_layout(arrived[0]), k[:, keys[i]], v[:, keys[i]])
         return exchange.give_back([("outputs", partial_out), ("lse", partial_lse)], rows, own, _merged)
 
     def merge(i: int, arrived: list[Tensor]) -> None:
@@ -169,7 +155,7 @@ def _merged(parts: list[Tensor]) -> list[Tensor]:
     return list(merge_partials(*parts))
 
 
-def _kept(q, k, v, first, last, scale, softcap, kernel, group, inner, q_lengths, head_groups, keep_queries) -> Tensor:
+def _kept(q, k, v, local, group, inner, q_lengths, head_groups, keep_queries) -> Tensor:
     batch, heads, _, head_dim = q.shape
     groups, rows = head_groups[0], len(q_lengths) * max(q_lengths)
     return q.new_empty((groups if keep_queries else 0, rows, batch, heads // groups, head_dim))
@@ -187,68 +173,49 @@ def rows_of_group(kept: Tensor, groups: int, index: int) -> Tensor:
 
 
 def query_gather_backward(
-    dout: Tensor,
-    dlse: Optional[Tensor],
-    q: Tensor,
-    kept: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    first: Optional[Tensor],
-    last: Optional[Tensor],
-    scale: float,
-    softcap: Optional[float],
-    kernel: str,
-    group: str,
-    inner: str,
-    q_lengths: Sequence[int],
-    head_groups: Sequence[int],
+    given: BackwardPass, group: str, inner: str, q_lengths: Sequence[int], head_groups: Sequence[int],
     keep_queries: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Backward pass: ``dk`` and ``dv`` are complete on their rank; the parts of ``dq`` go to their owners."""
     exchange = rows_by_name(group, inner)
     rows, own = max(q_lengths), q_lengths[exchange.rank]
-    chosen = backward_kernel(kernel, Call.backward(q, k, v, first is not None, softcap is not None), dlse is not None)
+    q, k, v, wide = given.q, given.k, given.v, given.lse.dtype
     groups = head_groups[1]
     queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
-    delta = attention_delta(dout, out, dlse).to(lse.dtype)
+    travelling = [("output gradients", given.dout), ("lse", given.lse), ("lse", given.delta())]
+    if not keep_queries:
+        travelling.append(("queries", q))
     dq = empty_rows(q, k.shape[3])  # ``q`` may be ``out``, in its place
     # The gradients of K and V: of one group they are what the kernel returns, of several they are put together.
     complete: tuple[Tensor, ...] = () if groups == 1 else (torch.empty_like(k), torch.empty_like(v))
 
     def gather(i: int) -> InFlight:
-        sent = [("output gradients", dout), ("lse", lse), ("lse", delta)]
-        if not keep_queries:
-            sent.append(("queries", q))
-        sent = [(what, x[:, queries[i]]) for what, x in sent]
+        sent = [(what, x[:, queries[i]]) for what, x in travelling]
         buffers = [gather_buffer(x, exchange.ranks, rows) for _, x in sent]
         return buffers, exchange.gather([(*x, buffer) for x, buffer in zip(sent, buffers, strict=True)], rows)
 
     def attend(i: int, arrived: list[Tensor]) -> InFlight:
         nonlocal complete
         if keep_queries:
-            arrived = [*arrived, rows_of_group(kept, groups, i)]
-        dout_all, lse_all, delta_all, q_all = (attention_layout(x) for x in arrived)
-        partial_dq, group_dk, group_dv = backward_local(
-            chosen, dout_all, q_all, k[:, keys[i]], v[:, keys[i]], None, lse_all, delta_all, first, last, scale, softcap
-        )
+            arrived = [*arrived, rows_of_group(given.kept, groups, i)]
+        douts, lses, deltas, q_all = (attention_layout(x) for x in arrived)
+        partial_dq, *parts = given.of_rows(douts, q_all, lses, deltas, k[:, keys[i]], v[:, keys[i]])
         if groups == 1:
-            complete = like(group_dk, k), like(group_dv, v)
+            complete = tuple(parts)
         else:
-            for whole, part in zip(complete, (group_dk, group_dv), strict=True):
+            for whole, part in zip(complete, parts, strict=True):
                 whole[:, keys[i]] = part
         return exchange.give_back([("query gradients", partial_dq.to(q.dtype))], rows, own, summed)
 
     def summed(parts: list[Tensor]) -> list[Tensor]:
-        return [parts[0].sum(dim=0, dtype=lse.dtype).to(q.dtype)]
+        return [parts[0].sum(dim=0, dtype=wide).to(q.dtype)]
 
     def add_up(i: int, arrived: list[Tensor]) -> None:
-        dq[:, queries[i]] = arrived[0].sum(dim=0, dtype=lse.dtype)
+        dq[:, queries[i]] = arrived[0].sum(dim=0, dtype=wide)
 
     pipelined(groups, gather, attend, add_up)
     dk, dv = complete
     return dq, dk, dv
 
 
-attention_operator("query_gather", query_gather, query_gather_backward, kept=_kept)
+_operator = attention_operator("query_gather", query_gather, query_gather_backward, kept=_kept)

@@ -15,10 +15,9 @@ from ds_lvxattn.exchange.comm import communicator_by_name
 from ds_lvxattn.exchange.query_rows import attention_layout, start_gather, start_return
 from ds_lvxattn.exchange.strategies.gather import InFlight, head_slices, pipelined, rows_of_group
 from ds_lvxattn.exchange.strategies.ulysses import padded_order
-from ds_lvxattn.kernels.base import Call
-from ds_lvxattn.kernels.differentiable import attention_operator, empty_results
-from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local
-from ds_lvxattn.kernels.triton.delta import attention_delta
+from ds_lvxattn.kernels.base import empty_results
+from ds_lvxattn.kernels.differentiable import attention_operator
+from ds_lvxattn.kernels.local import BackwardPass, LocalAttention
 from ds_lvxattn.plan.pipeline import keeps_keys, key_groups, mean_head_dim
 
 
@@ -32,7 +31,7 @@ def kv_gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> 
     kv_heads, lengths = k.shape[1], (layout.q.lengths, layout.kv.lengths)
     groups = exchange.head_groups or key_groups(batch, heads, kv_heads, head_dim, q.element_size(), *lengths)
     keep = keeps_keys(heads, kv_heads, *lengths)
-    out, lse, _ = torch.ops.ds_lvxattn.kv_gather(
+    out, lse, _ = _operator(
         q, k, v, start, stop, places, exchange.scale, exchange.softcap, exchange.kernel, comm.name, layout.kv.lengths,
         groups, keep,
     )  # fmt: skip
@@ -45,24 +44,13 @@ class _Arrived:
 
 
 def kv_gather(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Optional[Tensor],
-    stop: Optional[Tensor],
-    places: Optional[Tensor],
-    scale: float,
-    softcap: Optional[float],
-    kernel: str,
-    group: str,
-    kv_lengths: Sequence[int],
-    head_groups: Sequence[int],
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, local: LocalAttention, places: Optional[Tensor], group: str,
+    kv_lengths: Sequence[int], head_groups: Sequence[int], keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Forward pass.
 
     Args:
-        start, stop: int32 ``[B, s_q]``, the keys that the own rows see.
+        local: ranges of int32 ``[B, s_q]``, the keys that the own rows see.
         places: int64 ``[S_kv]``, where each key lies among the padded shards; None where it lies in its place.
         head_groups: groups of key heads of the forward and of the backward pass; divisors of ``H_kv``.
         keep: keep the gathered keys and values for the backward pass.
@@ -75,7 +63,7 @@ def kv_gather(
     groups = head_groups[0]
     queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
     out, lse = empty_results(q, v)
-    kept = _kept(q, k, v, start, stop, places, scale, softcap, kernel, group, kv_lengths, head_groups, keep)
+    kept = _kept(q, k, v, local, places, group, kv_lengths, head_groups, keep)
 
     sides = _by_side(kept, k, v, groups)
 
@@ -86,15 +74,14 @@ def kv_gather(
 
     def attend(i: int, arrived: list[Tensor]) -> InFlight:
         k_all, v_all = (_in_order(x, places) for x in arrived)
-        part, part_lse = forward_local(q[:, queries[i]], k_all, v_all, start, stop, scale, kernel, softcap)
-        out[:, queries[i]], lse[:, queries[i]] = part, part_lse
+        out[:, queries[i]], lse[:, queries[i]] = local.forward(q[:, queries[i]], k_all, v_all)
         return [], _Arrived()
 
     pipelined(groups, gather, attend, lambda i, arrived: None)
     return out, lse, kept
 
 
-def _kept(q, k, v, start, stop, places, scale, softcap, kernel, group, kv_lengths, head_groups, keep) -> Tensor:
+def _kept(q, k, v, local, places, group, kv_lengths, head_groups, keep) -> Tensor:
     groups, rows = head_groups[0], len(kv_lengths) * max(kv_lengths)
     return k.new_empty((groups if keep else 0, rows * k.shape[0] * (k.shape[1] // groups) * (k.shape[3] + v.shape[3])))
 
@@ -118,33 +105,16 @@ def _in_order(wire: Tensor, places: Optional[Tensor]) -> Tensor:
 
 
 def kv_gather_backward(
-    dout: Tensor,
-    dlse: Optional[Tensor],
-    q: Tensor,
-    kept: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    start: Optional[Tensor],
-    stop: Optional[Tensor],
-    places: Optional[Tensor],
-    scale: float,
-    softcap: Optional[float],
-    kernel: str,
-    group: str,
-    kv_lengths: Sequence[int],
-    head_groups: Sequence[int],
+    given: BackwardPass, places: Optional[Tensor], group: str, kv_lengths: Sequence[int], head_groups: Sequence[int],
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Backward pass: ``dq`` is complete on its rank; the parts of ``dk`` and ``dv`` go to their owners."""
     comm = communicator_by_name(group)
-    chosen = backward_kernel(kernel, Call.backward(q, k, v, start is not None, softcap is not None), dlse is not None)
-    delta = None if chosen.needs_out else attention_delta(dout, out, dlse).to(lse.dtype)
+    q, k, v = given.q, given.k, given.v
     groups, rows = head_groups[1], len(kv_lengths) * max(kv_lengths)
     queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    sides = _by_side(kept, k, v, head_groups[0])
+    sides = _by_side(given.kept, k, v, head_groups[0])
 
     def gather(i: int) -> InFlight:
         if keep:
@@ -154,12 +124,8 @@ def kv_gather_backward(
         return both, start_gather(sent, comm)
 
     def attend(i: int, arrived: list[Tensor]) -> InFlight:
-        own = queries[i]
         k_all, v_all = (_in_order(x, places) for x in arrived)
-        dq[:, own], *parts = backward_local(
-            chosen, dout[:, own], q[:, own], k_all, v_all, out[:, own] if chosen.needs_out else None, lse[:, own],
-            None if delta is None else delta[:, own], start, stop, scale, softcap,
-        )  # fmt: skip
+        dq[:, queries[i]], *parts = given.of_own_rows(k_all, v_all, heads=queries[i])
         parts = [part.to(k.dtype) for part in parts]
         if places is not None:
             parts = [
@@ -169,10 +135,10 @@ def kv_gather_backward(
 
     def add_up(i: int, arrived: list[Tensor]) -> None:
         for whole, parts in zip((dk, dv), arrived, strict=True):
-            whole[:, keys[i]] = parts.sum(dim=0, dtype=lse.dtype)
+            whole[:, keys[i]] = parts.sum(dim=0, dtype=given.lse.dtype)
 
     pipelined(groups, gather, attend, add_up)
     return dq, dk, dv
 
 
-attention_operator("kv_gather", kv_gather, kv_gather_backward, kept=_kept, kept_holds_queries=False)
+_operator = attention_operator("kv_gather", kv_gather, kv_gather_backward, kept=_kept, kept_holds_queries=False)

@@ -12,11 +12,9 @@ from torch import Tensor
 from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.comm import Communicator, Message, Transfer, communicator_by_name
 from ds_lvxattn.exchange.interval import clip_to_rank
-from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.derived import derived_of
 from ds_lvxattn.kernels.differentiable import attention_operator
-from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
-from ds_lvxattn.kernels.triton.delta import attention_delta
+from ds_lvxattn.kernels.local import BackwardPass, LocalAttention
 from ds_lvxattn.kernels.triton.merge import merge_partials
 
 
@@ -24,7 +22,7 @@ def kv_ring_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tu
     """Attention of the rank's rows over the keys of all ranks; see ``exchange.arguments``."""
     layout = exchange.layout
     first, last = _ranges_of_owners(exchange, q.shape[2])
-    return torch.ops.ds_lvxattn.kv_ring(
+    return _operator(
         q, k, v, first, last, exchange.scale, exchange.softcap, exchange.kernel, exchange.comm.name, layout.kv.lengths
     )
 
@@ -59,18 +57,9 @@ def _of(first: Optional[Tensor], last: Optional[Tensor], owner: int) -> tuple[Op
 
 
 def kv_ring(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Optional[Tensor],
-    last: Optional[Tensor],
-    scale: float,
-    softcap: Optional[float],
-    kernel: str,
-    group: str,
-    kv_lengths: Sequence[int],
+    q: Tensor, k: Tensor, v: Tensor, local: LocalAttention, group: str, kv_lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Forward pass: ``out [B, H, s_q, D_v]`` and ``lse [B, H, s_q]``; ``first, last`` of ``_ranges_of_owners``."""
+    """Forward pass; ``local`` has the ranges of ``_ranges_of_owners``."""
     comm = communicator_by_name(group)
     held = [k.contiguous(), v.contiguous()]
     out = lse = None
@@ -79,8 +68,7 @@ def kv_ring(
         transfer = None
         if step < comm.ranks - 1:
             arriving, transfer = _pass_on(comm, held, kv_lengths, owner, "keys and values")
-        ranges = _of(first, last, owner)
-        part, part_lse = forward_local(q, held[0], held[1], *ranges, scale, kernel, softcap)
+        part, part_lse = local.forward(q, held[0], held[1], *_of(local.start, local.stop, owner))
         # The running result stays in float32: rounding it at every step would cost accuracy.
         part = part.to(part_lse.dtype)
         if out is None or lse is None:
@@ -91,32 +79,15 @@ def kv_ring(
             transfer.wait()
             held = arriving
     assert out is not None and lse is not None
-    return like(out, q), lse.contiguous()
+    return out, lse
 
 
-def kv_ring_backward(
-    dout: Tensor,
-    dlse: Optional[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    first: Optional[Tensor],
-    last: Optional[Tensor],
-    scale: float,
-    softcap: Optional[float],
-    kernel: str,
-    group: str,
-    kv_lengths: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:
+def kv_ring_backward(given: BackwardPass, group: str, kv_lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: ``dq`` stays, ``dk`` and ``dv`` of other ranks' keys travel home with them in float32."""
     comm = communicator_by_name(group)
-    chosen = backward_kernel(kernel, Call.backward(q, k, v, first is not None, softcap is not None), dlse is not None)
-    delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
-    wide = lse.dtype
-    dq = torch.zeros_like(q, dtype=wide)
-    held = [k.contiguous(), v.contiguous()]
+    wide = given.lse.dtype
+    dq = torch.zeros_like(given.q, dtype=wide)
+    held = [given.k.contiguous(), given.v.contiguous()]
     home: list[Tensor] = []
     travelling: list[Tensor] = []
     gradients: Transfer | None = None
@@ -125,10 +96,7 @@ def kv_ring_backward(
         transfer = None
         if step < comm.ranks - 1:
             arriving, transfer = _pass_on(comm, held, kv_lengths, owner, "keys and values")
-        part_dq, *parts = backward_local(
-            chosen, dout, q, held[0], held[1], out if chosen.needs_out else None, lse, delta,
-            *_of(first, last, owner), scale, softcap,
-        )  # fmt: skip
+        part_dq, *parts = given.of_own_rows(held[0], held[1], *_of(given.start, given.stop, owner))
         dq += part_dq
         parts = [part.to(wide).contiguous() for part in parts]
         if step == 0:
@@ -146,7 +114,7 @@ def kv_ring_backward(
         gradients.wait()
         home = [part.add_(rest) for part, rest in zip(home, travelling, strict=True)]
     dk, dv = home
-    return like(dq, q), like(dk, k), like(dv, v)
+    return dq, dk, dv
 
 
-attention_operator("kv_ring", kv_ring, kv_ring_backward)
+_operator = attention_operator("kv_ring", kv_ring, kv_ring_backward)

@@ -12,17 +12,16 @@ from torch import Tensor
 
 from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.comm import Communicator, Message, Transfer, communicator_by_name
-from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.base import empty_results
 from ds_lvxattn.kernels.derived import derived_of
-from ds_lvxattn.kernels.differentiable import attention_operator, empty_results
-from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
-from ds_lvxattn.kernels.triton.delta import attention_delta
+from ds_lvxattn.kernels.differentiable import attention_operator
+from ds_lvxattn.kernels.local import BackwardPass, LocalAttention
 from ds_lvxattn.kernels.triton.merge import merge_partials
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Attention of the rank's rows over the keys of all ranks; see ``exchange.arguments``."""
-    return torch.ops.ds_lvxattn.query_ring(
+    return _operator(
         q, k, v, *exchange.local_ranges, exchange.scale, exchange.softcap, exchange.kernel, exchange.comm.name,
         exchange.layout.q.lengths,
     )  # fmt: skip
@@ -104,63 +103,36 @@ def _of(
 
 
 def query_ring(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Optional[Tensor],
-    last: Optional[Tensor],
-    scale: float,
-    softcap: Optional[float],
-    kernel: str,
-    group: str,
-    q_lengths: Sequence[int],
+    q: Tensor, k: Tensor, v: Tensor, local: LocalAttention, group: str, q_lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Forward pass: ``out [B, H, s_q, D_v]`` and ``lse [B, H, s_q]``; ``first, last`` as ``Exchange.local_ranges``."""
+    """Forward pass; ``local`` has the ranges of ``Exchange.local_ranges``."""
     comm = communicator_by_name(group)
     returns = _Returns(comm, q.shape[2])
     for owner, (queries,) in _Ring(comm, q_lengths, ("queries",), (q,)):
-        start, stop = _of(first, last, q_lengths, owner)
-        returns.send(owner, forward_local(queries, k, v, start, stop, scale, kernel, softcap), ("outputs", "lse"))
+        ranges = _of(local.start, local.stop, q_lengths, owner)
+        returns.send(owner, local.forward(queries, k, v, *ranges), ("outputs", "lse"))
     out, lse = empty_results(q, v)
     outs, lses = returns.collect()
     merge_partials(outs, lses, out=out, lse=lse)
     return out, lse
 
 
-def query_ring_backward(
-    dout: Tensor,
-    dlse: Optional[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    first: Optional[Tensor],
-    last: Optional[Tensor],
-    scale: float,
-    softcap: Optional[float],
-    kernel: str,
-    group: str,
-    q_lengths: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:
+def query_ring_backward(given: BackwardPass, group: str, q_lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: ``Q``, ``dO``, ``L`` and ``delta`` go round, ``dQ`` parts go to their owners."""
     comm = communicator_by_name(group)
-    chosen = backward_kernel(kernel, Call.backward(q, k, v, first is not None, softcap is not None), dlse is not None)
-    delta = attention_delta(dout, out, dlse).to(lse.dtype)
-    ring = _Ring(comm, q_lengths, ("queries", "output gradients", "lse", "lse"), (q, dout, lse, delta))
-    wide = lse.dtype
+    q, k, v, wide = given.q, given.k, given.v, given.lse.dtype
+    own = given.dout, q, given.lse, given.delta()
+    ring = _Ring(comm, q_lengths, ("output gradients", "queries", "lse", "lse"), own)
     dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     returns = _Returns(comm, q.shape[2])
-    for owner, (queries, douts, lses, deltas) in ring:
-        start, stop = _of(first, last, q_lengths, owner)
-        partial_dq, partial_dk, partial_dv = backward_local(
-            chosen, douts, queries, k, v, None, lses, deltas, start, stop, scale, softcap
-        )
+    for owner, visiting in ring:
+        ranges = _of(given.start, given.stop, q_lengths, owner)
+        partial_dq, partial_dk, partial_dv = given.of_rows(*visiting, k, v, *ranges)
         returns.send(owner, (partial_dq.to(q.dtype),), ("query gradients",))
         dk += partial_dk
         dv += partial_dv
     (parts,) = returns.collect()
-    return like(parts.sum(dim=0, dtype=wide), q), like(dk, k), like(dv, v)
+    return parts.sum(dim=0, dtype=wide), dk, dv
 
 
-attention_operator("query_ring", query_ring, query_ring_backward)
+_operator = attention_operator("query_ring", query_ring, query_ring_backward)

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.comm import Communicator, communicator_by_name
-from ds_lvxattn.kernels.base import Call
-from ds_lvxattn.kernels.differentiable import attention_operator, empty_results, lse_dtype
-from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
-from ds_lvxattn.kernels.triton.delta import attention_delta
+from ds_lvxattn.kernels.base import empty_results, lse_dtype
+from ds_lvxattn.kernels.differentiable import attention_operator
+from ds_lvxattn.kernels.local import BackwardPass, LocalAttention
 from ds_lvxattn.kernels.triton.merge import merge_partials
 
 ALIGNMENT = 8  # bytes: each rank's message holds values of up to so many
@@ -29,27 +28,18 @@ ALIGNMENT = 8  # bytes: each rank's message holds values of up to so many
 def replicated_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Attention of the shared rows over the keys of all ranks, on every rank; see ``exchange.arguments``."""
     first, last = exchange.local_ranges
-    return torch.ops.ds_lvxattn.query_replicated(
+    return _operator(
         q, k, v, first, last, exchange.scale, exchange.softcap, exchange.kernel, exchange.comm.name,
         exchange.gradient_parts,
     )  # fmt: skip
 
 
 def query_replicated(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Optional[Tensor],
-    last: Optional[Tensor],
-    scale: float,
-    softcap: Optional[float],
-    kernel: str,
-    group: str,
-    parts: bool,
+    q: Tensor, k: Tensor, v: Tensor, local: LocalAttention, group: str, parts: bool
 ) -> tuple[Tensor, Tensor]:
-    """Forward pass: ``out [B, H, s_q, D_v]`` and ``lse [B, H, s_q]``, equal on every rank."""
+    """Forward pass; the results are equal on every rank."""
     comm = communicator_by_name(group)
-    partial_out, partial_lse = forward_local(q, k, v, first, last, scale, kernel, softcap)
+    partial_out, partial_lse = local.forward(q, k, v)
     out, lse = empty_results(q, v)
     merge_partials(*_gather_results(partial_out, partial_lse, comm), out=out, lse=lse)
     return out, lse
@@ -70,32 +60,15 @@ def _gather_results(out: Tensor, lse: Tensor, comm: Communicator) -> tuple[Tenso
     return outs.view(out.dtype).unflatten(1, out.shape), lses.view(lse.dtype).unflatten(1, lse.shape)
 
 
-def query_replicated_backward(
-    dout: Tensor,
-    dlse: Optional[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    first: Optional[Tensor],
-    last: Optional[Tensor],
-    scale: float,
-    softcap: Optional[float],
-    kernel: str,
-    group: str,
-    parts: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def query_replicated_backward(given: BackwardPass, group: str, parts: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass: everything is at hand but one sum over the ranks, of ``dq`` or (``parts``) of ``dout``."""
     comm = communicator_by_name(group)
     if parts:
-        dout, dlse = _sum_parts(dout, dlse, comm)
-    chosen = backward_kernel(kernel, Call.backward(q, k, v, first is not None, softcap is not None), dlse is not None)
-    delta = None if chosen.needs_out else attention_delta(dout, out, dlse)
-    dq, dk, dv = backward_local(chosen, dout, q, k, v, out, lse, delta, first, last, scale, softcap)
+        given.dout, given.dlse = _sum_parts(given.dout, given.dlse, comm)
+    dq, dk, dv = given.of_own_rows(given.k, given.v)
     if not parts:
-        dq = comm.all_reduce(dq.to(lse.dtype).contiguous(), "query gradients")
-    return like(dq, q), like(dk, k), like(dv, v)
+        dq = comm.all_reduce(dq.to(given.lse.dtype).contiguous(), "query gradients")
+    return dq, dk, dv
 
 
 def _sum_parts(dout: Tensor, dlse: Optional[Tensor], comm: Communicator) -> tuple[Tensor, Optional[Tensor]]:
@@ -108,4 +81,4 @@ def _sum_parts(dout: Tensor, dlse: Optional[Tensor], comm: Communicator) -> tupl
     return whole, rest[0] if rest else None
 
 
-attention_operator("query_replicated", query_replicated, query_replicated_backward)
+_operator = attention_operator("query_replicated", query_replicated, query_replicated_backward)

@@ -14,10 +14,9 @@ from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.comm import Communicator, Part, communicator_by_name
 from ds_lvxattn.exchange.routes import Routes
 from ds_lvxattn.exchange.strategies.gather import gather_attention
-from ds_lvxattn.kernels.base import Call
-from ds_lvxattn.kernels.differentiable import attention_operator, empty_results, empty_rows
-from ds_lvxattn.kernels.operator import backward_kernel, backward_local, forward_local, like
-from ds_lvxattn.kernels.triton.delta import attention_delta
+from ds_lvxattn.kernels.base import empty_results
+from ds_lvxattn.kernels.differentiable import attention_operator
+from ds_lvxattn.kernels.local import BackwardPass, LocalAttention
 from ds_lvxattn.kernels.triton.merge import merge_partials
 from ds_lvxattn.plan.pipeline import keeps_queries
 
@@ -32,7 +31,7 @@ def routed_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tup
     keep = exchange.keep_queries
     if keep is None:
         keep = keeps_queries(q.shape[1], k.shape[1], layout.q.lengths, layout.kv.lengths)
-    out, lse, _ = torch.ops.ds_lvxattn.query_routed(
+    out, lse, _ = _operator(
         q, k, v, routes.start, routes.stop, routes.send_rows, routes.slots, routes.returns, exchange.scale,
         exchange.softcap, exchange.kernel, exchange.comm.name, routes.sent, routes.received, keep,
     )  # fmt: skip
@@ -83,87 +82,58 @@ def _by_row(x: Tensor, returns: Tensor, fill: float) -> Tensor:
 
 
 def query_routed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor,
-    stop: Tensor,
-    send_rows: Tensor,
-    slots: Optional[Tensor],
-    returns: Tensor,
-    scale: float,
-    softcap: Optional[float],
-    kernel: str,
-    group: str,
-    sent: Sequence[int],
-    received: Sequence[int],
-    keep_queries: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward pass. The tensors after ``v`` and the counts are those of ``Routes``.
+    q: Tensor, k: Tensor, v: Tensor, local: LocalAttention, send_rows: Tensor, slots: Optional[Tensor], returns: Tensor,
+    group: str, sent: Sequence[int], received: Sequence[int], keep_queries: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Forward pass. Ranges, the tensors after them and the counts are those of ``Routes``.
 
     Returns:
         ``out [B, H, s_q, D_v]``, ``lse [B, H, s_q]``, and the queries of the rows computed here ``[B, r, H, D]`` (none
         of them where they are not kept).
     """
     batch, heads, own, head_dim = q.shape
-    post = _Post(communicator_by_name(group), batch, send_rows, slots, start.shape[1], sent, received)
+    places = _places(local)
+    post = _Post(communicator_by_name(group), batch, send_rows, slots, places, sent, received)
     (queries,) = post.send([("queries", q)])
-    partial_out, partial_lse = forward_local(queries, k, v, start, stop, scale, kernel, softcap)
+    partial_out, partial_lse = local.forward(queries, k, v)
     outs, lses = post.give_back([("outputs", partial_out), ("lse", partial_lse)])
     outs = _by_row(outs, returns, 0.0).unflatten(1, (batch, own)).transpose(2, 3)
     lses = _by_row(lses, returns, float("-inf")).unflatten(1, (batch, own)).transpose(2, 3)
     out, lse = empty_results(q, v)
     merge_partials(outs, lses, out=out, lse=lse)
-    kept = queries.transpose(1, 2).contiguous() if keep_queries else q.new_empty((0, start.shape[1], heads, head_dim))
+    kept = queries.transpose(1, 2).contiguous() if keep_queries else q.new_empty((0, places, heads, head_dim))
     return out, lse, kept
 
 
-def _kept(q, k, v, start, *more) -> Tensor:
+def _places(call: LocalAttention | BackwardPass) -> int:
+    """Rows that are computed here of a sequence, those that pad it included."""
+    assert call.start is not None  # without a mask there is nothing to route by
+    return call.start.shape[1]
+
+
+def _kept(q, k, v, local, *more) -> Tensor:
     batch, heads, _, head_dim = q.shape
-    return q.new_empty((batch if more[-1] else 0, start.shape[1], heads, head_dim))
+    return q.new_empty((batch if more[-1] else 0, _places(local), heads, head_dim))
 
 
 def query_routed_backward(
-    dout: Tensor,
-    dlse: Optional[Tensor],
-    q: Tensor,
-    kept: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    start: Tensor,
-    stop: Tensor,
-    send_rows: Tensor,
-    slots: Optional[Tensor],
-    returns: Tensor,
-    scale: float,
-    softcap: Optional[float],
-    kernel: str,
-    group: str,
-    sent: Sequence[int],
-    received: Sequence[int],
-    keep_queries: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    given: BackwardPass, send_rows: Tensor, slots: Optional[Tensor], returns: Tensor, group: str, sent: Sequence[int],
+    received: Sequence[int], keep_queries: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Backward pass: ``dk`` and ``dv`` are complete on their rank; the parts of ``dq`` go to their owners."""
-    batch, _, own, _ = out.shape
-    post = _Post(communicator_by_name(group), batch, send_rows, slots, start.shape[1], sent, received)
-    chosen = backward_kernel(kernel, Call.backward(q, k, v, True, softcap is not None), dlse is not None)
-    delta = attention_delta(dout, out, dlse).to(lse.dtype)
+    q, (batch, _, own, _) = given.q, given.out.shape
+    post = _Post(communicator_by_name(group), batch, send_rows, slots, _places(given), sent, received)
     # A padding row of a sequence has log-sum-exp 0 and gradients 0 here, and an empty range: it adds nothing.
-    named = [("output gradients", dout), ("lse", lse), ("lse", delta)]
+    named = [("output gradients", given.dout), ("lse", given.lse), ("lse", given.delta())]
     if not keep_queries:
         named.append(("queries", q))
     douts, lses, deltas, *queries = post.send(named)
     if keep_queries:
-        queries = [kept.transpose(1, 2)]
-    partial_dq, dk, dv = backward_local(
-        chosen, douts, queries[0], k, v, None, lses, deltas, start, stop, scale, softcap
-    )
+        queries = [given.kept.transpose(1, 2)]
+    partial_dq, dk, dv = given.of_rows(douts, queries[0], lses, deltas, given.k, given.v)
     (parts,) = post.give_back([("query gradients", partial_dq.to(q.dtype))])
-    dq = empty_rows(q, k.shape[3])  # ``q`` may be ``out``, in its place
-    dq.copy_(_by_row(parts, returns, 0.0).sum(dim=0, dtype=lse.dtype).unflatten(0, (batch, own)).transpose(1, 2))
-    return dq, like(dk, k), like(dv, v)
+    dq = _by_row(parts, returns, 0.0).sum(dim=0, dtype=given.lse.dtype).unflatten(0, (batch, own)).transpose(1, 2)
+    return dq, dk, dv
 
 
-attention_operator("query_routed", query_routed, query_routed_backward, kept=_kept)
+_operator = attention_operator("query_routed", query_routed, query_routed_backward, kept=_kept)

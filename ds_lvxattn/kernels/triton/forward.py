@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ds_lvxattn.kernels.differentiable import empty_rows
+from ds_lvxattn.kernels.base import empty_rows
 from ds_lvxattn.kernels.triton.merge import merge_partials_triton
 from ds_lvxattn.kernels.triton.tiles import ForwardConfig, forward_config, is_hopper, split_head
 
