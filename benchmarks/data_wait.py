@@ -125,7 +125,8 @@ class Run:
             text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
         assert self.process.stdout is not None
-        threading.Thread(target=self._tell, args=(self.process.stdout,), daemon=True).start()
+        self._reader = threading.Thread(target=self._tell, args=(self.process.stdout,), daemon=True)
+        self._reader.start()
 
     def _tell(self, lines: IO[str]) -> None:
         for line in lines:
@@ -151,11 +152,12 @@ class Run:
             time.sleep(0.2)
 
     def end(self) -> None:
-        """End the launcher and its ranks."""
+        """End the launcher and its ranks, and read what they said to the end."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(self.process.pid, number)
                 self.process.wait(15)
+        self._reader.join(15)
 
 
 def seconds_so_far() -> float:
@@ -206,6 +208,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the command")
     parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run, a session of its own, ends with this
     with tempfile.TemporaryDirectory() as made:
         measure(args, args.folder or Path(made))
 
