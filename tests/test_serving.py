@@ -15,13 +15,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    Idefics3Processor,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, Idefics3Processor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_torchvision_available
 
 from ds_lvxattn.batches.prepare import Batches

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ds_lvxattn.data.sample import FrameShape, FrameSize, Sample
 from ds_lvxattn.errors import ConfigError

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Idefics2ForConditionalGeneration
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverAttention, Idefics2VisionAttention
 
 from ds_lvxattn.data.sample import FrameShape, FrameSize
@@ -70,6 +71,10 @@ class Idefics2(Concatenation):
 
     def encoder_tokens(self) -> int:
         return _patches(self.config.vision_config)
+
+    def load_processor(self, name: str) -> Any:
+        # By its class: transformers 5.17 takes it for one that needs torchvision.
+        return Idefics2ImageProcessorPil.from_pretrained(name)
 
     def crops_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> list[FrameShape]:
         whole = size is None or size.video or not processor.do_image_splitting

@@ -22,8 +22,12 @@ from transformers import (
     PreTrainedModel,
     SmolVLMForConditionalGeneration,
 )
-from transformers.models.idefics3.image_processing_pil_idefics3 import get_resize_output_image_size
+from transformers.models.idefics3.image_processing_pil_idefics3 import (
+    Idefics3ImageProcessorPil,
+    get_resize_output_image_size,
+)
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionAttention
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionAttention
 
 from ds_lvxattn.data.sample import FrameShape, FrameSize
@@ -44,6 +48,7 @@ class Idefics3(Concatenation):
     model_class: type[PreTrainedModel] = Idefics3ForConditionalGeneration
     image_token = "<image>"
     pixels_apart = True
+    image_processor: Any = Idefics3ImageProcessorPil
 
     def is_local(self, module: nn.Module) -> bool:
         return isinstance(module, (Idefics3VisionAttention, SmolVLMVisionAttention))
@@ -68,6 +73,10 @@ class Idefics3(Concatenation):
     def encoder_tokens(self) -> int:
         vision = self.config.vision_config
         return (vision.image_size // vision.patch_size) ** 2
+
+    def load_processor(self, name: str) -> Any:
+        # By its class: transformers 5.17 takes it for one that needs torchvision.
+        return self.image_processor.from_pretrained(name)
 
     def crops_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> list[FrameShape]:
         grid: tuple[int, ...] = ()
@@ -129,6 +138,7 @@ class SmolVLM(Idefics3):
 
     name = "SmolVLM"
     model_class = SmolVLMForConditionalGeneration
+    image_processor = SmolVLMImageProcessorPil
 
 
 def _states(vision: nn.Module, values: Tensor) -> Tensor:
