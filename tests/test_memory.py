@@ -20,7 +20,7 @@ from ds_lvxattn.plan.memory import POLICIES, ModelStates, frames_that_fit, kept_
 from ds_lvxattn.plan.modes import eligible_modes
 from ds_lvxattn.plan.profile import load_profile
 from ds_lvxattn.plan.zero import StageTime, Work, advice, fastest, stages_of_run
-from ds_lvxattn.training.memory_plan import MemoryPlan, memory_plan
+from ds_lvxattn.training.memory_plan import Frozen, MemoryPlan, memory_plan
 from tests.support.distributed import run
 from tests.support.tiny_model import CPU, attach, loss_of, tiny_model, tiny_sample
 
@@ -140,9 +140,9 @@ def test_the_faster_stage_is_told_where_it_fits() -> None:
     layers = [cross_layer(1601 * 24)] * 8
     states = ModelStates(11 * 10**9, 2 * 10**9, 2, 3, 4)
 
-    def found(of: ModelStates, gib: int, host: float = 0.1) -> tuple[int, int] | None:
+    def found(of: ModelStates, gib: int, host: float = 0.1, keeps: bool = False) -> tuple[int, int] | None:
         work = Work(0.05, host)  # the host binds, and gathers cost it more
-        stages = stages_of_run(load_profile("h100"), layers, "kv", of, 0, True, work, gib * 2**30)
+        stages = stages_of_run(load_profile("h100"), layers, "kv", of, 0, True, work, gib * 2**30, keeps)
         best = fastest(stages)
         return None if advice(of.stage, stages) is None or best is None else (best.stage, round(best.memory))
 
@@ -153,6 +153,8 @@ def test_the_faster_stage_is_told_where_it_fits() -> None:
     assert found(replace(states, offload_parameters=True), 80) is None
     assert found(replace(states, stage=2), 24) == (3, step_bytes(layers, "kv", states, 0, True))
     assert found(replace(states, stage=0), 80) is None
+    # With what is frozen kept, stage 3 costs what stage 2 does, where there is room for it.
+    assert found(states, 80, keeps=True) is None and found(states, 36, keeps=True) == found(states, 36)
 
 
 def test_what_plan_json_says_of_zero() -> None:
@@ -167,16 +169,38 @@ def test_what_plan_json_says_of_zero() -> None:
 def test_a_run_on_a_gpu_is_told_of_a_faster_stage() -> None:
     text = SimpleNamespace(total=200)
     layout: Any = SimpleNamespace(
-        visual_tokens=1601 * 48, frames=[48], keys_in_text=False, samples_of_rows=[[0]], text=text, rows=1
-    )
+        visual_tokens=1601 * 48, frames=[48], keys_in_text=False, samples_of_rows=[[0]], text=text, rows=1,
+        encoder_tokens=1608 * 48, portions=2,
+    )  # fmt: skip
     layers, states = [cross_layer(1601 * 24)] * 8, ModelStates(11 * 10**9, 2 * 10**9, 2, 3, 2)
-    with mock.patch("torch.cuda.get_device_properties", return_value=SimpleNamespace(total_memory=80 * 2**30)):
-        plan = memory_plan(
-            layers, (4096,), "kv", states, layout, torch.device("cuda"), load_profile("h100"), Work(0.05, 0.1)
-        )
+
+    def plan_of(frozen: Frozen, gib: int = 80, of: ModelStates = states) -> MemoryPlan:
+        with mock.patch("torch.cuda.get_device_properties", return_value=SimpleNamespace(total_memory=gib * 2**30)):
+            return memory_plan(
+                layers, (4096,), "kv", of, layout, torch.device("cuda"), load_profile("h100"), Work(0.05, 0.1),
+                frozen=frozen,
+            )  # fmt: skip
+
+    plan = plan_of(Frozen(9 * 10**9, wish=False))
     assert plan.frames is not None and [each.stage for each in plan.stages] == [1, 2, 3]
     assert plan.zero is not None and plan.zero["stage"] == 3 and plan.zero["fastest_that_fits"] == 2
-    assert "ZeRO-2" in (plan.warning or "")
+    assert "ZeRO-2" in (plan.warning or "") and plan.zero["keeps_frozen"] is False
+
+    kept = plan_of(Frozen(9 * 10**9))
+    assert kept.warning is None and kept.zero is not None and kept.zero["gathered_bytes"] == 22 * 10**9
+    assert kept.states == plan.states + 22 * 10**9
+    assert kept.frozen is not None and kept.frozen.kept and kept.frozen.portions is not None
+    # As many portions as there is room for: a portion is of 20 frames a rank, a frame of 1601 features of 4096.
+    more = kept.frozen.portions * 20 * 1601 * 4096 * 2
+    assert kept.states + more < 5 / 6 * 80 * 2**30 and kept.frozen.portions > 2
+    for frozen, gib, why in (
+        (Frozen(9 * 10**9), 48, "may be taken"), (Frozen(0), 80, "all parameters train"),
+        (Frozen(9 * 10**9, obstacle="the reason"), 80, "the reason"),
+    ):  # fmt: skip
+        fate = plan_of(frozen, gib).frozen
+        assert fate is not None and not fate.kept and why in fate.why
+    forced = plan_of(Frozen(9 * 10**9, wish=True), 48).frozen
+    assert forced is not None and forced.kept and forced.portions is None
 
 
 def test_frames_that_fit() -> None:

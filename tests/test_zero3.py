@@ -1,18 +1,25 @@
-"""ZeRO-3 with what is frozen gathered as a whole: the same losses, and fewer gathers, whatever the batches are."""
+"""ZeRO-3 with what is frozen gathered as a whole, or once for the run: the same losses, and fewer gathers and hooks,
+whatever the batches are."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import z3_leaf_module
 
 from ds_lvxattn.data.sample import Sample
+from ds_lvxattn.runtime.kept_parameters import KeptParameters
 from ds_lvxattn.training.loading import parameter_groups, partition_over_all_ranks, select_trainable
 from ds_lvxattn.training.zero3 import LIVE, PREFETCH, take_as_wholes
 from tests.support.distributed import run
@@ -39,18 +46,56 @@ def made(family: str) -> torch.nn.Module:
     return model.train()
 
 
-def on_ranks(cases: Sequence[tuple[str, str]]) -> list[tuple[list[float], list[int], int]]:
-    """Losses, gathers of each step, and modules that are taken as a whole."""
+@dataclass
+class Steps:
+    """What steps under ZeRO-3 were like, on a rank.
+
+    Attributes:
+        losses, norms: of gradients, before clipping.
+        counts: for each step its ``gathers`` by ZeRO-3, the ``elements`` in them, and the ``hooks`` that ran.
+        wholes: modules that are taken as a whole.
+        kept: elements that stayed gathered; ``trained``, those that train.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    counts: list[collections.Counter[str]] = field(default_factory=list)
+    wholes: int = 0
+    kept: int = 0
+    trained: int = 0
+
+    def of_steps(self, what: str) -> list[int]:
+        return [counts[what] for counts in self.counts]
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[collections.Counter[str]]:
+    counts: collections.Counter[str] = collections.Counter()
+    coordinator = PartitionedParameterCoordinator
+    gather, fetch, release = (getattr(coordinator, n) for n in (GATHER, "fetch_sub_module", "release_sub_module"))
+
+    def gathers(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        counts["gathers"] += 1
+        counts["elements"] += sum(p.ds_numel for p in params if p.ds_status is ZeroParamStatus.NOT_AVAILABLE)
+        return gather(self, params, *args, **kwargs)
+
+    def hooked(function: Any) -> Any:
+        def hooks(*args: Any, **kwargs: Any) -> Any:
+            counts["hooks"] += 1
+            return function(*args, **kwargs)
+
+        return hooks
+
+    changes = {GATHER: gathers, "fetch_sub_module": hooked(fetch), "release_sub_module": hooked(release)}
+    with mock.patch.multiple(coordinator, **changes):
+        yield counts
+
+
+def on_ranks(cases: Sequence[tuple[Any, ...]]) -> list[Steps]:
     return [of_family(*case) for case in cases]
 
 
-def of_family(family: str, policy: str) -> tuple[list[float], list[int], int]:
-    gathers, gather = [0], getattr(PartitionedParameterCoordinator, GATHER)
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        gathers[0] += 1
-        return gather(*args, **kwargs)
-
+def of_family(family: str, policy: str, keeps: bool, portions: int | None = None) -> Steps:
     ranks = dist.get_world_size()
     model, config = made(family), ds_config(3, 1, 1, ranks)
     batches = attach(model, ranks, MODES[0], samples_of(STEPS[0]), recompute=policy)
@@ -58,18 +103,20 @@ def of_family(family: str, policy: str) -> tuple[list[float], list[int], int]:
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=parameter_groups(model), config=config, mpu=groups_of(ranks)
     )
-    losses, of_steps = [], []
-    setattr(PartitionedParameterCoordinator, GATHER, counted)
-    try:
-        with frames_in_portions(1, tiny_config()):
-            for patterns in STEPS:
-                gathers[0] = 0
-                losses.append(step(engine, batches, samples_of(patterns)))
-                of_steps.append(gathers[0])
-    finally:
-        setattr(PartitionedParameterCoordinator, GATHER, gather)
-        engine.destroy()
-    return losses, of_steps, sum(map(z3_leaf_module, model.modules()))
+    found = Steps(wholes=sum(map(z3_leaf_module, model.modules())))
+    found.trained = sum(p.ds_numel for p in model.parameters() if p.requires_grad)  # type: ignore[attr-defined]
+    if keeps:
+        kept = KeptParameters(model)
+        kept.keep(portions)
+        found.kept = kept.numel
+    with counting() as counts, frames_in_portions(1, tiny_config()):
+        for patterns in STEPS:
+            counts.clear()
+            found.losses.append(step(engine, batches, samples_of(patterns)))
+            found.norms.append(float(engine.get_global_grad_norm()))
+            found.counts.append(counts.copy())
+    engine.destroy()
+    return found
 
 
 def step(engine: Any, batches: Any, samples: Sequence[Sample]) -> float:
@@ -82,13 +129,27 @@ def step(engine: Any, batches: Any, samples: Sequence[Sample]) -> float:
     return whole.item()
 
 
-def test_losses_and_gathers() -> None:
-    cases = (("mllama", "layer"), ("llava", "none"))
-    for (family, _), (losses, gathers, wholes) in zip(cases, run(2, on_ranks, cases)[0], strict=True):
-        assert losses == pytest.approx(losses_of_batches(made(family), STEPS), rel=1e-5)
-        assert wholes == (3 if family == "mllama" else 1), "the encoder, and the layers without cross-attention"
-        # DeepSpeed knows the order of the modules from the first step, whatever the number of portions.
-        assert len(set(gathers[1:])) == 1 and gathers[1] < gathers[0] / 2, gathers
+@pytest.mark.parametrize(("family", "policy"), [("mllama", "layer"), ("mllama", "kv"), ("llava", "none")])
+def test_losses_and_gathers(family: str, policy: str) -> None:
+    cases = [(family, policy, False), (family, policy, True), (family, policy, True, 1)]
+    plain, kept, for_a_while = run(2, on_ranks, cases)[0]
+    for found in (plain, kept, for_a_while):
+        assert found.losses == pytest.approx(losses_of_batches(made(family), STEPS), rel=1e-5)
+        assert found.norms == pytest.approx(plain.norms, rel=1e-5)
+    assert plain.wholes == (3 if family == "mllama" else 1), "the encoder, and the layers without cross-attention"
+    # DeepSpeed knows the order of the modules from the first step, whatever the number of portions.
+    gathers = plain.of_steps("gathers")
+    assert len(set(gathers[1:])) == 1 and gathers[1] < gathers[0] / 2, gathers
+
+    assert kept.kept == sum(p.numel() for p in made(family).parameters()) - kept.trained
+    # In a step that DeepSpeed knows, what trains is gathered once, and nothing else; the first one was recorded.
+    assert set(kept.of_steps("elements")[1:]) == {kept.trained}
+    for what in ("gathers", "elements", "hooks"):
+        assert max(kept.of_steps(what)[1:]) < min(plain.of_steps(what)[1:]), what
+    # The second step has more portions than fit beside it.
+    assert for_a_while.of_steps("hooks")[0] == kept.of_steps("hooks")[0]
+    assert for_a_while.of_steps("gathers")[3:] == gathers[3:]
+    assert for_a_while.of_steps("hooks")[3:] == plain.of_steps("hooks")[3:]
 
 
 def test_sizes_that_the_config_has_stay() -> None:

@@ -103,6 +103,7 @@ class SequenceParallelTrainer(Trainer):
         self._ahead: Iterator[Loaded] = iter(())
         self._step: int | None = None  # the one at hand, in training
         self._evaluates_alone = False
+        self._zero: dict[str, Any] | None = None  # what ``plan.json`` says of ZeRO
 
     def __init_subclass__(cls, **others: Any) -> None:
         super().__init_subclass__(**others)
@@ -196,7 +197,7 @@ class SequenceParallelTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Prepare what was loaded, planned for if it need be, and take the step; see ``Trainer.training_step``."""
-        self._begin_step(inputs.layout, self.state.global_step + 1)
+        self._begin_step(inputs, self.state.global_step + 1)
         batch = self._plan_times.prepare(replace(inputs, tokens=num_items_in_batch))
         return super().training_step(model, batch.inputs, num_items_in_batch)
 
@@ -221,13 +222,15 @@ class SequenceParallelTrainer(Trainer):
         main = getattr(self.model, "main_input_name", "input_ids")
         return super().floating_point_ops({main: torch.empty(rows, device="meta")})
 
-    def _begin_step(self, layout: BatchLayout, step: int) -> None:
+    def _begin_step(self, first: Loaded, step: int) -> None:
         """Ahead of a micro-batch of ``step``: measure layers or not, and plan for the first one of all."""
         if step == self._step:
             return
         batches = self.attached.batches
         if self._step is None and batches.planner is not None:
-            batches.plans(layout)
+            batches.plans(first.layout)
+            memory = self.attached.plan_memory(first) if self.is_deepspeed_enabled else None
+            self._zero = None if memory is None else memory.zero
             self._plan_times.start(batches.planner.plan, step)
             self._write_plan(batches.planner.plan)
         self._step = step
@@ -238,7 +241,7 @@ class SequenceParallelTrainer(Trainer):
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir or ".")
             folder.mkdir(parents=True, exist_ok=True)
-            write_plan(plan, folder / "plan.json")
+            write_plan(plan, folder / "plan.json", self._zero)
 
     # Evaluation
 

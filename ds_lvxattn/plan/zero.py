@@ -2,7 +2,8 @@
 
 Stages 1 and 2 add gradients up over the ranks as they come, a bucket at a time behind the backward pass, and gather the
 updated parameters at the end. Stage 3 gathers parameters ahead of each layer, forward and backward, and has none to
-gather at the end. As DeepSpeed 0.19 does it: where ranks share a sequence gradients travel in float32, in stages 1 and
+gather at the end; what does not train it can keep gathered, and what trains gather once a step. As DeepSpeed 0.19 does
+it: where ranks share a sequence gradients travel in float32, in stages 1 and
 2 by an all-reduce, of which each rank keeps its part.
 """
 
@@ -46,7 +47,7 @@ class Transfers:
         """Seconds until ``parameters`` are there, ahead of a layer; 0 where they always are."""
         return self._seconds(parameters) if self.states.stage == 3 else 0.0
 
-    def gather_host(self, sets: int) -> float:
+    def gather_host(self, sets: float) -> float:
         """Seconds that the host needs to gather and release ``sets`` of parameters."""
         return sets * host_time(self.profile, GATHER).forward if self.states.stage == 3 else 0.0
 
@@ -134,33 +135,41 @@ def stages_of_run(
     features_train: bool,
     work: Work,
     capacity: float,
+    keeps: bool = True,
 ) -> list[StageTime]:
     """The step of a run in every stage; empty where its own stage is none of them, or the CPU holds its parameters.
 
-    Layers are taken to be alike, a third of their work forward.
+    Layers are taken to be alike, a third of their work forward. In stage 3 what is frozen is kept where it fits.
 
     Args:
         layers, policy, shared, features_train: as in ``memory.step_bytes``.
         states: the model, with the run's own stage.
         work: of a step.
         capacity: bytes of the device, of which a sixth stays free.
+        keeps: whether stage 3 may keep what is frozen.
     """
     if states.stage not in STAGES or states.offload_parameters:
         return []
     count, found = len(layers), []
     for stage in STAGES:
-        of_stage = replace(states, stage=stage)
+        of_stage = replace(states, stage=stage, gathered=states.parameters if stage == 3 and keeps else 0)
+        needed = step_bytes(layers, policy, of_stage, shared, features_train)
+        if of_stage.gathered and needed > FITS * capacity:
+            of_stage = replace(of_stage, gathered=0)
+            needed = step_bytes(layers, policy, of_stage, shared, features_train)
         transfers = Transfers(profile, of_stage)
-        gathering = transfers.gather_host(1 if states.trainable < states.parameters else MATRICES)
-        gather = transfers.gather(states.parameters / count)
+        trained = states.trainable / max(states.parameters, 1)
+        gathering = transfers.gather_host(1 if trained < 1 else MATRICES)
+        gathers = [transfers.gather(states.parameters / count)] * 2
+        if of_stage.gathered:  # what trains, once
+            gathering, gathers = trained * transfers.gather_host(MATRICES), [trained * gathers[0], 0.0]
         forward, backward = (
             Segment(
                 "compute", share * work.device / count, share * work.host / count + gathering, LAUNCHES, gather=gather
             )
-            for share in (1 / 3, 2 / 3)
+            for share, gather in zip((1 / 3, 2 / 3), gathers, strict=True)
         )
         reduced = transfers.reduced([(backward, states.trainable / count)] * count)
         seconds = sum(seconds_by_part([*[forward] * count, *reduced, *transfers.update()]).values())
-        needed = step_bytes(layers, policy, of_stage, shared, features_train)
         found.append(StageTime(stage, seconds, needed, needed <= FITS * capacity))
     return found

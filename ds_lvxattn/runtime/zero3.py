@@ -27,8 +27,8 @@ def gathered_once(module: nn.Module) -> Iterator[None]:
     with more frames calls an encoder more often. Only where it takes ``module`` as a whole, and without gradients;
     elsewhere nothing changes.
     """
-    before = _of_zero3(module._forward_pre_hooks) if z3_leaf_module(module) else {}
-    behind = _of_zero3(module._forward_hooks)
+    before = of_zero3(module._forward_pre_hooks) if z3_leaf_module(module) else {}
+    behind = of_zero3(module._forward_hooks)
     if not before:
         yield
         return
@@ -58,7 +58,7 @@ def at_hand(module: nn.Module) -> Iterator[None]:
         for child in module.modules():
             if child is not module:
                 for hooks in (child._forward_pre_hooks, child._forward_hooks):
-                    if some := _of_zero3(hooks):
+                    if some := of_zero3(hooks):
                         stack.enter_context(_without(hooks, some))
         yield
 
@@ -66,10 +66,10 @@ def at_hand(module: nn.Module) -> Iterator[None]:
 def has_hooks_inside(module: nn.Module) -> bool:
     """Whether DeepSpeed has hooks on submodules of ``module``: then it gathers them one by one."""
     children = (child for child in module.modules() if child is not module)
-    return any(_of_zero3(child._forward_pre_hooks) for child in children)
+    return any(of_zero3(child._forward_pre_hooks) for child in children)
 
 
-def _of_zero3(hooks: dict[int, Callable[..., Any]]) -> dict[int, Callable[..., Any]]:
+def of_zero3(hooks: dict[int, Callable[..., Any]]) -> dict[int, Callable[..., Any]]:
     return {key: hook for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith(HOOKS_OF)}
 
 

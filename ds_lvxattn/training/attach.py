@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of, unwrapped
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
+from ds_lvxattn.runtime.kept_parameters import KeptParameters
 from ds_lvxattn.runtime.tiled import TiledLogits
 from ds_lvxattn.training.dataset import frames_in_text, text_limit
 from ds_lvxattn.training.ds_config import batch_sizes, with_fused_adam
@@ -42,8 +44,10 @@ from ds_lvxattn.training.loading import (
     take_template,
     whole_processor,
 )
+from ds_lvxattn.training.memory_plan import MemoryPlan, memory_plan, model_states
 from ds_lvxattn.training.order import Order
 from ds_lvxattn.training.tokens import step_of
+from ds_lvxattn.training.zero3 import frozen_of, keep, may_raise_limits
 
 MARK = "_ds_lvxattn_attached"  # an attribute of models that are
 SKIP_REMEDY = "give on_bad_sample='skip' to go on without it"
@@ -105,6 +109,7 @@ class Attached:
         )  # fmt: skip
         setattr(model, MARK, True)
         self._calibrated = False
+        self._planned_memory = False
         self._given = False  # whether DeepSpeed has been given the groups
         self._loader: SampleLoader | None = None
 
@@ -149,7 +154,7 @@ class Attached:
         if self._loader is None:
             self._loader = self.loader()
         self.calibrate()
-        return self.batches.prepare(self._loader.load_samples([functools.partial(_same, sample) for sample in samples]))
+        return self._prepared(self._loader.load_samples([functools.partial(_same, sample) for sample in samples]))
 
     def micro_batches(self, source: SampleSource, first: int, last: int) -> Iterator[MicroBatch]:
         """Micro-batches ``first`` to ``last - 1`` of ``source``, decoded one ahead; all ranks call it alike.
@@ -175,7 +180,7 @@ class Attached:
         assert self.groups is not None
         while step := list(itertools.islice(loaded, accumulation)):
             for each in step_of(step, self.groups, everyone)[0]:
-                yield self.batches.prepare(each)
+                yield self._prepared(each)
 
     # Training
 
@@ -200,6 +205,40 @@ class Attached:
             comm.group, layouts, self.device, self.batches.collator.dtype, inner_size=comm.node_size
         )
         self._calibrated = True
+
+    def plan_memory(self, first: Loaded) -> MemoryPlan | None:
+        """The memory plan for micro-batches like ``first``, by which ZeRO-3 keeps parameters that do not train; all
+        ranks call it, once there is an engine, for the first one that is planned.
+
+        Returns:
+            None where the model is not attached.
+
+        Raises:
+            ConfigError: the config wants them kept, and something else in it does not let them be.
+        """
+        planner, parallel, layout = self.batches.planner, self.parallel, first.layout
+        if planner is None or parallel is None:
+            return None
+        sizes, family, model = self.batches.collator.sizes(layout), parallel.family, self.loaded.model
+        kept = KeptParameters(model, may_raise_limits(self.ds_config))
+        plan = memory_plan(
+            planner.layer_sizes(sizes.shapes()), family.visual_widths() if isinstance(family, VisualFamily) else (),
+            parallel.recomputation.policy, model_states(model, self.ds_config, dist.get_world_size()),
+            layout, self.device, planner.profile, planner.work(sizes),
+            family.text_config.vocab_size, self.config.tiled_logits,
+            frozen_of(kept, self.ds_config, self.config.keep_frozen),
+        )  # fmt: skip
+        if plan.frozen is not None and not self._planned_memory:
+            plan = replace(plan, frozen=keep(kept, plan.frozen, self.device))
+        self._planned_memory = True
+        return plan
+
+    def _prepared(self, loaded: Loaded) -> MicroBatch:
+        """``loaded`` as a micro-batch; the first one decides what ZeRO-3 keeps."""
+        batch = self.batches.prepare(loaded)
+        if self._given and not self._planned_memory:
+            self.plan_memory(loaded)
+        return batch
 
     def engine_arguments(self, model: nn.Module | None = None) -> dict[str, Any]:
         """Arguments of ``deepspeed.initialize``: model, trainable parameters, config and process groups.

@@ -14,13 +14,11 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from ds_lvxattn.batches.layout import BatchLayout
 from ds_lvxattn.batches.loader import ControlGroups, Loader
 from ds_lvxattn.batches.prepare import Loaded
 from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.data.sample import SampleSource
 from ds_lvxattn.errors import ConfigError
-from ds_lvxattn.families import VisualFamily
 from ds_lvxattn.groups import SequenceParallelGroups, set_timeouts
 from ds_lvxattn.plan.layer_plan import PlanSettings, plan_layers
 from ds_lvxattn.plan.planner import Plan
@@ -36,7 +34,6 @@ from ds_lvxattn.training.hub import push
 from ds_lvxattn.training.learning import Learning
 from ds_lvxattn.training.loading import LoadedModel
 from ds_lvxattn.training.lora import has_adapters, merged, save_adapter
-from ds_lvxattn.training.memory_plan import memory_plan, model_states
 from ds_lvxattn.training.order import Order
 from ds_lvxattn.training.outcome import gather, on_all_ranks
 from ds_lvxattn.training.phases import begin
@@ -190,7 +187,7 @@ class Trainer:
             first = next(batches)
             begin(self.watchdog, "planning")
             self.plan_times = PlanTimes(self.batches, self.device, log.plan)
-            self.plan_times.start(self._make_plan(log, first.layout), begun + 1)
+            self.plan_times.start(self._make_plan(log, first), begun + 1)
             batches = itertools.chain((first,), batches)
             step, result = begun, {}
             for step in range(begun + 1, job.steps + 1):
@@ -228,7 +225,7 @@ class Trainer:
             log.close()
         return result
 
-    def _make_plan(self, log: RunLog, first: BatchLayout) -> Plan:
+    def _make_plan(self, log: RunLog, first: Loaded) -> Plan:
         """Choose the strategies for batches like the first one; empty where ranks share no samples."""
         collator, planner, model = self.batches.collator, self.batches.planner, self.job.loaded.model
         if self.parallel is None or planner is None:
@@ -238,15 +235,9 @@ class Trainer:
         if self.attached.calibrates:
             begin(self.watchdog, "measuring the machine for the plan, unless an earlier run did")
             self.attached.calibrate()
-        sizes, family = collator.sizes(first), collator.family
-        visual_widths = family.visual_widths() if isinstance(family, VisualFamily) else ()
-        plan = planner.start(sizes)
-        memory = memory_plan(
-            planner.layer_sizes(sizes.shapes()), visual_widths,
-            self.parallel.recomputation.policy, model_states(model, self.job.ds_config, dist.get_world_size()),
-            first, self.device, planner.profile, planner.work(sizes),
-            family.text_config.vocab_size, self.parallel.config.tiled_logits,
-        )  # fmt: skip
+        plan = planner.start(collator.sizes(first.layout))
+        memory = self.attached.plan_memory(first)
+        assert memory is not None
         log.zero = memory.zero
         log.plan(plan)
         log.memory(memory)

@@ -11,11 +11,44 @@ import torch
 from torch import nn
 
 from ds_lvxattn.batches.layout import BatchLayout
+from ds_lvxattn.families.family import TOKENS_AT_ONCE
 from ds_lvxattn.plan.layer_sizes import LayerSizes
-from ds_lvxattn.plan.memory import POLICIES, ModelStates, frames_that_fit, kept_bytes, logits_bytes, step_bytes
+from ds_lvxattn.plan.memory import FITS, POLICIES, ModelStates, frames_that_fit, kept_bytes, logits_bytes, step_bytes
 from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.plan.tiling import Tiles
 from ds_lvxattn.plan.zero import StageTime, Work, advice, fastest, stages_of_run
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What of a model does not train under ZeRO-3, and whether it stays gathered (``runtime.kept_parameters``).
+
+    Attributes:
+        parameters: that can be kept.
+        wish: ``sequence_parallel.keep_frozen``.
+        obstacle: what keeps it from being kept; None: nothing.
+    """
+
+    parameters: int
+    wish: bool | str = "auto"
+    obstacle: str | None = None
+
+
+@dataclass(frozen=True)
+class KeptFrozen:
+    """What becomes of it.
+
+    Attributes:
+        kept: whether it stays gathered.
+        why: in words.
+        bytes: of what is whole on every rank then: what is frozen for the run, what trains for most of a step.
+        portions: of the vision encoder, the most with which a batch fits beside it; None: no limit.
+    """
+
+    kept: bool
+    why: str
+    bytes: int
+    portions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -30,6 +63,7 @@ class MemoryPlan:
         frames: for each policy, the frames of a sample that would fit the device; None without a GPU.
         stage: of ZeRO, that of the config.
         stages: a step in every stage of ZeRO; empty without a GPU, or where the CPU holds the parameters.
+        frozen: what becomes of parameters that do not train, under ZeRO-3; None elsewhere.
     """
 
     policy: str
@@ -39,15 +73,20 @@ class MemoryPlan:
     frames: Mapping[str, int] | None
     stage: int
     stages: Sequence[StageTime] = ()
+    frozen: KeptFrozen | None = None
 
     @property
     def zero(self) -> dict[str, Any] | None:
         """What ``plan.json`` says of ZeRO; None where nothing is known."""
         best = fastest(self.stages)
-        if not self.stages:
+        if not self.stages and self.frozen is None:
             return None
+        kept: dict[str, Any] = {}
+        if (frozen := self.frozen) is not None:
+            kept = {"keeps_frozen": frozen.kept, "why": frozen.why, "gathered_bytes": frozen.bytes}
         return {
             "stage": self.stage,
+            **kept,
             "fastest_that_fits": None if best is None else best.stage,
             "predicted_s": {f"{each.stage}": round(each.seconds, 4) for each in self.stages},
             "predicted_bytes": {f"{each.stage}": round(each.memory) for each in self.stages},
@@ -71,6 +110,7 @@ def memory_plan(
     work: Work,
     vocabulary: int = 0,
     tiled_logits: Tiles = None,
+    frozen: Frozen | None = None,
 ) -> MemoryPlan:
     """The plan for the first micro-batch.
 
@@ -83,6 +123,7 @@ def memory_plan(
         profile: the machine.
         work: of a micro-batch, by ``Planner.work``.
         vocabulary, tiled_logits: size of the output layer, and its tiles.
+        frozen: of a model under ZeRO-3.
     """
 
     def shared(some: Sequence[LayerSizes]) -> int:
@@ -97,7 +138,8 @@ def memory_plan(
     def logits(some: Sequence[LayerSizes]) -> int:
         return max(logits_bytes(x.batch * x.rows, vocabulary, x.element, tiled_logits) for x in some)
 
-    frames, stages = None, []
+    whole = replace(states, gathered=states.parameters)
+    frames, stages, capacity, portions = None, [], None, None
     if device.type == "cuda":
         capacity = torch.cuda.get_device_properties(device).total_memory
         per_frame = max(-(-layout.visual_tokens // max(sum(layout.frames), 1)), 1)
@@ -105,14 +147,48 @@ def memory_plan(
         most = max(sum(layout.frames[sample] for sample in row) for row in layout.samples_of_rows)
         text = max(0, layout.text.total - most * rows)
 
-        def step(each: str, count: int) -> int:
+        def step(each: str, count: int, of: ModelStates = states) -> int:
             some = [_at(layer, text + count * rows, count, per_frame, layout.rows) for layer in layers]
             # Features that need no gradient would leave room for more.
-            return step_bytes(some, each, states, shared(some), True, logits(some))
+            return step_bytes(some, each, of, shared(some), True, logits(some))
 
         frames = {each: frames_that_fit(functools.partial(step, each), capacity) for each in POLICIES}
-        stages = stages_of_run(profile, layers, policy, states, shared(layers), True, work, capacity)
-    return MemoryPlan(policy, kept, shared(layers), states.device_bytes, frames, states.stage, stages)
+        may_keep = frozen is None or (frozen.obstacle is None and frozen.wish is not False)
+        stages = stages_of_run(profile, layers, policy, states, shared(layers), True, work, capacity, may_keep)
+        if frozen is not None and any(layout.frames):
+            most_kept = frames_that_fit(functools.partial(step, policy, of=whole), int(FITS * capacity))
+            at_once = max(TOKENS_AT_ONCE * sum(layout.frames) // max(layout.encoder_tokens, 1), 1)  # frames
+            portions = most_kept * layout.rows // (layers[0].ranks * at_once)
+    needed = step_bytes(layers, policy, whole, shared(layers), True, logits(layers)) if layers else 0
+    fate = None if frozen is None else kept_frozen(frozen, states, needed, capacity, layout.portions, portions)
+    held = whole if fate is not None and fate.kept else states
+    return MemoryPlan(policy, kept, shared(layers), held.device_bytes, frames, states.stage, stages, fate)
+
+
+def kept_frozen(
+    frozen: Frozen, states: ModelStates, needed: int, capacity: int | None, portions: int, most: int | None
+) -> KeptFrozen:
+    """Whether what is frozen is kept, and how long.
+
+    Args:
+        states: of the model, nothing kept.
+        needed: bytes of a step with it.
+        capacity: of the device; None, without a GPU: no limit.
+        portions, most: of the vision encoder, for the first batch, and the most that fit; None: not known.
+    """
+    size = states.parameters * states.element
+    gib = f"{needed / 2**30:.1f} GiB a step"
+    if not frozen.parameters:
+        return KeptFrozen(False, "all parameters train", 0)
+    if frozen.obstacle is not None:
+        return KeptFrozen(False, frozen.obstacle, 0)
+    if frozen.wish is not True:
+        if frozen.wish is False:
+            return KeptFrozen(False, "'sequence_parallel.keep_frozen' is false", 0)
+        if capacity is not None and needed > FITS * capacity:
+            return KeptFrozen(False, f"{gib}, of which {FITS * capacity / 2**30:.1f} may be taken", 0)
+        return KeptFrozen(True, gib, size, None if most is None else max(most, portions))
+    return KeptFrozen(True, "'sequence_parallel.keep_frozen' is true", size)
 
 
 def model_states(model: nn.Module, ds_config: Mapping[str, Any], ranks: int) -> ModelStates:

@@ -128,6 +128,9 @@ class RunLog:
             fit = "no GPU" if plan.frames is None else f"{plan.frames[policy]:,}"
             table.add_row(name, *(f"{kept[role] / MIB:,.1f}" for role in roles), fit)
         self.console.print(table)
+        if plan.frozen is not None:
+            fate = "stay gathered for the whole run" if plan.frozen.kept else "are gathered for each use"
+            self.say(f"ZeRO-3: parameters that do not train {fate} ({plan.frozen.why})")
         if plan.warning is not None:
             self.say(f"warning: {plan.warning}")
 

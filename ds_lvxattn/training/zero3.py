@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.utils import set_z3_leaf_module, set_z3_leaf_modules
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of, unwrapped
+from ds_lvxattn.runtime.kept_parameters import LIMITS, KeptParameters
+from ds_lvxattn.training.memory_plan import Frozen, KeptFrozen
 
 # Share of the device's memory that a frozen encoder may take while all portions of the frames go through it.
 ENCODER_SHARE = 0.1
+# Keys with which DeepSpeed holds partitions, or gathers them, in another way.
+REPARTITIONED = (
+    "mics_shard_size", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
+)  # fmt: skip
+DEFAULT_LIMIT = 1_000_000_000  # of parameters, DeepSpeed's for both of ``LIMITS``
 LIVE, PREFETCH = "stage3_max_live_parameters", "stage3_prefetch_bucket_size"
 
 
@@ -60,8 +70,49 @@ def take_as_wholes(model: nn.Module, zero: dict[str, Any]) -> dict[str, Any]:
     if largest:
         # A layer ahead; DeepSpeed's own size is less than the largest matrix of a layer.
         sizes[PREFETCH] = max(50_000_000, largest)
-        sizes[LIVE] = 1_000_000_000 + live + largest
+        sizes[LIVE] = DEFAULT_LIMIT + live + largest
     return {**sizes, **zero}
+
+
+def frozen_of(kept: KeptParameters, ds_config: dict[str, Any], wish: bool | str) -> Frozen | None:
+    """What the memory plan must know of parameters that could stay gathered; None without ZeRO-3.
+
+    Raises:
+        ConfigError: the config wants them kept, and something else in it does not let them be.
+    """
+    zero = ds_config.get("zero_optimization", {})
+    if zero.get("stage") != 3:
+        return None
+    obstacle = None
+    if (zero.get("offload_param") or {}).get("device", "none") != "none":
+        obstacle = "'zero_optimization.offload_param' leaves parameters off the device"
+    elif named := [key for key in REPARTITIONED if zero.get(key) is True or _number(zero.get(key), 0) > 1]:
+        obstacle = f"'zero_optimization.{named[0]}' holds parameters in another way"
+    if obstacle is not None and wish is True:
+        raise ConfigError(f"'sequence_parallel.keep_frozen' is true, and {obstacle}; leave one of the two out")
+    return Frozen(kept.numel, wish, obstacle)
+
+
+def may_raise_limits(ds_config: dict[str, Any]) -> bool:
+    """Whether the config leaves DeepSpeed room to hold what trains from its forward to its backward pass."""
+    zero = ds_config.get("zero_optimization", {})
+    return all(_number(zero.get(key), DEFAULT_LIMIT) >= DEFAULT_LIMIT for key in LIMITS)
+
+
+def _number(value: Any, default: int) -> float:
+    return value if isinstance(value, (int, float)) else default  # not "auto"
+
+
+def keep(kept: KeptParameters, fate: KeptFrozen, device: torch.device) -> KeptFrozen:
+    """Keep what is frozen, if all ranks of the run are to; all call it. Returns what has become of it."""
+    most = sys.maxsize if fate.portions is None else fate.portions
+    least = torch.tensor(most if fate.kept else -1, device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    if (portions := int(least)) < 0:
+        return replace(fate, kept=False, why="it does not fit on another rank", bytes=0) if fate.kept else fate
+    portions_that_fit = None if portions == sys.maxsize else portions
+    kept.keep(portions_that_fit)
+    return replace(fate, portions=portions_that_fit)
 
 
 def _frozen(module: nn.Module) -> bool:
