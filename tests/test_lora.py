@@ -52,6 +52,8 @@ def test_trained_resumed_loaded_and_merged(stage: int, tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     assert run(2, finetune, arguments(tmp_path, stage, "whole", merge=stage != 2), timeout=300) == ["", ""]
     assert run(1, finetune, arguments(tmp_path, 1, "single", size=1), timeout=300) == [""]
+    if stage == 3:
+        assert json.loads((tmp_path / "whole" / "plan.json").read_text())[0]["zero"]["keeps_frozen"]
     assert metrics_in(tmp_path / "whole") == pytest.approx(metrics_in(tmp_path / "single"), rel=1e-5)
 
     plain = fresh(tmp_path)

@@ -155,11 +155,24 @@ def check_files(folder: Path) -> None:
     assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_a_pretrained_model_trains_cross_attention_and_projector_under_zero3(tmp_path: Path) -> None:
-    model, out = write_model(tmp_path / "model"), tmp_path / "out"
-    file = write_config(tmp_path / "ds.json", ds_config(3, 2, 2, strategy="lv_xattn"), eval_examples=0)
-    words = f"--ds_config {file} --model {model} --steps 3 --output_dir {out}".split()
-    assert run(2, finetune, words, timeout=300) == ["", ""]
+@pytest.mark.parametrize("keeps", [True, slow(False)])
+def test_a_pretrained_model_trains_cross_attention_and_projector_under_zero3(keeps: bool, tmp_path: Path) -> None:
+    """Also resumed and evaluated on the way; what is frozen stays gathered between those."""
+    model, out, again = write_model(tmp_path / "model"), tmp_path / "out", tmp_path / "again"
+    config = ds_config(3, 2, 2, strategy="lv_xattn", keep_frozen="auto" if keeps else False)
+    file = write_config(tmp_path / "ds.json", config, eval_examples=4, eval_every=2, save_every=2)
+    words = f"--ds_config {file} --model {model} --steps 3".split()
+    assert run(2, finetune, [*words, "--output_dir", str(out)], timeout=300) == ["", ""]
+    zero = json.loads((out / "plan.json").read_text())[0]["zero"]
+    assert zero["keeps_frozen"] is keeps and zero["why"]
+
+    shutil.copytree(out / "checkpoints", again / "checkpoints", ignore=shutil.ignore_patterns("step-3"))
+    (again / "metrics.jsonl").write_text("".join((out / "metrics.jsonl").read_text().splitlines(keepends=True)[:2]))
+    assert run(2, finetune, [*words, "--output_dir", str(again), "--resume"], timeout=300) == ["", ""]
+    assert metrics_in(again) == pytest.approx(metrics_in(out), rel=1e-6)
+    # A checkpoint holds partitions, each of them once.
+    size = sum(file.stat().st_size for file in (out / "checkpoints" / "step-2").glob("*model_states.pt"))
+    assert size < 1.5 * (model / "model.safetensors").stat().st_size
     folders = (model, out / "model")
     before, after = (dict(AutoModelForImageTextToText.from_pretrained(f).named_parameters()) for f in folders)
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}

@@ -61,8 +61,9 @@ class KeptParameters:
         if self._optimizer is not None:
             model = self._optimizer.parameter_offload.module
         self.model = model
-        hooked = [module for module in model.modules() if of_zero3(module._forward_pre_hooks)]
-        frozen = {p for p in model.parameters() if not p.requires_grad and self._optimizer is not None}
+        inside = [*model.modules()] if self._optimizer is not None else []
+        hooked = [module for module in inside if of_zero3(module._forward_pre_hooks)]
+        frozen = {p for module in inside for p in module.parameters(recurse=False) if not p.requires_grad}
         for module in hooked:
             fetched = _fetched_for(module)
             if any(p.requires_grad for p in fetched):
