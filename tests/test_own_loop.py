@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
 
 import ds_lvxattn
@@ -75,6 +76,27 @@ def test_the_example_trains_as_the_command_does(stage: int, tmp_path: Path) -> N
     printed = run(2, run_example, tmp_path, str(model), str(rows), str(file), str(STEPS), timeout=300)[0]
     losses = [float(found) for found in re.findall(r"^step \d+: loss ([\d.]+), \d+ tokens, \d+ frames$", printed, re.M)]
     assert losses == pytest.approx(metrics_in(out), rel=1e-5)
+
+
+def losses_of_a_data_loader(packing: int | None) -> list[float]:
+    start_deepspeed()
+    parallel = attach(
+        tiny_model(), ds_config(2, 4, 4), tokenizer=tokenizer(), processor=tiny_processor(), packing=packing
+    )
+    engine, *_ = deepspeed.initialize(**parallel.engine_arguments())
+    losses = []
+    for batch in DataLoader(SAMPLES[:2] * 4, batch_size=4, collate_fn=parallel.prepare):
+        rows = batch.inputs["input_ids"].shape[0]
+        assert rows == (2 if packing else 4)
+        losses.append(parallel.loss(engine(**batch.inputs).loss))
+        engine.backward(losses[-1])
+        engine.step()
+    return [loss.item() for loss in losses]
+
+
+def test_a_data_loader_packs_with_the_collator() -> None:
+    packed, apart = (run(2, losses_of_a_data_loader, packing)[0] for packing in (2 * len(SAMPLES[0].input_ids), None))
+    assert len(packed) == 2 and packed == pytest.approx(apart, rel=1e-5)
 
 
 LORA: dict[str, Any] = {

@@ -42,6 +42,7 @@ from tests.support.tiny_model import SIZE, groups_of, loss_of, tiny_model, tiny_
 from tests.support.training import mixed_samples, one_rank, write_config, write_model
 
 STEPS, BATCH = 6, 2
+JUDGED = ("ItaaIta", "Ita", "Itta")  # text ahead of images sees, in transformers, what pads the batch
 
 
 def accuracy(judged: EvalPrediction) -> dict[str, float]:
@@ -107,6 +108,52 @@ def test_training_evaluation_and_resumption(stage: int, tmp_path: Path) -> None:
         plain = plain_trainer(tmp_path / "plain", judged, trained, compute_metrics=accuracy)
         want = plain.evaluate(judged)["eval_accuracy"]
     assert first["eval_accuracy"] == first["whole logits"] == [want]
+
+
+def train_packed(folder: Path) -> list[dict[str, Any]]:
+    """Rows that samples share, on two ranks and on one, and what is evaluated in them; what else the block may hold."""
+    samples, judged, found = mixed_samples(3 * 4).samples, [tiny_sample(pattern, 1) for pattern in JUDGED], []
+    for size in (2, 1):
+        config = {**deepspeed_block(2), "sequence_parallel_size": size, "finetuning": {"packing": 24}}
+        how = {"per_device_train_batch_size": 2 * size, "per_device_eval_batch_size": 2 * size, "max_steps": 3}
+        with launched():
+            trainer = divided_trainer(
+                folder / str(size), config, samples, eval_dataset=judged, compute_metrics=accuracy,
+                include_for_metrics=["inputs"], **how,
+            )  # fmt: skip
+            trainer.train()
+            layout = trainer.attached.batches.layout(samples[:4])
+            assert layout.rows < 4 and trainer.attached.parallel is not None
+            result = trainer.predict(judged)
+            found.append({name: logged(trainer, name) for name in ("loss", "grad_norm")})
+            found[-1] |= {"loss of judged": result.metrics["test_loss"], "labels": result.label_ids.tolist()}
+            found[-1]["predictions"] = result.predictions.tolist()
+            trainer.save_model(str(folder / str(size) / "final"))
+    with launched(), pytest.raises(ConfigError, match=r"'finetuning.steps' is in the DeepSpeed config, .* 'packing'"):
+        divided_trainer(folder, {**config, "finetuning": {"steps": 3}}, samples)
+    return found
+
+
+def test_rows_are_packed(tmp_path: Path) -> None:
+    """Losses, norms and what is judged are those of rows of their own, on one rank."""
+    first, second = run(2, train_packed, tmp_path, timeout=300)
+    assert first == second
+    losses, norms = zip(*one_rank(3, 4, 4), strict=True)
+    judged = [tiny_sample(pattern, 1) for pattern in JUDGED]
+    for size, found in zip((2, 1), first, strict=True):
+        assert found["loss"] == pytest.approx(losses, rel=1e-4)
+        assert found["grad_norm"] == pytest.approx(norms, rel=1e-3)
+        trained = AutoModelForImageTextToText.from_pretrained(tmp_path / str(size) / "final")
+        with clean_state():
+            want = plain_trainer(tmp_path / "plain", judged, trained).predict(judged)
+        if size == 2:  # otherwise two batches, whose losses count a row, as in the Trainer
+            assert found["loss of judged"] == pytest.approx(want.metrics["test_loss"], rel=1e-4)
+        for got, labels, row, sample in zip(
+            found["predictions"], found["labels"], want.predictions, judged, strict=True
+        ):
+            length = len(sample.input_ids)
+            np.testing.assert_allclose(np.array(got)[:length], row[:length], rtol=1e-3, atol=1e-4)
+            assert labels == sample.labels + [-100] * (len(labels) - length)
 
 
 def train_and_load_the_best(folder: Path) -> list[dict[str, Any]]:

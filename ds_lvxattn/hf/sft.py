@@ -15,6 +15,7 @@ KNOWN = (
     "max_length", "assistant_only_loss", "completion_only_loss",
     "dataset_num_proc", "pad_to_multiple_of", "truncation_mode",  # change nothing here
 )  # fmt: skip
+REMEDIES = {"packing": "set 'finetuning.packing' of the DeepSpeed config to the tokens of a row, and leave it out"}
 
 
 def of_trl(kind: type) -> bool:
@@ -34,7 +35,8 @@ def row_settings(args: TrainingArguments, *given: Any) -> dict[str, Any]:
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         if field.name not in others and field.name not in KNOWN and value != field.default:
-            raise ConfigError(f"{_named(args, field.name)}, which SequenceParallelTrainer does not do; leave it out")
+            remedy = REMEDIES.get(field.name, "leave it out")
+            raise ConfigError(f"{_named(args, field.name)}, which SequenceParallelTrainer does not do; {remedy}")
     for dataset in given:
         for each in dataset.values() if isinstance(dataset, dict) else (dataset,):
             if isinstance(each, datasets.Dataset):

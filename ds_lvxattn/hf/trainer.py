@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -32,7 +33,7 @@ from ds_lvxattn.plan.layer_plan import write_plan
 from ds_lvxattn.plan.planner import Plan
 from ds_lvxattn.training.attach import Attached, group_loss, loaded_model
 from ds_lvxattn.training.plan_times import PlanTimes
-from ds_lvxattn.training.settings import BLOCK_KEY
+from ds_lvxattn.training.settings import BLOCK_KEY, finetuning_config
 from ds_lvxattn.training.tokens import with_gradient
 
 # What Trainers can be given and this one does not take: why.
@@ -49,9 +50,9 @@ class SequenceParallelTrainer(Trainer):
     """``transformers.Trainer`` for models that ``ds_lvxattn`` knows; the settings are those of the DeepSpeed config.
 
     ``sequence_parallel_size`` and the block ``sequence_parallel`` of ``TrainingArguments(deepspeed=...)`` say how many
-    ranks share a sample, and how. A micro-batch is that of a group: ``per_device_train_batch_size`` rows for the ranks
-    of a group together. Losses, gradient norms and metrics are those of whole samples. Without DeepSpeed, or with a
-    size of 1, it is the Trainer over the same rows.
+    ranks share a sample, and how; ``finetuning.packing`` in it packs rows. A micro-batch is that of a group:
+    ``per_device_train_batch_size`` rows for the ranks of a group together. Losses, gradient norms and metrics are those
+    of whole samples. Without DeepSpeed, or with a size of 1, it is the Trainer over the same rows.
 
     Args:
         model: a transformers model of a known family, or a ``PeftModel`` of one.
@@ -120,11 +121,7 @@ class SequenceParallelTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         model, processing, skip_bad, limits = self._attach
         ds_config = self.args.hf_deepspeed_config.config if self.is_deepspeed_enabled else {}
-        if BLOCK_KEY in ds_config:
-            raise ConfigError(
-                f"the DeepSpeed config has the block '{BLOCK_KEY}', which is that of train/finetune.py; the Trainer "
-                "takes TrainingArguments and Rows instead, take it out"
-            )
+        packing = _packing(ds_config)
         config = sequence_parallel_config(ds_config, self.args.world_size)
         if not self.is_deepspeed_enabled and self.args.world_size > 1:
             raise ConfigError(
@@ -142,7 +139,7 @@ class SequenceParallelTrainer(Trainer):
             processing,
         )
         dtype = None if self.is_deepspeed_enabled else next(model.parameters()).dtype
-        self.attached = Attached(loaded, ds_config, config, groups, self.args.device, skip_bad, dtype, limits)
+        self.attached = Attached(loaded, ds_config, config, groups, self.args.device, skip_bad, dtype, limits, packing)
         if groups is not None:
             use_groups(self.accelerator, groups)
         for dataset in self._datasets:
@@ -352,7 +349,11 @@ class SequenceParallelTrainer(Trainer):
         }
         if "inputs" in self.args.include_for_metrics:
             given["inputs"] = torch.from_numpy(layout.input_ids).to(self.args.device)
-        return given
+        if layout.rows == len(layout.spans):
+            return given
+        padding = {"label_ids": IGNORE, "inputs": self.attached.loaded.pad_token}
+        apart = {name: functools.partial(_apart, layout, padding.get(name, 0)) for name in given}
+        return {name: _each(values, apart[name]) for name, values in given.items()}
 
     def _whole_text(self, own: Tensor, layout: BatchLayout) -> Tensor:
         """``[B, s, ...]`` of this rank's rows to ``[B, S, ...]`` of all, in the order of the text."""
@@ -406,6 +407,24 @@ def _check_arguments(args: TrainingArguments) -> None:
                 f"TrainingArguments.{name} is {getattr(args, name)!r}, which SequenceParallelTrainer does not do; "
                 "leave it out"
             )
+
+
+def _packing(ds_config: dict[str, Any]) -> int | None:
+    """``packing`` of the block of ``train/finetune.py``, of which the Trainer takes nothing else."""
+    config = finetuning_config(ds_config)
+    others = sorted(config.model_fields_set - {"packing"})
+    if others:
+        raise ConfigError(
+            f"'{BLOCK_KEY}.{others[0]}' is in the DeepSpeed config, and of this block of train/finetune.py the Trainer "
+            "takes 'packing' alone; give TrainingArguments and Rows the rest, and take it out"
+        )
+    return config.packing
+
+
+def _apart(layout: BatchLayout, padding: int, x: Tensor) -> Tensor:
+    """``[rows, S, ...]`` of rows that samples share as ``[samples, S', ...]``, ``padding`` behind the shorter ones."""
+    parts = [x[span.row, span.start : span.stop] for span in layout.spans]
+    return nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=padding)
 
 
 def _each(values: Any, function: Callable[[Tensor], Tensor]) -> Any:
