@@ -3,6 +3,7 @@
 import sys
 
 import deepspeed
+import torch
 from transformers import AutoModelForImageTextToText
 
 from ds_lvxattn import attach
@@ -19,3 +20,4 @@ for step, batch in enumerate(batches):
     if engine.global_rank == 0:
         print(f"step {step}: loss {loss.item():.6f}, {batch.text_tokens} tokens, {batch.frames} frames", flush=True)
 engine.save_16bit_model("runs/own_loop")
+torch.distributed.destroy_process_group()

@@ -29,3 +29,4 @@ trainer = SequenceParallelTrainer(
 trainer.train()
 print(trainer.evaluate())
 trainer.save_model()
+torch.distributed.destroy_process_group()

@@ -9,7 +9,6 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from ds_lvxattn.exchange import grid
 from ds_lvxattn.exchange.comm import communicator
 from tests.support.distributed import run
 
@@ -21,12 +20,12 @@ import two_levels  # noqa: E402
 
 def two_nodes_in_two_parts(output: Path) -> None:
     comm = communicator(dist.group.WORLD)
-    grid._node_sizes[comm.name] = 2  # as two hosts would have it
+    comm.host_ranks = 2  # as two hosts would have it
     try:
         two_levels.main(["--output", str(output), "--cases", "4", "--profile", "cpu"])
         two_levels.main(["--output", str(output), "--cases", "7", "--profile", str(output)])
     finally:
-        del grid._node_sizes[comm.name]
+        comm.host_ranks = None
         comm.node_size = comm.ranks
 
 

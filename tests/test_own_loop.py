@@ -30,6 +30,7 @@ from tests.support.marks import slow
 from tests.support.rows import write_rows
 from tests.support.tiny_model import (
     ADAMW,
+    ListSource,
     ds_config,
     start_deepspeed,
     tiny_batches,
@@ -52,6 +53,7 @@ def run_example(folder: Path, *arguments: str) -> str:
     try:
         with (
             mock.patch.object(sys, "argv", [str(EXAMPLE), "--local_rank=0", *arguments]),
+            mock.patch.object(dist, "destroy_process_group"),  # the ranks go on to other checks
             contextlib.redirect_stdout(printed),
         ):
             runpy.run_path(str(EXAMPLE), run_name="__main__")
@@ -245,6 +247,31 @@ def test_a_wrong_order_is_an_error_that_says_the_right_one() -> None:
         assert set(said) == set(parts)
         for name, part in parts.items():
             assert part in said[name], name
+
+
+def cycles(count: int, size: int, source: ListSource) -> int:
+    """Groups that attaching, preparing and closing leaves behind."""
+    start_deepspeed()
+    known = dist.distributed_c10d._world.pg_map
+    config = ds_config(1, 1, 1, size=size, strategy="lv_xattn", inner_size=2)
+    how = {"tokenizer": tokenizer(), "processor": tiny_processor()}
+    before = len(known)
+    for number in range(count):
+        with attach(tiny_model(), config, **how) as parallel:
+            attached = len(known)
+            assert attached > before
+            if number == 0:
+                assert len([*parallel.micro_batches(source, 0, 2)]) == 2
+                assert len(known) == attached
+                parallel.prepare([source.sample(0)])
+    return len(known) - before
+
+
+@pytest.mark.parametrize(("ranks", "count"), [(2, 20), (4, 2)])
+def test_closing_leaves_no_process_group(ranks: int, count: int) -> None:
+    """Nor do the groups of nodes and across them, which four ranks have."""
+    source = ListSource([tiny_sample("IaIt", seed) for seed in range(4)])
+    assert run(ranks, cycles, count, ranks, source) == [0] * ranks
 
 
 def test_public_names_are_there() -> None:

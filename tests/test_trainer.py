@@ -14,6 +14,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, EvalPrediction, TrainingArguments
@@ -78,6 +79,9 @@ def train_and_resume(stage: int, folder: Path) -> dict[str, Any]:
         found = {name: logged(trainer, name) for name in ("loss", "grad_norm", "eval_loss", "eval_accuracy")}
         found["flos"] = trainer.state.total_flos
         found["plan"] = json.loads((folder / "plan.json").read_text())
+        found["predicted"] = trainer.predict(judged).metrics["test_loss"]
+        trainer.close()
+    groups = len(dist.distributed_c10d._world.pg_map)
     with launched():
         # That layers compute again in the backward pass changes nothing.
         again = divided_trainer(folder, deepspeed_block(stage), samples, gradient_checkpointing=True, **how)
@@ -85,6 +89,8 @@ def train_and_resume(stage: int, folder: Path) -> dict[str, Any]:
         found["resumed"] = logged(again, "loss")
         assert again.attached.parallel.recomputation.policy == "layer"
         found["whole logits"] = logged(again, "eval_accuracy")[-1:]
+        again.close()
+    assert len(dist.distributed_c10d._world.pg_map) == groups
     return found
 
 
@@ -104,6 +110,7 @@ def test_training_evaluation_and_resumption(stage: int, tmp_path: Path) -> None:
     judged = [tiny_sample("IItaaIta", seed) for seed in range(3)]
     losses = [loss_of(trained, [sample]).item() for sample in judged]
     assert first["eval_loss"] == pytest.approx([np.mean(losses)], rel=1e-4)
+    assert first["predicted"] == first["eval_loss"][-1]
     with clean_state():
         plain = plain_trainer(tmp_path / "plain", judged, trained, compute_metrics=accuracy)
         want = plain.evaluate(judged)["eval_accuracy"]

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
 
@@ -30,8 +30,7 @@ logger = logging.getLogger(__name__)
 MakeSample = Callable[[], Sample | SampleError]  # a sample, or why it cannot be used
 
 
-@dataclass(frozen=True)
-class ControlGroups:
+class ControlGroups(NamedTuple):
     """gloo groups for host messages, so that the device is never waited for.
 
     A pair serves one loader: loaders run side by side in threads, and their messages must not cross.
@@ -55,7 +54,7 @@ class ControlGroups:
 
     def close(self) -> None:
         """End the groups and their threads; after the last message, on every rank."""
-        for group in (self.sequence, self.everyone):
+        for group in self:
             dist.destroy_process_group(group)
 
 

@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.errors import ConfigError
-from ds_lvxattn.exchange.comm import Communicator, communicator
+from ds_lvxattn.exchange.comm import Communicator, close_levels, communicator
 from ds_lvxattn.exchange.grid import make_grids, node_size
 from ds_lvxattn.families import family_of
 from ds_lvxattn.families.rotary import check_positions
@@ -89,6 +89,10 @@ class SequenceParallel:
         self.tiled_logits = tile_rows(model, self.layers, config)
         if config.compile:
             compile_layers(self.compilable)
+
+    def close(self) -> None:
+        """End the groups of its grids, not those that it was given; after their last use, on every rank."""
+        close_levels(self.comm)
 
     @property
     def _exchanged(self) -> list[nn.Module]:

@@ -60,6 +60,7 @@ class Communicator:
         ranks: ranks in the group.
         rank: this process's rank in the group.
         node_size: ranks of a node: ``r`` and ``s`` share one where ``r // node_size == s // node_size``.
+        host_ranks: ranks of a node by their hosts; None: not asked yet, see ``exchange.grid.node_size``.
         received: bytes received from *other* ranks, by what they carry (``queries``, ``outputs``, ...).
         between: of these, bytes received from ranks on other nodes.
         levels: the communicators of both levels of a grid, by its inner size; see ``exchange.grid``.
@@ -71,6 +72,7 @@ class Communicator:
         self.rank = dist.get_rank(group) if group is not None else 0
         self.name = group.group_name if group is not None else ""
         self.node_size = self.ranks
+        self.host_ranks: int | None = None
         self.levels: dict[int, tuple[Communicator, Communicator]] = {}
         self.received: Counter[str] = Counter() if whole is None else whole.received
         self.between: Counter[str] = Counter() if whole is None else whole.between
@@ -253,6 +255,16 @@ def communicator_of_level(group: dist.ProcessGroup, whole: Communicator) -> Comm
     """The ``Communicator`` of a group that is a part of ``whole``'s, made anew and known by its name from then on."""
     _communicators[group.group_name] = Communicator(group, whole)
     return _communicators[group.group_name]
+
+
+def close_levels(comm: Communicator) -> None:
+    """End the groups of the levels of ``comm`` and forget it; after its last use, on every rank."""
+    for level in {level for levels in comm.levels.values() for level in levels if level is not comm}:
+        if level.group is not None:
+            dist.destroy_process_group(level.group)
+            _communicators.pop(level.name, None)
+    comm.levels.clear()
+    _communicators.pop(comm.name, None)
 
 
 def communicator_by_name(name: str) -> Communicator:

@@ -96,16 +96,13 @@ def node_size(comm: Communicator, of_world: bool = False) -> int:
     """
     if comm.group is None:
         return 1
-    if comm.name not in _node_sizes:
+    if comm.host_ranks is None:
         # What NCCL goes by where it is told to take some ranks of a host for another host.
         host = os.environ.get("NCCL_HOSTID") or socket.gethostname()
         hosts: list[str] = [""] * (dist.get_world_size() if of_world else comm.ranks)
         dist.all_gather_object(hosts, host, group=None if of_world else comm.group)
-        _node_sizes[comm.name] = largest_block(hosts, comm.ranks)
-    return _node_sizes[comm.name]
-
-
-_node_sizes: dict[str, int] = {}
+        comm.host_ranks = largest_block(hosts, comm.ranks)
+    return comm.host_ranks
 
 
 def largest_block(hosts: Sequence[str], ranks: int) -> int:

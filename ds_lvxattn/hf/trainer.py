@@ -147,6 +147,10 @@ class SequenceParallelTrainer(Trainer):
         self._loaders = [self.attached.loader() for _ in range(2)]
         self._plan_times = PlanTimes(self.attached.batches, self.args.device, self._write_plan)
 
+    def close(self) -> None:
+        """End the process groups of this Trainer; after its last use, on every rank. Another Trainer goes on."""
+        self.attached.close()
+
     @property
     def _data_ranks(self) -> int:
         groups = self.attached.groups

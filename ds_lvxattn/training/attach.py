@@ -112,6 +112,32 @@ class Attached:
         self._planned_memory = False
         self._given = False  # whether DeepSpeed has been given the groups
         self._loader: SampleLoader | None = None
+        self._made: list[dist.ProcessGroup] = []  # groups for host messages, of loaders that have not ended
+
+    def close(self) -> None:
+        """End the process groups that were made for the model, and their threads; after their last use, on every rank.
+
+        What else the process trains goes on. The model keeps its hooks: to train it again, load it afresh.
+        """
+        self._end(self._made)
+        if self.parallel is not None:
+            self.parallel.close()
+        if self.groups is not None:
+            self.groups.close()
+        self.groups = self.parallel = None
+
+    def __enter__(self) -> Attached:
+        """For ``with``: closed at its end, but for one by an error."""
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is None:  # after an error, other ranks may be waiting in a group
+            self.close()
+
+    def _end(self, made: Sequence[dist.ProcessGroup]) -> None:
+        for group in [*made]:
+            dist.destroy_process_group(group)
+            self._made.remove(group)
 
     # Data
 
@@ -140,7 +166,11 @@ class Attached:
         return SampleLoader(self.batches, self._control(), self.skip_bad, remedy=SKIP_REMEDY)
 
     def _control(self) -> ControlGroups | None:
-        return None if self.groups is None else ControlGroups.beside(self.groups)
+        if self.groups is None:
+            return None
+        control = ControlGroups.beside(self.groups)
+        self._made += control
+        return control
 
     def prepare(self, samples: Sequence[Sample]) -> MicroBatch:
         """This rank's part of ``samples``: its frames decoded, its arguments made, planned for if it need be.
@@ -169,18 +199,26 @@ class Attached:
         assert self.groups is not None
         rank, ranks = self.groups.get_data_parallel_rank(), self.groups.get_data_parallel_world_size()
         _, micro_batch, accumulation = batch_sizes(self.ds_config, ranks)
-        loader = Loader(source, self.batches, self._control(), self.skip_bad, remedy=SKIP_REMEDY)
+        control, everyone = self._control(), dist.new_group(backend="gloo")
+        assert control is not None
+        self._made.append(everyone)
+        loader = Loader(source, self.batches, control, self.skip_bad, remedy=SKIP_REMEDY)
         self.calibrate()
         loaded = loader.stream(Order(source, micro_batch, rank, ranks).rows, first, last)
-        return self._by_steps(loaded, accumulation, dist.new_group(backend="gloo"))
+        return self._by_steps(loaded, accumulation, everyone, (*control, everyone))
 
     def _by_steps(
-        self, loaded: Iterator[Loaded], accumulation: int, everyone: dist.ProcessGroup
+        self,
+        loaded: Iterator[Loaded],
+        accumulation: int,
+        everyone: dist.ProcessGroup,
+        made: Sequence[dist.ProcessGroup],
     ) -> Iterator[MicroBatch]:
         assert self.groups is not None
         while step := list(itertools.islice(loaded, accumulation)):
             for each in step_of(step, self.groups, everyone)[0]:
                 yield self._prepared(each)
+        self._end(made)
 
     # Training
 

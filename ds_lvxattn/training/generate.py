@@ -108,6 +108,9 @@ def answer(args: argparse.Namespace, watchdog: Watchdog | None = None) -> str:
     if args.temperature:
         how = {"do_sample": True, "temperature": args.temperature}
     tokens = generate(model, batches, [sample], seed=args.seed, max_new_tokens=args.max_new_tokens, **how)
+    if groups and parallel:
+        parallel.close()
+        groups.close()
     return str(loaded.tokenizer.decode(tokens[0], skip_special_tokens=True)).strip()
 
 

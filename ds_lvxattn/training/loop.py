@@ -158,7 +158,7 @@ class Trainer:
             if loader is not None and loader.control is not None:
                 loader.control.close()
         dist.destroy_process_group(self.everyone)
-        self.groups.close()
+        self.attached.close()
         return result
 
     def _run(self) -> dict[str, Any]:
