@@ -43,6 +43,10 @@ ONE_RANK: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: sp_attention(qkv()[0][..., :4], *qkv()[1:]),
         r"q \(1, 2, 3, 4\) does not fit k \(1, 2, 5, 8\): batch and head size must be equal",
     ),
+    "heads of v": (
+        lambda: sp_attention(*qkv()[:2], qkv(kv_heads=1)[2]),
+        r"\(1, 2, 5, 8\), \(1, 1, 5, 8\); give .* \[B, H_kv, s_kv, D_v\]",
+    ),
     "heads": (lambda: sp_attention(*qkv(3, 2)), r"q \(1, 3, 3, 8\) does not fit.*H_q a multiple of H_kv"),
     "dtypes": (
         lambda: sp_attention(qkv()[0].double(), *qkv()[1:]),

@@ -51,7 +51,8 @@ def test_a_name_is_taken_once() -> None:
 
 def operands() -> tuple[list[Tensor], Tensor, Tensor]:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, heads, length, 8, dtype=torch.float64) for heads, length in ((4, 5), (2, 11), (2, 11)))
+    shapes = (2, 4, 5, 8), (2, 2, 11, 8), (2, 2, 11, 6)
+    q, k, v = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     start, stop = torch.randint(0, 12, (2, 2, 5), dtype=torch.int32).sort(dim=0).values
     return [q, k, v], start, stop
 
@@ -69,7 +70,7 @@ def attend(masked: bool) -> tuple[list[list[Tensor]], int, int]:
         out, lse = sp_attention(*leaves, group=comm.group, strategy="all_keys", interval=interval, shards=shards)
         grads = torch.autograd.grad(out.sin().sum() + lse.clamp(min=-50).sum(), leaves)
     received = comm.bytes_received - comm.received["intervals"]
-    shape = LayerShape(2, 4, 2, 8, shards.q.lengths, shards.kv.lengths, 8)
+    shape = LayerShape(2, 4, 2, 8, shards.q.lengths, shards.kv.lengths, 8, value_dim=6)
     tensors = [x.detach() for x in (out, lse, *grads)]
     return [[*tensors, torch.tensor(rows), torch.tensor(keys)]], received, ALL_KEYS.traffic(shape, comm.rank).total
 

@@ -26,11 +26,15 @@ from tests.support.parity import (
     samples_of,
     sum_over_ranks,
 )
-from tests.support.text_models import SIZES, TEXT_MODELS, text_model
+from tests.support.text_models import LATENT, ROUTED, SIZES, TEXT_MODELS, text_model
 from tests.support.tiny_model import attach, loss_of
 
-# Their norms compute in float32, whatever the model.
-SINGLE = ("gemma2", "gemma3_text", "gpt_oss", "cohere2")
+# Their norms, or their routers of experts, compute in float32, whatever the model.
+SINGLE = (
+    "gemma2", "gemma3_text", "gpt_oss", "cohere2", "deepseek_v3", "deepseek_v2", "longcat_flash", "glm4_moe_lite",
+    "mimo_v2_flash",
+)  # fmt: skip
+KINDS = tuple(kind for kind in TEXT_MODELS if kind in CONFIG_MAPPING)  # of this release of transformers
 MODES = (("lv_xattn", "gather", "contiguous"), ("ulysses", "auto", "striped"), ("ring", "ring", "contiguous"))
 
 
@@ -51,7 +55,7 @@ def on_all_ranks(kind: str) -> list[tuple[float, Gradients]]:
     return results
 
 
-@pytest.mark.parametrize("kind", slow_but(TEXT_MODELS, "llama", "qwen3", "gemma3_text", "gpt_oss", "gpt2"))
+@pytest.mark.parametrize("kind", slow_but(KINDS, "llama", "qwen3", "gemma3_text", "gpt_oss", "gpt2", "deepseek_v3"))
 def test_loss_and_gradients(kind: str) -> None:
     for patterns, got in zip((TEXT[0], TEXT[4], TEXT[1]), run(2, on_all_ranks, kind)[0], strict=True):
         loss, gradient = largest_differences(got, on_one_rank(kind, patterns))
@@ -76,19 +80,25 @@ def test_losses_under_zero3(kind: str) -> None:
         ("qwen3_moe", {"output_router_logits": True}, "'output_router_logits' is true"),
         ("mamba", {"state_size": 4}, "does not look up transformers' registry"),
         ("lfm2", {"layer_types": ["conv", "full_attention", "full_attention"]}, r"layers of the types \['conv'\]"),
-        ("deepseek_v3", {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
-                         "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 4, "kv_lora_rank": 8,
-                         "q_lora_rank": 8}, "its values have heads of 4, its keys of 16"),
+        ("glm_moe_dsa", {**LATENT, **ROUTED, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4},
+         r"\(GlmMoeDsaIndexer\) chooses the keys that a row attends to"),
         ("bloom", {}, "does not look up transformers' registry|ALiBi"),
     ],
 )  # fmt: skip
 def test_models_that_would_be_wrong_are_refused_by_reason(kind: str, others: dict[str, Any], reason: str) -> None:
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this release of transformers has no {kind}")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**SIZES, **others}))
     family = family_of(model)
     assert isinstance(family, TextOnly)
     with pytest.raises(ConfigError, match=reason):
         family.attention_layers(model)
+
+
+def test_sizes_of_latent_attention() -> None:
+    layers = TextOnly(text_model("deepseek_v3")).attention_layers(text_model("deepseek_v3")).values()
+    assert {(layer.heads, layer.kv_heads, layer.head_dim, layer.value_dim) for layer in layers} == {(4, 4, 12, 6)}
 
 
 def test_a_sink_takes_its_share_of_the_weights() -> None:

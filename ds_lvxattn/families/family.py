@@ -104,6 +104,10 @@ class Family(ABC):
         """Query heads, key heads and head size of an attention module that has a role."""
         return module.num_heads, getattr(module, "num_key_value_heads", module.num_heads), module.head_dim
 
+    def value_dim_of(self, module: Any) -> int | None:
+        """Head size of the values of such a module; None: that of its keys."""
+        return getattr(module, "v_head_dim", None)
+
     def window_of(self, module: Any) -> int | None:
         """Of a module with the role ``self``, the last keys that a row sees, its own included; None: all before it."""
         return None
@@ -126,8 +130,9 @@ class Family(ABC):
             role = self.role_of(module)
             if role is not None:
                 layers[module] = AttentionLayer(
-                    name, role, *self.sizes_of(module), window=self.window_of(module), capped=self.capped(module)
-                )
+                    name, role, *self.sizes_of(module), window=self.window_of(module), capped=self.capped(module),
+                    value_dim=self.value_dim_of(module),
+                )  # fmt: skip
         inside = {part for module in layers for part in module.modules()}
         for name, module in model.named_modules():
             known = module in inside or not layers.keys().isdisjoint(module.modules())

@@ -47,8 +47,8 @@ def self_attention_role(module: Any) -> str | None:
             f"{name} biases its scores by distance (ALiBi), which sequence-parallel self-attention does not compute; "
             "choose a language model with rotary or learned positions, or set 'sequence_parallel_size' to 1"
         )
-    decoder = isinstance(module, nn.Module) and name.endswith("Attention") and hasattr(module, "layer_idx")
-    return "self" if decoder and hasattr(module, "config") and hasattr(module, "head_dim") else None
+    decoder = isinstance(module, nn.Module) and name.endswith(("Attention", "MLA")) and hasattr(module, "layer_idx")
+    return "self" if decoder and hasattr(module, "config") and _head_dim(module) is not None else None
 
 
 def self_attention_window(module: Any) -> int | None:
@@ -57,7 +57,15 @@ def self_attention_window(module: Any) -> int | None:
 
 
 def self_attention_sizes(module: Any) -> tuple[int, int, int]:
-    """Query heads, key heads and head size of such a module."""
+    """Query heads, key heads and head size, that of its keys, of such a module."""
     config = module.config
     heads = config.num_attention_heads
-    return heads, getattr(config, "num_key_value_heads", None) or heads, module.head_dim
+    if hasattr(module, "kv_lora_rank"):  # latent attention: keys and values of every head, from what they share
+        return heads, heads, _head_dim(module)
+    # Of the module where it says so: layers of one model may differ.
+    groups = getattr(module, "num_key_value_groups", heads // (getattr(config, "num_key_value_heads", None) or heads))
+    return heads, heads // groups, _head_dim(module)
+
+
+def _head_dim(module: Any) -> Any:
+    return getattr(module, "qk_head_dim", getattr(module, "head_dim", None))

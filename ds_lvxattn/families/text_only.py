@@ -92,6 +92,14 @@ def _arguments(model: Any) -> str | None:
     return None
 
 
+def _chosen_keys(model: nn.Module) -> str | None:
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if "indexer" in kind.lower():
+            return f"module {name} ({kind}) chooses the keys that a row attends to, and a rank has a part of them"
+    return None
+
+
 def _kinds_of_layers(model: Any) -> str | None:
     kinds = sorted({*(getattr(model.config, "layer_types", None) or ())} - {*INTERVALS})
     return f"it has layers of the types {kinds}, and only {list(INTERVALS)} are supported" if kinds else None
@@ -112,12 +120,6 @@ def _causality(model: Any) -> str | None:
     return None
 
 
-def _value_heads(model: Any) -> str | None:
-    config = model.config
-    value, key = getattr(config, "v_head_dim", None), getattr(config, "qk_head_dim", None)
-    return None if value == key or key is None else f"its values have heads of {value}, its keys of {key}"
-
-
 def _auxiliary_loss(model: Any) -> str | None:
     if getattr(model.config, "output_router_logits", False):
         return "its loss balances experts over all tokens ('output_router_logits' is true; set it to false)"
@@ -125,5 +127,5 @@ def _auxiliary_loss(model: Any) -> str | None:
 
 
 OBSTACLES: tuple[Callable[[Any], str | None], ...] = (
-    _registry, _arguments, _kinds_of_layers, _recurrence, _causality, _value_heads, _auxiliary_loss,
+    _registry, _arguments, _chosen_keys, _kinds_of_layers, _recurrence, _causality, _auxiliary_loss,
 )  # fmt: skip

@@ -28,12 +28,13 @@ def _order(keys: SequenceShards, device: torch.device) -> Tensor:
 
 
 def _gathered(k: Tensor, v: Tensor, keys: SequenceShards, comm: Communicator) -> list[Tensor]:
-    """K and V of all ranks in the global order, ``[B, H_kv, S_kv, D]``."""
-    both = torch.stack((k, v)).movedim(3, 0)  # keys first
+    """K and V of all ranks in the global order, ``[B, H_kv, S_kv, D]`` and ``[B, H_kv, S_kv, D_v]``."""
+    both = torch.cat((k, v), dim=3).movedim(2, 0)  # keys first
     padded = both.new_zeros((keys.longest, *both.shape[1:]))
     padded[: len(both)] = both
     whole = comm.all_gather(padded, "keys and values").flatten(0, 1)
-    return list(whole.index_select(0, _order(keys, k.device)).movedim(0, 3))
+    whole = whole.index_select(0, _order(keys, k.device)).movedim(0, 2)
+    return list(whole.split([k.shape[3], v.shape[3]], dim=3))
 
 
 def all_keys(
@@ -51,12 +52,13 @@ def all_keys_backward(
     """Backward pass: gradients of other ranks' keys go home and are added up there."""
     keys, comm = SequenceShards.of_deal(kv_lengths, kv_deal), communicator_by_name(group)
     dq, *parts = given.of_own_rows(*_gathered(given.k, given.v, keys, comm))
-    both = torch.stack(parts).to(given.lse.dtype).movedim(3, 0)
+    both = torch.cat(parts, dim=3).to(given.lse.dtype).movedim(2, 0)
     wire = both.new_zeros((keys.ranks * keys.longest, *both.shape[1:]))
     wire[_order(keys, dq.device)] = both
     home = torch.empty_like(wire)
     comm.start_all_to_all([Part("key and value gradients", wire, home)]).wait()
-    dk, dv = home.unflatten(0, (keys.ranks, -1)).sum(dim=0)[: given.k.shape[2]].movedim(0, 3)
+    summed = home.unflatten(0, (keys.ranks, -1)).sum(dim=0)[: given.k.shape[2]].movedim(0, 2)
+    dk, dv = summed.split([given.k.shape[3], given.v.shape[3]], dim=3)
     return dq, dk, dv
 
 

@@ -17,7 +17,7 @@ from ds_lvxattn.plan.traffic import LayerShape, Traffic, from_sources
 
 def traffic(shape: LayerShape, rank: int) -> Traffic:
     """K and V in both passes, their gradients in the dtype of the log-sum-exp; shards are padded to the longest."""
-    per_key = 2 * shape.batch * shape.kv_heads * shape.head_dim
+    per_key = shape.batch * shape.kv_heads * sum(shape.head_dims)
 
     def received(sources: Sequence[int]) -> tuple[int, int]:
         keys = len(sources) * max(shape.kv_lengths)

@@ -18,6 +18,16 @@ SIZES = {
 ONE_WINDOW = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 16}
 
+# Latent attention: keys of 8 + 4 numbers a head, values of 6.
+LATENT = {
+    "num_key_value_heads": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "kv_lora_rank": 16,
+    "q_lora_rank": 12, "head_dim": 4,
+}  # fmt: skip
+ROUTED = {
+    "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+    "moe_intermediate_size": 16, "first_k_dense_replace": 1, "experts_implementation": "eager",
+}  # fmt: skip
+
 # model type: what its config has beside SIZES
 TEXT_MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -33,6 +43,12 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_inner": 48, "n_positions": 64, "attn_pdrop": 0.0,
              "resid_pdrop": 0.0, "embd_pdrop": 0.0},  # learned positions
     "cohere2": ONE_WINDOW,  # attention beside the feed-forward part
+    "deepseek_v3": {**LATENT, **ROUTED},
+    "deepseek_v2": {**LATENT, **ROUTED, "topk_method": "greedy"},  # rotary positions as complex numbers
+    "longcat_flash": {**LATENT, "num_layers": 2, "ffn_hidden_size": 48, "n_routed_experts": 4, "zero_expert_num": 2,
+                      "moe_topk": 2, "expert_ffn_hidden_size": 16, "experts_implementation": "eager"},
+    "glm4_moe_lite": {**LATENT, **ROUTED},
+    "mimo_v2_flash": {**ROUTED, "v_head_dim": 6, "sliding_window": 5, "layer_types": ONE_WINDOW["layer_types"]},
 }  # fmt: skip
 
 
