@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,16 +19,24 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AriaProcessor, Idefics2Processor, Idefics3Processor
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.video_utils import VideoMetadata
 
 from ds_lvxattn.batches.generation import generate
 from ds_lvxattn.batches.prepare import Batches
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.config import SequenceParallelConfig
+from ds_lvxattn.data.conversations import ConversationSource, open_media
+from ds_lvxattn.data.rows import MediaRef
 from ds_lvxattn.data.sample import IGNORE, FrameSize, Sample
 from ds_lvxattn.families import family_of
 from ds_lvxattn.families.family import ANY_SIZE
+from ds_lvxattn.families.idefics3 import in_words
 from ds_lvxattn.families.owl.processing import mPLUGOwl3Processor
 from ds_lvxattn.families.processors import ChannelsLast
+from ds_lvxattn.training.dataset import frames_in_text
+from ds_lvxattn.training.loading import LoadedModel
+from tests.support.conversations import write_video
 from tests.support.distributed import run
 from tests.support.marks import slow, slow_but
 from tests.support.parity import Gradients, gradients_of, largest_differences, losses_of_steps, sum_over_ranks
@@ -203,3 +214,64 @@ def test_a_picture_has_the_squares_that_its_size_tells(height: int, width: int, 
     assert [theirs["rows"], theirs["cols"]] == [[[side]] for side in shapes[0].grid or (0, 0)]
     squares = family.cut(frame, processor) if len(shapes) > 1 else [frame]
     assert torch.equal(family.pixels(squares, shapes, processor)["pixel_values"], theirs["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (0, "zero"), (7, "seven"), (19, "nineteen"), (40, "forty"), (64, "sixty-four"), (100, "one hundred"),
+        (101, "one hundred and one"), (768, "seven hundred and sixty-eight"), (1000, "one thousand"),
+        (1024, "one thousand and twenty-four"), (2100, "two thousand, one hundred"),
+        (12345, "twelve thousand, three hundred and forty-five"),
+    ],
+)  # fmt: skip
+def test_numbers_in_words(number: int, words: str) -> None:
+    assert in_words(number) == words
+
+
+def test_a_video_of_smolvlm_is_written_as_by_its_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the counts and times of its frames, which go in as squares; its processor's own template has videos."""
+    write_video(tmp_path / "film.mp4", 31)  # 6.2 seconds
+    question = {
+        "role": "user",
+        "content": [{"type": "video", "video": "film.mp4"}, {"type": "text", "text": "digit ?"}],
+    }
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "7"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [question, answer]}))
+    model, tokenizer, processor = cutting("smolvlm"), tagged_tokenizer(), cutting_processor("smolvlm")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    )
+    loaded = LoadedModel(model, tokenizer, processor, "<image>")
+    texts: list[str] = []
+    how = frames_in_text(loaded)
+
+    def write(text: str, sizes: Sequence[FrameSize]) -> str:
+        texts.append(how["write"](text, sizes))
+        return texts[-1]
+
+    rows = tmp_path / "rows.jsonl"
+    source = ConversationSource(
+        rows, tokenizer, **{**how, "write": write}, max_frames=4, eval_share=0.0, media_root=str(tmp_path)
+    )
+    sample = source.sample(0)
+
+    tokens = family_of(model).frame_tokens()
+    monkeypatch.setattr(processing_smolvlm, "num2words", in_words)
+    own = SimpleNamespace(
+        image_seq_len=tokens, image_token="<image>", fake_image_token="<fake_token_around_image>",
+        global_image_token="<global-img>",
+    )  # fmt: skip
+    (medium,) = open_media([MediaRef("video", str(tmp_path / "film.mp4"))], 4, "", merged=1)
+    metadata = VideoMetadata(total_num_frames=31, fps=5, duration=6.2, frames_indices=list(medium.frames))
+    given = {"pixel_values": np.zeros((1, 4)), "video_metadata": [metadata]}
+    video = processing_smolvlm.SmolVLMProcessor.replace_video_token(own, given, 0)
+    assert "four frames from a 0:00:06 [H:MM:SS]" in video and "Frame from 00:" in video
+    want = f"<|im_start|>User: {video}digit ?<end_of_utterance>\nAssistant: 7<end_of_utterance>\n"
+    assert texts[-1].replace("<image>", "<image>" * tokens) == want
+    assert sample.num_frames == 4 and {size.part is not None for size in sample.sizes or ()} == {True}
+
+    inputs = attached("smolvlm", model, None).prepare([sample]).inputs
+    frames = [frame[0] for frame in sample.load_frames(range(4))]
+    pixels = processor([frames], do_image_splitting=False, return_tensors="pt", input_data_format="channels_last")
+    torch.testing.assert_close(inputs["pixel_values"].flatten(0, 1), pixels["pixel_values"][0])

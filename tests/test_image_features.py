@@ -48,7 +48,7 @@ def samples(model: Any) -> list[Sample]:
         words = text_of(model, seed, pattern, sizes).replace(OF_IMAGE, IMAGE)
         for medium in media:
             if medium.ndim == 4:
-                parts = family.video_parts(range(len(medium))).replace(family.image_token, IMAGE)
+                parts = family.video_parts(range(len(medium)), len(medium)).replace(family.image_token, IMAGE)
                 words = words.replace(OF_VIDEO, parts, 1)
         ids = processor.tokenizer(family.write(words, pictures, processor, ANY_SIZE), add_special_tokens=False)[
             "input_ids"

@@ -39,24 +39,28 @@ class VideoText:
         merged: frames that it merges to one (``Part``).
         text: how a conversation writes a video, ``token`` in it.
         token: what a chat template leaves of a video; its parts stand in the place of it.
-        write: the text of these parts, a frame's token in it for each, by the seconds at which they are shown.
+        write: the text of these parts, a frame's token in it for each, by the seconds at which they are shown and
+            those that the video lasts.
         image: the token of an image.
+        template: chat template of conversations with videos; empty: the tokenizer's.
     """
 
     merged: int
     text: str
     token: str
-    write: Callable[[Sequence[float]], str]
+    write: Callable[[Sequence[float], float], str]
     image: str
+    template: str = ""
 
-    def of(self, times: Sequence[Sequence[float]], order: Sequence[bool]) -> WrittenVideos:
+    def of(self, videos: Sequence[tuple[Sequence[float], float]], order: Sequence[bool]) -> WrittenVideos:
         """Those of a conversation.
 
         Args:
-            times: of the parts of each.
+            videos: the times of the parts of each, and how long it lasts.
             order: of its images and videos, which are videos.
         """
-        return WrittenVideos(self.text, self.token, tuple(map(self.write, times)), self.image, tuple(order))
+        parts = tuple(self.write(*video) for video in videos)
+        return WrittenVideos(self.text, self.token, parts, self.image, tuple(order), self.template if parts else "")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class WrittenVideos:
         text, token, image: see ``VideoText``.
         parts: the text of the parts of each.
         order: of the images and videos of the conversation, which are videos.
+        template: see ``VideoText``; empty where there is none.
     """
 
     text: str = ""
@@ -74,6 +79,7 @@ class WrittenVideos:
     parts: tuple[str, ...] = ()
     image: str = ""
     order: tuple[bool, ...] = ()
+    template: str = ""
 
     def put_into(self, text: str) -> str:
         """``text`` of a conversation, or of its beginning, with the parts of its videos in their places.
@@ -117,9 +123,9 @@ def render(
     Raises:
         SampleError: the template refuses the conversation.
     """
-    template = tokenizer.chat_template or PLAIN_TEMPLATE
+    template = videos.template or tokenizer.chat_template or PLAIN_TEMPLATE
     shown = messages
-    if _walks_parts(tokenizer, str(template)):
+    if videos.template or _walks_parts(tokenizer, str(template)):
         shown = [{**message, "content": _parts(message["content"], frame_text, videos.text)} for message in messages]
     try:
         text = _apply(tokenizer, template, shown, prompt)

@@ -268,7 +268,7 @@ def videos_of(media: Sequence[Media], how: VideoText | None) -> WrittenVideos:
     if how is None:
         return NO_VIDEOS
     order = [medium.is_video for medium in media for _ in range(1 if medium.is_video else len(medium.frames))]
-    return how.of([medium.part_times for medium in media if medium.is_video], order)
+    return how.of([(medium.part_times, medium.seconds) for medium in media if medium.is_video], order)
 
 
 def messages_of(

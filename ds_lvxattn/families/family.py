@@ -217,6 +217,7 @@ class VisualFamily(Family):
         frame_text: how a conversation writes a frame, its image token included; empty: by that token alone.
         video_token, video_text: likewise of a model that takes a video as such, merging frames of it; empty: frame by
             frame. A token of its own stands for a video only until its parts are written (``video_parts``).
+        video_template: chat template of conversations with such videos; empty: the tokenizer's.
         needs_frames: whether the unmodified model fails on a batch without any frame; it is then given a blank one
             that no row sees.
         pixels_apart: whether the pixels of a frame are the same whatever frames are beside it, so that threads may
@@ -227,6 +228,7 @@ class VisualFamily(Family):
     frame_text: str = ""
     video_token: str = ""
     video_text: str = ""
+    video_template: str = ""
     needs_frames: bool = False
     pixels_apart: bool = False
 
@@ -337,13 +339,18 @@ class VisualFamily(Family):
         """Frames of a video that the model merges to one, where it takes a video as such."""
         return 1
 
-    def video_parts(self, times: Sequence[float]) -> str:
+    def video_parts(self, times: Sequence[float], seconds: float) -> str:
         """The text in the place of ``video_token``: an image token for each part of the video.
 
         Args:
             times: when the parts are shown, in seconds.
+            seconds: that the whole video lasts.
         """
         raise NotImplementedError
+
+    def tokens_of_videos(self, tokenizer: Any) -> tuple[str, ...]:
+        """Tokens without which a tokenizer writes no video, whose frames then go in one by one."""
+        return self.token_of(tokenizer), self.video_token
 
     def limited(self, processor: Any, limits: FrameLimits) -> Any:
         """The image processor with what it can say of ``limits``, for an export that serves what was trained."""

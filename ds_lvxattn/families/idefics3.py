@@ -3,7 +3,8 @@
 An image is scaled to the processor's longest edge and cut into squares of the vision encoder's size; the whole image,
 scaled into one such square, comes behind them. Each square is encoded by itself, a pixel shuffle makes fewer and wider
 tokens of its patches, and its tokens stand in the text behind a tag that says which square it is. So a square is what
-ranks share: those of one image may lie on several. A frame of a video is one square, as in SmolVLM's video processor.
+ranks share: those of one image may lie on several. A frame of a video is one square, as in SmolVLM's video processor,
+whose text also tells how many frames there are, of how long a video, and when each is shown.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import (
     get_resize_output_image_size,
 )
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionAttention
+from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionAttention
 
@@ -38,6 +41,11 @@ from ds_lvxattn.families.processors import written
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
+SMALL = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 FAKE, WHOLE = "<fake_token_around_image>", "<global-img>"
 
 
@@ -117,6 +125,7 @@ class Idefics3(Concatenation):
         self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
     ) -> Mapping[str, Tensor]:
         """``pixel_values [1, squares, ...]``; those of a picture that was cut have their size already."""
+        frames = [frame[0] if frame.ndim == 4 else frame for frame in frames]  # of a video as such, one by one
         made: list[Tensor] = []
         for is_cut, part in itertools.groupby(zip(frames, shapes, strict=True), lambda pair: bool(pair[1].grid)):
             images = [frame for frame, _ in part]
@@ -139,6 +148,41 @@ class SmolVLM(Idefics3):
     name = "SmolVLM"
     model_class = SmolVLMForConditionalGeneration
     image_processor = SmolVLMImageProcessorPil
+    video_token = video_text = "<video>"
+    video_template = processing_smolvlm.DEFAULT_CHAT_TEMPLATE  # published ones leave videos out
+
+    def video_parts(self, times: Sequence[float], seconds: float) -> str:
+        frames = (f"{int(time) // 60:02d}:{int(time) % 60:02d}" for time in times)
+        return "".join(
+            (
+                processing_smolvlm.DEFAULT_VIDEO_INTRO.format(
+                    frame_count=in_words(len(times)), video_duration=str(timedelta(seconds=int(seconds)))
+                ),
+                *(
+                    processing_smolvlm.FRAME_TIMESTAMP_MESSAGE.format(timestamp=frame) + self.image_token
+                    for frame in frames
+                ),
+                processing_smolvlm.DEFAULT_MEDIA_OUTTRO,
+            )
+        )
+
+    def tokens_of_videos(self, tokenizer: Any) -> tuple[str, ...]:
+        return self.token_of(tokenizer), FAKE, WHOLE  # a video itself is text alone
+
+
+def in_words(number: int) -> str:
+    """A number of frames, below a million, as the package ``num2words`` writes it, which SmolVLM's processor uses."""
+    thousands, rest = divmod(number, 1000)
+    hundreds, below = divmod(rest, 100)
+    words = [f"{SMALL[hundreds]} hundred"] if hundreds else []
+    if below or not number:
+        tens, ones = divmod(below, 10)
+        words.append(SMALL[below] if below < 20 else "-".join((TENS[tens], *([SMALL[ones]] if ones else []))))
+    last = " and ".join(words)
+    if not thousands:
+        return last
+    front = f"{in_words(thousands)} thousand"
+    return f"{front}{', ' if hundreds else ' and '}{last}" if rest else front
 
 
 def _states(vision: nn.Module, values: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class InternVL(ImageFeatures):
     def has_config(cls, config: Any) -> bool:
         return isinstance(config, InternVLConfig)
 
-    def video_parts(self, times: Sequence[float]) -> str:
+    def video_parts(self, times: Sequence[float], seconds: float) -> str:
         return "\n".join(f"Frame{number + 1}: {self.image_token}" for number in range(len(times)))
 
     def looked_at(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> tuple[FrameShape, str]:

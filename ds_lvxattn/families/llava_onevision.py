@@ -62,7 +62,7 @@ class LlavaOnevision(ImageFeatures):
 
     # Visual tokens
 
-    def video_parts(self, times: Sequence[float]) -> str:
+    def video_parts(self, times: Sequence[float], seconds: float) -> str:
         return self.image_token * len(times)
 
     def looked_at(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> tuple[FrameShape, str]:

@@ -100,7 +100,7 @@ class Qwen3VL(QwenVL):
             tokens = min(tokens, video.settings["max_video_tokens"])
         return video.with_settings(cap_pixels_per_frame=True, max_video_tokens=tokens)
 
-    def video_parts(self, times: Sequence[float]) -> str:
+    def video_parts(self, times: Sequence[float], seconds: float) -> str:
         return "".join(f"<{time:.1f} seconds>{self.frame_text}" for time in times)
 
 

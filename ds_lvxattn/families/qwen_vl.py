@@ -181,7 +181,7 @@ class QwenVL(Concatenation):
     def merged_frames(self) -> int:
         return self.config.vision_config.temporal_patch_size
 
-    def video_parts(self, times: Sequence[float]) -> str:
+    def video_parts(self, times: Sequence[float], seconds: float) -> str:
         return self.image_token * len(times)
 
     def positions(self, visual: np.ndarray, shapes: Sequence[FrameShape]) -> np.ndarray:

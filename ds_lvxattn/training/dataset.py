@@ -104,13 +104,13 @@ def embedded_tokens(model: PreTrainedModel) -> int | None:
 def videos_in_text(family: VisualFamily, tokenizer: Any) -> VideoText | None:
     """How the model's text has a video; None: frame by frame, also where its tokenizer has no token for one."""
     image, video = family.token_of(tokenizer), family.video_token
-    if not video or any(token not in tokenizer.get_vocab() for token in (image, video)):
+    if not video or any(token not in tokenizer.get_vocab() for token in family.tokens_of_videos(tokenizer)):
         return None
 
-    def parts(times: Sequence[float]) -> str:
-        return family.video_parts(times).replace(family.image_token, image)
+    def parts(times: Sequence[float], seconds: float) -> str:
+        return family.video_parts(times, seconds).replace(family.image_token, image)
 
-    return VideoText(family.merged_frames(), family.video_text, video, parts, image)
+    return VideoText(family.merged_frames(), family.video_text, video, parts, image, family.video_template)
 
 
 def rows_of_frames(family: VisualFamily, processor: Any, limits: FrameLimits) -> Callable[[FrameSize], Sequence[int]]:

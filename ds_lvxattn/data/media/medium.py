@@ -141,6 +141,11 @@ class Media:
         return [(starts[part[0]] + starts[part[-1]]) / 2 for part in self.parts]
 
     @property
+    def seconds(self) -> float:
+        """That a video lasts, all of it."""
+        return len(self.sources) / self.rate if len(self.sources) > 1 else self._info(self.sources[0]).seconds
+
+    @property
     def frame_sizes(self) -> list[FrameSize]:
         """Size of each of ``parts`` as it is decoded, from the headers of the files.
 
