@@ -1,6 +1,8 @@
 """One differentiable operator of ``torch.library`` from a forward and a backward function of attention.
 
 Registered without ``torch.library.custom_op``, whose checks of every call cost more host time than the operator itself.
+The dispatcher costs as much again, forward and backward, only to arrive at the same functions: where nothing looks on
+that has to see an operator, they are called.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ def attention_operator(
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
     kept: Callable[..., Tensor] | None = None,
     kept_holds_queries: bool = True,
-) -> torch._ops.OpOverload:
+) -> Callable[..., Any]:
     """Register ``ds_lvxattn::NAME``, differentiable in its first three arguments, and ``ds_lvxattn::NAME_backward``.
 
     Args:
@@ -39,7 +41,8 @@ def attention_operator(
             head size, and order of strides it has.
 
     Returns:
-        The operator, ``(q, k, v, start, stop, *more tensors, scale, softcap, kernel, *more settings)``.
+        The operator, ``(q, k, v, start, stop, *more tensors, scale, softcap, kernel, *more settings)``, to be called
+        by position with arguments of these types.
     """
     hints = get_type_hints(forward)
     results = hints.pop("return")
@@ -87,7 +90,7 @@ def attention_operator(
     class Attention(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
-            results = _below_autograd(operator, args)
+            results = below_autograd(args)
             out, lse, *extra = results
             q, k, v, *more = args[:saved]
             ctx.settings = args[saved:]
@@ -103,15 +106,30 @@ def attention_operator(
             out = more[2 if kept is None else 3]
             dout = torch.zeros_like(out) if dout is None else dout
             q = out if q is None else q
-            return *operator_backward(dout, dlse, q, *more, *ctx.settings), *no_gradients
+            inputs = (dout, dlse, q, *more)
+            # A second derivative, which there is none of, is the dispatcher's to refuse.
+            if torch.is_grad_enabled() or _seen(inputs):
+                return *operator_backward(*inputs, *ctx.settings), *no_gradients
+            with torch._C._AutoDispatchBelowAutograd():
+                return *run_backward(*inputs, *ctx.settings), *no_gradients
+
+    def below_autograd(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args) if _seen(args[:saved]) else run(*args)
 
     def autograd(*args: Any) -> tuple[Tensor, ...]:
-        if torch.is_grad_enabled() and any(x.requires_grad for x in args[:3]):
+        q, k, v = args[:3]
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             return Attention.apply(*args)
-        return _below_autograd(operator, args)
+        return below_autograd(args)
+
+    def call(*args: Any) -> tuple[Tensor, ...]:
+        if torch.compiler.is_compiling() or _seen(args[:saved]):
+            return operator(*args)
+        return autograd(*args)
 
     _library.impl(name, autograd, "Autograd")
-    return operator
+    return call
 
 
 def _define(
@@ -141,6 +159,14 @@ def _like(x: Tensor, pattern: Tensor) -> Tensor:
     return empty_rows(pattern, x.shape[3]).copy_(x)
 
 
-def _below_autograd(operator: torch._ops.OpOverload, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
+PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def _seen(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether something has to see the operator: a mode (tracing, selective checkpointing), a transform, the profiler,
+    or a tensor that is not a plain one."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return True
+    if torch._C._are_functorch_transforms_active() or torch.autograd._profiler_enabled():
+        return True
+    return any(type(x) not in PLAIN for x in tensors)

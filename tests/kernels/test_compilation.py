@@ -14,6 +14,7 @@ import triton
 from ds_lvxattn.kernels.triton.backward import interval_backward
 from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.kernels.triton.forward import interval_forward
+from ds_lvxattn.kernels.triton.launch import Launch
 from ds_lvxattn.kernels.triton.merge import merge_partials
 from ds_lvxattn.kernels.triton.surrogate import output_with_delta
 
@@ -49,6 +50,22 @@ def test_other_lengths_compile_nothing(make_problem, compiled, mask):
     for rows, keys in ((1, 640), (33, 4001), (48, 1), (61, 16384), (100, 20000), (2048, 1777), (4097, 513)):
         every_operator(make_problem, rows, keys, mask)
     assert not compiled
+
+
+@pytest.mark.parametrize("mask", ("visible", "random"))
+def test_settled_launches_are_what_triton_would_launch(make_problem, monkeypatch, mask):
+    """Of every launch that is kept, the arguments bound anew give the kernel that was kept."""
+    kept, settled = {}, Launch.__call__
+
+    def checked(self, *args):
+        compiled = self._kernel[self._grid](*args, **self._constants)
+        assert kept.setdefault(self, compiled) is compiled
+        settled(self, *args)
+
+    monkeypatch.setattr(Launch, "__call__", checked)
+    for rows, keys in ((48, 8192), (33, 4001), (4096, 512), (48, 8192), (33, 4001)):
+        every_operator(make_problem, rows, keys, mask)
+    assert kept
 
 
 def test_first_step_takes_seconds(make_problem, monkeypatch, tmp_path):

@@ -22,28 +22,14 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ds_lvxattn.kernels.derived import derived_of
-from ds_lvxattn.kernels.triton.backward_kernels import (
-    key_grads_kernel,
-    query_grads_again_kernel,
-    query_grads_kernel,
-)
-from ds_lvxattn.kernels.triton.backward_plan import (
-    WORKSPACE_BYTES,
-    ChunkPlan,
-    plan_dense,
-    plan_masked,
-    rows_at_once,
-)
-from ds_lvxattn.kernels.triton.backward_rows import pack_ranges_kernel, pack_rows_kernel, seen_tiles_kernel
-from ds_lvxattn.kernels.triton.forward import (
-    multiprocessors,
-    row_descriptors,
-    rows_for_copy_engine,
-)
-from ds_lvxattn.kernels.triton.tiles import BackwardConfig, backward_config, is_hopper, split_head
+from ds_lvxattn.kernels.triton.backward_launches import Shapes, row_launches
+from ds_lvxattn.kernels.triton.backward_plan import WORKSPACE_BYTES, ChunkPlan, plan_masked, rows_at_once
+from ds_lvxattn.kernels.triton.backward_rows import pack_ranges_kernel, seen_tiles_kernel
+from ds_lvxattn.kernels.triton.forward import multiprocessors, rows_for_copy_engine
+from ds_lvxattn.kernels.triton.launch import KEPT, layout, place
+from ds_lvxattn.kernels.triton.tiles import BackwardConfig, backward_config, is_hopper
 
 
 def interval_backward(
@@ -85,31 +71,57 @@ def interval_backward(
     """
     if scale <= 0:
         raise ValueError(f"interval_backward: scale is {scale}; it must be positive (negate q for a negative one)")
-    batch, heads_q, seq_q, head_dim = q.shape
-    heads_kv, head_dims = k.shape[1], (head_dim, v.shape[3])
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    k, v = rows_for_copy_engine(k), rows_for_copy_engine(v)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
 
-    config = config or backward_config(head_dims, q.element_size(), start is not None, is_hopper(q.device))
-    room = workspace_bytes // (heads_kv * config.block_n * config.tile * q.element_size())
-    run = seq_q
-    if config.keep_ds or start is None:
-        units = multiprocessors(q.device)
-        group = heads_q // heads_kv
-        run = rows_at_once(seq_q, k.shape[2], group, batch, heads_kv, head_dims, config, room, units)
+    lse, delta = lse.contiguous(), delta.contiguous()
+    how = _divided(q.device, q.dtype, q.shape, v.shape, start is not None, workspace_bytes, config)
+    seq_q, run = q.shape[2], how.run
     if run == seq_q:
-        _backward_of_rows(dout, q, k, v, lse, delta, start, stop, scale, softcap, config, room, dq, dk, dv, add=False)
+        _backward_of_rows(dout, q, k, v, lse, delta, start, stop, scale, softcap, how, dq, dk, dv, add=False)
         return dq, dk, dv
     dk_sum, dv_sum = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
     for first in range(0, seq_q, run):
         x = slice(first, first + run)
         _backward_of_rows(
-            dout[:, :, x], q[:, :, x], k, v, lse[:, :, x], delta[:, :, x],
-            *_ranges_of_run(start, stop, x), scale, softcap, config, room, dq[:, :, x], dk_sum, dv_sum, add=True,
+            dout[:, :, x], q[:, :, x], k, v, lse[:, :, x].contiguous(), delta[:, :, x].contiguous(),
+            *_ranges_of_run(start, stop, x), scale, softcap, how, dq[:, :, x], dk_sum, dv_sum, add=True,
         )  # fmt: skip
     return dq, dk.copy_(dk_sum), dv.copy_(dv_sum)
+
+
+class _Division(NamedTuple):
+    """How the work is divided.
+
+    Args:
+        config: the tiles.
+        room: slots of ``dS`` that the workspace holds for one key/value head.
+        run: query rows at once.
+    """
+
+    config: BackwardConfig
+    room: int
+    run: int
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _divided(
+    device: torch.device, dtype: torch.dtype, q: tuple[int, ...], v: tuple[int, ...], masked: bool,
+    workspace_bytes: int, config: BackwardConfig | None,
+) -> _Division:  # fmt: skip
+    """``q`` and ``v`` are shapes."""
+    batch, heads_q, seq_q, head_dim = q
+    _, heads_kv, seq_kv, value_dim = v
+    head_dims = (head_dim, value_dim)
+    config = config or backward_config(head_dims, dtype.itemsize, masked, is_hopper(device))
+    room = workspace_bytes // (heads_kv * config.block_n * config.tile * dtype.itemsize)
+    run = seq_q
+    if config.keep_ds or not masked:
+        group, units = heads_q // heads_kv, multiprocessors(device)
+        run = rows_at_once(seq_q, seq_kv, group, batch, heads_kv, head_dims, config, room, units)
+    return _Division(config, room, run)
 
 
 def _ranges_of_run(start: Tensor | None, stop: Tensor | None, rows: slice) -> tuple[Tensor | None, Tensor | None]:
@@ -160,88 +172,57 @@ def _backward_of_rows(
     stop: Tensor | None,
     scale: float,
     softcap: float | None,
-    config: BackwardConfig,
-    room: int,
+    how: _Division,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
     add: bool,
 ) -> None:
-    """Gradients of one run of query rows: ``dq`` is set, ``dk`` and ``dv`` are set or added to.
-
-    ``room`` is the slots of ``dS`` that the workspace holds for one key/value head.
-    """
-    batch, heads_q, seq_q, head_dim = q.shape
-    heads_kv, seq_kv = k.shape[1], k.shape[2]
-    has_interval = start is not None and stop is not None
-    group = heads_q // heads_kv
-    pairs = batch * heads_kv
-    tiles = triton.cdiv(seq_q * group, config.tile)
-    rows = tiles * config.tile
-    blocks = triton.cdiv(seq_kv, config.block_n)
-    programs = multiprocessors(q.device) * config.resident
-
-    terms = torch.empty((pairs * 2, rows), dtype=torch.float32, device=q.device)
-    ranges = NO_RANGES
+    """Gradients of one run of query rows: ``dq`` is set, ``dk`` and ``dv`` are set or added to."""
+    ranges, of_bounds = NO_RANGES, None
     if start is not None and stop is not None:
-        how = (group, blocks, config.tile, config.block_n, room if config.keep_ds else None)
-        ranges = derived_of(start, stop, how, functools.partial(_ranges, start, stop, *how))
         start, stop = start.contiguous(), stop.contiguous()
-    packed_start, packed_stop, bounds, seen, count, masked_plan = ranges
-    pack_rows_kernel[(tiles, pairs)](
-        lse.contiguous(), delta.contiguous(), start, stop, terms, heads_kv, seq_q, tiles,
-        GROUP=group, TILE=config.tile, HAS_INTERVAL=has_interval,
+        of_bounds = layout(start), layout(stop)
+    of = Shapes(
+        layout(dout), layout(q), layout(k), layout(v), layout(lse), layout(delta), layout(dq), layout(dk), layout(dv),
+        of_bounds,
     )  # fmt: skip
+    plan = row_launches(place(q), q.device, of, softcap is not None, how.config, how.room, add)
+    if start is not None and stop is not None:
+        ranges = derived_of(start, stop, plan.of_ranges, functools.partial(_ranges, start, stop, *plan.of_ranges))
+    packed_start, packed_stop, bounds, seen, count, masked_plan = ranges
+    terms = torch.empty(plan.terms, dtype=torch.float32, device=q.device)
+    dq_rows = torch.empty(plan.dq_rows, dtype=torch.float32, device=q.device)
+    plan.pack(lse, delta, start, stop, terms, *plan.pack_integers)
 
     # Q and dO are short next to K and V: packing them once (a copy only where heads share keys) lets the copy
     # engine fetch a whole tile of rows in one instruction, at any group size.
     q_rows, dout_rows = (
-        rows_for_copy_engine(x.unflatten(1, (heads_kv, group)).transpose(2, 3).flatten(2, 3)) for x in (q, dout)
+        rows_for_copy_engine(x.unflatten(1, plan.heads).transpose(2, 3).flatten(2, 3)) for x in (q, dout)
     )
-    row_tiles = (*row_descriptors(q_rows, config.block_m), *row_descriptors(dout_rows, config.block_m))
-    k_tiles, v_tiles = (row_descriptors(rows_for_copy_engine(x), config.block_n) for x in (k, v))
-    value_dim = v.shape[3]
-    block_d, block_d_2 = split_head(head_dim)
-    block_v, block_v_2 = split_head(value_dim)
-    dq_rows = torch.empty((batch, heads_kv, rows, head_dim), dtype=torch.float32, device=q.device)
-    tile_args = dict(
-        HEAD_DIM=head_dim, BLOCK_D=block_d, TILE=config.tile, BLOCK_N=config.block_n,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-    )  # fmt: skip
-    key_args = dict(
-        BLOCK_D_2=block_d_2, VALUE_DIM=value_dim, BLOCK_V=block_v, BLOCK_V_2=block_v_2, BLOCK_M=config.block_m,
-        HAS_INTERVAL=has_interval, CAPPED=softcap is not None, ADD=add,
-        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers, **tile_args,
-    )  # fmt: skip
-    query_args = dict(num_warps=config.query_warps, num_stages=config.query_stages, **tile_args)
+    row_tiles = (*plan.q_tiles(q_rows), *plan.dout_tiles(dout_rows))
+    k_tiles, v_tiles = plan.k_tiles(k), plan.v_tiles(v)
     cap = (softcap or 0.0) / scale  # of the products of queries and keys
-    key_tensors = (k, v, dk, dv, *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3])
 
-    if has_interval and not config.keep_ds:
-        key_grads_kernel[(blocks * pairs,)](
-            *row_tiles, *k_tiles, *v_tiles, None, terms, packed_start, packed_stop, seen, count, None,
-            None, *key_tensors, pairs, heads_kv, seq_kv, tiles, blocks, 0, blocks, 0, scale, cap, KEEP_DS=False,
-            **key_args,
+    if bounds is not None and not how.config.keep_ds:
+        plan.key_grads(
+            *row_tiles, *k_tiles, *v_tiles, None, terms, packed_start, packed_stop, seen, count, None, None, k, v, dk,
+            dv, *plan.key_integers, scale, cap,
         )  # fmt: skip
-        query_grads_again_kernel[(tiles, pairs)](
-            row_descriptors(q_rows, config.tile)[0], row_descriptors(dout_rows, config.tile)[0], k_tiles[0], v_tiles[0],
-            terms, packed_start, packed_stop, bounds,
-            dq_rows, heads_kv, tiles, scale, cap, BLOCK_V=block_v, CAPPED=softcap is not None, **query_args,
+        plan.query_grads_again(
+            plan.q_tiles_again(q_rows)[0], plan.dout_tiles_again(dout_rows)[0], k_tiles[0], v_tiles[0], terms,
+            packed_start, packed_stop, bounds, dq_rows, *plan.query_integers, scale, cap,
         )  # fmt: skip
     else:
-        plan = masked_plan or plan_dense(blocks, batch, heads_kv, tiles, room, programs)
-        ds = torch.empty((heads_kv * plan.slots * config.block_n, config.tile), dtype=q.dtype, device=q.device)
-        ds_out = TensorDescriptor.from_tensor(ds, [config.block_n, config.block_m])
-        ds_in = TensorDescriptor.from_tensor(ds, [config.block_n, config.tile])
-        for chunk in range(plan.chunks):
-            key_grads_kernel[(plan.launched_blocks(chunk, blocks) * pairs,)](
-                *row_tiles, *k_tiles, *v_tiles, ds_out, terms, packed_start, packed_stop, seen, count, plan.edges,
-                plan.base, *key_tensors, pairs, heads_kv, seq_kv, tiles, blocks, chunk,
-                plan.blocks, plan.slots, scale, cap, KEEP_DS=True, **key_args,
+        chunks = masked_plan or plan.dense
+        assert chunks is not None
+        ds = torch.empty(plan.ds(chunks), dtype=q.dtype, device=q.device)
+        ds_out, ds_in = plan.ds_tiles(ds)
+        for key_grads, key_integers, query_grads, query_integers in plan.chunks(chunks):
+            key_grads(
+                *row_tiles, *k_tiles, *v_tiles, ds_out, terms, packed_start, packed_stop, seen, count, chunks.edges,
+                chunks.base, k, v, dk, dv, *key_integers, scale, cap,
             )  # fmt: skip
-            query_grads_kernel[(tiles, pairs)](
-                ds_in, *k_tiles, bounds, plan.edges, plan.base, dq_rows, heads_kv, tiles, blocks, chunk,
-                plan.blocks, plan.slots, BLOCK_D_2=block_d_2, HAS_INTERVAL=has_interval, **query_args,
-            )  # fmt: skip
-    dq_groups = dq_rows[:, :, : seq_q * group].unflatten(2, (seq_q, group)).transpose(2, 3)
-    torch.mul(dq_groups, scale, out=dq.unflatten(1, (heads_kv, group)))
+            query_grads(ds_in, *k_tiles, bounds, chunks.edges, chunks.base, dq_rows, *query_integers)
+    shape, of_rows, of_dq = plan.grouped
+    torch.mul(dq_rows.as_strided(shape, of_rows), scale, out=dq.as_strided(shape, of_dq))

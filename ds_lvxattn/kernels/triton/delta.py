@@ -5,12 +5,16 @@ differentiable."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 try:
     import triton
     import triton.language as tl
+
+    from ds_lvxattn.kernels.triton.launch import KEPT, Launch, Layout, layout, place
 except ImportError:  # no Triton on this platform: the torch path does every call
     triton = None
 
@@ -47,18 +51,24 @@ if triton is not None:
 
     def attention_delta_triton(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
         """``attention_delta`` in one pass over memory, for inputs narrower than float64."""
-        batch, heads, seq, head_dim = out.shape
-        delta = torch.empty((batch, heads, seq), dtype=torch.float32, device=out.device)
+        delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
         if delta.numel() == 0:
             return delta
+        launch, integers = _plan(place(out), layout(dout), layout(out), None if dlse is None else layout(dlse))
+        launch(dout, out, dlse, delta, *integers)
+        return delta
+
+    @functools.lru_cache(maxsize=KEPT)
+    def _plan(where: tuple[int, int], dout: Layout, out: Layout, dlse: Layout | None) -> tuple[Launch, tuple[int, ...]]:
+        """The kernel and its integers."""
+        batch, heads, seq, head_dim = out[1]
         block_d = triton.next_power_of_2(head_dim)
         block_s = max(1, 4096 // block_d)
-        _delta_kernel[(triton.cdiv(seq, block_s), batch * heads)](
-            dout, out, dlse, delta, *dout.stride(), *out.stride(),
-            *((0, 0, 0) if dlse is None else dlse.stride()), heads, seq,
+        launch = Launch(
+            _delta_kernel, (triton.cdiv(seq, block_s), batch * heads),
             HAS_DLSE=dlse is not None, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=block_s, num_warps=4,
         )  # fmt: skip
-        return delta
+        return launch, (*dout[2], *out[2], *((0, 0, 0) if dlse is None else dlse[2]), heads, seq)
 
 
 def attention_delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:

@@ -8,14 +8,15 @@ after Flash-Decoding. The mask is the interval of LV-XAttn's workloads: row ``i`
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ds_lvxattn.kernels.base import empty_rows
+from ds_lvxattn.kernels.triton.launch import KEPT, Launch, Layout, Tiles, fits_copy_engine, layout, place, row_tiles
 from ds_lvxattn.kernels.triton.merge import merge_partials_triton
 from ds_lvxattn.kernels.triton.tiles import ForwardConfig, forward_config, is_hopper, split_head
 
@@ -231,27 +232,11 @@ def interval_forward_supported(q_dtype: torch.dtype, head_dim: int, device_type:
 
 
 def rows_for_copy_engine(x: Tensor) -> Tensor:
-    """``x`` as the tensor copy engine reads it: rows of unit stride that start at multiples of 16 bytes.
+    """``x`` as the tensor copy engine reads it.
 
     Every layout that a projection writes is so already and is returned as it is; only an odd view is copied.
     """
-    granule = 16 // x.element_size()
-    aligned = x.data_ptr() % 16 == 0 and all(stride % granule == 0 for stride in x.stride()[:-1])
-    return x if aligned and x.stride(-1) == 1 else x.contiguous()
-
-
-def row_descriptors(x: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
-    """Descriptors of ``x [B, H, S, D]`` for tiles of ``rows`` rows and the blocks of columns of ``split_head``.
-
-    What lies past the end reads as 0.
-    """
-    shape, strides = list(x.shape), list(x.stride())
-    first, second = (
-        TensorDescriptor(x, shape, strides, [1, 1, rows, columns]) if columns else None
-        for columns in split_head(x.shape[-1])
-    )
-    assert first is not None
-    return first, second
+    return x if fits_copy_engine(layout(x)) else x.contiguous()
 
 
 @functools.cache
@@ -305,39 +290,78 @@ def interval_forward(
         raise ValueError(f"interval_forward: scale is {scale}; it must be positive (negate q for a negative one)")
     if q.stride(-1) != 1:
         q = q.contiguous()
-    batch, heads_q, seq_q, head_dim = q.shape
-    heads_kv, seq_kv, value_dim = v.shape[1:]
-    out = empty_rows(q, value_dim)
-    lse = torch.empty((batch, heads_q, seq_q), dtype=torch.float32, device=q.device)
-    if out.numel() == 0 or seq_kv == 0:
+    out = empty_rows(q, v.shape[3])
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if out.numel() == 0 or k.shape[2] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
 
-    has_interval = start is not None and stop is not None
-    config = config or forward_config((head_dim, value_dim), q.element_size(), has_interval, is_hopper(q.device))
-    group = heads_q // heads_kv
-    tiles = triton.cdiv(seq_q * group, config.block_m)
-    slots = multiprocessors(q.device) * config.resident
-    splits = key_splits(tiles * heads_kv * batch, triton.cdiv(seq_kv, config.block_n), slots)
-    if splits == 1:
-        part_out, part_lse = out.unsqueeze(0), lse.unsqueeze(0)
-    else:
-        part_out = torch.empty((splits, batch, heads_q, seq_q, value_dim), dtype=torch.float32, device=q.device)
-        part_lse = torch.empty((splits, batch, heads_q, seq_q), dtype=torch.float32, device=q.device)
+    of_bounds = None
     if start is not None and stop is not None:
         start, stop = start.contiguous(), stop.contiguous()
-
-    block_d, block_d_2 = split_head(head_dim)
-    block_v, block_v_2 = split_head(value_dim)
-    _interval_forward_kernel[(tiles * batch * heads_kv, splits)](
-        q, *row_descriptors(rows_for_copy_engine(k), config.block_n),
-        *row_descriptors(rows_for_copy_engine(v), config.block_n), start, stop, part_out, part_lse,
-        *q.stride()[:3], seq_q, *part_out.stride()[:4], part_lse.stride(0),
-        batch * heads_kv, tiles, heads_kv, seq_q, seq_kv, splits, scale * LOG2_E, (softcap or 0.0) / scale,
-        GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=block_d, BLOCK_D_2=block_d_2, BLOCK_V=block_v,
-        BLOCK_V_2=block_v_2, BLOCK_M=config.block_m, BLOCK_N=config.block_n, HAS_INTERVAL=has_interval,
-        CAPPED=softcap is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        of_bounds = layout(start), layout(stop)
+    k, v = rows_for_copy_engine(k), rows_for_copy_engine(v)
+    plan = _plan(place(q), q.device, layout(q), layout(k), layout(v), of_bounds, softcap is not None, config)
+    part_out, part_lse = out, lse
+    if plan.splits > 1:
+        part_out = torch.empty((plan.splits, *out.shape), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((plan.splits, *lse.shape), dtype=torch.float32, device=q.device)
+    plan.launch(
+        q, *plan.k_tiles(k), *plan.v_tiles(v), start, stop, part_out, part_lse, *plan.integers, scale * LOG2_E,
+        (softcap or 0.0) / scale,
     )  # fmt: skip
-    if splits > 1:
+    if plan.splits > 1:
         merge_partials_triton(part_out, part_lse, out, lse)
     return out, lse
+
+
+class _Plan(NamedTuple):
+    """Everything about a call but its tensors.
+
+    Args:
+        splits: shares of the keys, whose partial results are merged.
+        k_tiles, v_tiles: descriptors of keys and values.
+        integers: arguments of the kernel.
+        launch: of the kernel.
+    """
+
+    splits: int
+    k_tiles: Tiles
+    v_tiles: Tiles
+    integers: tuple[int, ...]
+    launch: Launch
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _plan(
+    where: tuple[int, int], device: torch.device, q: Layout, k: Layout, v: Layout,
+    bounds: tuple[Layout, Layout] | None, capped: bool, config: ForwardConfig | None,
+) -> _Plan:  # fmt: skip
+    """``where`` only tells calls apart: a kernel is loaded on one device."""
+    dtype, (batch, heads_q, seq_q, head_dim), q_strides, _ = q
+    heads_kv, seq_kv, value_dim = v[1][1:]
+    has_interval = bounds is not None
+    config = config or forward_config((head_dim, value_dim), dtype.itemsize, has_interval, is_hopper(device))
+    group = heads_q // heads_kv
+    tiles = triton.cdiv(seq_q * group, config.block_m)
+    slots = multiprocessors(device) * config.resident
+    splits = key_splits(tiles * heads_kv * batch, triton.cdiv(seq_kv, config.block_n), slots)
+    if splits == 1:
+        out = empty_rows(torch.empty_strided(q[1], q_strides, device="meta"), value_dim)
+        out_strides = (out.numel(), *out.stride()[:3])
+    else:
+        of_head = seq_q * value_dim
+        out_strides = (batch * heads_q * of_head, heads_q * of_head, of_head, value_dim)
+    block_v, block_v_2 = split_head(value_dim)
+    block_d, block_d_2 = split_head(head_dim)
+    launch = Launch(
+        _interval_forward_kernel, (tiles * batch * heads_kv, splits),
+        GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=block_d, BLOCK_D_2=block_d_2, BLOCK_V=block_v,
+        BLOCK_V_2=block_v_2, BLOCK_M=config.block_m, BLOCK_N=config.block_n, HAS_INTERVAL=has_interval, CAPPED=capped,
+        PRECISION="ieee" if dtype == torch.float32 else "tf32",
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    integers = (
+        *q_strides[:3], seq_q, *out_strides, batch * heads_q * seq_q, batch * heads_kv, tiles, heads_kv, seq_q, seq_kv,
+        splits,
+    )  # fmt: skip
+    return _Plan(splits, row_tiles(config.block_n), row_tiles(config.block_n), integers, launch)

@@ -6,6 +6,9 @@ log-sum-exp exceeds 88, where ``exp`` overflows float32.
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,7 @@ try:
     import triton
     import triton.language as tl
 
+    from ds_lvxattn.kernels.triton.launch import KEPT, Launch, Layout, layout, place
     from ds_lvxattn.kernels.triton.row_order import row_offset, row_order
 except ImportError:  # no Triton on this platform: the torch path does every call
     triton = None
@@ -82,17 +86,30 @@ if triton is not None:
         """
         if out.numel() == 0:
             return
-        parts, head_dim = outs.shape[0], outs.shape[-1]
-        order = row_order(outs[0], lses[0], out, lse)
-        outs_strides, lses_strides, out_strides, lse_strides = order.strides
+        launch, integers = _plan(place(outs), layout(outs), layout(lses), layout(out), layout(lse))
+        launch(outs, lses, out, lse, *integers)
+
+    @functools.lru_cache(maxsize=KEPT)
+    def _plan(
+        where: tuple[int, int], outs: Layout, lses: Layout, out: Layout, lse: Layout
+    ) -> tuple[Launch, tuple[int, ...]]:
+        """The kernel and its integers."""
+        _, (parts, *sizes, head_dim), (outs_stride, *outs_strides), _ = outs
+        lses_stride, *lses_strides = lses[2]
+        order = row_order(sizes, outs_strides, lses_strides, out[2], lse[2])
+        of_outs, of_lses, of_out, of_lse = order.strides
+        rows = math.prod(sizes)
         block_d = triton.next_power_of_2(head_dim)
         block_s = max(1, MERGE_ELEMENTS // block_d)
-        _merge_kernel[(triton.cdiv(lse.numel(), block_s),)](
-            outs, lses, out, lse, outs.stride(0), *outs_strides, outs.stride(-1), lses.stride(0), *lses_strides,
-            *out_strides, out.stride(-1), *lse_strides, parts, lse.numel(), *order.sizes,
-            DIMS=order.dims, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=block_s,
-            num_warps=2,
+        launch = Launch(
+            _merge_kernel, (triton.cdiv(rows, block_s),),
+            DIMS=order.dims, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=block_s, num_warps=2,
         )  # fmt: skip
+        integers = (
+            outs_stride, *of_outs, outs_strides[3], lses_stride, *of_lses, *of_out, out[2][3], *of_lse, parts, rows,
+            *order.sizes,
+        )  # fmt: skip
+        return launch, integers
 
 
 def merge_partials(

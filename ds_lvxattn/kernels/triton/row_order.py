@@ -6,11 +6,11 @@ program that takes neighbours in memory reads whole pages either way.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 
 @triton.jit
@@ -41,19 +41,18 @@ class RowOrder(NamedTuple):
     dims: int
 
 
-def row_order(*tensors: Tensor) -> RowOrder:
-    """The order of the rows of the first tensor in memory; all are ``[B, H, S, ...]``."""
-    first = tensors[0]
+def row_order(sizes: Sequence[int], *strides: Sequence[int]) -> RowOrder:
+    """The order in which the rows of the first tensor lie in memory; all are ``[B, H, S, ...]`` of ``sizes``."""
     dims: list[tuple[int, list[int]]] = []
-    for dim in sorted(range(3), key=first.stride, reverse=True):
-        size, strides = first.shape[dim], [x.stride(dim) for x in tensors]
+    for dim in sorted(range(3), key=strides[0].__getitem__, reverse=True):
+        size, steps = sizes[dim], [of_tensor[dim] for of_tensor in strides]
         if size == 1:
             continue
-        if dims and all(outer == size * inner for outer, inner in zip(dims[-1][1], strides, strict=True)):
-            dims[-1] = (dims[-1][0] * size, strides)
+        if dims and all(outer == size * inner for outer, inner in zip(dims[-1][1], steps, strict=True)):
+            dims[-1] = (dims[-1][0] * size, steps)
         else:
-            dims.append((size, strides))
+            dims.append((size, steps))
     count = max(1, len(dims))
-    dims = [(1, [0] * len(tensors))] * (3 - len(dims)) + dims
-    by_tensor = [(dims[0][1][i], dims[1][1][i], dims[2][1][i]) for i in range(len(tensors))]
+    dims = [(1, [0] * len(strides))] * (3 - len(dims)) + dims
+    by_tensor = [(dims[0][1][i], dims[1][1][i], dims[2][1][i]) for i in range(len(strides))]
     return RowOrder((dims[1][0], dims[2][0]), by_tensor, count)

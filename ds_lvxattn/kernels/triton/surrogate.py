@@ -8,6 +8,9 @@ moves it by no more than rounding ``O`` does.
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,7 @@ try:
     import triton
     import triton.language as tl
 
+    from ds_lvxattn.kernels.triton.launch import KEPT, Launch, Layout, layout, place
     from ds_lvxattn.kernels.triton.row_order import row_offset, row_order
 except ImportError:  # no Triton on this platform: the torch path does every call
     triton = None
@@ -51,17 +55,26 @@ if triton is not None:
         out = torch.empty_like(dout)
         if out.numel() == 0:
             return out
-        order = row_order(dout, delta, out)
+        launch, integers = _surrogate_plan(place(dout), layout(dout), layout(delta), layout(out))
+        launch(dout, delta, out, *integers)
+        return out
+
+    @functools.lru_cache(maxsize=KEPT)
+    def _surrogate_plan(
+        where: tuple[int, int], dout: Layout, delta: Layout, out: Layout
+    ) -> tuple[Launch, tuple[int, ...]]:
+        """The kernel and its integers."""
+        _, sizes, *_ = delta
+        order = row_order(sizes, dout[2], delta[2], out[2])
         dout_strides, delta_strides, out_strides = order.strides
-        head_dim = dout.shape[-1]
+        head_dim, rows = dout[1][3], math.prod(sizes)
         block_d = triton.next_power_of_2(head_dim)
         block_s = max(1, 1024 // block_d)
-        _output_with_delta_kernel[(triton.cdiv(delta.numel(), block_s),)](
-            dout, delta, out, *dout_strides, dout.stride(-1), *delta_strides, *out_strides, out.stride(-1),
-            delta.numel(), *order.sizes, DIMS=order.dims, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=block_s,
-            num_warps=2,
+        launch = Launch(
+            _output_with_delta_kernel, (triton.cdiv(rows, block_s),),
+            DIMS=order.dims, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=block_s, num_warps=2,
         )  # fmt: skip
-        return out
+        return launch, (*dout_strides, dout[2][3], *delta_strides, *out_strides, out[2][3], rows, *order.sizes)
 
 
 def output_with_delta(dout: Tensor, delta: Tensor) -> Tensor:

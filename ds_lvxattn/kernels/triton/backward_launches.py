@@ -1,0 +1,159 @@
+"""The launches of a backward pass over one run of query rows: everything about them but their tensors."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ds_lvxattn.kernels.triton.backward_kernels import (
+    key_grads_kernel,
+    query_grads_again_kernel,
+    query_grads_kernel,
+)
+from ds_lvxattn.kernels.triton.backward_plan import ChunkPlan, plan_dense
+from ds_lvxattn.kernels.triton.backward_rows import pack_rows_kernel
+from ds_lvxattn.kernels.triton.forward import multiprocessors
+from ds_lvxattn.kernels.triton.launch import KEPT, Launch, Layout, Tiles, row_tiles
+from ds_lvxattn.kernels.triton.tiles import BackwardConfig, split_head
+
+Integers = tuple[int, ...]
+
+
+class Shapes(NamedTuple):
+    """Layouts of the tensors of a run; ``bounds`` are the ranges of its rows, None where every key is visible."""
+
+    dout: Layout
+    q: Layout
+    k: Layout
+    v: Layout
+    lse: Layout
+    delta: Layout
+    dq: Layout
+    dk: Layout
+    dv: Layout
+    bounds: tuple[Layout, Layout] | None
+
+
+class RowLaunches:
+    """The launches for tensors of some layouts.
+
+    Args:
+        device: their device.
+        of: their layouts.
+        capped: whether the scores have a soft cap.
+        config: the tiles.
+        room: slots of ``dS`` that the workspace holds for one key/value head.
+        add: whether the gradients of K and V are added to what is there.
+
+    Attributes:
+        of_ranges: what packed ranges depend on, see ``backward._ranges``.
+        terms, dq_rows: shapes of the row terms and of ``dQ`` by packed rows.
+        grouped: the shape ``[B, H_kv, group, S_q, D]`` and the strides in it of ``dq_rows`` and of ``dq``.
+        pack, pack_integers: the launch of ``pack_rows_kernel``, and its integers.
+        q_tiles, dout_tiles, k_tiles, v_tiles: descriptors for ``key_grads_kernel``.
+    """
+
+    def __init__(
+        self, device: torch.device, of: Shapes, capped: bool, config: BackwardConfig, room: int, add: bool
+    ) -> None:
+        dtype, (batch, heads_q, seq_q, head_dim), *_ = of.q
+        _, (_, heads_kv, seq_kv, value_dim), *_ = of.v
+        group = heads_q // heads_kv
+        has_interval = of.bounds is not None
+        pairs = batch * heads_kv
+        tiles = triton.cdiv(seq_q * group, config.tile)
+        rows = tiles * config.tile
+        blocks = triton.cdiv(seq_kv, config.block_n)
+        self.of_ranges = (group, blocks, config.tile, config.block_n, room if config.keep_ds else None)
+        self.terms = (pairs * 2, rows)
+        self.dq_rows = (batch, heads_kv, rows, head_dim)
+        strides = of.dq[2]
+        self.grouped = (
+            (batch, heads_kv, group, seq_q, head_dim),
+            (heads_kv * rows * head_dim, rows * head_dim, head_dim, group * head_dim, 1),
+            (strides[0], strides[1] * group, *strides[1:]),
+        )
+        self.heads = (heads_kv, group)
+        self.pack = Launch(
+            pack_rows_kernel, (tiles, pairs), GROUP=group, TILE=config.tile, HAS_INTERVAL=has_interval,
+        )  # fmt: skip
+        self.pack_integers = (heads_kv, seq_q, tiles)
+        self.q_tiles, self.dout_tiles = row_tiles(config.block_m), row_tiles(config.block_m)
+        self.k_tiles, self.v_tiles = row_tiles(config.block_n), row_tiles(config.block_n)
+        self.q_tiles_again, self.dout_tiles_again = row_tiles(config.tile), row_tiles(config.tile)
+
+        block_d, block_d_2 = split_head(head_dim)
+        block_v, block_v_2 = split_head(value_dim)
+        self._tile = dict(
+            HEAD_DIM=head_dim, BLOCK_D=block_d, TILE=config.tile, BLOCK_N=config.block_n,
+            PRECISION="ieee" if dtype == torch.float32 else "tf32",
+        )  # fmt: skip
+        self._of_keys = dict(
+            BLOCK_D_2=block_d_2, VALUE_DIM=value_dim, BLOCK_V=block_v, BLOCK_V_2=block_v_2, BLOCK_M=config.block_m,
+            HAS_INTERVAL=has_interval, CAPPED=capped, ADD=add,
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers, **self._tile,
+        )  # fmt: skip
+        self._of_queries = dict(num_warps=config.query_warps, num_stages=config.query_stages, **self._tile)
+        self._key_strides = tuple(stride for x in (of.k, of.v, of.dk, of.dv) for stride in x[2][:3])
+        self._config, self._block_d_2, self._has_interval = config, block_d_2, has_interval
+        self._pairs, self._heads_kv, self._seq_kv, self._tiles, self._blocks = pairs, heads_kv, seq_kv, tiles, blocks
+        programs = multiprocessors(device) * config.resident
+        self.dense = None if has_interval else plan_dense(blocks, batch, heads_kv, tiles, room, programs)
+        self._again = has_interval and not config.keep_ds
+        if self._again:
+            self.key_grads = Launch(key_grads_kernel, (blocks * pairs,), KEEP_DS=False, **self._of_keys)
+            self.key_integers = (*self._key_strides, pairs, heads_kv, seq_kv, tiles, blocks, 0, blocks, 0)
+            self.query_grads_again = Launch(
+                query_grads_again_kernel, (tiles, pairs), BLOCK_V=block_v, CAPPED=capped, **self._of_queries
+            )
+            self.query_integers = (heads_kv, tiles)
+        self._chunks: list[tuple[Launch, Integers, Launch, Integers]] = []
+
+    def ds(self, plan: ChunkPlan) -> tuple[int, int]:
+        """Shape of the workspace of ``dS``."""
+        return self._heads_kv * plan.slots * self._config.block_n, self._config.tile
+
+    @functools.cached_property
+    def ds_tiles(self) -> Tiles:
+        """Descriptors of ``dS`` to write and to read."""
+        written, read = ([self._config.block_n, columns] for columns in (self._config.block_m, self._config.tile))
+
+        def make(ds: Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
+            return TensorDescriptor.from_tensor(ds, written), TensorDescriptor.from_tensor(ds, read)
+
+        return Tiles(make)
+
+    def chunks(self, plan: ChunkPlan) -> list[tuple[Launch, Integers, Launch, Integers]]:
+        """For each chunk of keys the kernel that owns keys and the one that owns rows, with their integers.
+
+        What a plan says to the host depends on nothing but layouts: the plan of any batch will do.
+        """
+        if not self._chunks:
+            self._chunks = [self._chunk(plan, chunk) for chunk in range(plan.chunks)]
+        return self._chunks
+
+    def _chunk(self, plan: ChunkPlan, chunk: int) -> tuple[Launch, Integers, Launch, Integers]:
+        place = (self._tiles, self._blocks, chunk, plan.blocks, plan.slots)
+        programs = plan.launched_blocks(chunk, self._blocks) * self._pairs
+        return (
+            Launch(key_grads_kernel, (programs,), KEEP_DS=True, **self._of_keys),
+            (*self._key_strides, self._pairs, self._heads_kv, self._seq_kv, *place),
+            Launch(
+                query_grads_kernel, (self._tiles, self._pairs),
+                BLOCK_D_2=self._block_d_2, HAS_INTERVAL=self._has_interval, **self._of_queries,
+            ),
+            (self._heads_kv, *place),
+        )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=KEPT)
+def row_launches(
+    where: tuple[int, int], device: torch.device, of: Shapes, capped: bool, config: BackwardConfig, room: int, add: bool
+) -> RowLaunches:
+    """The launches, made once; ``where`` only tells calls apart, as a kernel is loaded on one device."""
+    return RowLaunches(device, of, capped, config, room, add)

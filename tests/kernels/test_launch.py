@@ -1,0 +1,84 @@
+"""Launches whose arguments are settled: the JIT function once, then its compiled kernel; checked descriptors."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ds_lvxattn.kernels.triton import launch as launches
+from ds_lvxattn.kernels.triton.launch import Launch, fits_copy_engine, layout, row_descriptors, row_tiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Compiled:
+    """Stands for a compiled kernel."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getitem__(self, grid):
+        return lambda *args: self.calls.append((grid, args))
+
+
+class Kernel:
+    """Stands for a JIT function whose call gives ``compiled``."""
+
+    arg_names = ("x", "n", "BLOCK", "FLAG")
+
+    def __init__(self, compiled):
+        self.compiled, self.calls = compiled, []
+
+    def __getitem__(self, grid):
+        def call(*args, **constants):
+            self.calls.append((grid, args, constants))
+            return self.compiled
+
+        return call
+
+
+def test_the_jit_function_is_called_once(monkeypatch):
+    monkeypatch.setattr(launches, "CompiledKernel", Compiled)
+    kernel = Kernel(Compiled())
+    launch = Launch(kernel, (5, 2), num_warps=4, FLAG=True, BLOCK=64)
+    for name in ("first", "second", "third"):
+        launch(name, 7)
+    assert kernel.calls == [((5, 2), ("first", 7), {"num_warps": 4, "FLAG": True, "BLOCK": 64})]
+    # Constants stand in the kernel's own order; options are none of its arguments.
+    assert kernel.compiled.calls == [((5, 2, 1), (name, 7, 64, True)) for name in ("second", "third")]
+
+
+def test_the_interpreter_is_called_every_time():
+    kernel = Kernel(None)
+    launch = Launch(kernel, (5,), BLOCK=64, FLAG=False)
+    for name in ("first", "second"):
+        launch(name, 7)
+    assert [args for _, args, _ in kernel.calls] == [("first", 7), ("second", 7)]
+
+
+@pytest.mark.parametrize("head_dim", (64, 80))
+def test_descriptors_are_those_of_the_tensor(head_dim):
+    tiles = row_tiles(32)
+    for seed in range(3):
+        x = torch.full((1, 2, 40, head_dim), float(seed), device=DEVICE)
+        for made, want in zip(tiles(x), row_descriptors(x, 32), strict=True):
+            assert (made is None) == (want is None)
+            if made is not None:
+                assert made.base is x and {**vars(made), "base": None} == {**vars(want), "base": None}
+    forgotten = weakref.ref(x)
+    del x, made, want
+    assert forgotten() is None
+
+
+def test_layouts_tell_apart_what_is_compiled_apart():
+    x = torch.zeros(1, 2, 16, 64, dtype=torch.bfloat16, device=DEVICE)
+    assert layout(x) == layout(torch.ones_like(x))
+    flat = torch.zeros(x.numel() + 1, dtype=x.dtype, device=DEVICE)
+    others = (x.transpose(1, 2), x.float(), x[:, :1], flat[1:].view(x.shape))
+    assert len({layout(x), *map(layout, others)}) == 5
+    assert fits_copy_engine(layout(x)) and not fits_copy_engine(layout(others[-1]))
+    assert not fits_copy_engine(layout(x.transpose(2, 3)))
