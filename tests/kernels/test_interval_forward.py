@@ -100,6 +100,9 @@ def test_strides_are_read_and_kept(make_problem, error):
     assert error(out, p.exact()["out"]) < 1e-5
     p.k = torch.nn.functional.pad(p.k, (1, 2))[..., 1:-2]  # rows that start between 16-byte boundaries
     assert error(run(p)[0], p.exact()["out"]) < 1e-5
+    flat = torch.cat((p.k.new_zeros(1), p.k.flatten()))
+    p.k = flat[1:].view(p.k.shape)  # contiguous, but begins between them
+    assert error(run(p)[0], p.exact()["out"]) < 1e-5
 
 
 @pytest.mark.parametrize("head_dim", (64, 80, 96, 128, 256))

@@ -236,7 +236,7 @@ def rows_for_copy_engine(x: Tensor) -> Tensor:
 
     Every layout that a projection writes is so already and is returned as it is; only an odd view is copied.
     """
-    return x if fits_copy_engine(layout(x)) else x.contiguous()
+    return x if fits_copy_engine(layout(x)) else x.clone(memory_format=torch.contiguous_format)
 
 
 @functools.cache
