@@ -17,7 +17,8 @@ while the step before runs. A step's time is that of the slowest rank.
 of the ranks that NCCL takes for hosts (``NCCL_HOSTID``), with sockets between. ``--work``: FRAMES:TILES:TEXT, several.
 The floor of a strategy is the time in which compute kernels are busy in a profiled step, exchanges left out. What is
 measured is written after every round. ``--largest`` doubles the frames of the last item until a step does not fit; what
-fits is written. ``--read`` compares a run on one GPU with one of as many frames a GPU on several; ``--predict`` prints
+fits is written. Under ZeRO-3 what does not train stays gathered, as in a run where it fits, unless ``--gather_frozen``
+is given. ``--read`` compares a run on one GPU with one of as many frames a GPU on several; ``--predict`` prints
 what the planner predicts from a machine's profile beside what was measured (``step_prediction.py``). ``--tiny`` runs a
 small model, on CPUs too, which checks that everything runs.
 """
@@ -64,6 +65,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="at most, for each item of --work")
     parser.add_argument("--layers", type=int, default=40, help="text layers, of which every fifth is cross-attention")
     parser.add_argument("--largest", action="store_true", help="go on with twice the frames until a step does not fit")
+    parser.add_argument(
+        "--gather_frozen",
+        action="store_true",
+        help="ZeRO-3 gathers what does not train for each use, as with --largest",
+    )
     parser.add_argument("--no_profile", action="store_true")
     parser.add_argument("--zero", type=json.loads, default={}, help="more keys of 'zero_optimization', as JSON")
     parser.add_argument("--tiny", action="store_true", help="a small model")
@@ -94,6 +100,7 @@ from ds_lvxattn.batches.sequence_parallel import SequenceParallel  # noqa: E402
 from ds_lvxattn.config import sequence_parallel_config  # noqa: E402
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed  # noqa: E402
 from ds_lvxattn.runtime.compiled import compile_layers  # noqa: E402
+from ds_lvxattn.runtime.kept_parameters import KeptParameters  # noqa: E402
 from ds_lvxattn.training.loading import (  # noqa: E402
     loss_factor,
     parameter_groups,
@@ -142,8 +149,9 @@ class Runner:
     """One engine and, for each strategy, what makes its batches."""
 
     def __init__(
-        self, stage: int, sizes: MllamaConfig, strategies: Sequence[str], zero: Mapping[str, Any] | None = None
-    ) -> None:
+        self, stage: int, sizes: MllamaConfig, strategies: Sequence[str], zero: Mapping[str, Any] | None = None,
+        keeps: bool = True,
+    ) -> None:  # fmt: skip
         self.ranks, self.cuda = dist.get_world_size(), torch.cuda.is_available()
         self.device = torch.device(get_accelerator().current_device_name())
         settings = ds_config(stage, self.ranks, self.cuda, zero or {})
@@ -177,6 +185,10 @@ class Runner:
         self.engine, *_ = deepspeed.initialize(
             model=self.model, model_parameters=parameter_groups(self.model), config=settings, mpu=groups
         )
+        kept = KeptParameters(self.model)
+        if keeps:
+            kept.keep()
+        self.kept = kept.kept
         text = self.model.get_submodule("model.language_model")
         self.parts = [
             (self.model.get_submodule("model.vision_model"), "encoder"),
@@ -427,10 +439,17 @@ def main(args: argparse.Namespace) -> None:
     start_distributed()
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     sizes = tiny_config() if args.tiny else model_config(args.layers)
-    runner = Runner(args.stage, sizes, args.strategies.split(","), args.zero)
+    keeps = not (args.gather_frozen or args.largest)
+    runner = Runner(args.stage, sizes, args.strategies.split(","), args.zero, keeps)
     first = dist.get_rank() == 0
     device = torch.cuda.get_device_name() if runner.cuda else "CPU"
-    common = {"device": device, "torch": torch.__version__, "ranks": runner.ranks, "stage": args.stage}
+    common = {
+        "device": device,
+        "torch": torch.__version__,
+        "ranks": runner.ranks,
+        "stage": args.stage,
+        "kept": runner.kept,
+    }
     done: list[dict[str, Any]] = []
 
     def save(run: dict[str, Any]) -> None:

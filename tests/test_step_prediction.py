@@ -82,7 +82,7 @@ def test_a_measured_product_is_exact() -> None:
 
 
 def test_parts_are_the_step_and_stage_3_costs_what_it_gathers() -> None:
-    job = ClusterJob(LLAMA, 480, 96, 4, stage=2)
+    job = ClusterJob(LLAMA, 480, 96, 4, stage=2, keeps_frozen=False)
     slow, quick = load_profile("h200-slow-link"), load_profile("h200")
     chosen = layer_candidates(job.cross(), slow)[0]
     step = step_of(job, chosen, slow)
@@ -91,6 +91,11 @@ def test_parts_are_the_step_and_stage_3_costs_what_it_gathers() -> None:
     assert three.seconds > two.seconds * 1.2 and three.memory < two.memory <= one.memory
     lost = [of[2].seconds - of[1].seconds for of in (stages(job, chosen, profile) for profile in (slow, quick))]
     assert lost[0] > lost[1]
+    # With what is frozen kept, a step is about one of stage 2; where it does not fit, nothing changes.
+    kept = stages(replace(job, keeps_frozen=True), chosen, quick)
+    assert kept[2].seconds < 1.15 * kept[1].seconds and kept[2].memory > three.memory
+    small = replace(quick, memory=35e9)
+    assert stages(replace(job, keeps_frozen=True), chosen, small) == stages(job, chosen, small)
 
 
 def test_the_stage_that_is_faster_and_fits_is_named() -> None:

@@ -25,6 +25,8 @@ class ClusterJob:
         features_train: whether the visual features need gradients, as with a projector that trains.
         gpus_per_node: GPUs of a node; None: all are on one.
         stage: of ZeRO.
+        keeps_frozen: whether stage 3 may keep parameters gathered, see ``kept``.
+        kept: whether it does: what does not train is gathered once a run, and what trains once a step.
     """
 
     model: ModelSizes
@@ -35,6 +37,8 @@ class ClusterJob:
     features_train: bool = True
     gpus_per_node: int | None = None
     stage: int = 3
+    keeps_frozen: bool = True
+    kept: bool = False
 
     @property
     def inner_size(self) -> int | None:
@@ -61,7 +65,10 @@ class ClusterJob:
     @property
     def states(self) -> ModelStates:
         """What ZeRO keeps."""
-        return ModelStates(self.model.parameters, self.model.trainable, ELEMENT, self.stage, self.gpus)
+        m = self.model
+        return ModelStates(
+            m.parameters, m.trainable, ELEMENT, self.stage, self.gpus, gathered=m.parameters if self.kept else 0
+        )
 
     def cross(self) -> Layer:
         """A cross-attention layer."""

@@ -63,7 +63,7 @@ class _Layers:
         sets = 1 if once else MATRICES * m.vision_layers
         found = []
         for portion in range(portions):
-            gathers = not (once and portion)
+            gathers = not (once and portion) and not self.job.kept
             found.append(
                 Segment(
                     "encoder", device, host + self.transfers.gather_host(sets * gathers),
@@ -92,7 +92,7 @@ class _Layers:
         m, trains = self.job.model, self.job.model.keys_in_text
         size = m.vocabulary * m.width
         both = work.vocabulary(self.profile, m, self.job.rows, trains)
-        forward = Segment("text", both.forward, gather=self.transfers.gather(size))
+        forward = Segment("text", both.forward, gather=0.0 if self.job.kept else self.transfers.gather(size))
         return forward, (Segment("text", both.backward), 2.0 * size * trains)
 
     def _layer(self, part: str, rest: Both, candidate: Candidate, parameters: int, trains: bool) -> Layers:
@@ -100,15 +100,17 @@ class _Layers:
         cost = candidate.cost
         assert cost is not None
         attention, exchange, host = _attention(cost), _exchange(cost), host_time(self.profile, TEXT_LAYER)
-        gather = self.transfers.gather(parameters)
+        gather = again = self.transfers.gather(parameters)
         gathering = self.transfers.gather_host(MATRICES if trains else 1)
+        if self.job.kept:
+            gather, again, gathering = gather * trains, 0.0, gathering * trains
         first = Segment(
             part, attention.forward + rest.forward, cost.host_forward + host.forward + gathering, FORWARD_LAUNCHES,
             exchange.forward, gather,
         )  # fmt: skip
         then = Segment(
             part, attention.backward + rest.backward + self._again(rest),
-            cost.host - cost.host_forward + host.backward + gathering, BACKWARD_LAUNCHES, exchange.backward, gather,
+            cost.host - cost.host_forward + host.backward + gathering, BACKWARD_LAUNCHES, exchange.backward, again,
         )  # fmt: skip
         return [first], [(then, float(parameters * trains))]
 

@@ -81,6 +81,7 @@ def step_of(job: ClusterJob, compared: Candidate, profile: Profile, own: Candida
     if m.keys_in_text or own is None:
         own = compared if m.keys_in_text else choose(layer_candidates(job.self_attention(), profile))
     assert own is not None and own.cost is not None and compared.cost is not None
+    job = kept_where_it_fits(job, compared.mode, own.mode, profile)
     seconds = seconds_by_part(segments(job, compared, own, profile))
     received = m.cross_layers * (compared.received or 0) + m.self_layers * (own.received or 0)
     return Step(
@@ -88,6 +89,14 @@ def step_of(job: ClusterJob, compared: Candidate, profile: Profile, own: Candida
         seconds["optimizer"], seconds[EXCHANGE], seconds[TRANSFERS], seconds[IDLE], received,
         memory_bytes(job, compared.mode, own.mode, profile),
     )  # fmt: skip
+
+
+def kept_where_it_fits(job: ClusterJob, cross: Mode, own: Mode, profile: Profile) -> ClusterJob:
+    """``job`` with what stage 3 keeps gathered, as a run decides it (``training/memory_plan.py``)."""
+    if job.stage != 3 or not job.keeps_frozen or job.model.trainable >= job.model.parameters or job.gpus == 1:
+        return job
+    kept = replace(job, kept=True)
+    return kept if memory_bytes(kept, cross, own, profile) <= memory.FITS * profile.memory else job
 
 
 def steps(job: ClusterJob, profile: Profile) -> dict[str, tuple[Candidate, Step | None]]:
@@ -128,7 +137,7 @@ def memory_bytes(job: ClusterJob, cross: Mode, own: Mode, profile: Profile) -> f
     kept = memory.step_bytes(layers, job.recompute, states, shared, job.features_train)
     # Stage 3 gathers a layer's parameters while it runs, and those of the next one ahead of it.
     gathered = 2 * max(m.self_parameters, m.cross_parameters, m.vocabulary * m.width) * ELEMENT
-    if job.stage != 3:  # gradients on their way, in two buckets
+    if job.stage != 3 or job.kept:  # gradients on their way, in two buckets
         gathered = 2 * min(BUCKET, m.trainable) * ELEMENT
     logits = 6 * job.rows * m.vocabulary  # in bf16 and float32
     return kept + gathered + logits + cross.workspace(job.compared(), profile)
