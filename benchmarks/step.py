@@ -252,8 +252,7 @@ class Runner:
 def _random_model(
     sizes: MllamaConfig, settings: dict[str, Any], dtype: torch.dtype, device: torch.device, groups: Any
 ) -> MllamaForConditionalGeneration:
-    """Random weights, made on the device, with gates that let frames through as after some training."""
-    torch.manual_seed(0)
+    """Random weights, the same in every stage of ZeRO, with gates that let frames through as after some training."""
     torch.set_default_dtype(dtype)
     if settings["zero_optimization"]["stage"] == 3:
         with deepspeed.zero.Init(
@@ -261,17 +260,20 @@ def _random_model(
             mpu=groups,
         ):  # fmt: skip
             model = MllamaForConditionalGeneration(sizes)
-        gates = [p for name, p in model.named_parameters() if name.endswith("_gate")]
-        with deepspeed.zero.GatheredParameters(gates, modifier_rank=0), torch.no_grad():
-            for gate in gates:
-                gate.fill_(0.5)
     else:
         with device:
             model = MllamaForConditionalGeneration(sizes)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("_gate"):
-                    parameter.fill_(0.5)
+    # transformers leaves weights that are partitioned as their modules made them. How long products take depends on
+    # the numbers too: a GPU at the limit of its power slows down.
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            if name.endswith("_gate"):
+                parameter.fill_(0.5)
+            elif name.endswith("bias") or (parameter.dim() == 1 and name.endswith("weight")):
+                parameter.fill_(float(name.endswith("weight")))
+            else:
+                parameter.normal_(std=0.02, generator=generator)
     torch.set_default_dtype(torch.float32)
     select_trainable(model, "random", "default")
     return model.train()

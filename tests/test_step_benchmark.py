@@ -40,18 +40,19 @@ def tiny_runs(stage: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_every_strategy_makes_the_same_step(stage: int, tmp_path: Path) -> None:
-    found = run(2, tiny_runs, stage)[0]
-    strategies = found["strategies"]
-    losses = [loss for figures in strategies.values() for loss in figures["losses"]]
-    assert losses == pytest.approx([losses[0]] * 10, rel=1e-5)
-    for figures in strategies.values():
-        # Every part of the model is marked, and attention is marked as exchange.
-        assert all(figures["parts"][part] > 0 for part in (*step.PARTS, "exchange"))
-    whole = {**found, "stage": stage, "link": "nvlink", "ranks": 2, "device": "CPU"}
-    assert all(name in step.report(whole) for name in strategies)
-    step.draw([whole], tmp_path / "step.png")
+def test_every_strategy_and_stage_makes_the_same_step(tmp_path: Path) -> None:
+    losses, runs = [], []
+    for stage in (2, 3):
+        found = run(2, tiny_runs, stage)[0]
+        strategies = found["strategies"]
+        losses += [loss for figures in strategies.values() for loss in figures["losses"]]
+        for figures in strategies.values():
+            # Every part of the model is marked, and attention is marked as exchange.
+            assert all(figures["parts"][part] > 0 for part in (*step.PARTS, "exchange"))
+        runs.append({**found, "stage": stage, "link": "nvlink", "ranks": 2, "device": "CPU"})
+        assert all(name in step.report(runs[-1]) for name in strategies)
+    assert losses == pytest.approx([losses[0]] * 20, rel=1e-5)
+    step.draw(runs, tmp_path / "step.png")
     assert (tmp_path / "step.png").stat().st_size
 
 

@@ -141,6 +141,7 @@ def train_packed(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_rows_are_packed(tmp_path: Path) -> None:
     """Losses, norms and what is judged are those of rows of their own, on one rank."""
     first, second = run(2, train_packed, tmp_path, timeout=300)

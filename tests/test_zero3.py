@@ -23,6 +23,7 @@ from ds_lvxattn.runtime.kept_parameters import KeptParameters
 from ds_lvxattn.training.loading import parameter_groups, partition_over_all_ranks, select_trainable
 from ds_lvxattn.training.zero3 import LIVE, PREFETCH, take_as_wholes
 from tests.support.distributed import run
+from tests.support.marks import slow
 from tests.support.parity import losses_of_batches, samples_of
 from tests.support.tiny_families import tiny
 from tests.support.tiny_model import (
@@ -129,7 +130,7 @@ def step(engine: Any, batches: Any, samples: Sequence[Sample]) -> float:
     return whole.item()
 
 
-@pytest.mark.parametrize(("family", "policy"), [("mllama", "layer"), ("mllama", "kv"), ("llava", "none")])
+@pytest.mark.parametrize(("family", "policy"), [("mllama", "layer"), slow("mllama", "kv"), slow("llava", "none")])
 def test_losses_and_gathers(family: str, policy: str) -> None:
     cases = [(family, policy, False), (family, policy, True), (family, policy, True, 1)]
     plain, kept, for_a_while = run(2, on_ranks, cases)[0]

@@ -65,10 +65,12 @@ class ImageFeatures(Concatenation):
 
     @classmethod
     def has_model(cls, model: nn.Module) -> bool:
-        return isinstance(model, PreTrainedModel) and cls.has_config(model.config)
+        return super().has_model(model) and cls.has_config(model.config)
 
     @classmethod
     def has_config(cls, config: Any) -> bool:
+        if cls.model_class is not PreTrainedModel:
+            return super().has_config(config)
         known = isinstance(config, PreTrainedConfig) and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         return known and hasattr(_class_of(config), "get_image_features")
 

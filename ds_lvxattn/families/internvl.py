@@ -11,8 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torch import nn
-from transformers import InternVLConfig, InternVLForConditionalGeneration
+from transformers import InternVLForConditionalGeneration
 
 from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.families.family import FrameLimits
@@ -31,14 +30,6 @@ class InternVL(ImageFeatures):
     model_class = InternVLForConditionalGeneration
     video_token = video_text = "<video>"
     video_processor = "InternVLVideoProcessor"
-
-    @classmethod
-    def has_model(cls, model: nn.Module) -> bool:
-        return isinstance(model, cls.model_class)
-
-    @classmethod
-    def has_config(cls, config: Any) -> bool:
-        return isinstance(config, InternVLConfig)
 
     def video_parts(self, times: Sequence[float], seconds: float) -> str:
         return "\n".join(f"Frame{number + 1}: {self.image_token}" for number in range(len(times)))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from ds_lvxattn.data.sample import FrameShape, FrameSize
@@ -42,14 +42,6 @@ class LlavaOnevision(ImageFeatures):
     model_class = LlavaOnevisionForConditionalGeneration
     video_token = video_text = "<video>"
     video_processor = "LlavaOnevisionVideoProcessor"
-
-    @classmethod
-    def has_model(cls, model: nn.Module) -> bool:
-        return isinstance(model, cls.model_class)
-
-    @classmethod
-    def has_config(cls, config: Any) -> bool:
-        return isinstance(config, LlavaOnevisionConfig)
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         self.fit_unattached(model)
