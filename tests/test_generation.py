@@ -259,6 +259,17 @@ def test_a_model_without_transformers_generation_is_refused_by_name() -> None:
         generate(bare(), batches, samples_of(LONG), max_new_tokens=1)
 
 
+def test_a_prompt_that_ends_in_an_image_which_only_later_tokens_see_is_refused_by_name() -> None:
+    samples = samples_of(("tIItI",))
+    for kind, refuses in (("gate", True), ("fused", False)):
+        model: Any = tiny(f"mplug_owl3, {kind}").eval()
+        if refuses:
+            with pytest.raises(ValueError, match="ends in an image, which mPLUG-Owl3 shows to the tokens behind it"):
+                generate(model, tiny_batches(model), samples, max_new_tokens=1)
+        else:
+            assert generate(model, tiny_batches(model), samples, max_new_tokens=1).shape == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [

@@ -63,8 +63,8 @@ def generate(model: Any, batches: Batches, samples: Sequence[Sample], *, seed: i
 
     Raises:
         SampleError: on every rank of the group, when the frames of a sample cannot be decoded on one of them.
-        ValueError: no samples, an empty prompt, a model that cannot generate, or a setting that cannot work
-            (``LIMITS``).
+        ValueError: no samples, an empty prompt, a prompt whose last image only what follows it would see, a model that
+            cannot generate, or a setting that cannot work (``LIMITS``).
     """
     model = unwrapped(model)  # ``generate`` of a PeftModel would pass by its hooks
     collator = batches.collator
@@ -78,6 +78,8 @@ def generate(model: Any, batches: Batches, samples: Sequence[Sample], *, seed: i
             f"{collator.family.name} cannot generate: {type(model).__name__} is not a model that transformers "
             "generates with (GenerationMixin)"
         )
+    for sample in samples:
+        _check_end(sample, collator)
     settings.setdefault("pad_token_id", collator.pad_token)
     devices = [collator.device] if collator.device.type == "cuda" else []
     was_training = model.training
@@ -88,6 +90,22 @@ def generate(model: Any, batches: Batches, samples: Sequence[Sample], *, seed: i
             return (_on_one_rank if batches.parallel is None else _on_all_ranks)(model, batches, samples, settings)
     finally:
         model.train(was_training)
+
+
+def _check_end(sample: Sample, collator: Collator) -> None:
+    """That new tokens see the frames that the last token of the prompt sees, which is how they are decoded.
+
+    Raises:
+        ValueError: they would see more.
+    """
+    family, ids = collator.family, sample.input_ids
+    if isinstance(family, VisualFamily) and not family.keys_in_text and ids[-1] == collator.image_id:
+        here, behind = family.frame_ranges([*ids, collator.pad_token], collator.image_id)[-2:]
+        if here != behind:
+            raise ValueError(
+                f"{sample.name} ends in an image, which {family.name} shows to the tokens behind it alone: let text "
+                "follow it"
+            )
 
 
 def _on_one_rank(model: Any, batches: Batches, samples: Sequence[Sample], settings: dict[str, Any]) -> Tensor:
