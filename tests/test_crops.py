@@ -162,6 +162,7 @@ def test_loss_and_gradients_are_those_of_the_model_with_its_own_processor(name: 
         assert loss < 1e-12 and gradient < 1e-11, (number, loss, gradient)
 
 
+@pytest.mark.slow
 def test_the_path_without_exchange_is_exact_too() -> None:
     for name in CUTTING:
         model, samples = cutting(name, torch.float64), samples_of(name, False)

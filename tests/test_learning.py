@@ -28,6 +28,7 @@ def curve(case: Case, samples: list[Sample], folder: Path) -> list[tuple[float, 
     return list(zip(metrics_in(folder), metrics_in(folder, "grad_norm"), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [slow(1), 2, slow(3)])
 def test_micro_batches_and_groups_divide_a_step_without_changing_it(stage: int, tmp_path: Path) -> None:
     whole = Case(2, 2, stage, GATHER, steps=2, micro_batch=4)

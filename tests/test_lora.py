@@ -46,6 +46,7 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(**tiny_batches(tiny_model()).prepare(mixed_samples(4).samples).inputs).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [slow(1), 2, slow(3)])
 def test_trained_resumed_loaded_and_merged(stage: int, tmp_path: Path) -> None:
     """The loss of rank's adapters is that of one rank without sequence parallelism; PEFT and the merged model agree."""

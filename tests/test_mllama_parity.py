@@ -86,6 +86,7 @@ def test_loss_and_gradients_in_float64(ranks: int) -> None:
             assert loss < 1e-12 and gradient < 1e-11, (patterns, mode, loss, gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, slow(4)])
 def test_loss_in_float32(ranks: int) -> None:
     batches = (BATCHES["several images"], BATCHES["unequal samples"])

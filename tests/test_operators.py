@@ -153,6 +153,7 @@ def compiled_beside_eager(strategy: str) -> list[tuple[list[Tensor], int]]:
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["lv_xattn", slow("ulysses"), slow("ring")])
 def test_compiled_with_symbolic_sizes(strategy: str) -> None:
     """The same gradients, and every byte of every pass counted."""

@@ -96,6 +96,7 @@ def losses_of_a_data_loader(packing: int | None) -> list[float]:
     return [loss.item() for loss in losses]
 
 
+@pytest.mark.slow
 def test_a_data_loader_packs_with_the_collator() -> None:
     packed, apart = (run(2, losses_of_a_data_loader, packing)[0] for packing in (2 * len(SAMPLES[0].input_ids), None))
     assert len(packed) == 2 and packed == pytest.approx(apart, rel=1e-5)

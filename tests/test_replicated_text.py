@@ -59,7 +59,7 @@ def on_every_rank(families: tuple[str, ...], placement: str, recompute: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("families", "placement", "recompute"), [(FAMILIES, "contiguous", "none"), (FAMILIES[:1], "striped", "kv")]
+    ("families", "placement", "recompute"), [slow(FAMILIES, "contiguous", "none"), (FAMILIES[:1], "striped", "kv")]
 )
 def test_loss_and_gradients_are_those_of_one_rank(families: tuple[str, ...], placement: str, recompute: str) -> None:
     results = iter(run(2, on_every_rank, families, placement, recompute)[0])

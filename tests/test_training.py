@@ -155,6 +155,7 @@ def check_files(folder: Path) -> None:
     assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keeps", [True, slow(False)])
 def test_a_pretrained_model_trains_cross_attention_and_projector_under_zero3(keeps: bool, tmp_path: Path) -> None:
     """Also resumed and evaluated on the way; what is frozen stays gathered between those."""

@@ -60,6 +60,7 @@ def in_all_modes(recompute: str) -> list[tuple[tuple[float, Gradients], tuple[in
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [slow("none"), "layer"])
 def test_a_model_on_two_nodes_of_two(recompute: str) -> None:
     """Loss and gradients are those of one rank; no rank receives more than the plan says, and one as much."""

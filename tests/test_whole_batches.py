@@ -46,6 +46,7 @@ def whole(families: tuple[str, ...]) -> list[tuple[tuple[float, Gradients], int]
     return results
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_are_those_of_one_rank() -> None:
     for family, (got, received) in zip(FAMILIES, run(2, whole, tuple(FAMILIES))[0], strict=True):
         patterns = batches_of(family)[4]
