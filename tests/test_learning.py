@@ -14,7 +14,6 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.training.learning import Learning
 from ds_lvxattn.training.tokens import StepCounts
 from tests.support.distributed import run
-from tests.support.marks import slow
 from tests.support.tiny_model import ListSource, tiny_sample
 from tests.support.training import Case, metrics_in, train
 
@@ -29,7 +28,7 @@ def curve(case: Case, samples: list[Sample], folder: Path) -> list[tuple[float, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [slow(1), 2, slow(3)])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_micro_batches_and_groups_divide_a_step_without_changing_it(stage: int, tmp_path: Path) -> None:
     whole = Case(2, 2, stage, GATHER, steps=2, micro_batch=4)
     cut = replace(whole, micro_batch=1, accumulation=4)

@@ -18,7 +18,6 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.training.lora import add_adapters
 from ds_lvxattn.training.settings import LoraSettings, finetuning_config
 from tests.support.distributed import run
-from tests.support.marks import slow
 from tests.support.tiny_model import ds_config, loss_of, tiny_batches, tiny_model
 from tests.support.training import finetune, metrics_in, mixed_samples, write_config, write_model
 
@@ -47,7 +46,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [slow(1), 2, slow(3)])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_trained_resumed_loaded_and_merged(stage: int, tmp_path: Path) -> None:
     """The loss of rank's adapters is that of one rank without sequence parallelism; PEFT and the merged model agree."""
     write_model(tmp_path / "model")

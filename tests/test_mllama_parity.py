@@ -20,7 +20,6 @@ from transformers.models.mllama.processing_mllama import (
 from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.plan.memory import POLICIES
 from tests.support.distributed import run
-from tests.support.marks import slow
 from tests.support.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
 from tests.support.tiny_model import (
     IMAGE_TOKEN,
@@ -87,7 +86,7 @@ def test_loss_and_gradients_in_float64(ranks: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, slow(4)])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_loss_in_float32(ranks: int) -> None:
     batches = (BATCHES["several images"], BATCHES["unequal samples"])
     for patterns, results in zip(batches, run(ranks, in_all_modes, batches, torch.float32)[0], strict=True):
