@@ -14,9 +14,11 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3, zero3_linear_wrap
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import z3_leaf_module
+from torch import nn
 
 from ds_lvxattn.data.sample import Sample
 from ds_lvxattn.runtime.kept_parameters import KeptParameters
@@ -87,8 +89,18 @@ def counting() -> Iterator[collections.Counter[str]]:
 
         return hooks
 
+    product = LinearFunctionForZeroStage3.apply
+
+    def products(x: Any, weight: Any, *bias: Any) -> Any:
+        counts["products of frozen weights"] += not weight.requires_grad
+        return product(x, weight, *bias)
+
     changes = {GATHER: gathers, "fetch_sub_module": hooked(fetch), "release_sub_module": hooked(release)}
-    with mock.patch.multiple(coordinator, **changes):
+    with (
+        mock.patch.multiple(coordinator, **changes),
+        mock.patch.object(LinearFunctionForZeroStage3, "apply", products),
+        mock.patch.object(nn.functional, "linear", zero3_linear_wrap),  # as within ``deepspeed.zero.Init``
+    ):
         yield counts
 
 
@@ -106,11 +118,11 @@ def of_family(family: str, policy: str, keeps: bool, portions: int | None = None
     )
     found = Steps(wholes=sum(map(z3_leaf_module, model.modules())))
     found.trained = sum(p.ds_numel for p in model.parameters() if p.requires_grad)  # type: ignore[attr-defined]
-    if keeps:
-        kept = KeptParameters(model)
-        kept.keep(portions)
-        found.kept = kept.numel
     with counting() as counts, frames_in_portions(1, tiny_config()):
+        if keeps:
+            kept = KeptParameters(model)
+            kept.keep(portions)
+            found.kept = kept.numel
         for patterns in STEPS:
             counts.clear()
             found.losses.append(step(engine, batches, samples_of(patterns)))
@@ -145,12 +157,14 @@ def test_losses_and_gathers(family: str, policy: str) -> None:
     assert kept.kept == sum(p.numel() for p in made(family).parameters()) - kept.trained
     # In a step that DeepSpeed knows, what trains is gathered once, and nothing else; the first one was recorded.
     assert set(kept.of_steps("elements")[1:]) == {kept.trained}
-    for what in ("gathers", "elements", "hooks"):
+    for what in ("gathers", "elements", "hooks", "products of frozen weights"):
         assert max(kept.of_steps(what)[1:]) < min(plain.of_steps(what)[1:]), what
+    assert set(kept.of_steps("products of frozen weights")) == {0}
     # The second step has more portions than fit beside it.
     assert for_a_while.of_steps("hooks")[0] == kept.of_steps("hooks")[0]
     assert for_a_while.of_steps("gathers")[3:] == gathers[3:]
-    assert for_a_while.of_steps("hooks")[3:] == plain.of_steps("hooks")[3:]
+    for what in ("hooks", "products of frozen weights"):
+        assert for_a_while.of_steps(what)[3:] == plain.of_steps(what)[3:], what
 
 
 def test_sizes_that_the_config_has_stay() -> None:

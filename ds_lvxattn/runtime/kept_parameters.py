@@ -3,6 +3,8 @@
 ZeRO-3 gathers the parameters of a module ahead of its call and releases them behind it, in both passes and by hooks
 whose time is the host's. Parameters that do not train are the same in every step: where they fit, they can stay, and
 the modules that have no others need no hooks. Then ZeRO-3 divides what trains, and runs what does not as ZeRO-2.
+Linear layers of theirs leave DeepSpeed's product too, which spares the memory of weights that are released: it adds
+the bias in a pass of its own, and its autograd function is Python.
 
 DeepSpeed's partitions of such parameters stay where they are, and are what checkpoints save and load: at each of those,
 and wherever else DeepSpeed partitions them (``GatheredParameters``, ``empty_partition_cache``), the whole parameters
@@ -17,10 +19,12 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import z3_leaf_module
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
@@ -107,6 +111,9 @@ class KeptParameters:
             own = [*module.parameters(recurse=False)]
             if own and all(p in self._kept for p in own):
                 _put_into(module, _AtHand)
+                plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+                if plain and nn.functional.linear is zero3_linear_wrap:
+                    vars(module)["forward"] = functools.partial(_linear, module)
         for module, parameters in self._outermost(self.model):
             hook = _Gather(self, parameters)
             self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
@@ -138,6 +145,8 @@ class KeptParameters:
         for module in self.model.modules():
             if isinstance(module._parameters, _AtHand):
                 _put_into(module, ZeROOrderedDict)
+                if getattr(vars(module).get("forward"), "func", None) is _linear:
+                    del vars(module)["forward"]
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -212,6 +221,12 @@ def _fetched_for(module: Any) -> list[nn.Parameter]:
     """What ZeRO-3 gathers for a call of ``module``."""
     own = module.parameters(recurse=z3_leaf_module(module))
     return [*own, *(parameter for _, parameter in module.ds_external_parameters())]
+
+
+def _linear(module: nn.Module, x: Tensor) -> Tensor:
+    """PyTorch's own product, for which DeepSpeed's stands in ``torch.nn.functional``."""
+    product: Tensor = torch._C._nn.linear(x, module.weight, module.bias)  # type: ignore[arg-type]
+    return product
 
 
 def _put_into(module: nn.Module, container: type[ZeROOrderedDict]) -> None:
