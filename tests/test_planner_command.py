@@ -15,6 +15,7 @@ from ds_lvxattn.plan.__main__ import main, report
 from ds_lvxattn.plan.cluster.job import ClusterJob
 from ds_lvxattn.plan.cluster.model_sizes import SHIPPED, ModelError, model_sizes
 from ds_lvxattn.plan.cluster.step import layer_candidates, steps
+from ds_lvxattn.plan.cluster.work import encoder_layer, encoder_portions
 from ds_lvxattn.plan.profile import (
     ProfileError,
     load_profile,
@@ -157,6 +158,16 @@ def test_a_config_that_cannot_be_read(tmp_path: Path, text: str, message: str) -
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match=message):
         model_sizes(str(tmp_path))
+
+
+def test_tiles_that_are_encoded_apart_cost_the_encoder_as_frames_do() -> None:
+    model, profile = SHIPPED["OpenFlamingo-9B"], load_profile("h200")
+    tiled = model.with_tiles(4)
+    assert tiled.frame_tokens == 4 * model.frame_tokens
+    assert encoder_portions(tiled, 64) == encoder_portions(model, 256) > 1
+    assert encoder_layer(profile, tiled, 64) == encoder_layer(profile, model, 256)
+    with pytest.raises(ModelError, match="--tiles is 14; a frame of OpenFlamingo-9B has 1 to 13 tiles"):
+        model.with_tiles(14)
 
 
 def test_wrong_arguments_are_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -293,7 +293,8 @@ class Collator:
         # Rows of the padding behind a sample see nothing.
         ranges = [[*rows, *[(0, 0)] * (layout.input_ids.shape[1] - len(rows))] for rows in layout.ranges]
         dense = family.dense_mask(ranges, layout.shapes)
-        return {**{key: torch.cat([_pad_frames(p[key], frames) for p in of_samples]) for key in of_samples[0]}, **dense}
+        padded = {key: _padded([pixels[key] for pixels in of_samples], frames) for key in of_samples[0]}
+        return {**padded, **dense}
 
     def _cut(self, family: VisualFamily, own: Mapping[int, Sequence[int]], pictures: list[np.ndarray]) -> list[Any]:
         """The frames of a sample that this rank encodes, of the pictures that it decoded (or of none)."""
@@ -397,10 +398,12 @@ class Collator:
         return AttentionInputs(shards, interval, routes, routes if one_level else between, copied)
 
 
-def _pad_frames(x: Tensor, frames: int) -> Tensor:
-    """``[1, f, ...]`` to ``[1, frames, ...]``."""
-    padded = x.new_zeros((1, frames, *x.shape[2:]))
-    padded[:, : x.shape[1]] = x
+def _padded(samples: Sequence[Tensor], frames: int) -> Tensor:
+    """``[1, n, ...]`` each, of frames or of their tiles, with zeros up to the longest, and to ``frames``."""
+    longest = max(frames, *(x.shape[1] for x in samples))
+    padded = samples[0].new_zeros((len(samples), longest, *samples[0].shape[2:]))
+    for row, x in zip(padded, samples, strict=True):
+        row[: x.shape[1]] = x[0]
     return padded
 
 

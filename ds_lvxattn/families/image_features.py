@@ -35,7 +35,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.family import FrameLimits
 from ds_lvxattn.families.frames import encode_in_portions
-from ds_lvxattn.families.processors import without_video_processor, written
+from ds_lvxattn.families.processors import cut_into, cuts, limited_to, without_video_processor, written
 from ds_lvxattn.families.text_only import OBSTACLES, refuse
 from ds_lvxattn.families.videos import VideoProcessor
 from ds_lvxattn.plan.layer_plan import AttentionLayer
@@ -138,14 +138,14 @@ class ImageFeatures(Concatenation):
     def looked_at(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> tuple[FrameShape, str]:
         """The shape of a picture, and how the processor writes it."""
         size = size or FrameSize(self._square, self._square, video=True)
-        cuts = hasattr(_whole(processor).image_processor, "max_patches")
+        cutting = cuts(_whole(processor).image_processor)
         most = (limits.frame_tiles if size.video else limits.image_tiles) or 0
         height, width = size.height, size.width
-        if size.video and not cuts:
+        if size.video and not cutting:
             scale = ((limits.frame_pixels or self._square**2) / (height * width)) ** 0.5
             height, width = (max(1, round(side * min(scale, 1))) for side in (height, width))
         return _looked_at(
-            processor, height, width, most if cuts else 0, self._image_id, _patch(self.config.vision_config)
+            processor, height, width, most if cutting else 0, self._image_id, _patch(self.config.vision_config)
         )
 
     @property
@@ -162,16 +162,14 @@ class ImageFeatures(Concatenation):
         return tokenizer.convert_ids_to_tokens(self._image_id)
 
     def tile_limits(self, processor: Any) -> tuple[str, ...]:
-        return ("image_tiles", "frame_tiles") if hasattr(_whole(processor).image_processor, "max_patches") else ()
+        return ("image_tiles", "frame_tiles") if cuts(_whole(processor).image_processor) else ()
 
     def limited(self, processor: Any, limits: FrameLimits) -> Any:
         images = _whole(processor).image_processor
-        if limits.image_tiles is None or not hasattr(images, "max_patches"):
+        if limits.image_tiles is None or not cuts(images):
             return processor
-        told, told_images = copy.copy(processor), copy.copy(images)
-        told_images.max_patches = limits.image_tiles
-        told_images.min_patches = min(images.min_patches, limits.image_tiles)
-        told.image_processor = told_images
+        told = copy.copy(processor)
+        told.image_processor = limited_to(limits.image_tiles, images)
         return told
 
     # Pixels
@@ -437,10 +435,7 @@ def made_by(processor: Any, pictures: Sequence[np.ndarray], most: int = 0) -> di
     Args:
         most: tiles at most; 0: as the processor has it.
     """
-    cut: dict[str, Any] = {}
-    if most:
-        least = min(processor.image_processor.min_patches, most)
-        cut = {"crop_to_patches": most > 1, "min_patches": least, "max_patches": most}
+    cut = cut_into(most, processor.image_processor) if most else {}
     text = processor.image_token * len(pictures)
     given = list(pictures) if len(pictures) == 1 else [list(pictures)]
     made = processor(given, text=[text], return_tensors="pt", add_special_tokens=False, **cut)

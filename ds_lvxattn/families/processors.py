@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,25 @@ def written(text: str, token: str, pieces: Iterable[str]) -> str:
     """``text`` with the first of ``pieces`` in the place of the first ``token``, and so on; later tokens stay."""
     waiting = iter(pieces)
     return re.sub(re.escape(token), lambda _: next(waiting, token), text)
+
+
+def cuts(images: Any) -> bool:
+    """Whether an image processor cuts images into a number of tiles, and a thumbnail of the whole."""
+    return hasattr(images, "max_patches")
+
+
+def cut_into(most: int, images: Any) -> dict[str, Any]:
+    """Arguments with which such a processor makes at most so many tiles of an image, the thumbnail not counted."""
+    return {"crop_to_patches": most > 1, "min_patches": min(images.min_patches, most), "max_patches": most}
+
+
+def limited_to(most: int | None, images: Any) -> Any:
+    """Such a processor that always does so; None: as it is."""
+    if most is None:
+        return images
+    told = copy.copy(images)
+    vars(told).update(cut_into(most, images))
+    return told
 
 
 class OwnVideos:

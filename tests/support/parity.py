@@ -123,9 +123,14 @@ def losses_of_batches(model: torch.nn.Module, batches: Sequence[Sequence[str]]) 
 
 
 def losses_of_steps(
-    model: torch.nn.Module, samples: Sequence[Sample], ranks: int, steps: int, batches: Batches | None = None
+    model: torch.nn.Module,
+    samples: Sequence[Sample],
+    ranks: int,
+    steps: int,
+    batches: Batches | None = None,
+    stage: int = 3,
 ) -> list[float]:
-    """Losses of a few steps on one batch: under ZeRO-3 on several ranks, with torch's AdamW on one."""
+    """Losses of a few steps on one batch: under ZeRO on several ranks, with torch's AdamW on one."""
     model = model.train()
     batches = batches or (attach(model, ranks, MODES[0], samples) if ranks > 1 else tiny_batches(model))
     inputs = batches.prepare(samples).inputs
@@ -140,7 +145,7 @@ def losses_of_steps(
             optimizer.zero_grad()
             losses.append(loss.item())
         return losses
-    config = ds_config(3, len(samples), len(samples), ranks)
+    config = ds_config(stage, len(samples), len(samples), ranks)
     partition_over_all_ranks(model, config, groups_of(ranks))
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=parameter_groups(model), config=config, mpu=groups_of(ranks)

@@ -4,6 +4,9 @@ The package's model is no ``PreTrainedModel`` and takes no keyword beside its ow
 and gives it a config, a loss, and arguments of transformers. Its masked cross-attention computes its scores itself;
 ``reach_attention`` lets it call the exchanged attention with its own norms and projections.
 
+Where the image processor cuts images into tiles with a thumbnail, as in NVLM, the perceiver resamples each tile, and the
+text sees those of an image as one medium. The package knows images of one tile alone: see ``tiled_cross_attention``.
+
 The package pins torch 2.0.1 and its ``__init__`` wants open-clip: install it with ``--no-deps``, beside ``einops`` and
 ``einops-exts``. Only its ``src/flamingo.py`` and what that imports is loaded.
 """
@@ -16,12 +19,14 @@ import importlib.util
 import sys
 import types
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,19 +34,20 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.clip.modeling_clip import CLIPAttention
 
-from ds_lvxattn.data.sample import FrameShape
+from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.errors import ConfigError
-from ds_lvxattn.families.family import VisualFamily
+from ds_lvxattn.families.family import FrameLimits, VisualFamily
 from ds_lvxattn.families.frames import encode_in_portions, in_samples
+from ds_lvxattn.families.processors import cut_into, cuts, limited_to
 from ds_lvxattn.families.rotary import self_attention_role, self_attention_sizes, self_attention_window
 from ds_lvxattn.runtime.batch import Exchanging, SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 from ds_lvxattn.runtime.registration import exchanged_attention
 
 SOURCE = "open_flamingo_src"  # the package's folder src, imported without its __init__
+LATENTS = 64  # of a tile: the package leaves its perceiver's number at that
 DECODER_LAYERS = {"OPT": "model.decoder.layers", "GPTNeoX": "gpt_neox.layers", "GPTJ": "transformer.h"}
 
 
@@ -131,12 +137,14 @@ class OpenFlamingoModel(PreTrainedModel):
         for module in self.modules():
             if _is_cross_attention(module):
                 module.only_attend_immediate_media = config.only_attend_immediate_media
+                module.forward = functools.partial(tiled_cross_attention, module, module.forward)
         self.post_init()
 
     def forward(
         self,
         input_ids: Tensor,
         vision_x: Tensor | None = None,
+        tiles: Tensor | None = None,
         media: tuple[Tensor, SequenceParallelBatch] | None = None,
         attention_mask: Tensor | None = None,
         clear_conditioned_layers: bool = True,
@@ -145,12 +153,13 @@ class OpenFlamingoModel(PreTrainedModel):
         """As ``Flamingo.forward``, with further keyword arguments for the language model.
 
         Args:
-            vision_x: images, ``[B, images, 1, C, H, W]``.
+            vision_x: images, ``[B, images, 1, C, H, W]``; with ``tiles``, those of the images one after another.
+            tiles: int64 ``[B, images]``, tiles of each image; 0 behind the last one of a sample.
             media: instead, the rank's features and its batch; made by ``encode_frames``.
         """
         flamingo = self.flamingo
         if media is None:
-            flamingo._encode_vision_x(vision_x=vision_x)
+            self._show(vision_x, tiles)
         else:
             for layer in flamingo.lang_encoder._get_decoder_layers():
                 layer.condition_vis_x(media)
@@ -159,9 +168,29 @@ class OpenFlamingoModel(PreTrainedModel):
             flamingo.lang_encoder.clear_conditioned_layers()
         return output
 
-    def generate(self, input_ids: Tensor, vision_x: Tensor, **settings: Any) -> Tensor:
+    def _show(self, vision_x: Tensor | None, tiles: Tensor | None) -> None:
+        """Encode images for the layers to attend to."""
+        flamingo = self.flamingo
+        flamingo._encode_vision_x(vision_x=vision_x)
+        if tiles is None:
+            return
+        for layer in flamingo.lang_encoder._get_decoder_layers():
+            layer.condition_vis_x(TiledMedia.of(layer.vis_x, tiles))
+
+    def generate(
+        self, input_ids: Tensor, vision_x: Tensor, tiles: Tensor | None = None, num_beams: int = 1, **settings: Any
+    ) -> Tensor:
         """As ``Flamingo.generate``: the prompts ``[B, S]`` with the new tokens behind them."""
-        return self.flamingo.generate(vision_x, input_ids, **settings)
+        if tiles is None:
+            return self.flamingo.generate(vision_x, input_ids, num_beams=num_beams, **settings)
+        language = self.flamingo.lang_encoder
+        language._use_cached_vision_x = True
+        try:
+            self._show(*(x.repeat_interleave(num_beams, dim=0) for x in (vision_x, tiles)))
+            return language.generate(input_ids=input_ids, num_beams=num_beams, **settings)
+        finally:
+            language.clear_conditioned_layers()
+            language._use_cached_vision_x = False
 
     def get_input_embeddings(self) -> nn.Module:
         return self.flamingo.lang_encoder.get_input_embeddings()
@@ -182,8 +211,33 @@ class _ClipTokens(nn.Module):
         return output.pooler_output, output.last_hidden_state[:, 1:]
 
 
+@dataclass(frozen=True)
+class TiledMedia:
+    """Images of several tiles, as the layers of a model see them that is not attached.
+
+    Attributes:
+        features: ``[B, tiles, latents, d]``.
+        image: int64 ``[B, tiles]``, the number of each tile's image in its sample, from 1; 0 for what fills up.
+    """
+
+    features: Tensor
+    image: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, tiles: Tensor) -> TiledMedia:
+        """``tiles [B, images]`` of each image lie one after another in ``features``."""
+        number = torch.arange(features.shape[1], device=tiles.device).expand(len(tiles), -1).contiguous()
+        ends = tiles.cumsum(dim=1)
+        image = torch.searchsorted(ends, number, right=True) + 1
+        return cls(features, image.masked_fill(number >= ends[:, -1:], 0))
+
+
 class OpenFlamingo(VisualFamily):
-    """The OpenFlamingo family; see ``VisualFamily``."""
+    """The OpenFlamingo family; see ``VisualFamily``.
+
+    ``FrameShape.grid``, where the image processor cuts images: tiles, the thumbnail among them, and how many the
+    processor may make at most.
+    """
 
     name = "OpenFlamingo"
     model_class = OpenFlamingoModel
@@ -231,7 +285,7 @@ class OpenFlamingo(VisualFamily):
         return (self.config.vision_config.hidden_size,)
 
     def frame_tokens(self) -> int:
-        return 64  # the package leaves its perceiver's number of latents at that
+        return LATENTS
 
     def encoder_tokens(self) -> int:
         vision = self.config.vision_config
@@ -254,14 +308,37 @@ class OpenFlamingo(VisualFamily):
     def load_model(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
         return OpenFlamingoModel.from_pretrained(name, dtype=dtype)
 
-    def load_processor(self, name: str) -> Any:
-        return CLIPImageProcessorPil.from_pretrained(name)
+    def tile_limits(self, processor: Any) -> tuple[str, ...]:
+        return ("image_tiles", "frame_tiles") if cuts(processor) else ()
+
+    def limited(self, processor: Any, limits: FrameLimits) -> Any:
+        return limited_to(limits.image_tiles, processor) if cuts(processor) else processor
+
+    def shape_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> FrameShape:
+        if not cuts(processor):
+            return super().shape_of(size, processor, limits)
+        most, tiles = 1, 1
+        if size is not None:
+            limit = limits.frame_tiles if size.video else limits.image_tiles
+            most = limit or (processor.max_patches if processor.crop_to_patches else 1)
+            tiles = processor.get_number_of_image_patches(size.height, size.width, cut_into(most, processor))
+        return FrameShape(tiles * LATENTS, tiles * self.encoder_tokens(), (tiles, most))
 
     def pixels(
         self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any
     ) -> Mapping[str, Tensor]:
-        images = processor(list(frames), return_tensors="pt")["pixel_values"]
-        return {"vision_x": images[None, :, None]}
+        """``vision_x [1, images, 1, C, H, W]``; of a processor that cuts them, their tiles, and how many each has."""
+        if not cuts(processor):
+            return {"vision_x": processor(list(frames), return_tensors="pt")["pixel_values"][None, :, None]}
+        images = [
+            processor([frame], **cut_into(shape.grid[1], processor), return_tensors="pt")["pixel_values"]
+            for frame, shape in zip(frames, shapes, strict=True)
+        ]
+        return {"vision_x": torch.cat(images)[None, :, None], "tiles": torch.tensor([[len(x) for x in images]])}
+
+    def blank(self, processor: Any, limits: FrameLimits) -> Mapping[str, Tensor]:
+        pixels = self.blank_pixels()
+        return {**pixels, "tiles": torch.ones(1, 1, dtype=torch.long)} if cuts(processor) else pixels
 
     def blank_pixels(self) -> Mapping[str, Tensor]:
         vision = self.config.vision_config
@@ -286,14 +363,16 @@ def encode_frames(
     if batch is None:
         return None
     rest = dict(kwargs)
+    rest.pop("tiles", None)  # the batch has them
     flamingo: Any = module.flamingo
+    batch_of_tiles = replace(batch, shapes=tuple(tile for shape in batch.shapes for tile in _tiles(shape)))
     with torch.no_grad():  # as the package has it
         vision = functools.partial(_patches, flamingo.vision_encoder)
         patches = encode_in_portions(
-            flamingo.vision_encoder, vision, [rest.pop("vision_x")[0, :, 0]], batch, recomputation
+            flamingo.vision_encoder, vision, [rest.pop("vision_x")[0, :, 0]], batch_of_tiles, recomputation
         )
     resample = functools.partial(_resample, flamingo.perceiver)
-    features = encode_in_portions(flamingo.perceiver, resample, [patches], batch, recomputation)
+    features = encode_in_portions(flamingo.perceiver, resample, [patches], batch_of_tiles, recomputation)
     samples = batch.sees_frame.shape[0]
     return args, {**rest, "media": (in_samples(features.flatten(0, 1), samples), batch)}
 
@@ -331,13 +410,54 @@ def exchanged_cross_attention(
         query = query * batch.sees_frame[:, 0]
     # Where no frames come, the keys and values of the prefill are used.
     key, value = module.to_kv(features).chunk(2, dim=-1) if batch.brings_frames else (query, query)
-    q, k, v = (y.unflatten(-1, (module.heads, -1)).transpose(1, 2) for y in (query, key, value))
+    q, k, v = _heads(module, query, key, value)
     out, _ = exchanged_attention(module, q, k, v, None, scaling=module.scale, sequence_parallel=batch)
     return module.to_out(out.flatten(2))
 
 
+def tiled_cross_attention(
+    module: Any, forward: Any, x: Tensor, media: Any, media_locations: Any = None, use_cached_media: bool = False
+) -> Tensor:
+    """``MaskedCrossAttention.forward``, which takes images of one tile, for ``TiledMedia`` too.
+
+    A token sees all tiles of the images that it sees; one that sees no image gets what the module's own gives it: 0, or
+    where text sees all previous images the mean of the values of all tiles.
+
+    Args:
+        forward: the module's own.
+        media_locations, use_cached_media: see there.
+    """
+    if not isinstance(media, TiledMedia):
+        return forward(x, media, media_locations=media_locations, use_cached_media=use_cached_media)
+    immediate, image = module.only_attend_immediate_media, media.image[:, None]
+    images = media_locations.cumsum(dim=1)[..., None]  # so far, [B, S, 1]
+    if use_cached_media:
+        images = images[:, -1:].expand(-1, x.shape[1], -1)
+    seen = ((image == images) if immediate else (image <= images)) & (image > 0)
+    hidden = ~seen.any(dim=2, keepdim=True)
+    query = module.to_q(module.norm(x))
+    if not immediate:
+        query = query.masked_fill(hidden, 0)
+    latents = media.features.shape[2]
+    mask = (seen | hidden & (image > 0)).repeat_interleave(latents, dim=2)[:, None]
+    q, k, v = _heads(module, query, *module.to_kv(media.features.flatten(1, 2)).chunk(2, dim=-1))
+    out = scaled_dot_product_attention(q, k, v, mask, scale=module.scale).transpose(1, 2).flatten(2)
+    return module.to_out(out.masked_fill(hidden, 0) if immediate else out)
+
+
+def _heads(module: Any, *rows: Tensor) -> tuple[Tensor, ...]:
+    """``[B, s, heads * D]`` each as ``[B, heads, s, D]``."""
+    return tuple(x.unflatten(-1, (module.heads, -1)).transpose(1, 2) for x in rows)
+
+
 def _is_cross_attention(module: nn.Module) -> bool:
     return type(module).__name__ == "MaskedCrossAttention"
+
+
+def _tiles(shape: FrameShape) -> list[FrameShape]:
+    """An image by its tiles, each of which the encoder and the perceiver take by itself."""
+    count = shape.tokens // LATENTS
+    return [replace(shape, tokens=LATENTS, encoder_tokens=shape.encoder_tokens // count)] * count
 
 
 def _patches(vision: nn.Module, pixels: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ class ModelSizes:
         vision_tokens: tokens of a frame in the encoder; more than ``frame_tokens`` where blank tiles or a resampler's
             inputs pass through it too.
         most_tiles: tiles of a frame, at most; ``frame_tokens`` is that of one, and the encoder always takes all.
+        tiles_apart: instead, the encoder takes each tile by itself; ``vision_tokens`` is then that of one too.
+        encoded: pictures that the encoder takes of a frame.
         token_side: pixels along a side of a visual token, where a frame may have any size; 0: it has one size.
         vision_head_dim: head size of the encoder.
         vision_output: width of what the projector takes; 0: that of the encoder.
@@ -60,6 +62,8 @@ class ModelSizes:
     vision_intermediate: int
     vision_tokens: int
     most_tiles: int = 1
+    tiles_apart: bool = False
+    encoded: int = 1
     token_side: int = 0
     vision_head_dim: int = 64
     vision_output: int = 0
@@ -73,7 +77,8 @@ class ModelSizes:
         if not 1 <= tiles <= self.most_tiles:
             frames = f"1 to {self.most_tiles} tiles" if self.most_tiles > 1 else "one tile"
             raise ModelError(f"--tiles is {tiles}; a frame of {self.name} has {frames}")
-        return dataclasses.replace(self, frame_tokens=tiles * self.frame_tokens)
+        encoded = tiles if self.tiles_apart else 1
+        return dataclasses.replace(self, frame_tokens=tiles * self.frame_tokens, encoded=encoded)
 
     def with_image_size(self, side: int) -> ModelSizes:
         """The model with frames scaled to squares of ``side`` pixels.
@@ -151,7 +156,7 @@ def _flamingo(name: str, width: int, self_layers: int, cross_layers: int, heads:
     return ModelSizes(
         name, "OpenFlamingo (arXiv 2308.01390), table 1, with MPT's and CLIP ViT-L/14's configs", width, 4 * width,
         50280, self_layers, cross_layers, heads, heads, 128, 8, 8, 64, 4 * width, False, 1024, 64, "frame",
-        24, 1024, 4096, 257,
+        24, 1024, 4096, 257, most_tiles=13, tiles_apart=True,  # twelve and a thumbnail
     )  # fmt: skip
 
 
@@ -203,7 +208,7 @@ SHIPPED = {
         ModelSizes(
             "NVLM-H-72B", "sizes like those of NVLM (arXiv 2409.11402) on Qwen2-72B and InternViT-6B", 8192, 29568,
             152064, 80, 10, 64, 8, 128, 64, 8, 128, 29568, True, 8192, 256, "growing", 45, 3200, 12800, 1024,
-            vision_head_dim=128,
+            most_tiles=6, tiles_apart=True, vision_head_dim=128,  # the thumbnail stands in the text
         ),
         _concatenation(
             "LLaVA-1.5-7B", "the model's config.json", 4096, 11008, 32064, 32, (32, 32, 128), 576, (24, 1024, 4096, 577)
@@ -314,13 +319,17 @@ def _from_config(config: dict[str, Any], path: Path) -> ModelSizes:
             vision_head_dim=encoder[1] // vision.get("num_heads", 16),
         )  # fmt: skip
     fields = {field.name for field in dataclasses.fields(ModelSizes)}
-    optional = {"name", "source", "most_tiles", "token_side", "vision_head_dim", "vision_output"}
+    optional = {"name", "source", *(field.name for field in dataclasses.fields(ModelSizes) if _optional(field))}
     if fields - optional <= set(config):
         return ModelSizes(**{"name": name, "source": str(path), **{key: config[key] for key in fields & set(config)}})
     raise ModelError(
         f"--model {path}: model_type is {kind!r}; the planner reads 'mllama', 'mplugowl3', 'llava', 'qwen2_vl', "
         f"'qwen2_5_vl' and 'qwen3_vl' configs, or a JSON object with the keys {sorted(fields - optional)}"
     )
+
+
+def _optional(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING
 
 
 def _qwen_vision(kind: str, vision: dict[str, Any]) -> tuple[int, int]:

@@ -97,25 +97,26 @@ def projector(profile: Profile, m: ModelSizes, tokens: float, trains: bool) -> B
 def encoder_portions(m: ModelSizes, frames: float) -> int:
     """Calls of the encoder for a rank's frames."""
     at_once = max(TOKENS_AT_ONCE // m.vision_tokens, 1)
-    return max(-(-int(frames) // at_once), 1)
+    return max(-(-int(frames * m.encoded) // at_once), 1)
 
 
 def encoder_layer(profile: Profile, m: ModelSizes, frames: float) -> float:
     """A layer of the frozen encoder, forward only, for all frames of a rank."""
-    tokens, width = frames * m.vision_tokens, m.vision_width
-    portions = encoder_portions(m, frames)
+    pictures, portions = frames * m.encoded, encoder_portions(m, frames)
+    tokens, width = pictures * m.vision_tokens, m.vision_width
     rows = tokens / portions
     linear = [(width, width)] * 4 + [(width, m.vision_intermediate), (m.vision_intermediate, width)]
     dense = portions * sum(product_seconds(profile, rows, *sizes, ELEMENT) for sizes in linear)
     passes = passed(profile, tokens * width, LAYER_NORM, 2).plus(
         passed(profile, tokens * width, RESIDUAL, 2), passed(profile, tokens * m.vision_intermediate, ACTIVATION)
     )
-    return dense + passes.forward + portions * _encoder_attention(profile, m, frames / portions)
+    return dense + passes.forward + portions * _encoder_attention(profile, m, pictures / portions)
 
 
 def _encoder_attention(profile: Profile, m: ModelSizes, frames: float) -> float:
-    """Attention inside each of ``frames``; of tiles the blank ones, and what pads them, do not see each other."""
-    every, masked = m.vision_tokens, m.most_tiles > 1
+    """Attention inside each of ``frames``, or tiles that are encoded apart; blank tiles, and what pads them, do not see
+    each other."""
+    every, masked = m.vision_tokens, m.most_tiles > 1 and not m.tiles_apart
     blank = every - m.frame_tokens if masked else 0
     seen = every - blank * blank / every
     heads = max(m.vision_width // m.vision_head_dim, 1)
