@@ -4,8 +4,8 @@ The package's model is no ``PreTrainedModel`` and takes no keyword beside its ow
 and gives it a config, a loss, and arguments of transformers. Its masked cross-attention computes its scores itself;
 ``reach_attention`` lets it call the exchanged attention with its own norms and projections.
 
-Where the image processor cuts images into tiles with a thumbnail, as in NVLM, the perceiver resamples each tile, and the
-text sees those of an image as one medium. The package knows images of one tile alone: see ``tiled_cross_attention``.
+Where the image processor cuts images into tiles and a thumbnail, as in NVLM, the perceiver resamples each tile, and
+the text sees those of an image as one medium. The package has images of one tile alone: see ``tiled_cross_attention``.
 
 The package pins torch 2.0.1 and its ``__init__`` wants open-clip: install it with ``--no-deps``, beside ``einops`` and
 ``einops-exts``. Only its ``src/flamingo.py`` and what that imports is loaded.
