@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +20,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import Blip2Config, GPT2Config, LlamaConfig, OPTConfig, Qwen3Config, T5Config
+from transformers import (
+    Blip2Config,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    T5Config,
+)
 from transformers.models.idefics.processing_idefics import (
     image_attention_mask_for_packed_input_ids_pt,
     incremental_to_binary_attention_mask,
@@ -40,6 +51,8 @@ from ds_lvxattn.families.text_only import TextOnly
 from ds_lvxattn.needle.small_models import SMALL_MODELS
 from ds_lvxattn.needle.task import IMAGE, build_tokenizer
 from ds_lvxattn.runtime.registration import exchanged_attention
+from ds_lvxattn.training.attach import loaded_model
+from ds_lvxattn.training.check_data import encode_for
 from ds_lvxattn.training.loading import load_model
 from tests.support.tiny_families import CUTTING, tiny
 from tests.support.tiny_families import FAMILIES as SMALL_FAMILIES
@@ -191,6 +204,36 @@ def test_a_window_that_the_plan_does_not_know_is_refused() -> None:
 def test_a_model_of_no_family_lists_those_there_are() -> None:
     with pytest.raises(ConfigError, match="Linear belongs to no known model family.*Idefics.*OpenFlamingo"):
         family_of(nn.Linear(1, 1))
+
+
+class QWenConfig(PreTrainedConfig):
+    model_type = "qwen"
+
+
+class QWenLMHeadModel(PreTrainedModel):
+    """What Qwen-VL's own code makes of its checkpoint, by name."""
+
+    config_class = QWenConfig
+
+
+def test_qwen_vl_is_refused_with_the_reason(tmp_path: Path) -> None:
+    reason = "Qwen-VL run on code of their own, for transformers 4.*train Qwen2-VL"
+    model = QWenLMHeadModel(QWenConfig(visual={"image_size": 448}))
+    take: Any
+    for take in (family_of, loaded_model):  # the second as ``attach`` does
+        with pytest.raises(ConfigError, match=f"QWenLMHeadModel cannot be sequence-parallel: .*{reason}"):
+            take(model)
+    # By its folder, from which no code is run.
+    code = {"AutoConfig": "configuration_qwen.QWenConfig", "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"}
+    config = {"model_type": "qwen", "architectures": ["QWenLMHeadModel"], "auto_map": code}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    load: Any
+    for load in (functools.partial(load_model, ds_config={}, seed=0), encode_for):
+        with pytest.raises(ConfigError, match=f"--model .*: its config is of the type 'qwen', code that .*{reason}"):
+            load(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "another"}))
+    with pytest.raises(ConfigError, match="type 'another', code .* is not run here: load it in a script of your own"):
+        encode_for(str(tmp_path))
 
 
 def test_the_family_of_a_config() -> None:

@@ -54,7 +54,14 @@ FAMILIES: tuple[type[Family], ...] = (
     TextOnly,  # last: any causal language model of transformers
 )
 
-__all__ = ["FAMILIES", "Family", "VisualFamily", "family_of", "family_of_config", "unwrapped"]
+# Models that none of them can take, by the type of their config, and why.
+REFUSED = {
+    "qwen": "Qwen and Qwen-VL run on code of their own, for transformers 4, which computes its scores itself, counts "
+    "positions from the first token that a rank has, and opens the image files that the text names; train Qwen2-VL, "
+    "Qwen2.5-VL or Qwen3-VL (docs/adapters.md divides Qwen-VL's Resampler alone)",
+}
+
+__all__ = ["FAMILIES", "REFUSED", "Family", "VisualFamily", "family_of", "family_of_config", "unwrapped"]
 
 
 def unwrapped(model: Any) -> Any:
@@ -73,7 +80,7 @@ def family_of(model: nn.Module) -> Family:
         if family.has_model(model):
             config: Any = model.config
             return family(config)
-    raise ConfigError(_unknown(type(model).__name__))
+    raise ConfigError(_unknown(type(model).__name__, getattr(model, "config", None)))
 
 
 def family_of_config(config: PreTrainedConfig) -> Family:
@@ -85,9 +92,12 @@ def family_of_config(config: PreTrainedConfig) -> Family:
     for family in FAMILIES:
         if family.has_config(config):
             return family(config)
-    raise ConfigError(_unknown(type(config).__name__))
+    raise ConfigError(_unknown(type(config).__name__, config))
 
 
-def _unknown(name: str) -> str:
+def _unknown(name: str, config: Any) -> str:
+    reason = REFUSED.get(getattr(config, "model_type", ""))
+    if reason is not None:
+        return f"{name} cannot be sequence-parallel: {reason}"
     known = ", ".join(f"{family.name} ({family.model_class.__name__})" for family in FAMILIES)
     return f"{name} belongs to no known model family: {known}; docs/adding-a-family.md says how to add one"

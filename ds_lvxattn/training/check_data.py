@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ds_lvxattn.data.chat import encode
 from ds_lvxattn.data.check import Encode, Findings, check_rows
@@ -34,6 +34,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of_config
 from ds_lvxattn.families.family import ANY_SIZE
 from ds_lvxattn.training.dataset import rows_of_frames, videos_in_text
+from ds_lvxattn.training.loading import config_of
 from ds_lvxattn.training.settings import FinetuningConfig
 
 SHOWN = 20  # bad rows that the report for people lists
@@ -106,10 +107,12 @@ def encode_for(name: str) -> tuple[Encode, int]:
         ConfigError: nothing loads under the name, or no family knows it.
     """
     try:
-        family = family_of_config(AutoConfig.from_pretrained(name))
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        family = family_of_config(config_of(name))
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         visual = family if isinstance(family, VisualFamily) else None
         processor = None if visual is None else visual.load_processor(name)
+    except ConfigError as error:
+        raise ConfigError(f"--model {name}: {error}") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"--model {name}: cannot be loaded ({error})") from error
     rows_of: Callable[[FrameSize], Sequence[int]] = one_row

@@ -15,12 +15,19 @@ from deepspeed import zero
 from deepspeed.accelerator import get_accelerator
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.processing_utils import ProcessorMixin
 
 from ds_lvxattn.errors import ConfigError
-from ds_lvxattn.families import VisualFamily, family_of, family_of_config
+from ds_lvxattn.families import REFUSED, VisualFamily, family_of, family_of_config
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
 from ds_lvxattn.families.processors import ImagesAndVideos
 from ds_lvxattn.groups import SequenceParallelGroups
@@ -91,6 +98,26 @@ class LoadedModel:
             whole.save_pretrained(folder)
 
 
+def config_of(name: str) -> PreTrainedConfig:
+    """The config of a local path or hub name.
+
+    Raises:
+        ConfigError: it takes code of its repository.
+        OSError, ValueError: as of transformers.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except ValueError as error:  # transformers asks for an argument that nobody can give here
+        values, _ = PreTrainedConfig.get_config_dict(name)
+        if "auto_map" not in values:
+            raise
+        kind = values.get("model_type", "")
+        reason = REFUSED.get(kind, "load it in a script of your own and attach it there, if a family knows it")
+        raise ConfigError(
+            f"its config is of the type {kind!r}, code that its repository brings, which is not run here: {reason}"
+        ) from error
+
+
 def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
     """Load a model from a local path or hub name, or build a small one by its name in ``SMALL_MODELS``.
 
@@ -109,7 +136,7 @@ def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
     zero3 = HfDeepSpeedConfig(ds_config) if ds_config.get("zero_optimization", {}).get("stage") == 3 else None
     try:
         name = at_revision(name)
-        family = family_of_config(AutoConfig.from_pretrained(name, trust_remote_code=False))
+        family = family_of_config(config_of(name))
         model = family.load_model(name, model_dtype(ds_config))
         tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         processor = family.load_processor(name) if isinstance(family, VisualFamily) else None
