@@ -18,7 +18,8 @@ from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
 from ds_lvxattn.exchange.strategies import implementation_of
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.dispatch import select_kernel
-from ds_lvxattn.plan.modes import LOCAL, mode_named
+from ds_lvxattn.kernels.settled import settled
+from ds_lvxattn.plan.modes import LOCAL, Mode, mode_named, modes
 
 
 def sp_attention(
@@ -85,38 +86,26 @@ def sp_attention(
     Raises:
         ValueError: shapes, dtypes or settings do not fit; the message says what to change.
     """
-    _check_tensors(q, k, v)
     if interval is not None and not isinstance(interval, KVInterval):
         interval = KVInterval.several(interval)
-    if queries not in ("sharded", "replicated"):
-        raise ValueError(f"queries is '{queries}'; choose 'sharded' or 'replicated'")
-    if gradients not in ("whole", "parts") or (gradients == "parts" and queries != "replicated"):
-        raise ValueError(
-            f"gradients is '{gradients}'; choose 'whole', or 'parts' with queries='replicated' (now '{queries}')"
-        )
     comm = communicator(group)
+    mode = _checked_mode(
+        modes(), strategy, schedule, queries, gradients, comm.ranks, q.shape, k.shape, v.shape,
+        (q.dtype, k.dtype, v.dtype), q.device, interval is not None, softcap, kernel,
+        None if head_groups is None else tuple(head_groups),
+    )  # fmt: skip
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    mode = mode_named(strategy, schedule, queries if comm.ranks > 1 else "sharded")
-    replicated = queries == "replicated"
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap is {softcap}; give a positive one, or None for none")
-    select_kernel(kernel, Call.forward(q, k, v, interval is not None, softcap is not None))
-
     if shards is None:
         options = (
             strategy, queries, gradients, schedule, kernel, scale, softcap, head_groups, keep_queries, inner_size,
         )  # fmt: skip
         shards = _ask_for_shards(q, k, v, interval, comm, options)
-    _check_shards(q, k, shards, comm, replicated)
     if mode.two_levels:
         inner_size = node_size(comm) if inner_size is None else inner_size
-    reason = mode.obstacle(q.shape[1], k.shape[1], comm.ranks, inner_size or comm.ranks)
-    if reason is not None and comm.ranks > 1:
-        raise ValueError(f"strategy '{strategy}' cannot run this attention: {reason}")
+    ranges = None if interval is None else (interval.start.shape, interval.ranges)
+    _check_layout(mode, q.shape, k.shape, ranges, shards, comm.ranks, comm.rank, queries, inner_size)
     grid = grid_of(comm, inner_size) if mode.two_levels and inner_size is not None else None
-    interval = _rows_of_all_ranks(interval, q, shards, comm, replicated)
-    if head_groups is not None and any(k.shape[1] % max(count, 1) or count < 1 for count in head_groups):
-        raise ValueError(f"head_groups is {head_groups}; give two divisors of the {k.shape[1]} key heads")
+    interval = _rows_of_all_ranks(interval, shards, comm, queries)
     if comm.ranks == 1 or not shards.kv.total:  # one rank, or a batch of text alone: nothing travels
         mode = LOCAL
     exchange = Exchange(
@@ -126,19 +115,41 @@ def sp_attention(
     return implementation_of(mode)(q, k, v, exchange)
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if not q.dim() == k.dim() == v.dim() == 4 or k.shape[:3] != v.shape[:3]:
+@settled
+def _checked_mode(
+    known: tuple[Mode, ...], strategy: str, schedule: str, queries: str, gradients: str, ranks: int, q: torch.Size,
+    k: torch.Size, v: torch.Size, dtypes: tuple[torch.dtype, ...], device: torch.device, masked: bool,
+    softcap: float | None, kernel: str, head_groups: tuple[int, ...] | None,
+) -> Mode:  # fmt: skip
+    """The mode of a call with these shapes and settings, which are right; ``known`` are the modes to choose from."""
+    _check_tensors(q, k, v, dtypes)
+    if queries not in ("sharded", "replicated"):
+        raise ValueError(f"queries is '{queries}'; choose 'sharded' or 'replicated'")
+    if gradients not in ("whole", "parts") or (gradients == "parts" and queries != "replicated"):
         raise ValueError(
-            f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
+            f"gradients is '{gradients}'; choose 'whole', or 'parts' with queries='replicated' (now '{queries}')"
+        )
+    mode = mode_named(strategy, schedule, queries if ranks > 1 else "sharded")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap is {softcap}; give a positive one, or None for none")
+    select_kernel(kernel, Call.of_shapes(device.type, dtypes[0], q, k, v, masked, softcap is not None, backward=False))
+    if head_groups is not None and any(count < 1 or k[1] % count for count in head_groups):
+        raise ValueError(f"head_groups is {head_groups}; give two divisors of the {k[1]} key heads")
+    return mode
+
+
+def _check_tensors(q: torch.Size, k: torch.Size, v: torch.Size, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not len(q) == len(k) == len(v) == 4 or k[:3] != v[:3]:
+        raise ValueError(
+            f"q, k, v have shapes {tuple(q)}, {tuple(k)}, {tuple(v)}; "
             "give [B, H_q, s_q, D], [B, H_kv, s_kv, D] and [B, H_kv, s_kv, D_v]"
         )
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
+    if q[0] != k[0] or q[3] != k[3] or q[1] % k[1]:
         raise ValueError(
-            f"q {tuple(q.shape)} does not fit k {tuple(k.shape)}: batch and head size must be equal "
-            "and H_q a multiple of H_kv"
+            f"q {tuple(q)} does not fit k {tuple(k)}: batch and head size must be equal and H_q a multiple of H_kv"
         )
-    if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
-        raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; give one floating dtype")
+    if not dtypes[0] == dtypes[1] == dtypes[2] or not dtypes[0].is_floating_point:
+        raise ValueError(f"q, k, v have dtypes {', '.join(map(str, dtypes))}; give one floating dtype")
 
 
 def _ask_for_shards(
@@ -146,7 +157,7 @@ def _ask_for_shards(
 ) -> ShardLayout:
     """The shard lengths of every rank, and a check that all ranks make the same call."""
     if comm.ranks == 1:
-        return ShardLayout(SequenceShards((q.shape[2],)), SequenceShards((k.shape[2],)))
+        return _alone(q.shape[2], k.shape[2])
     own_rows = interval is not None and not interval.of_all_ranks
     ranges = 0 if interval is None else interval.ranges or 1
     sizes = (*q.shape[:2], k.shape[1], q.shape[3], v.shape[3], ranges, int(own_rows))
@@ -166,40 +177,54 @@ def _ask_for_shards(
     return ShardLayout(SequenceShards(rows), SequenceShards(keys))
 
 
-def _check_shards(q: Tensor, k: Tensor, shards: ShardLayout, comm: Communicator, replicated: bool) -> None:
-    if shards.kv.ranks != comm.ranks:
-        raise ValueError(f"shards describes {shards.kv.ranks} ranks, the group has {comm.ranks}")
-    want = (shards.q.lengths[comm.rank], shards.kv.lengths[comm.rank])
-    if want != (q.shape[2], k.shape[2]):
+@settled
+def _alone(rows: int, keys: int) -> ShardLayout:
+    """All rows and keys on one rank."""
+    return ShardLayout(SequenceShards((rows,)), SequenceShards((keys,)))
+
+
+@settled
+def _check_layout(
+    mode: Mode, q: torch.Size, k: torch.Size, ranges: tuple[torch.Size, int | None] | None, shards: ShardLayout,
+    ranks: int, rank: int, queries: str, inner_size: int | None,
+) -> None:  # fmt: skip
+    """Refuse shapes that the shards are not of, and a mode that cannot run them. ``ranges`` are those of the interval:
+    its shape and ``KVInterval.ranges``."""
+    if shards.kv.ranks != ranks:
+        raise ValueError(f"shards describes {shards.kv.ranks} ranks, the group has {ranks}")
+    rows, keys = q[2], k[2]
+    want = (shards.q.lengths[rank], shards.kv.lengths[rank])
+    if want != (rows, keys):
         raise ValueError(
-            f"rank {comm.rank} passes {q.shape[2]} query rows and {k.shape[2]} keys, "
-            f"but shards says {want[0]} and {want[1]}"
+            f"rank {rank} passes {rows} query rows and {keys} keys, but shards says {want[0]} and {want[1]}"
         )
+    replicated = queries == "replicated"
     if replicated and not shards.q.even:
         raise ValueError(f"replicated queries must have one length on every rank, not {shards.q.lengths}")
+    reason = mode.obstacle(q[1], k[1], ranks, inner_size or ranks)
+    if reason is not None and ranks > 1:
+        raise ValueError(f"strategy '{mode.strategy}' cannot run this attention: {reason}")
+    if ranges is None:
+        return
+    shape, several = ranges
+    of_all_ranks = len(shape) - (several is not None) == 3
+    of_rows = (1 if replicated else ranks, q[0], shards.q.longest) if of_all_ranks else (q[0], rows)
+    wanted = (*of_rows, *(() if several is None else (several,)))
+    if tuple(shape) != wanted:
+        raise ValueError(f"interval has shape {tuple(shape)}; this call needs {wanted}")
 
 
 def _rows_of_all_ranks(
-    interval: KVInterval | None, q: Tensor, shards: ShardLayout, comm: Communicator, replicated: bool
+    interval: KVInterval | None, shards: ShardLayout, comm: Communicator, queries: str
 ) -> KVInterval | None:
     """The ranges of the rows of every rank, ``[n, B, s_max, ...]`` (``[1, B, s_q, ...]`` for replicated queries).
 
     The layers of a batch, which share an interval, get one and the same, unless it takes a collective.
     """
-    if interval is None:
-        return None
-    batch, rows = q.shape[0], q.shape[2]
-    if interval.of_all_ranks:
-        want: Sequence[int] = (1 if replicated else comm.ranks, batch, shards.q.longest)
-    else:
-        want = (batch, rows)
-    several = () if interval.ranges is None else (interval.ranges,)
-    want = (*want, *several)
-    if tuple(interval.start.shape) != tuple(want):
-        raise ValueError(f"interval has shape {tuple(interval.start.shape)}; this call needs {tuple(want)}")
-    if interval.of_all_ranks or replicated or comm.ranks == 1:
-        return interval.within(shards.kv.total)
-    padding = (0, 0) * len(several) + (0, shards.q.longest - rows)
+    if interval is None or interval.of_all_ranks or queries == "replicated" or comm.ranks == 1:
+        return None if interval is None else interval.within(shards.kv.total)
+    missing = shards.q.longest - shards.q.lengths[comm.rank]
+    padding = (*((0, 0) if interval.ranges is not None else ()), 0, missing)
     padded = torch.nn.functional.pad(torch.stack((interval.start, interval.stop)), padding)
     everyone = KVInterval(*comm.all_gather(padded, "intervals").unbind(1), ranges=interval.ranges)
     return everyone.within(shards.kv.total)

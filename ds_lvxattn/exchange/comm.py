@@ -243,11 +243,10 @@ _communicators: dict[str, Communicator] = {}
 
 def communicator(group: dist.ProcessGroup | None) -> Communicator:
     """The one ``Communicator`` of ``group``, made at its first use."""
-    if group is None:
-        return Communicator(None)
-    known = _communicators.get(group.group_name)
+    name = "" if group is None else group.group_name
+    known = _communicators.get(name)
     if known is None or known.group is not group:
-        known = _communicators[group.group_name] = Communicator(group)
+        known = _communicators[name] = Communicator(group)
     return known
 
 

@@ -38,6 +38,14 @@ class SequenceShards:
     stripe: int = 0
     units: tuple[tuple[int, int], ...] = ()
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Layers find what they share by their shards, which may consist of hundreds of units."""
+        return hash((self.lengths, self.stripe, self.units))
+
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 0:
             raise ValueError(f"shard lengths are {self.lengths}; give one length >= 0 for each rank")

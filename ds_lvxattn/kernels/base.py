@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,18 +50,21 @@ class Call:
 
     @classmethod
     def forward(cls, q: Tensor, k: Tensor, v: Tensor, masked: bool, capped: bool = False) -> Call:
-        batch, heads, rows, _ = q.shape
-        return cls._of(q, k, v, masked, batch * heads * -(-rows // 128), capped)
+        return cls.of_shapes(q.device.type, q.dtype, q.shape, k.shape, v.shape, masked, capped, backward=False)
 
     @classmethod
     def backward(cls, q: Tensor, k: Tensor, v: Tensor, masked: bool, capped: bool = False) -> Call:
-        return cls._of(q, k, v, masked, None, capped)
+        return cls.of_shapes(q.device.type, q.dtype, q.shape, k.shape, v.shape, masked, capped, backward=True)
 
     @classmethod
-    def _of(cls, q: Tensor, k: Tensor, v: Tensor, masked: bool, tiles: int | None, capped: bool) -> Call:
-        _, heads, rows, _ = q.shape
-        _, kv_heads, _, head_dim = k.shape
-        return cls(q.device.type, q.dtype, heads, kv_heads, head_dim, masked, tiles, rows, capped, v.shape[3])
+    def of_shapes(
+        cls, device: str, dtype: torch.dtype, q: Sequence[int], k: Sequence[int], v: Sequence[int], masked: bool,
+        capped: bool, backward: bool,
+    ) -> Call:  # fmt: skip
+        """A call with tensors of these shapes, dtype and device type."""
+        batch, heads, rows, _ = q
+        tiles = None if backward else batch * heads * -(-rows // 128)
+        return cls(device, dtype, heads, k[1], k[3], masked, tiles, rows, capped, v[3])
 
 
 class Kernel(Protocol):

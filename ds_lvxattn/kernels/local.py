@@ -11,6 +11,7 @@ from torch import Tensor
 from ds_lvxattn.kernels.base import Call, Kernel, empty_results
 from ds_lvxattn.kernels.derived import derived_of
 from ds_lvxattn.kernels.dispatch import fastest_first, select_kernel
+from ds_lvxattn.kernels.settled import settled
 from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.kernels.triton.merge import merge_partials
 from ds_lvxattn.kernels.triton.surrogate import output_with_delta
@@ -44,7 +45,9 @@ class LocalAttention:
         if q.numel() == 0 or k.shape[2] == 0:
             out, lse = empty_results(q, v)
             return out.zero_(), lse.fill_(float("-inf"))
-        chosen = select_kernel(self.kernel, Call.forward(q, k, v, start is not None, self.softcap is not None))
+        chosen = _forward_kernel(
+            self.kernel, q.device, q.dtype, q.shape, k.shape, v.shape, start is not None, self.softcap is not None
+        )
         if start is None or stop is None or start.dim() == 2:
             return chosen.forward(q, k, v, start, stop, self.scale, self.softcap)
         results = (chosen.forward(q, k, v, *each, self.scale, self.softcap) for each in _each_range(start, stop))
@@ -73,8 +76,10 @@ class BackwardPass:
         self.dout, self.dlse, self.out, self.lse = dout, dlse, out, lse
         self.q, self.kept, self.k, self.v = q, kept, k, v
         self.start, self.stop, self.scale, self.softcap = local.start, local.stop, local.scale, local.softcap
-        call = Call.backward(q, k, v, local.start is not None, local.softcap is not None)
-        self.kernel = _backward_kernel(local.kernel, call, dlse is not None)
+        self.kernel = _backward_kernel(
+            local.kernel, q.device, q.dtype, q.shape, k.shape, v.shape, local.start is not None,
+            local.softcap is not None, dlse is not None,
+        )  # fmt: skip
         self._own: tuple[Any, ...] = ()
 
     def delta(self) -> Tensor:
@@ -136,8 +141,22 @@ def _each_range(start: Tensor, stop: Tensor) -> list[tuple[Tensor, Tensor]]:
     return derived_of(start, stop, "each range", cut)
 
 
-def _backward_kernel(name: str, call: Call, with_dlse: bool) -> Kernel:
+@settled
+def _forward_kernel(
+    name: str, device: torch.device, dtype: torch.dtype, q: torch.Size, k: torch.Size, v: torch.Size, masked: bool,
+    capped: bool,
+) -> Kernel:  # fmt: skip
+    """The kernel of the forward pass for tensors of these shapes."""
+    return select_kernel(name, Call.of_shapes(device.type, dtype, q, k, v, masked, capped, backward=False))
+
+
+@settled
+def _backward_kernel(
+    name: str, device: torch.device, dtype: torch.dtype, q: torch.Size, k: torch.Size, v: torch.Size, masked: bool,
+    capped: bool, with_dlse: bool,
+) -> Kernel:  # fmt: skip
     """The kernel of the backward pass: the chosen one, unless it cannot take the log-sum-exp's gradient."""
+    call = Call.of_shapes(device.type, dtype, q, k, v, masked, capped, backward=True)
     kernel = select_kernel(name, call)
     if not (kernel.needs_out and with_dlse):
         return kernel
