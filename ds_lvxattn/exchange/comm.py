@@ -106,12 +106,12 @@ class Communicator:
         x = x.contiguous()
         gathered = x.new_empty((self.ranks, *x.shape))
         if x.numel():
-            _all_gather(_raw(gathered), _raw(x), group=self.group)
+            _all_gather(_raw(gathered), _raw(x.unsqueeze(0)), group=self.group)
         self._count(what, x.nbytes)
         return gathered
 
     def start_all_gather(self, buffers: Sequence[tuple[str, Tensor]]) -> Transfer:
-        """Start gathering in place: ``[n, ...]`` contiguous, of which slice ``rank`` is filled.
+        """Start gathering in place: ``[n * rows, ...]`` contiguous, of which the rows of this rank are filled.
 
         Several buffers (each with the name of its contents) travel in one launch where the backend can.
         """
@@ -119,7 +119,8 @@ class Communicator:
         for what, gathered in buffers:
             self._count(what, gathered.nbytes // self.ranks)
             if gathered.numel():
-                ops.append((_raw(gathered), _raw(gathered[self.rank])))
+                whole, rows = _raw(gathered), gathered.shape[0] // self.ranks
+                ops.append((whole, whole[self.rank * rows : (self.rank + 1) * rows]))
         if len(ops) < 2 or not ops[0][0].is_cuda:
             works = [_all_gather(whole, own, group=self.group, async_op=True) for whole, own in ops]
         else:
@@ -145,8 +146,10 @@ class Communicator:
                 sent, arriving = sizes
                 width = math.prod(send.shape[1:]) * send.element_size()
                 self.received[what] += width * (sum(arriving) - arriving[self.rank])
-                self.between[what] += width * sum(n for rank, n in enumerate(arriving) if self._far(rank))
-                calls.append((_raw(receive), _raw(send), [n * width for n in arriving], [n * width for n in sent]))
+                if self.node_size < self.ranks:
+                    self.between[what] += width * sum(n for rank, n in enumerate(arriving) if self._far(rank))
+                unit = send.element_size() if send.dim() == 1 else 1  # bytes are counted along the last dimension
+                calls.append((_raw(receive), _raw(send), [n * unit for n in arriving], [n * unit for n in sent]))
         if len(calls) < 2 or not calls[0][0].is_cuda:
             works = [dist.all_to_all_single(*call, group=self.group, async_op=True) for call in calls]
         else:
@@ -233,7 +236,12 @@ class _Account(torch.autograd.Function):
 
 
 def _raw(x: Tensor) -> Tensor:
-    return x.view(-1).view(torch.uint8) if x.dim() else x.view(1).view(torch.uint8)
+    """The bytes of a contiguous tensor, along its last dimension."""
+    if x.dim() and x.stride(-1) == 1:
+        return x.view(torch.uint8)
+    # A dimension of one element may have any stride, and a number has none.
+    shape = x.shape[:-1] if x.dim() else ()
+    return x.view(-1).view(torch.uint8).view(*shape, x.numel() // max(math.prod(shape), 1) * x.element_size())
 
 
 # An operator schema cannot hold a process group, so operators name it and find it here, as torch.distributed

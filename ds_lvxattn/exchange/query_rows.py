@@ -58,10 +58,10 @@ class NodeRows:
 
     def gather(self, sent: Sequence[tuple[str, Tensor, Tensor]], rows: int) -> Waiting:
         # What comes across lands where the second hop sends it from.
-        spread = [(what, buffer.unflatten(0, (self.inner.ranks, -1))) for what, _, buffer in sent]
         across = [
-            (what, x, buffer[self.inner.rank]) for (what, x, _), (_, buffer) in zip(sent, spread, strict=True)
+            (what, x, buffer.unflatten(0, (self.inner.ranks, -1))[self.inner.rank]) for what, x, buffer in sent
         ]  # fmt: skip
+        spread = [(what, buffer) for what, _, buffer in sent]
         return _Hops(start_gather(across, self.outer), lambda: self.inner.start_all_gather(spread))
 
     def give_back(
@@ -107,14 +107,13 @@ def start_gather(sent: Sequence[tuple[str, Tensor, Tensor]], comm: Communicator)
     Args:
         sent: for each tensor the name of its contents, the tensor, and its ``gather_buffer``.
     """
-    buffers = []
-    for what, x, gathered in sent:
-        buffer = gathered.unflatten(0, (comm.ranks, -1))
-        slot, own = buffer[comm.rank], x.shape[2]
-        slot[:own].copy_(x.movedim(2, 0))
-        slot[own:].zero_()
-        buffers.append((what, buffer))
-    return comm.start_all_gather(buffers)
+    for _, x, gathered in sent:
+        rows, own = gathered.shape[0] // comm.ranks, x.shape[2]
+        first = comm.rank * rows
+        gathered[first : first + own].copy_(_rows_first(x))
+        if own < rows:
+            gathered[first + own : first + rows].zero_()
+    return comm.start_all_gather([(what, gathered) for what, _, gathered in sent])
 
 
 def start_return(computed: Sequence[tuple[str, Tensor]], comm: Communicator, own: int) -> tuple[list[Tensor], Transfer]:
@@ -126,13 +125,24 @@ def start_return(computed: Sequence[tuple[str, Tensor]], comm: Communicator, own
     """
     parts = []
     for what, x in computed:
-        wire = x.movedim(2, 0).contiguous()
+        wire = _rows_first(x).contiguous()
         parts.append(Part(what, wire, torch.empty_like(wire)))
     transfer = comm.start_all_to_all(parts)
-    arriving = [part.receive.unflatten(0, (comm.ranks, -1))[:, :own].movedim(1, 3) for part in parts]
-    return arriving, transfer
+    return [_by_rank(part.receive, comm.ranks, own) for part in parts], transfer
 
 
 def attention_layout(wire: Tensor) -> Tensor:
     """``[S, B, H, ...]`` as ``[B, H, S, ...]``, a view."""
-    return wire.movedim(0, 2)
+    return wire.permute(1, 2, 0, *range(3, wire.dim()))
+
+
+def _rows_first(x: Tensor) -> Tensor:
+    """``[B, H, S, ...]`` as ``[S, B, H, ...]``, a view."""
+    return x.permute(2, 0, 1, *range(3, x.dim()))
+
+
+def _by_rank(wire: Tensor, ranks: int, own: int) -> Tensor:
+    """Of ``[n * rows, B, H, ...]`` the first ``own`` rows of each rank as ``[n, B, H, own, ...]``, a view."""
+    rows = wire.shape[0] // ranks
+    by_rank = wire.view(ranks, rows, *wire.shape[1:]).permute(0, 2, 3, 1, *range(4, wire.dim() + 1))
+    return by_rank if own == rows else by_rank[:, :, :, :own]

@@ -56,7 +56,7 @@ def attention_operator(
     q_k_v = {"q": Tensor, "k": Tensor, "v": Tensor}
     count = len(tensors)
     saved = 5 + count  # tensors among the arguments
-    no_gradients = (None,) * len(common)  # of the arguments behind q, k and v
+    no_gradients = (None,) * (2 + count)  # of the tensors behind q, k and v
 
     def split(start: Tensor | None, stop: Tensor | None, *more: Any) -> tuple[LocalAttention, tuple[Any, ...]]:
         return LocalAttention(start, stop, *more[count : count + 3]), more[:count] + more[count + 3 :]
@@ -88,15 +88,16 @@ def attention_operator(
     operator_backward = _define(f"{name}_backward", given, tuple[Tensor, Tensor, Tensor], run_backward, fake_backward)
 
     class Attention(torch.autograd.Function):
+        # The settings come as one: autograd looks at every argument.
         @staticmethod
-        def forward(ctx, function, *args):
+        def forward(ctx, function, settings, *tensors):
             with torch._C._AutoDispatchBelowAutograd():
-                results = function(*args)
+                results = function(*tensors, *settings)
             out, lse, *extra = results
-            q, k, v, *more = args[:saved]
-            ctx.settings = args[saved:]
+            q, k, v, *more = tensors
+            ctx.settings = settings
             ctx.save_for_backward(
-                None if extra and args[-1] and kept_holds_queries else q, *extra, k, v, out, lse, *more
+                None if extra and settings[-1] and kept_holds_queries else q, *extra, k, v, out, lse, *more
             )
             ctx.set_materialize_grads(False)
             return results
@@ -110,14 +111,14 @@ def attention_operator(
             inputs = (dout, dlse, q, *more)
             # A second derivative, which there is none of, is the dispatcher's to refuse.
             if torch.is_grad_enabled() or _seen(inputs):
-                return None, *operator_backward(*inputs, *ctx.settings), *no_gradients
+                return None, None, *operator_backward(*inputs, *ctx.settings), *no_gradients
             with torch._C._AutoDispatchBelowAutograd():
-                return None, *run_backward(*inputs, *ctx.settings), *no_gradients
+                return None, None, *run_backward(*inputs, *ctx.settings), *no_gradients
 
     def differentiable(function: Callable[..., tuple[Tensor, ...]], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         q, k, v = args[:3]
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            return Attention.apply(function, *args)
+            return Attention.apply(function, args[saved:], *args[:saved])
         with torch._C._AutoDispatchBelowAutograd():
             return function(*args)
 
@@ -160,7 +161,7 @@ def _like(x: Tensor, pattern: Tensor) -> Tensor:
     return empty_rows(pattern, x.shape[3]).copy_(x)
 
 
-PLAIN = (Tensor, torch.nn.Parameter, type(None))
+PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def _seen(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -170,7 +171,4 @@ def _seen(tensors: tuple[Tensor | None, ...]) -> bool:
         return True
     if torch._C._are_functorch_transforms_active() or torch.autograd._profiler_enabled():
         return True
-    for x in tensors:  # half the time that ``any`` of a generator takes
-        if type(x) not in PLAIN:
-            return True
-    return False
+    return not PLAIN.issuperset(map(type, tensors))

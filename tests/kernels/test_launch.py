@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +19,28 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 class Compiled:
     """Stands for a compiled kernel."""
 
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self):
-        self.calls = []
+        self.calls, self.watched = [], []
+
+    def run(self, *args):
+        *grid, stream, function, metadata, of_launch, enter, leave = args[:9]
+        assert (function, metadata, of_launch, enter, leave) == ("function", "metadata", None, None, None)
+        self.calls.append((tuple(grid), stream, args[9:]))
 
     def __getitem__(self, grid):
-        return lambda *args: self.calls.append((grid, args))
+        return lambda *args: self.watched.append((grid, args))
+
+
+class Driver:
+    """Stands for Triton's driver."""
+
+    def get_current_device(self):
+        return 3
+
+    def get_current_stream(self, device):
+        return f"stream of {device}"
 
 
 class Kernel:
@@ -43,13 +61,18 @@ class Kernel:
 
 def test_the_jit_function_is_called_once(monkeypatch):
     monkeypatch.setattr(launches, "CompiledKernel", Compiled)
+    monkeypatch.setattr(launches, "driver", SimpleNamespace(active=Driver()))
     kernel = Kernel(Compiled())
     launch = Launch(kernel, (5, 2), num_warps=4, FLAG=True, BLOCK=64)
     for name in ("first", "second", "third"):
         launch(name, 7)
     assert kernel.calls == [((5, 2), ("first", 7), {"num_warps": 4, "FLAG": True, "BLOCK": 64})]
     # Constants stand in the kernel's own order; options are none of its arguments.
-    assert kernel.compiled.calls == [((5, 2, 1), (name, 7, 64, True)) for name in ("second", "third")]
+    assert kernel.compiled.calls == [((5, 2, 1), "stream of 3", (name, 7, 64, True)) for name in ("second", "third")]
+    # Whoever asked to be told of launches is.
+    monkeypatch.setattr(launches.knobs.runtime.launch_enter_hook, "calls", [print])
+    launch("fourth", 7)
+    assert len(kernel.compiled.calls) == 2 and kernel.compiled.watched == [((5, 2, 1), ("fourth", 7, 64, True))]
 
 
 def test_the_interpreter_is_called_every_time():

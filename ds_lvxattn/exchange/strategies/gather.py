@@ -17,9 +17,11 @@ from torch import Tensor
 
 from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.query_rows import Waiting, attention_layout, gather_buffer, rows_by_name
+from ds_lvxattn.exchange.shards import ShardLayout
 from ds_lvxattn.kernels.base import empty_results, empty_rows
 from ds_lvxattn.kernels.differentiable import attention_operator
 from ds_lvxattn.kernels.local import BackwardPass, LocalAttention
+from ds_lvxattn.kernels.settled import settled
 from ds_lvxattn.kernels.triton.merge import merge_partials
 from ds_lvxattn.plan.pipeline import head_groups, keeps_queries, mean_head_dim
 
@@ -58,20 +60,25 @@ def _gathered(
     first: Tensor | None, last: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     layout = exchange.layout
-    batch, heads, _, _ = q.shape
-    head_dim = mean_head_dim(q.shape[3], v.shape[3])
-    kv_heads, lengths = k.shape[1], (layout.q.lengths, layout.kv.lengths)
-    groups = exchange.head_groups or head_groups(
-        batch, heads, kv_heads, head_dim, q.element_size(), *lengths, masked=first is not None
-    )
-    keep = exchange.keep_queries
-    if keep is None:
-        keep = keeps_queries(heads, kv_heads, *lengths)
+    groups, keep = _cut(q.shape, k.shape, v.shape[3], q.element_size(), layout, first is not None)
+    if exchange.keep_queries is not None:
+        keep = exchange.keep_queries
     out, lse, _ = _operator(
         q, k, v, first, last, exchange.scale, exchange.softcap, exchange.kernel, group, inner, layout.q.lengths,
-        groups, keep,
+        exchange.head_groups or groups, keep,
     )  # fmt: skip
     return out, lse
+
+
+@settled
+def _cut(
+    q: torch.Size, k: torch.Size, value_dim: int, element: int, layout: ShardLayout, masked: bool
+) -> tuple[tuple[int, int], bool]:
+    """Groups of key heads of either pass, and whether queries are kept, where nobody says; see ``plan.pipeline``."""
+    (batch, heads, _, head_dim), kv_heads = q, k[1]
+    lengths = layout.q.lengths, layout.kv.lengths
+    groups = head_groups(batch, heads, kv_heads, mean_head_dim(head_dim, value_dim), element, *lengths, masked=masked)
+    return groups, keeps_queries(heads, kv_heads, *lengths)
 
 
 InFlight = tuple[list[Tensor], Waiting]
@@ -105,9 +112,12 @@ def pipelined(
     finish(groups - 1, returning[0])
 
 
-def head_slices(heads: int, groups: int) -> list[slice]:
-    size = heads // groups
-    return [slice(i * size, (i + 1) * size) for i in range(groups)]
+def heads_of_group(x: Tensor, groups: int, index: int) -> Tensor:
+    """Of ``[B, H, ...]`` the heads of group ``index``, a view."""
+    if groups == 1:
+        return x
+    size = x.shape[1] // groups
+    return x[:, index * size : (index + 1) * size]
 
 
 def query_gather(
@@ -131,21 +141,22 @@ def query_gather(
     exchange = rows_by_name(group, inner)
     rows, own = max(q_lengths), q_lengths[exchange.rank]
     groups = head_groups[0]
-    queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
     out, lse = empty_results(q, v)
     kept = _kept(q, k, v, local, group, inner, q_lengths, head_groups, keep_queries)
 
     def gather(i: int) -> InFlight:
-        q_all = kept[i] if keep_queries else gather_buffer(q[:, queries[i]], exchange.ranks, rows)
-        return [q_all], exchange.gather([("queries", q[:, queries[i]], q_all)], rows)
+        queries = heads_of_group(q, groups, i)
+        q_all = kept[i] if keep_queries else gather_buffer(queries, exchange.ranks, rows)
+        return [q_all], exchange.gather([("queries", queries, q_all)], rows)
 
     def attend(i: int, arrived: list[Tensor]) -> InFlight:
-        partial_out, partial_lse = local.forward(attention_layout(arrived[0]), k[:, keys[i]], v[:, keys[i]])
+        keys, values = heads_of_group(k, groups, i), heads_of_group(v, groups, i)
+        partial_out, partial_lse = local.forward(attention_layout(arrived[0]), keys, values)
         return exchange.give_back([("outputs", partial_out), ("lse", partial_lse)], rows, own, _merged)
 
     def merge(i: int, arrived: list[Tensor]) -> None:
         outs, lses = arrived
-        merge_partials(outs, lses, out=out[:, queries[i]], lse=lse[:, queries[i]])
+        merge_partials(outs, lses, out=heads_of_group(out, groups, i), lse=heads_of_group(lse, groups, i))
 
     pipelined(groups, gather, attend, merge)
     return out, lse, kept
@@ -169,7 +180,8 @@ def rows_of_group(kept: Tensor, groups: int, index: int) -> Tensor:
         kept = kept.movedim(0, 2).flatten(2, 3).unsqueeze(0)
         kept_groups, heads = 1, kept.shape[3]
     finer = groups // kept_groups
-    return kept[index // finer][:, :, head_slices(heads, finer)[index % finer]]
+    rows, size = kept[index // finer], heads // finer
+    return rows if finer == 1 else rows[:, :, index % finer * size : (index % finer + 1) * size]
 
 
 def query_gather_backward(
@@ -179,39 +191,42 @@ def query_gather_backward(
     """Backward pass: ``dk`` and ``dv`` are complete on their rank; the parts of ``dq`` go to their owners."""
     exchange = rows_by_name(group, inner)
     rows, own = max(q_lengths), q_lengths[exchange.rank]
-    q, k, v, wide = given.q, given.k, given.v, given.lse.dtype
+    q, k, v = given.q, given.k, given.v
     groups = head_groups[1]
-    queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
-    travelling = [("output gradients", given.dout), ("lse", given.lse), ("lse", given.delta())]
-    if not keep_queries:
-        travelling.append(("queries", q))
+    delta = given.delta()
     dq = empty_rows(q, k.shape[3])  # ``q`` may be ``out``, in its place
     # The gradients of K and V: of one group they are what the kernel returns, of several they are put together.
     complete: tuple[Tensor, ...] = () if groups == 1 else (torch.empty_like(k), torch.empty_like(v))
 
     def gather(i: int) -> InFlight:
-        sent = [(what, x[:, queries[i]]) for what, x in travelling]
-        buffers = [gather_buffer(x, exchange.ranks, rows) for _, x in sent]
-        return buffers, exchange.gather([(*x, buffer) for x, buffer in zip(sent, buffers, strict=True)], rows)
+        terms = torch.cat([heads_of_group(x, groups, i) for x in (given.lse, delta)], dim=1)
+        travelling = [("output gradients", heads_of_group(given.dout, groups, i)), ("lse", terms)]
+        if not keep_queries:
+            travelling.append(("queries", heads_of_group(q, groups, i)))
+        sent = [(what, x, gather_buffer(x, exchange.ranks, rows)) for what, x in travelling]
+        return [buffer for _, _, buffer in sent], exchange.gather(sent, rows)
 
     def attend(i: int, arrived: list[Tensor]) -> InFlight:
         nonlocal complete
         if keep_queries:
             arrived = [*arrived, rows_of_group(given.kept, groups, i)]
-        douts, lses, deltas, q_all = (attention_layout(x) for x in arrived)
-        partial_dq, *parts = given.of_rows(douts, q_all, lses, deltas, k[:, keys[i]], v[:, keys[i]])
+        douts, terms, q_all = (attention_layout(x) for x in arrived)
+        lses, deltas = terms.chunk(2, dim=1)
+        partial_dq, *parts = given.of_rows(
+            douts, q_all, lses, deltas, heads_of_group(k, groups, i), heads_of_group(v, groups, i)
+        )
         if groups == 1:
             complete = tuple(parts)
         else:
             for whole, part in zip(complete, parts, strict=True):
-                whole[:, keys[i]] = part
+                heads_of_group(whole, groups, i).copy_(part)
         return exchange.give_back([("query gradients", partial_dq.to(q.dtype))], rows, own, summed)
 
     def summed(parts: list[Tensor]) -> list[Tensor]:
-        return [parts[0].sum(dim=0, dtype=wide).to(q.dtype)]
+        return [parts[0].sum(dim=0)]  # of 16 bits too, torch adds up in 32
 
     def add_up(i: int, arrived: list[Tensor]) -> None:
-        dq[:, queries[i]] = arrived[0].sum(dim=0, dtype=wide)
+        torch.sum(arrived[0], dim=0, out=heads_of_group(dq, groups, i))
 
     pipelined(groups, gather, attend, add_up)
     dk, dv = complete

@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.comm import communicator_by_name
 from ds_lvxattn.exchange.query_rows import attention_layout, start_gather, start_return
-from ds_lvxattn.exchange.strategies.gather import InFlight, head_slices, pipelined, rows_of_group
+from ds_lvxattn.exchange.strategies.gather import InFlight, heads_of_group, pipelined, rows_of_group
 from ds_lvxattn.exchange.strategies.ulysses import padded_order
 from ds_lvxattn.kernels.base import empty_results
 from ds_lvxattn.kernels.differentiable import attention_operator
@@ -61,7 +61,6 @@ def kv_gather(
     """
     comm = communicator_by_name(group)
     groups = head_groups[0]
-    queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
     out, lse = empty_results(q, v)
     kept = _kept(q, k, v, local, places, group, kv_lengths, head_groups, keep)
 
@@ -69,12 +68,13 @@ def kv_gather(
 
     def gather(i: int) -> InFlight:
         both = [side[i] for side in sides] if keep else _buffers(k, v, groups, len(kv_lengths) * max(kv_lengths))
-        sent = [("keys and values", x[:, keys[i]], buffer) for x, buffer in zip((k, v), both, strict=True)]
-        return both, start_gather(sent, comm)
+        return both, start_gather(_sent(k, v, both, groups, i), comm)
 
     def attend(i: int, arrived: list[Tensor]) -> InFlight:
         k_all, v_all = (_in_order(x, places) for x in arrived)
-        out[:, queries[i]], lse[:, queries[i]] = local.forward(q[:, queries[i]], k_all, v_all)
+        results = local.forward(heads_of_group(q, groups, i), k_all, v_all)
+        for whole, part in zip((out, lse), results, strict=True):
+            heads_of_group(whole, groups, i).copy_(part)
         return [], _Arrived()
 
     pipelined(groups, gather, attend, lambda i, arrived: None)
@@ -99,6 +99,12 @@ def _buffers(k: Tensor, v: Tensor, groups: int, rows: int) -> list[Tensor]:
     return [x.new_empty((rows, x.shape[0], x.shape[1] // groups, x.shape[3])) for x in (k, v)]
 
 
+def _sent(k: Tensor, v: Tensor, buffers: Sequence[Tensor], groups: int, index: int) -> list[tuple[str, Tensor, Tensor]]:
+    """What ``start_gather`` takes of K and V of a group."""
+    both = zip((k, v), buffers, strict=True)
+    return [("keys and values", heads_of_group(x, groups, index), buffer) for x, buffer in both]
+
+
 def _in_order(wire: Tensor, places: Optional[Tensor]) -> Tensor:
     """``[n * s_max, B, H, D]`` as ``[B, H, S_kv, D]`` in the order of the sequence."""
     return attention_layout(wire if places is None else wire.index_select(0, places))
@@ -112,7 +118,6 @@ def kv_gather_backward(
     comm = communicator_by_name(group)
     q, k, v = given.q, given.k, given.v
     groups, rows = head_groups[1], len(kv_lengths) * max(kv_lengths)
-    queries, keys = head_slices(q.shape[1], groups), head_slices(k.shape[1], groups)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     sides = _by_side(given.kept, k, v, head_groups[0])
 
@@ -120,12 +125,14 @@ def kv_gather_backward(
         if keep:
             return [rows_of_group(side, groups, i) for side in sides], _Arrived()
         both = _buffers(k, v, groups, rows)
-        sent = [("keys and values", x[:, keys[i]], buffer) for x, buffer in zip((k, v), both, strict=True)]
-        return both, start_gather(sent, comm)
+        return both, start_gather(_sent(k, v, both, groups, i), comm)
 
     def attend(i: int, arrived: list[Tensor]) -> InFlight:
         k_all, v_all = (_in_order(x, places) for x in arrived)
-        dq[:, queries[i]], *parts = given.of_own_rows(k_all, v_all, heads=queries[i])
+        size = q.shape[1] // groups
+        heads = None if groups == 1 else slice(i * size, (i + 1) * size)
+        partial_dq, *parts = given.of_own_rows(k_all, v_all, heads=heads)
+        heads_of_group(dq, groups, i).copy_(partial_dq)
         parts = [part.to(k.dtype) for part in parts]
         if places is not None:
             parts = [
@@ -135,7 +142,7 @@ def kv_gather_backward(
 
     def add_up(i: int, arrived: list[Tensor]) -> None:
         for whole, parts in zip((dk, dv), arrived, strict=True):
-            whole[:, keys[i]] = parts.sum(dim=0, dtype=given.lse.dtype)
+            torch.sum(parts, dim=0, out=heads_of_group(whole, groups, i))
 
     pipelined(groups, gather, attend, add_up)
     return dq, dk, dv

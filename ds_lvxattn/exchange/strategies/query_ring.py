@@ -121,13 +121,14 @@ def query_ring_backward(given: BackwardPass, group: str, q_lengths: Sequence[int
     """Backward pass: ``Q``, ``dO``, ``L`` and ``delta`` go round, ``dQ`` parts go to their owners."""
     comm = communicator_by_name(group)
     q, k, v, wide = given.q, given.k, given.v, given.lse.dtype
-    own = given.dout, q, given.lse, given.delta()
-    ring = _Ring(comm, q_lengths, ("output gradients", "queries", "lse", "lse"), own)
+    own = given.dout, q, torch.cat((given.lse, given.delta()), dim=1)
+    ring = _Ring(comm, q_lengths, ("output gradients", "queries", "lse"), own)
     dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
     returns = _Returns(comm, q.shape[2])
-    for owner, visiting in ring:
+    for owner, (dout, queries, terms) in ring:
         ranges = _of(given.start, given.stop, q_lengths, owner)
-        partial_dq, partial_dk, partial_dv = given.of_rows(*visiting, k, v, *ranges)
+        lse, delta = terms.chunk(2, dim=1)
+        partial_dq, partial_dk, partial_dv = given.of_rows(dout, queries, lse, delta, k, v, *ranges)
         returns.send(owner, (partial_dq.to(q.dtype),), ("query gradients",))
         dk += partial_dk
         dv += partial_dv

@@ -124,10 +124,11 @@ def query_routed_backward(
     q, (batch, _, own, _) = given.q, given.out.shape
     post = _Post(communicator_by_name(group), batch, send_rows, slots, _places(given), sent, received)
     # A padding row of a sequence has log-sum-exp 0 and gradients 0 here, and an empty range: it adds nothing.
-    named = [("output gradients", given.dout), ("lse", given.lse), ("lse", given.delta())]
+    named = [("output gradients", given.dout), ("lse", torch.cat((given.lse, given.delta()), dim=1))]
     if not keep_queries:
         named.append(("queries", q))
-    douts, lses, deltas, *queries = post.send(named)
+    douts, terms, *queries = post.send(named)
+    lses, deltas = terms.chunk(2, dim=1)
     if keep_queries:
         queries = [given.kept.transpose(1, 2)]
     partial_dq, dk, dv = given.of_rows(douts, queries[0], lses, deltas, given.k, given.v)

@@ -76,7 +76,6 @@ def interval_backward(
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
 
-    lse, delta = lse.contiguous(), delta.contiguous()
     how = _divided(q.device, q.dtype, q.shape, v.shape, start is not None, workspace_bytes, config)
     seq_q, run = q.shape[2], how.run
     if run == seq_q:
@@ -86,7 +85,7 @@ def interval_backward(
     for first in range(0, seq_q, run):
         x = slice(first, first + run)
         _backward_of_rows(
-            dout[:, :, x], q[:, :, x], k, v, lse[:, :, x].contiguous(), delta[:, :, x].contiguous(),
+            dout[:, :, x], q[:, :, x], k, v, lse[:, :, x], delta[:, :, x],
             *_ranges_of_run(start, stop, x), scale, softcap, how, dq[:, :, x], dk_sum, dv_sum, add=True,
         )  # fmt: skip
     return dq, dk.copy_(dk_sum), dv.copy_(dv_sum)
@@ -184,8 +183,7 @@ def _backward_of_rows(
         start, stop = start.contiguous(), stop.contiguous()
         of_bounds = layout(start), layout(stop)
     of = Shapes(
-        layout(dout), layout(q), layout(k), layout(v), layout(lse), layout(delta), layout(dq), layout(dk), layout(dv),
-        of_bounds,
+        layout(dout), layout(q), layout(k), layout(v), layout(lse), layout(delta), dq.stride(), of_bounds
     )  # fmt: skip
     plan = row_launches(place(q), q.device, of, softcap is not None, how.config, how.room, add)
     if start is not None and stop is not None:
@@ -195,11 +193,7 @@ def _backward_of_rows(
     dq_rows = torch.empty(plan.dq_rows, dtype=torch.float32, device=q.device)
     plan.pack(lse, delta, start, stop, terms, *plan.pack_integers)
 
-    # Q and dO are short next to K and V: packing them once (a copy only where heads share keys) lets the copy
-    # engine fetch a whole tile of rows in one instruction, at any group size.
-    q_rows, dout_rows = (
-        rows_for_copy_engine(x.unflatten(1, plan.heads).transpose(2, 3).flatten(2, 3)) for x in (q, dout)
-    )
+    q_rows, dout_rows = plan.q_rows(q), plan.dout_rows(dout)
     row_tiles = (*plan.q_tiles(q_rows), *plan.dout_tiles(dout_rows))
     k_tiles, v_tiles = plan.k_tiles(k), plan.v_tiles(v)
     cap = (softcap or 0.0) / scale  # of the products of queries and keys

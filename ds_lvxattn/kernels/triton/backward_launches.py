@@ -18,14 +18,17 @@ from ds_lvxattn.kernels.triton.backward_kernels import (
 from ds_lvxattn.kernels.triton.backward_plan import ChunkPlan, plan_dense
 from ds_lvxattn.kernels.triton.backward_rows import pack_rows_kernel
 from ds_lvxattn.kernels.triton.forward import multiprocessors
-from ds_lvxattn.kernels.triton.launch import KEPT, Launch, Layout, Tiles, row_tiles
+from ds_lvxattn.kernels.triton.launch import KEPT, Launch, Layout, Tiles, fits_copy_engine, row_tiles
 from ds_lvxattn.kernels.triton.tiles import BackwardConfig, split_head
 
 Integers = tuple[int, ...]
 
 
 class Shapes(NamedTuple):
-    """Layouts of the tensors of a run; ``bounds`` are the ranges of its rows, None where every key is visible."""
+    """Layouts of the tensors of a run, of ``dQ`` its strides; those of ``dK`` and ``dV`` follow from K and V.
+
+    ``bounds`` are the ranges of its rows, None where every key is visible.
+    """
 
     dout: Layout
     q: Layout
@@ -33,10 +36,45 @@ class Shapes(NamedTuple):
     v: Layout
     lse: Layout
     delta: Layout
-    dq: Layout
-    dk: Layout
-    dv: Layout
+    dq: tuple[int, ...]
     bounds: tuple[Layout, Layout] | None
+
+
+class PackedRows(NamedTuple):
+    """``[B, H_q, S_q, D]`` as ``[B, H_kv, S_q * group, D]``: the query heads of a key head side by side, row by row.
+
+    Q and dO are short next to K and V: packing them once, a copy only where heads share keys, lets the copy engine
+    fetch a whole tile of rows in one instruction, at any group size.
+
+    Args:
+        shape, strides: of the view; with the heads of a group apart where it has to be copied.
+        copied: the shape to copy to, or None where the view will do.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    copied: tuple[int, ...] | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        view = x.as_strided(self.shape, self.strides)
+        return view if self.copied is None else view.clone(memory_format=torch.contiguous_format).view(self.copied)
+
+
+def _dense_strides(of: Layout) -> tuple[int, ...]:
+    """Those of ``torch.empty_like`` of such a tensor."""
+    dtype, shape, strides, _ = of
+    return torch.empty_like(torch.empty_strided(shape, strides, dtype=dtype, device="meta")).stride()
+
+
+def _packed(of: Layout, heads_kv: int) -> PackedRows:
+    dtype, (batch, heads, rows, dim), (of_batch, of_head, of_row, of_dim), aligned = of
+    group = heads // heads_kv
+    packed = (batch, heads_kv, rows * group, dim)
+    if group == 1 or rows == 1 or of_row == group * of_head:  # rows and heads of a group lie at one distance
+        strides = (of_batch, group * of_head, of_row if group == 1 else of_head, of_dim)
+        return PackedRows(packed, strides, None if fits_copy_engine((dtype, packed, strides, aligned)) else packed)
+    apart = (of_batch, group * of_head, of_row, of_head, of_dim)
+    return PackedRows((batch, heads_kv, rows, group, dim), apart, packed)
 
 
 class RowLaunches:
@@ -55,6 +93,7 @@ class RowLaunches:
         terms, dq_rows: shapes of the row terms and of ``dQ`` by packed rows.
         grouped: the shape ``[B, H_kv, group, S_q, D]`` and the strides in it of ``dq_rows`` and of ``dq``.
         pack, pack_integers: the launch of ``pack_rows_kernel``, and its integers.
+        q_rows, dout_rows: ``Q`` and ``dO`` by packed rows.
         q_tiles, dout_tiles, k_tiles, v_tiles: descriptors for ``key_grads_kernel``.
     """
 
@@ -72,17 +111,17 @@ class RowLaunches:
         self.of_ranges = (group, blocks, config.tile, config.block_n, room if config.keep_ds else None)
         self.terms = (pairs * 2, rows)
         self.dq_rows = (batch, heads_kv, rows, head_dim)
-        strides = of.dq[2]
+        strides = of.dq
         self.grouped = (
             (batch, heads_kv, group, seq_q, head_dim),
             (heads_kv * rows * head_dim, rows * head_dim, head_dim, group * head_dim, 1),
             (strides[0], strides[1] * group, *strides[1:]),
         )
-        self.heads = (heads_kv, group)
+        self.q_rows, self.dout_rows = _packed(of.q, heads_kv), _packed(of.dout, heads_kv)
         self.pack = Launch(
             pack_rows_kernel, (tiles, pairs), GROUP=group, TILE=config.tile, HAS_INTERVAL=has_interval,
         )  # fmt: skip
-        self.pack_integers = (heads_kv, seq_q, tiles)
+        self.pack_integers = (*of.lse[2], *of.delta[2], heads_kv, seq_q, tiles)
         self.q_tiles, self.dout_tiles = row_tiles(config.block_m), row_tiles(config.block_m)
         self.k_tiles, self.v_tiles = row_tiles(config.block_n), row_tiles(config.block_n)
         self.q_tiles_again, self.dout_tiles_again = row_tiles(config.tile), row_tiles(config.tile)
@@ -99,7 +138,8 @@ class RowLaunches:
             num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers, **self._tile,
         )  # fmt: skip
         self._of_queries = dict(num_warps=config.query_warps, num_stages=config.query_stages, **self._tile)
-        self._key_strides = tuple(stride for x in (of.k, of.v, of.dk, of.dv) for stride in x[2][:3])
+        strides_of_keys = (of.k[2], of.v[2], _dense_strides(of.k), _dense_strides(of.v))
+        self._key_strides = tuple(stride for strides in strides_of_keys for stride in strides[:3])
         self._config, self._block_d_2, self._has_interval = config, block_d_2, has_interval
         self._pairs, self._heads_kv, self._seq_kv, self._tiles, self._blocks = pairs, heads_kv, seq_kv, tiles, blocks
         programs = multiprocessors(device) * config.resident

@@ -11,9 +11,15 @@ _FAR = tl.constexpr(2**31 - 1)
 _LOG2_E = tl.constexpr(LOG2_E)
 
 
-@triton.jit(do_not_specialize=["heads_kv", "seq_q", "tiles"])
+@triton.jit(
+    do_not_specialize=[
+        "lse_stride_b", "lse_stride_h", "lse_stride_s", "delta_stride_b", "delta_stride_h", "delta_stride_s",
+        "heads_kv", "seq_q", "tiles",
+    ]
+)  # fmt: skip
 def pack_rows_kernel(
-    lse_ptr, delta_ptr, start_ptr, stop_ptr, terms_ptr, heads_kv, seq_q, tiles,
+    lse_ptr, delta_ptr, start_ptr, stop_ptr, terms_ptr, lse_stride_b, lse_stride_h, lse_stride_s,
+    delta_stride_b, delta_stride_h, delta_stride_s, heads_kv, seq_q, tiles,
     GROUP: tl.constexpr, TILE: tl.constexpr, HAS_INTERVAL: tl.constexpr,
 ):  # fmt: skip
     """Row terms in the packed order (query ``r // GROUP``, head ``r % GROUP``), padded to whole tiles.
@@ -23,16 +29,17 @@ def pack_rows_kernel(
     and no loop needs a row mask.
     """
     tile = tl.program_id(0)
-    batch = tl.program_id(1) // heads_kv
-    head = tl.program_id(1) % heads_kv
+    batch = (tl.program_id(1) // heads_kv).to(tl.int64)
     row = tile * TILE + tl.arange(0, TILE)
-    query = row // GROUP
+    query = (row // GROUP).to(tl.int64)
+    head = (tl.program_id(1) % heads_kv * GROUP + row % GROUP).to(tl.int64)
     sees = row < seq_q * GROUP
-    source = ((batch * heads_kv + head) * GROUP + row % GROUP).to(tl.int64) * seq_q + query
-    lse = tl.load(lse_ptr + source, mask=sees, other=float("-inf"))
-    delta = tl.load(delta_ptr + source, mask=sees, other=0.0)
+    of_lse = batch * lse_stride_b + head * lse_stride_h + query * lse_stride_s
+    of_delta = batch * delta_stride_b + head * delta_stride_h + query * delta_stride_s
+    lse = tl.load(lse_ptr + of_lse, mask=sees, other=float("-inf"))
+    delta = tl.load(delta_ptr + of_delta, mask=sees, other=0.0)
     if HAS_INTERVAL:
-        bound = batch.to(tl.int64) * seq_q + query
+        bound = batch * seq_q + query
         start = tl.load(start_ptr + bound, mask=sees, other=0)
         stop = tl.load(stop_ptr + bound, mask=sees, other=0)
         sees = sees & (start < stop)

@@ -299,8 +299,9 @@ def interval_forward(
     if start is not None and stop is not None:
         start, stop = start.contiguous(), stop.contiguous()
         of_bounds = layout(start), layout(stop)
-    k, v = rows_for_copy_engine(k), rows_for_copy_engine(v)
     plan = _plan(place(q), q.device, layout(q), layout(k), layout(v), of_bounds, softcap is not None, config)
+    if plan.copies:
+        k, v = rows_for_copy_engine(k), rows_for_copy_engine(v)
     part_out, part_lse = out, lse
     if plan.splits > 1:
         part_out = torch.empty((plan.splits, *out.shape), dtype=torch.float32, device=q.device)
@@ -318,12 +319,14 @@ class _Plan(NamedTuple):
     """Everything about a call but its tensors.
 
     Args:
+        copies: whether keys or values are copied for the copy engine.
         splits: shares of the keys, whose partial results are merged.
         k_tiles, v_tiles: descriptors of keys and values.
         integers: arguments of the kernel.
         launch: of the kernel.
     """
 
+    copies: bool
     splits: int
     k_tiles: Tiles
     v_tiles: Tiles
@@ -364,4 +367,5 @@ def _plan(
         *q_strides[:3], seq_q, *out_strides, batch * heads_q * seq_q, batch * heads_kv, tiles, heads_kv, seq_q, seq_kv,
         splits,
     )  # fmt: skip
-    return _Plan(splits, row_tiles(config.block_n), row_tiles(config.block_n), integers, launch)
+    copies = not (fits_copy_engine(k) and fits_copy_engine(v))
+    return _Plan(copies, splits, row_tiles(config.block_n), row_tiles(config.block_n), integers, launch)

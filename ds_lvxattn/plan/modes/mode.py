@@ -25,7 +25,7 @@ def _all_heads_everywhere(shape: LayerShape) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Mode:
-    """A strategy and schedule, equal to itself alone. Config values, choice, memory, recomputation, pictures and tests derive from it.
+    """A strategy and schedule. Config values, choice, memory, recomputation, pictures and tests derive from it.
 
     Attributes:
         strategy: its value of the config key ``strategy``.

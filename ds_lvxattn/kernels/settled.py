@@ -1,0 +1,31 @@
+"""What follows from sizes and settings alone, settled once for the layers and batches that share them.
+
+Checks, choices and divisions of work are the same for every layer of a model; the host would make them anew each time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+KEPT = 512  # of the arguments of a function, those that were used last
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def settled(function: Function) -> Function:
+    """``function``, which must be pure, of hashable arguments given by position, with its last results kept.
+
+    What it raises is not kept. While torch.compile traces it, it is called: sizes may be symbols then, and what is kept
+    would be guarded.
+    """
+    kept = functools.lru_cache(maxsize=KEPT)(function)
+
+    @functools.wraps(function)
+    def call(*args: object) -> object:
+        return function(*args) if torch.compiler.is_compiling() else kept(*args)
+
+    return call  # type: ignore[return-value]
