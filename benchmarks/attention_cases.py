@@ -14,6 +14,7 @@ from torch import Tensor
 
 aten = torch.ops.aten
 TOKENS_PER_FRAME = 64
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Of a forward and of a backward pass.
 Calls = tuple[Callable[[], object], Callable[[], object]]
 
@@ -48,8 +49,8 @@ class Case:
         return self.head_dim**-0.5
 
     def interval(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """int32 ``start, stop [B, rows]`` on the GPU, or None for both when every key is visible."""
-        row = torch.arange(self.rows, device="cuda")
+        """int32 ``start, stop [B, rows]``, or None for both when every key is visible."""
+        row = torch.arange(self.rows, device=DEVICE)
         if self.mask == "visible":
             return None, None
         if self.mask == "growing":
@@ -76,13 +77,17 @@ class Case:
         key, value = self.head_dims
         return 2 * self.heads * (3 * key + 2 * value if backward else key + value) * seen / 1e12
 
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of ``q, k, v, dout``."""
+        q_shape = (self.batch, self.heads, self.rows, self.head_dim)
+        key, value = ((self.batch, self.kv_heads, self.keys, size) for size in self.head_dims)
+        return q_shape, key, value, (*q_shape[:3], value[3])
+
     def inputs(self, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``q, k, v, dout``."""
         torch.manual_seed(0)
-        q_shape = (self.batch, self.heads, self.rows, self.head_dim)
-        key, value = ((self.batch, self.kv_heads, self.keys, size) for size in self.head_dims)
-        shapes = (q_shape, key, value, (*q_shape[:3], value[3]))
-        return tuple(torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes)
+        return tuple(torch.randn(shape, device=DEVICE, dtype=dtype) for shape in self.shapes)
 
 
 CASES = (

@@ -31,6 +31,8 @@ class BackwardConfig(NamedTuple):
         resident: its programs that a multiprocessor holds at once.
         query_warps, query_stages: of the kernel that owns rows.
         keep_ds: with a mask, whether ``dQ`` comes from the workspace or from scores computed again.
+        overlap: whether the kernel that owns rows, which is bound by memory, runs beside the next chunk's kernel that
+            owns keys, on a stream of its own and with half the workspace a chunk.
     """
 
     tile: int
@@ -43,6 +45,7 @@ class BackwardConfig(NamedTuple):
     query_stages: int
     max_registers: int | None = None
     keep_ds: bool = True
+    overlap: bool = False
 
 
 @functools.cache

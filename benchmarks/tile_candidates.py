@@ -1,0 +1,225 @@
+"""What ``tiles.py`` tries for each case and pass, the present choice first."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from attention_cases import CASES, Case
+from fa4_forms import fa4_backward_lean, forward_in_shares, packed_backward, packed_forward
+from torch import Tensor
+
+from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.cudnn import CudnnKernel
+from ds_lvxattn.kernels.fa4.kernel import FlashAttention4Kernel
+from ds_lvxattn.kernels.triton.backward import interval_backward
+from ds_lvxattn.kernels.triton.backward_plan import WORKSPACE_BYTES
+from ds_lvxattn.kernels.triton.forward import interval_forward
+from ds_lvxattn.kernels.triton.tiles import BackwardConfig, ForwardConfig, backward_config, forward_config
+
+FA4, CUDNN = FlashAttention4Kernel(), CudnnKernel()
+# How much faster than at present a pass would have to be to reach its target (docs/measurements.md, one H100).
+WANTED = {
+    ("visible", 384, False): 1.08, ("visible", 384, True): 1.0, ("growing", 4096, False): 1.65 / 1.59,
+    ("growing", 4096, True): 1.3 / 1.24, ("sliding", 4096, False): 1.5 / 1.45, ("frame", 4096, False): 5 / 4.49,
+    ("frame", 4096, True): 2.2 / 1.85, ("encoder", 6432, True): 350 / 298,
+}  # fmt: skip
+
+
+class Tiles(NamedTuple):
+    """A form of the Triton kernels."""
+
+    config: ForwardConfig | BackwardConfig
+    workspace: int = WORKSPACE_BYTES
+
+    @property
+    def name(self) -> str:
+        space = "" if self.workspace == WORKSPACE_BYTES else f", {self.workspace >> 20} MiB"
+        return f"triton {tuple(self.config)}{space}"
+
+
+@dataclass
+class Inputs:
+    """Tensors of a case; ``out`` and what follows are those of the forward pass."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    start: Tensor | None
+    stop: Tensor | None
+    scale: float
+    out: Tensor
+    lse: Tensor
+    delta: Tensor
+
+    @property
+    def ranges(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.start, self.stop
+
+
+def wanted(case: Case, backward: bool) -> float | None:
+    return WANTED.get((case.mask, case.rows, backward))
+
+
+def tuned(case: Case, backward: bool) -> Tiles:
+    masked = case.mask != "visible"
+    return Tiles((backward_config if backward else forward_config)(case.head_dims, 2, masked, True))
+
+
+def tiles(case: Case, backward: bool) -> list[Tiles]:
+    """Forms of the Triton kernels, the present one first."""
+    first = tuned(case, backward)
+    if not backward:
+        found = [Tiles(ForwardConfig(*x)) for x in _forward(case)]
+    elif case.mask == "frame":
+        found = [Tiles(x) for x in _backward_of_frames()]
+    else:
+        found = list(_backward_by_workspace(case))
+    return [first, *dict.fromkeys(x for x in found if x != first)]
+
+
+def _forward(case: Case) -> list[tuple[int, ...]]:
+    if case.mask == "frame":  # bound by memory: few rows compute less that is hidden
+        small = itertools.product((16, 32), (64, 128), (1, 2, 4), (2, 3, 4), (2,))
+        found = [x for x in small if x[:3:2] != (32, 1)]  # which spills
+        found += itertools.product((64,), (64, 128), (4,), (2, 3, 4), (2,))
+        return [*found, (16, 256, 2, 2, 2), (16, 256, 4, 2, 2)]
+    sizes = [(128, 64, 4, 2), (128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (256, 64, 8, 2)]
+    return [(*x, resident) for x in sizes for resident in ((1, 2, 3) if case.mask == "visible" else (2,))]
+
+
+def _backward_of_frames() -> list[BackwardConfig]:
+    found = []
+    for (tile, block_m), (block_n, warps), stages, query, registers in itertools.product(
+        ((16, 16), (32, 16), (32, 32), (64, 16), (64, 32), (64, 64)), ((64, 4), (128, 8), (128, 4)), (2, 3),
+        ((4, 3), (2, 3), (4, 4)), (None, 128, 168),
+    ):  # fmt: skip
+        if registers is None or (block_n == 64 and stages == 2):
+            found.append(BackwardConfig(tile, block_m, block_n, warps, stages, 3, *query, registers, keep_ds=False))
+    return found
+
+
+def _backward_by_workspace(case: Case) -> list[Tiles]:
+    """The kernel that owns keys, the one that owns rows, both beside each other."""
+    small = case.head_dim <= 96
+    keys = [(64, 64, 4, 2, 2), (32, 64, 4, 2, 2), (64, 128, 8, 2, 1), (32, 128, 8, 2, 1), (64, 64, 4, 3, 2)]
+    keys += [(128, 64, 8, 2, 1), (64, 128, 8, 3, 1), (128, 128, 8, 2, 1), (64, 64, 4, 1, 2)] if small else []
+    tile = (128, 64) if case.rows < 1024 or small else (128,)
+    queries = ((8, 4), (8, 3), (4, 3)) if small or case.rows < 1024 else ((8, 4),)
+    found = []
+    for rows, (block_m, block_n, warps, stages, resident), query in itertools.product(tile, keys, queries):
+        if block_m > rows:
+            continue
+        config = BackwardConfig(rows, block_m, block_n, warps, stages, resident, *query)
+        found.append(Tiles(config))
+        shares = (1, 2, 4) if small or case.rows < 1024 else (1, 2)
+        found += [Tiles(config._replace(overlap=True), WORKSPACE_BYTES // share) for share in shares]
+    return found
+
+
+def kernels_of(forms: list[Tiles]) -> list[tuple[str, Tiles]]:
+    """Kernels to compile for ``forms``, each with one form that launches it; an empty name is all of a form's."""
+    found: dict[tuple[object, ...], tuple[str, Tiles]] = {}
+    for form in forms:
+        config = form.config
+        if isinstance(config, ForwardConfig):
+            found.setdefault(tuple(config), ("", form))
+            continue
+        of_keys = config._replace(resident=0, query_warps=0, query_stages=0, overlap=False)
+        name = "query_grads_kernel" if config.keep_ds else "query_grads_again_kernel"
+        of_queries = (name, config.tile, config.block_n, config.query_warps, config.query_stages)
+        found.setdefault(tuple(of_keys), ("key_grads_kernel", form))
+        found.setdefault(of_queries, (name, form))
+    return list(found.values())
+
+
+def triton_call(x: Inputs, form: Tiles, backward: bool) -> tuple[Tensor, ...]:
+    if backward:
+        return interval_backward(
+            x.dout, x.q, x.k, x.v, x.lse, x.delta, *x.ranges, x.scale, form.workspace, form.config
+        )  # fmt: skip
+    return interval_forward(x.q, x.k, x.v, *x.ranges, x.scale, config=form.config)
+
+
+def other_calls(case: Case, x: Inputs, backward: bool) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """Forms of other kernels, the one that ``auto`` takes at present first."""
+    if not x.q.is_cuda:
+        return {}
+    masked = x.start is not None
+    call = (Call.backward if backward else Call.forward)(x.q, x.k, x.v, masked)
+    calls: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
+    if CUDNN.unsupported(call) is None and case.rows < 1024:
+        if backward:
+            calls["cudnn"] = partial(CUDNN.backward, x.dout, x.q, x.k, x.v, x.out, x.lse, None, None, None, x.scale)
+        else:
+            calls["cudnn"] = partial(CUDNN.forward, x.q, x.k, x.v, None, None, x.scale)
+            for shares in (4, 8):
+                calls[f"cudnn, {shares} shares"] = partial(forward_in_shares, CUDNN, shares, x.q, x.k, x.v, x.scale)
+    if FA4.unsupported(call) is not None:
+        return calls
+    given = (x.q, x.k, x.v, *x.ranges, x.scale)
+    if backward:
+        terms = (x.lse, x.delta, *x.ranges, x.scale)
+        calls["fa4"] = partial(FA4.backward, x.dout, x.q, x.k, x.v, None, *terms)
+        if case.heads != case.kv_heads:
+            calls["fa4 packed"] = partial(packed_backward, _fa4_plain, x.dout, x.q, x.k, x.v, *terms)
+            calls["fa4 packed lean"] = partial(packed_backward, fa4_backward_lean, x.dout, x.q, x.k, x.v, *terms)
+        else:
+            calls["fa4 lean"] = partial(fa4_backward_lean, x.dout, x.q, x.k, x.v, *terms)
+        return calls
+    calls["fa4"] = partial(FA4.forward, *given)
+    if case.heads != case.kv_heads and masked:
+        calls["fa4 packed"] = partial(packed_forward, FA4, *given)
+        calls["fa4 packed, last rows first"] = partial(packed_forward, FA4, *given, True)
+    if not masked and case.rows < 1024:
+        for shares, pack in itertools.product((4, 8), (False, True)):
+            name = f"fa4, {shares} shares{', packed' if pack else ''}"
+            calls[name] = partial(forward_in_shares, FA4, shares, x.q, x.k, x.v, x.scale, pack)
+    return calls
+
+
+def _fa4_plain(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, start: Tensor | None,
+    stop: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return FA4.backward(dout, q, k, v, None, lse, delta, start, stop, scale)
+
+
+def present(case: Case, backward: bool) -> str:
+    """Start of the name of what ``auto`` takes."""
+    if case.mask == "visible":
+        return "cudnn" if case.rows < 1024 else "fa4"
+    if case.mask == "growing" or (case.mask == "encoder" and backward):
+        return "fa4"
+    return "triton"
+
+
+def worth_trying() -> list[tuple[Case, bool]]:
+    """Cases and passes, those far from their targets first."""
+    of = {(case.mask, case.rows, case.heads, case.head_dim): case for case in CASES}
+    few, many = of["visible", 384, 32, 128], of["visible", 4096, 32, 128]
+    growing, sliding = of["growing", 4096, 32, 128], of["sliding", 4096, 32, 128]
+    frame, encoder = of["frame", 4096, 8, 64], of["encoder", 6432, 16, 80]
+    return [
+        (few, False), (few, True), (growing, False), (growing, True), (sliding, False), (frame, False), (frame, True),
+        (encoder, True), (sliding, True), (many, True),
+    ]  # fmt: skip
+
+
+def smaller(case: Case, divisor: int) -> Case:
+    """``case`` with so many times fewer rows and keys."""
+    return replace(case, rows=max(case.rows // divisor, 1), keys=max(case.keys // divisor, 64))
+
+
+def compile_form(case: Case, backward: bool, form: Tiles) -> None:
+    """The kernels of a form, in a process whose launches only compile."""
+    q, k, v, dout = (torch.empty(shape, dtype=torch.bfloat16) for shape in case.shapes)
+    rows = torch.empty(q.shape[:3])
+    config = form.config._replace(overlap=False) if isinstance(form.config, BackwardConfig) else form.config
+    x = Inputs(q, k, v, dout, *case.interval(), case.scale, dout, rows, rows)
+    triton_call(x, form._replace(config=config), backward)
