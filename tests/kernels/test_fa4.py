@@ -14,6 +14,7 @@ from ds_lvxattn.kernels.derived import derived_of
 from ds_lvxattn.kernels.fa4.block_lists import as_lists, block_lists, padded_ranges
 from ds_lvxattn.kernels.fa4.kernel import FlashAttention4Kernel
 from ds_lvxattn.kernels.triton.delta import attention_delta
+from ds_lvxattn.kernels.triton.kernel import TritonKernel
 
 MASKS = ("visible", "growing", "sliding", "frame", "random")
 HEAD_SIZES = (64, 72, 80, 88, 96, 128)
@@ -80,14 +81,14 @@ def test_derived_once_for_the_layers_of_a_batch():
     assert [derived_of(inference, inference, "a", make) for _ in range(2)] == [5, 6]
 
 
-def run(p, exact=None, with_dlse=True):
+def run(p, exact=None, with_dlse=True, kernel=KERNEL):
     """``out, lse`` and, given the exact results, gradients."""
-    result = dict(zip(("out", "lse"), KERNEL.forward(p.q, p.k, p.v, p.start, p.stop, p.scale), strict=True))
+    result = dict(zip(("out", "lse"), kernel.forward(p.q, p.k, p.v, p.start, p.stop, p.scale, p.softcap), strict=True))
     if exact is not None:
         dlse = p.dlse.masked_fill(p.hidden, 0.0) if with_dlse else None
         delta = attention_delta(p.dout.double(), exact["out"], dlse).float()
         lse = exact["lse"].float()
-        grads = KERNEL.backward(p.dout, p.q, p.k, p.v, None, lse, delta, p.start, p.stop, p.scale)
+        grads = kernel.backward(p.dout, p.q, p.k, p.v, None, lse, delta, p.start, p.stop, p.scale, p.softcap)
         result.update(zip(GRADS, grads, strict=True))
     return result
 
@@ -132,6 +133,23 @@ def test_any_length(make_problem, error, rows, keys, heads, head_dim, mask, sequ
         assert results[name].isfinite().all()
         # A row that sees one key has a gradient of 0 in q, so the error is taken against the inputs' size too.
         assert (results[name].double() - exact[name]).norm() < 1e-2 * (exact[name].norm() + p.dout.norm()), name
+
+
+@on_gpu
+@pytest.mark.parametrize("gain", (1.0, 40.0))
+@pytest.mark.parametrize("head_dim", (64, 80, 128))
+@pytest.mark.parametrize("mask", ("visible", "growing", "random"))
+def test_a_soft_cap_is_exact(make_problem, error, mask, head_dim, gain):
+    """From scores far below the cap to scores far above it; next to Triton's kernels, which compute the same."""
+    p = make_problem(
+        batch=2, heads=4, kv_heads=2, rows=800, keys=2400, head_dim=head_dim, dtype=torch.bfloat16, mask=mask,
+        softcap=50.0, gain=gain,
+    )  # fmt: skip
+    exact = p.exact()
+    mine, triton = run(p, exact), run(p, exact, kernel=TritonKernel())
+    assert error(mine["lse"], exact["lse"]) < 1e-5
+    for name in ("out", *GRADS):
+        assert error(mine[name], exact[name]) <= 1.5 * error(triton[name], exact[name]) + 1e-3, name
 
 
 @on_gpu
@@ -200,7 +218,7 @@ def test_captured_in_a_cuda_graph(make_problem):
         (Call("cuda", torch.float32, 4, 2, 128, True), "torch.float32"),
         (Call("cuda", torch.bfloat16, 4, 2, 256, True), "16 to 128, not 256"),
         (Call("cuda", torch.bfloat16, 4, 2, 100, True), "not 100"),
-        (Call("cuda", torch.bfloat16, 4, 2, 128, True, capped=True), "no soft cap"),
+        (Call("cuda", torch.bfloat16, 4, 2, 256, True, capped=True), "16 to 128, not 256"),
         (Call("cuda", torch.bfloat16, 4, 2, 128, True, value_dim=64), "not 64 beside 128"),
     ),
 )

@@ -1,6 +1,9 @@
 """Forward and backward pass of FlashAttention-4 with intervals. Importing this needs the extra ``fa4``."""
 
-from typing import Optional
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -26,6 +29,27 @@ def interval_mask(batch, head, row, key, seqlen_info, bounds):
     return (key >= start) & (key < stop)
 
 
+def _share_of_cap(score, softcap):
+    """``tanh(score / softcap)``, exact to 1e-7: the chip's own is off by 5e-4 of it."""
+    return 1.0 - 2.0 / (cute.math.exp2(score * (2.0 / (math.log(2.0) * softcap)), fastmath=True) + 1.0)
+
+
+@functools.cache  # kernels are compiled by their functions, whose hash is kept with them
+def soft_cap(softcap: float) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What becomes of a scaled score, and of the gradient of what it becomes."""
+
+    @cute.jit
+    def capped(score, batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):
+        return softcap * _share_of_cap(score, softcap)
+
+    @cute.jit
+    def uncapped(gradient, score, batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):
+        share = _share_of_cap(score, softcap)
+        return gradient * (1.0 - share * share)
+
+    return capped, uncapped
+
+
 def forward_rows(head_dim: int, capability: int) -> int:
     """Rows of a forward tile, of which the block lists are made.
 
@@ -48,7 +72,13 @@ def backward_columns(head_dim: int, capability: int) -> int:
 
 
 def fa4_forward(
-    q: Tensor, k: Tensor, v: Tensor, start: Optional[Tensor], stop: Optional[Tensor], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Optional[Tensor],
+    stop: Optional[Tensor],
+    scale: float,
+    softcap: Optional[float] = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``Kernel.forward``."""
     q = q if q.stride(-1) == 1 else q.contiguous()
@@ -56,7 +86,7 @@ def fa4_forward(
     tile = forward_rows(q.shape[3], torch.cuda.get_device_capability(q.device)[0])
     _flash_attn_fwd(
         *(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, return_lse=True, out=out.transpose(1, 2), lse=lse,
-        **_masked(start, stop, k.shape[2], tile),
+        score_mod=None if softcap is None else soft_cap(softcap)[0], **_masked(start, stop, k.shape[2], tile),
     )  # fmt: skip
     return out, lse
 
@@ -71,19 +101,22 @@ def fa4_backward(
     start: Optional[Tensor],
     stop: Optional[Tensor],
     scale: float,
+    softcap: Optional[float] = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``Kernel.backward``. Deterministic where ``torch.use_deterministic_algorithms`` asks for it."""
     columns = backward_columns(q.shape[3], torch.cuda.get_device_capability(q.device)[0])
     if columns != q.shape[3]:
         dout, q_wide, k, v = (torch.nn.functional.pad(x, (0, columns - x.shape[3])) for x in (dout, q, k, v))
-        dq, dk, dv = fa4_backward(dout, q_wide, k, v, lse, delta, start, stop, scale)
+        dq, dk, dv = fa4_backward(dout, q_wide, k, v, lse, delta, start, stop, scale, softcap)
         return dq[..., : q.shape[3]], dk[..., : q.shape[3]], dv[..., : q.shape[3]]
     dq, dk, dv = (torch.empty_like(x) if x.stride(-1) == 1 else x.new_empty(x.shape) for x in (q, k, v))
     deterministic = torch.are_deterministic_algorithms_enabled()
+    capped, uncapped = (None, None) if softcap is None else soft_cap(softcap)
     # It computes rowsum(dO * O) - dlse itself: an O of zeros and dlse = -delta make that delta, whosever keys it is of.
     _flash_attn_bwd(
         *(x.transpose(1, 2) for x in (q, k, v, torch.zeros_like(dout), dout)), lse, scale, dlse=delta.neg(),
         dq=dq.transpose(1, 2), dk=dk.transpose(1, 2), dv=dv.transpose(1, 2), deterministic=deterministic,
+        score_mod=capped, score_mod_bwd=uncapped,
         **_masked(start, stop, k.shape[2], BACKWARD_ROWS, transposed=True, ordered=deterministic),
     )  # fmt: skip
     return dq, dk, dv

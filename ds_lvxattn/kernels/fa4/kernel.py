@@ -33,8 +33,6 @@ class FlashAttention4Kernel:
             return f"it does not run on {call.device}"
         if not installed():
             return "flash-attn-4 is not installed (pip install 'ds-lvxattn[fa4]')"
-        if call.capped:
-            return "it has no soft cap of the scores"
         if call.other_values is not None:
             return call.other_values
         if call.dtype not in (torch.bfloat16, torch.float16):
@@ -58,7 +56,7 @@ class FlashAttention4Kernel:
     ) -> tuple[Tensor, Tensor]:
         from ds_lvxattn.kernels.fa4.attention import fa4_forward
 
-        return fa4_forward(q, k, v, start, stop, scale)
+        return fa4_forward(q, k, v, start, stop, scale, softcap)
 
     def backward(
         self,
@@ -77,4 +75,4 @@ class FlashAttention4Kernel:
         from ds_lvxattn.kernels.fa4.attention import fa4_backward
 
         assert delta is not None
-        return fa4_backward(dout, q, k, v, lse, delta, start, stop, scale)
+        return fa4_backward(dout, q, k, v, lse, delta, start, stop, scale, softcap)
