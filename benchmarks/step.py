@@ -18,9 +18,10 @@ of the ranks that NCCL takes for hosts (``NCCL_HOSTID``), with sockets between. 
 The floor of a strategy is the time in which compute kernels are busy in a profiled step, exchanges left out. What is
 measured is written after every round. ``--largest`` doubles the frames of the last item until a step does not fit; what
 fits is written. Under ZeRO-3 what does not train stays gathered, as in a run where it fits, unless ``--gather_frozen``
-is given. ``--read`` compares a run on one GPU with one of as many frames a GPU on several; ``--predict`` prints
-what the planner predicts from a machine's profile beside what was measured (``step_prediction.py``). ``--tiny`` runs a
-small model, on CPUs too, which checks that everything runs.
+is given, and what trains is gathered once a step, unless ``--gather_trained`` is. ``--read`` compares a run on one GPU
+with one of as many frames a GPU on several; ``--predict`` prints what the planner predicts from a machine's profile
+beside what was measured (``step_prediction.py``). ``--tiny`` runs a small model, on CPUs too, which checks that
+everything runs.
 """
 
 from __future__ import annotations
@@ -68,8 +69,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--gather_frozen",
         action="store_true",
-        help="ZeRO-3 gathers what does not train for each use, as with --largest",
+        help="ZeRO-3 gathers everything for each use, as with --largest",
     )
+    parser.add_argument("--gather_trained", action="store_true", help="ZeRO-3 gathers what trains for each use")
     parser.add_argument("--no_profile", action="store_true")
     parser.add_argument("--zero", type=json.loads, default={}, help="more keys of 'zero_optimization', as JSON")
     parser.add_argument("--tiny", action="store_true", help="a small model")
@@ -150,7 +152,7 @@ class Runner:
 
     def __init__(
         self, stage: int, sizes: MllamaConfig, strategies: Sequence[str], zero: Mapping[str, Any] | None = None,
-        keeps: bool = True,
+        keeps: bool = True, keeps_trained: bool = True,
     ) -> None:  # fmt: skip
         self.ranks, self.cuda = dist.get_world_size(), torch.cuda.is_available()
         self.device = torch.device(get_accelerator().current_device_name())
@@ -185,10 +187,10 @@ class Runner:
         self.engine, *_ = deepspeed.initialize(
             model=self.model, model_parameters=parameter_groups(self.model), config=settings, mpu=groups
         )
-        kept = KeptParameters(self.model)
+        kept = KeptParameters(self.model, keeps_trained)
         if keeps:
             kept.keep()
-        self.kept = kept.kept
+        self.kept, self.kept_trained = kept.kept, kept.kept and bool(kept.trained)
         text = self.model.get_submodule("model.language_model")
         self.parts = [
             (self.model.get_submodule("model.vision_model"), "encoder"),
@@ -442,7 +444,7 @@ def main(args: argparse.Namespace) -> None:
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     sizes = tiny_config() if args.tiny else model_config(args.layers)
     keeps = not (args.gather_frozen or args.largest)
-    runner = Runner(args.stage, sizes, args.strategies.split(","), args.zero, keeps)
+    runner = Runner(args.stage, sizes, args.strategies.split(","), args.zero, keeps, not args.gather_trained)
     first = dist.get_rank() == 0
     device = torch.cuda.get_device_name() if runner.cuda else "CPU"
     common = {
@@ -451,6 +453,7 @@ def main(args: argparse.Namespace) -> None:
         "ranks": runner.ranks,
         "stage": args.stage,
         "kept": runner.kept,
+        "kept_trained": runner.kept_trained,
     }
     done: list[dict[str, Any]] = []
 

@@ -76,8 +76,8 @@ class SequenceParallelConfig(DeepSpeedConfigModel):
         text: whether text is ``divided`` over the ranks or, ``replicated``, on every rank, where only the frames are
             divided: then self-attention exchanges nothing, and cross-attention merges partial results.
         compile: ``torch.compile`` for each layer of the language model and the vision encoder, around its attention.
-        keep_frozen: whether ZeRO-3 leaves parameters that do not train gathered for the whole run; ``auto``: where the
-            memory plan says that they fit.
+        keep_frozen: whether ZeRO-3 leaves parameters that do not train gathered for the whole run, and gathers those
+            that train once a step; ``auto``: where the memory plan says that all of them fit.
         tiled_mlp, tiled_logits: parts of the rows that the feed-forward part of a text layer, or the output layer and
             the loss, takes one after the other, and again in the backward pass; ``auto``: by sizes; None: all at once.
         size: ranks of a sequence-parallel group, from ``sequence_parallel_size`` beside the block.

@@ -188,7 +188,7 @@ def test_a_run_on_a_gpu_is_told_of_a_faster_stage() -> None:
 
     kept = plan_of(Frozen(9 * 10**9))
     assert kept.warning is None and kept.zero is not None and kept.zero["gathered_bytes"] == 22 * 10**9
-    assert kept.states == plan.states + 22 * 10**9
+    assert kept.states == plan.states + 22 * 10**9 and kept.zero["gathers_trained_once"] is True
     assert kept.frozen is not None and kept.frozen.kept and kept.frozen.portions is not None
     # As many portions as there is room for: a portion is of 20 frames a rank, a frame of 1601 features of 4096.
     more = kept.frozen.portions * 20 * 1601 * 4096 * 2
@@ -199,8 +199,8 @@ def test_a_run_on_a_gpu_is_told_of_a_faster_stage() -> None:
     ):  # fmt: skip
         fate = plan_of(frozen, gib).frozen
         assert fate is not None and not fate.kept and why in fate.why
-    forced = plan_of(Frozen(9 * 10**9, wish=True), 48).frozen
-    assert forced is not None and forced.kept and forced.portions is None
+    forced = plan_of(Frozen(9 * 10**9, wish=True, trained=False), 48).frozen
+    assert forced is not None and forced.kept and forced.portions is None and not forced.trained
 
 
 def test_frames_that_fit() -> None:

@@ -1,5 +1,5 @@
-"""ZeRO-3 with what is frozen gathered as a whole, or once for the run: the same losses, and fewer gathers and hooks,
-whatever the batches are."""
+"""ZeRO-3 with what is frozen gathered as a whole, or once for the run, and what trains once a step: the same losses,
+and fewer gathers and hooks, whatever the batches are."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from deepspeed.utils import z3_leaf_module
 from torch import nn
 
 from ds_lvxattn.data.sample import Sample
+from ds_lvxattn.runtime import gathers as gathers_module
+from ds_lvxattn.runtime.gathers import Gathers
 from ds_lvxattn.runtime.kept_parameters import KeptParameters
 from ds_lvxattn.training.loading import parameter_groups, partition_over_all_ranks, select_trainable
 from ds_lvxattn.training.zero3 import LIVE, PREFETCH, take_as_wholes
@@ -40,6 +42,7 @@ from tests.support.tiny_model import (
 
 # One portion of the encoder's frames, then three, then one frame on one rank.
 STEPS = (("tIIta",), ("IItaItIIItta",), ("tItta",), ("tIIta",), ("IItaItIIItta",), ("tIIta",))
+LARGE = 2000  # elements of a parameter that is gathered by itself: matrices of the feed-forward parts
 GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
 
 
@@ -55,9 +58,10 @@ class Steps:
 
     Attributes:
         losses, norms: of gradients, before clipping.
-        counts: for each step its ``gathers`` by ZeRO-3, the ``elements`` in them, and the ``hooks`` that ran.
+        counts: for each step the ``gathers``, the ``elements`` in them, and the ``hooks`` of ZeRO-3 that ran.
         wholes: modules that are taken as a whole.
         kept: elements that stayed gathered; ``trained``, those that train.
+        large: parameters that train and are gathered by themselves where they are kept.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -66,6 +70,7 @@ class Steps:
     wholes: int = 0
     kept: int = 0
     trained: int = 0
+    large: int = 0
 
     def of_steps(self, what: str) -> list[int]:
         return [counts[what] for counts in self.counts]
@@ -81,6 +86,15 @@ def counting() -> Iterator[collections.Counter[str]]:
         counts["gathers"] += 1
         counts["elements"] += sum(p.ds_numel for p in params if p.ds_status is ZeroParamStatus.NOT_AVAILABLE)
         return gather(self, params, *args, **kwargs)
+
+    start = Gathers.start
+
+    def starts(self: Any, parameters: Sequence[Any]) -> None:
+        missing = [p for p in parameters if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        alone = sum(p.ds_numel >= LARGE for p in missing)
+        counts["gathers"] += alone + (alone < len(missing))
+        counts["elements"] += sum(p.ds_numel for p in missing)
+        start(self, parameters)
 
     def hooked(function: Any) -> Any:
         def hooks(*args: Any, **kwargs: Any) -> Any:
@@ -98,6 +112,8 @@ def counting() -> Iterator[collections.Counter[str]]:
     changes = {GATHER: gathers, "fetch_sub_module": hooked(fetch), "release_sub_module": hooked(release)}
     with (
         mock.patch.multiple(coordinator, **changes),
+        mock.patch.object(Gathers, "start", starts),
+        mock.patch.object(gathers_module, "LARGE", LARGE),
         mock.patch.object(LinearFunctionForZeroStage3, "apply", products),
         mock.patch.object(nn.functional, "linear", zero3_linear_wrap),  # as within ``deepspeed.zero.Init``
     ):
@@ -117,7 +133,8 @@ def of_family(family: str, policy: str, keeps: bool, portions: int | None = None
         model=model, model_parameters=parameter_groups(model), config=config, mpu=groups_of(ranks)
     )
     found = Steps(wholes=sum(map(z3_leaf_module, model.modules())))
-    found.trained = sum(p.ds_numel for p in model.parameters() if p.requires_grad)  # type: ignore[attr-defined]
+    sizes = [p.ds_numel for p in model.parameters() if p.requires_grad]  # type: ignore[attr-defined]
+    found.trained, found.large = sum(sizes), sum(size >= LARGE for size in sizes)
     with counting() as counts, frames_in_portions(1, tiny_config()):
         if keeps:
             kept = KeptParameters(model)
@@ -155,9 +172,11 @@ def test_losses_and_gathers(family: str, policy: str) -> None:
     assert len(set(gathers[1:])) == 1 and gathers[1] < gathers[0] / 2, gathers
 
     assert kept.kept == sum(p.numel() for p in made(family).parameters()) - kept.trained
-    # In a step that DeepSpeed knows, what trains is gathered once, and nothing else; the first one was recorded.
-    assert set(kept.of_steps("elements")[1:]) == {kept.trained}
-    for what in ("gathers", "elements", "hooks", "products of frozen weights"):
+    # What trains is gathered as a step begins, and by no hook of a module: only the model itself has some.
+    assert kept.of_steps("elements") == [0, *[kept.trained] * (len(STEPS) - 1)], "keeping gathered for the first step"
+    assert set(kept.of_steps("gathers")[1:]) == {kept.large + 1} and kept.large > 3
+    assert set(kept.of_steps("hooks")) == {3} and min(plain.of_steps("hooks")) > 100
+    for what in ("elements", "hooks", "products of frozen weights"):
         assert max(kept.of_steps(what)[1:]) < min(plain.of_steps(what)[1:]), what
     assert set(kept.of_steps("products of frozen weights")) == {0}
     # The second step has more portions than fit beside it.

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _coalescing_manager
 
 # torch 2.13 renamed the collective and warns at the old name, the only one that older releases have.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Part(NamedTuple):
@@ -106,7 +106,7 @@ class Communicator:
         x = x.contiguous()
         gathered = x.new_empty((self.ranks, *x.shape))
         if x.numel():
-            _all_gather(_raw(gathered), _raw(x.unsqueeze(0)), group=self.group)
+            all_gather_single(_raw(gathered), _raw(x.unsqueeze(0)), group=self.group)
         self._count(what, x.nbytes)
         return gathered
 
@@ -122,11 +122,11 @@ class Communicator:
                 whole, rows = _raw(gathered), gathered.shape[0] // self.ranks
                 ops.append((whole, whole[self.rank * rows : (self.rank + 1) * rows]))
         if len(ops) < 2 or not ops[0][0].is_cuda:
-            works = [_all_gather(whole, own, group=self.group, async_op=True) for whole, own in ops]
+            works = [all_gather_single(whole, own, group=self.group, async_op=True) for whole, own in ops]
         else:
             with _coalescing_manager(self.group, async_ops=True) as coalesced:
                 for whole, own in ops:
-                    _all_gather(whole, own, group=self.group)
+                    all_gather_single(whole, own, group=self.group)
             works = coalesced.works
         return Transfer(works, [whole for whole, _ in ops])
 

@@ -161,8 +161,8 @@ def stages_of_run(
         trained = states.trainable / max(states.parameters, 1)
         gathering = transfers.gather_host(1 if trained < 1 else MATRICES)
         gathers = [transfers.gather(states.parameters / count)] * 2
-        if of_stage.gathered:  # what trains, once
-            gathering, gathers = trained * transfers.gather_host(MATRICES), [trained * gathers[0], 0.0]
+        if of_stage.gathered:  # what trains, once, without hooks
+            gathering, gathers = 0.0, [trained * gathers[0], 0.0]
         forward, backward = (
             Segment(
                 "compute", share * work.device / count, share * work.host / count + gathering, LAUNCHES, gather=gather

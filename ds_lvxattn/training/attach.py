@@ -47,7 +47,7 @@ from ds_lvxattn.training.loading import (
 from ds_lvxattn.training.memory_plan import MemoryPlan, memory_plan, model_states
 from ds_lvxattn.training.order import Order
 from ds_lvxattn.training.tokens import step_of
-from ds_lvxattn.training.zero3 import frozen_of, keep, may_raise_limits
+from ds_lvxattn.training.zero3 import frozen_of, keep, may_keep_trained
 
 MARK = "_ds_lvxattn_attached"  # an attribute of models that are
 SKIP_REMEDY = "give on_bad_sample='skip' to go on without it"
@@ -258,7 +258,7 @@ class Attached:
         if planner is None or parallel is None:
             return None
         sizes, family, model = self.batches.collator.sizes(layout), parallel.family, self.loaded.model
-        kept = KeptParameters(model, may_raise_limits(self.ds_config))
+        kept = KeptParameters(model, may_keep_trained(self.ds_config))
         plan = memory_plan(
             planner.layer_sizes(sizes.shapes()), family.visual_widths() if isinstance(family, VisualFamily) else (),
             parallel.recomputation.policy, model_states(model, self.ds_config, dist.get_world_size()),

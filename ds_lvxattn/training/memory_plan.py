@@ -27,11 +27,13 @@ class Frozen:
         parameters: that can be kept.
         wish: ``sequence_parallel.keep_frozen``.
         obstacle: what keeps it from being kept; None: nothing.
+        trained: whether what trains stays gathered too, from the beginning of a step to the optimizer's.
     """
 
     parameters: int
     wish: bool | str = "auto"
     obstacle: str | None = None
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ class KeptFrozen:
         why: in words.
         bytes: of what is whole on every rank then: what is frozen for the run, what trains for most of a step.
         portions: of the vision encoder, the most with which a batch fits beside it; None: no limit.
+        trained: whether what trains is gathered once a step.
     """
 
     kept: bool
     why: str
     bytes: int
     portions: int | None = None
+    trained: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,12 @@ class MemoryPlan:
             return None
         kept: dict[str, Any] = {}
         if (frozen := self.frozen) is not None:
-            kept = {"keeps_frozen": frozen.kept, "why": frozen.why, "gathered_bytes": frozen.bytes}
+            kept = {
+                "keeps_frozen": frozen.kept,
+                "gathers_trained_once": frozen.trained,
+                "why": frozen.why,
+                "gathered_bytes": frozen.bytes,
+            }
         return {
             "stage": self.stage,
             **kept,
@@ -187,8 +196,8 @@ def kept_frozen(
             return KeptFrozen(False, "'sequence_parallel.keep_frozen' is false", 0)
         if capacity is not None and needed > FITS * capacity:
             return KeptFrozen(False, f"{gib}, of which {FITS * capacity / 2**30:.1f} may be taken", 0)
-        return KeptFrozen(True, gib, size, None if most is None else max(most, portions))
-    return KeptFrozen(True, "'sequence_parallel.keep_frozen' is true", size)
+        return KeptFrozen(True, gib, size, None if most is None else max(most, portions), frozen.trained)
+    return KeptFrozen(True, "'sequence_parallel.keep_frozen' is true", size, trained=frozen.trained)
 
 
 def model_states(model: nn.Module, ds_config: Mapping[str, Any], ranks: int) -> ModelStates:

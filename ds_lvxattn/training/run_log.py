@@ -130,7 +130,8 @@ class RunLog:
         self.console.print(table)
         if plan.frozen is not None:
             fate = "stay gathered for the whole run" if plan.frozen.kept else "are gathered for each use"
-            self.say(f"ZeRO-3: parameters that do not train {fate} ({plan.frozen.why})")
+            once = ", those that train are gathered once a step" if plan.frozen.trained else ""
+            self.say(f"ZeRO-3: parameters that do not train {fate}{once} ({plan.frozen.why})")
         if plan.warning is not None:
             self.say(f"warning: {plan.warning}")
 

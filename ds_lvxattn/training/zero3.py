@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of, unwrapped
-from ds_lvxattn.runtime.kept_parameters import LIMITS, KeptParameters
+from ds_lvxattn.runtime.kept_parameters import KeptParameters
 from ds_lvxattn.training.memory_plan import Frozen, KeptFrozen
 
 # Share of the device's memory that a frozen encoder may take while all portions of the frames go through it.
@@ -25,6 +25,7 @@ REPARTITIONED = (
 )  # fmt: skip
 DEFAULT_LIMIT = 1_000_000_000  # of parameters, DeepSpeed's for both of ``LIMITS``
 LIVE, PREFETCH = "stage3_max_live_parameters", "stage3_prefetch_bucket_size"
+LIMITS = (LIVE, "stage3_max_reuse_distance")
 
 
 def take_as_wholes(model: nn.Module, zero: dict[str, Any]) -> dict[str, Any]:
@@ -90,11 +91,11 @@ def frozen_of(kept: KeptParameters, ds_config: dict[str, Any], wish: bool | str)
         obstacle = f"'zero_optimization.{named[0]}' holds parameters in another way"
     if obstacle is not None and wish is True:
         raise ConfigError(f"'sequence_parallel.keep_frozen' is true, and {obstacle}; leave one of the two out")
-    return Frozen(kept.numel, wish, obstacle)
+    return Frozen(kept.numel, wish, obstacle, bool(kept.trained))
 
 
-def may_raise_limits(ds_config: dict[str, Any]) -> bool:
-    """Whether the config leaves DeepSpeed room to hold what trains from its forward to its backward pass."""
+def may_keep_trained(ds_config: dict[str, Any]) -> bool:
+    """Whether the config sets no lower limit than DeepSpeed does to what is whole at a time."""
     zero = ds_config.get("zero_optimization", {})
     return all(_number(zero.get(key), DEFAULT_LIMIT) >= DEFAULT_LIMIT for key in LIMITS)
 
@@ -109,7 +110,8 @@ def keep(kept: KeptParameters, fate: KeptFrozen, device: torch.device) -> KeptFr
     least = torch.tensor(most if fate.kept else -1, device=device)
     dist.all_reduce(least, dist.ReduceOp.MIN)
     if (portions := int(least)) < 0:
-        return replace(fate, kept=False, why="it does not fit on another rank", bytes=0) if fate.kept else fate
+        elsewhere = replace(fate, kept=False, why="it does not fit on another rank", bytes=0, trained=False)
+        return elsewhere if fate.kept else fate
     portions_that_fit = None if portions == sys.maxsize else portions
     kept.keep(portions_that_fit)
     return replace(fate, portions=portions_that_fit)

@@ -103,7 +103,7 @@ class _Layers:
         gather = again = self.transfers.gather(parameters)
         gathering = self.transfers.gather_host(MATRICES if trains else 1)
         if self.job.kept:
-            gather, again, gathering = gather * trains, 0.0, gathering * trains
+            gather, again, gathering = gather * trains, 0.0, 0.0  # what trains, once, without hooks
         first = Segment(
             part, attention.forward + rest.forward, cost.host_forward + host.forward + gathering, FORWARD_LAUNCHES,
             exchange.forward, gather,
