@@ -80,6 +80,8 @@ def train_and_resume(stage: int, folder: Path) -> dict[str, Any]:
         found["flos"] = trainer.state.total_flos
         found["plan"] = json.loads((folder / "plan.json").read_text())
         found["predicted"] = trainer.predict(judged).metrics["test_loss"]
+        with pytest.raises(ConfigError, match=r"a second train\(\) of one Trainer .* resume_from_checkpoint"):
+            trainer.train()
         trainer.close()
     groups = len(dist.distributed_c10d._world.pg_map)
     with launched():

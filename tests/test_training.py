@@ -165,7 +165,8 @@ def test_a_pretrained_model_trains_cross_attention_and_projector_under_zero3(kee
     words = f"--ds_config {file} --model {model} --steps 3".split()
     assert run(2, finetune, [*words, "--output_dir", str(out)], timeout=300) == ["", ""]
     zero = json.loads((out / "plan.json").read_text())[0]["zero"]
-    assert zero["keeps_frozen"] is keeps and zero["why"]
+    assert zero["keeps_frozen"] is zero["gathers_trained_once"] is keeps and zero["why"]
+    assert zero["buckets"]["reduce_bucket_size"] < 1e6, "of gradients, all that train"
 
     shutil.copytree(out / "checkpoints", again / "checkpoints", ignore=shutil.ignore_patterns("step-3"))
     (again / "metrics.jsonl").write_text("".join((out / "metrics.jsonl").read_text().splitlines(keepends=True)[:2]))

@@ -165,6 +165,11 @@ class SequenceParallelTrainer(Trainer):
                 "train after an evaluation that made a ZeRO-3 engine without optimizer; train first, or make another "
                 "Trainer, over a model that is loaded afresh"
             )
+        if self.deepspeed is not None:
+            raise ConfigError(
+                "a second train() of one Trainer under DeepSpeed: transformers ends the engine of the first and makes "
+                "no other; give max_steps or num_train_epochs for both, or resume_from_checkpoint to another Trainer"
+            )
         self.attached.calibrate()
         self._step = None
         result = super().train(*args, **kwargs)

@@ -27,9 +27,16 @@ UPDATE_BYTES = 114
 GRADIENT_BYTES = 20
 GRADIENT = 4  # bytes of a gradient that travels
 BUCKET = 500_000_000  # elements of gradients that are sent at once, DeepSpeed's default
+LEAST_BUCKET = 50_000_000  # of those that stage 3 sends at once: fewer would not fill the links
 MATRICES = 7  # of a decoder layer; what trains is gathered matrix by matrix, what is frozen as a whole
 LAUNCHES = 100  # kernels of a layer's pass
 GAIN = 0.02  # share of a step by which a stage has to be faster to be worth a word
+
+
+def gradient_bucket(of_layer: float, trainable: float) -> int:
+    """Elements of gradients that stage 3 sends at once: of a layer, of which ``of_layer`` train. What is still to be
+    sent when the backward pass ends delays the step, and buckets take memory."""
+    return int(min(max(of_layer, LEAST_BUCKET), BUCKET, trainable))
 
 
 @dataclass(frozen=True)
@@ -61,10 +68,12 @@ class Transfers:
     def reduced(self, backward: Sequence[tuple[Segment, float]]) -> list[Segment]:
         """The segments of a backward pass, each with the number of its parameters that train, with the transfers of
         their gradients where a bucket is full, and at the end."""
-        found, waiting = [], 0.0
+        found, waiting, bucket = [], 0.0, BUCKET
+        if self.states.stage == 3:
+            bucket = gradient_bucket(max((trained for _, trained in backward), default=0.0), self.states.trainable)
         for number, (segment, trained) in enumerate(backward):
             waiting += trained
-            ready = waiting if waiting >= BUCKET or number + 1 == len(backward) else 0.0
+            ready = waiting if waiting >= bucket or number + 1 == len(backward) else 0.0
             copied = GRADIENT_BYTES * trained / self.profile.memory_bandwidth if self.states.ranks > 1 else 0.0
             found.append(replace(segment, device=segment.device + copied, reduce=self.reduce(ready)))
             waiting -= ready

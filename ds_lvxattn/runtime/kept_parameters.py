@@ -93,6 +93,14 @@ class KeptParameters:
         """Elements of what is frozen and kept."""
         return sum(p.ds_numel for p in self.parameters)  # type: ignore[attr-defined]
 
+    @property
+    def buckets(self) -> dict[str, int]:
+        """Elements that ZeRO-3 sends at once, by their keys in the config; empty for a model that is in no engine."""
+        if self._optimizer is None:
+            return {}
+        gathered, reduced = self._optimizer.prefetch_elements, self._optimizer.reduce_bucket_size
+        return {"reduce_bucket_size": reduced, "stage3_prefetch_bucket_size": gathered}
+
     def keep(self, portions: int | None = None) -> None:
         """Keep them from now on; all ranks call it, between steps.
 

@@ -267,7 +267,7 @@ class Attached:
             frozen_of(kept, self.ds_config, self.config.keep_frozen),
         )  # fmt: skip
         if plan.frozen is not None and not self._planned_memory:
-            plan = replace(plan, frozen=keep(kept, plan.frozen, self.device))
+            plan = replace(plan, frozen=keep(kept, plan.frozen, self.device), buckets=kept.buckets)
         self._planned_memory = True
         return plan
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ class MemoryPlan:
         stage: of ZeRO, that of the config.
         stages: a step in every stage of ZeRO; empty without a GPU, or where the CPU holds the parameters.
         frozen: what becomes of parameters that do not train, under ZeRO-3; None elsewhere.
+        buckets: elements that ZeRO-3 sends at once, by their keys in the config.
     """
 
     policy: str
@@ -78,6 +79,7 @@ class MemoryPlan:
     stage: int
     stages: Sequence[StageTime] = ()
     frozen: KeptFrozen | None = None
+    buckets: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def zero(self) -> dict[str, Any] | None:
@@ -92,6 +94,7 @@ class MemoryPlan:
                 "gathers_trained_once": frozen.trained,
                 "why": frozen.why,
                 "gathered_bytes": frozen.bytes,
+                "buckets": dict(self.buckets),
             }
         return {
             "stage": self.stage,

@@ -132,6 +132,8 @@ class RunLog:
             fate = "stay gathered for the whole run" if plan.frozen.kept else "are gathered for each use"
             once = ", those that train are gathered once a step" if plan.frozen.trained else ""
             self.say(f"ZeRO-3: parameters that do not train {fate}{once} ({plan.frozen.why})")
+            if plan.buckets:
+                self.say("ZeRO-3 sends " + ", ".join(f"{key} {size:,}" for key, size in plan.buckets.items()))
         if plan.warning is not None:
             self.say(f"warning: {plan.warning}")
 

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of, unwrapped
+from ds_lvxattn.plan.zero import gradient_bucket
 from ds_lvxattn.runtime.kept_parameters import KeptParameters
 from ds_lvxattn.training.memory_plan import Frozen, KeptFrozen
 
@@ -24,7 +25,7 @@ REPARTITIONED = (
     "mics_shard_size", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
 )  # fmt: skip
 DEFAULT_LIMIT = 1_000_000_000  # of parameters, DeepSpeed's for both of ``LIMITS``
-LIVE, PREFETCH = "stage3_max_live_parameters", "stage3_prefetch_bucket_size"
+LIVE, PREFETCH, REDUCE = "stage3_max_live_parameters", "stage3_prefetch_bucket_size", "reduce_bucket_size"
 LIMITS = (LIVE, "stage3_max_reuse_distance")
 
 
@@ -42,7 +43,7 @@ def take_as_wholes(model: nn.Module, zero: dict[str, Any]) -> dict[str, Any]:
         zero: the block ``zero_optimization``.
 
     Returns:
-        ``zero`` with sizes for what was marked, where it has none.
+        ``zero`` with sizes for what was marked, and of the buckets of gradients, where it has none.
     """
     experts = {type(module) for module in model.modules() if type(module).__name__.endswith("Experts")}
     if experts:
@@ -53,7 +54,7 @@ def take_as_wholes(model: nn.Module, zero: dict[str, Any]) -> dict[str, Any]:
     except ConfigError:
         return zero  # adapters or parts of a model by themselves: nothing is known of them
     roles = {module: layer.role for module, layer in family.attention_layers(base).items()}
-    live, largest = 0, 0
+    live, largest, trained = 0, 0, 0
     encoder = family.encoder(base) if isinstance(family, VisualFamily) else None
     if encoder is not None and _frozen(encoder) and _bytes(encoder) <= ENCODER_SHARE * _memory():
         set_z3_leaf_module(encoder, True)
@@ -64,7 +65,7 @@ def take_as_wholes(model: nn.Module, zero: dict[str, Any]) -> dict[str, Any]:
             continue
         of_layer = {roles[module] for module in layer.modules() if module in roles}
         if of_layer:
-            largest = max(largest, _numel(layer))
+            largest, trained = max(largest, _numel(layer)), max(trained, _numel(layer, trains=True))
         if of_layer == {"self"} and _frozen(layer):
             set_z3_leaf_module(layer, True)
     sizes = {}
@@ -72,6 +73,8 @@ def take_as_wholes(model: nn.Module, zero: dict[str, Any]) -> dict[str, Any]:
         # A layer ahead; DeepSpeed's own size is less than the largest matrix of a layer.
         sizes[PREFETCH] = max(50_000_000, largest)
         sizes[LIVE] = DEFAULT_LIMIT + live + largest
+    if total := _numel(model, trains=True):
+        sizes[REDUCE] = gradient_bucket(trained, total)
     return {**sizes, **zero}
 
 
@@ -121,8 +124,10 @@ def _frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _numel(module: nn.Module) -> int:
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
+def _numel(module: nn.Module, trains: bool = False) -> int:
+    """Elements of its parameters, of those that train alone where ``trains``."""
+    some = (p for p in module.parameters() if p.requires_grad or not trains)
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in some)
 
 
 def _bytes(module: nn.Module) -> int:

@@ -17,7 +17,7 @@ from ds_lvxattn.plan.layer_sizes import LayerSizes
 from ds_lvxattn.plan.modes import LOCAL, Mode
 from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.plan.timeline import EXCHANGE, IDLE, TRANSFERS, seconds_by_part
-from ds_lvxattn.plan.zero import BUCKET, STAGES, StageTime
+from ds_lvxattn.plan.zero import BUCKET, STAGES, StageTime, gradient_bucket
 
 USABLE = 0.92  # share of the memory that tensors can have; the rest is the driver's, NCCL's and fragments
 
@@ -138,7 +138,8 @@ def memory_bytes(job: ClusterJob, cross: Mode, own: Mode, profile: Profile) -> f
     # Stage 3 gathers a layer's parameters while it runs, and those of the next one ahead of it.
     gathered = 2 * max(m.self_parameters, m.cross_parameters, m.vocabulary * m.width) * ELEMENT
     if job.stage != 3 or job.kept:  # gradients on their way, in two buckets
-        gathered = 2 * min(BUCKET, m.trainable) * ELEMENT
+        largest = m.self_parameters if m.keys_in_text else m.cross_parameters
+        gathered = 2 * (min(BUCKET, m.trainable) if job.stage != 3 else gradient_bucket(largest, m.trainable)) * ELEMENT
     logits = 6 * job.rows * m.vocabulary  # in bf16 and float32
     return kept + gathered + logits + cross.workspace(job.compared(), profile)
 
