@@ -22,15 +22,14 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionAttenti
 from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
-from ds_lvxattn.families.family import FrameLimits
+from ds_lvxattn.families.crops import Crops
 from ds_lvxattn.families.frames import encode_in_portions
-from ds_lvxattn.families.processors import written
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
 
-class Aria(Concatenation):
-    """The Aria family; see ``VisualFamily``. Frames are padded to squares of the vision config's ``image_size``.
+class Aria(Crops, Concatenation):
+    """The Aria family; see ``Crops``. Frames are padded to squares of the vision config's ``image_size``.
 
     ``FrameShape.grid``: of an image that is split, the number of its squares.
     """
@@ -40,6 +39,7 @@ class Aria(Concatenation):
     image_token = "<|img|>"
     pixel_arguments = ("pixel_values", "pixel_mask")
     pixels_apart = True
+    whole_behind = False
 
     def is_local(self, module: nn.Module) -> bool:
         return isinstance(module, (Idefics3VisionAttention, nn.MultiheadAttention))
@@ -56,9 +56,6 @@ class Aria(Concatenation):
         hidden = (~patches).flatten(1)
         projector = model.multi_modal_projector
         return encode_in_portions(projector, projector, [states, hidden], batch, recomputation)
-
-    def trainable_by_default(self) -> tuple[str, ...]:
-        return (*super().trainable_by_default(), "*multi_modal_projector.*")
 
     def visual_widths(self) -> tuple[int, ...]:
         # The projector's input is a frame's patches, shared here by the few tokens that it makes of them.
@@ -78,13 +75,11 @@ class Aria(Concatenation):
     def encoder_tokens(self) -> int:
         return _patches(self.config.vision_config)
 
-    def crops_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> list[FrameShape]:
-        if size is None or size.video or not processor.split_image:
-            return [self.shape_of(size, processor, limits)]
+    def grid_of(self, size: FrameSize, processor: Any) -> tuple[int, ...]:
+        if not processor.split_image:
+            return ()
         settings = {"max_image_size": self.config.vision_config.image_size, "split_image": True}
-        count = processor.get_number_of_image_patches(size.height, size.width, settings)
-        tokens = self.frame_tokens(), self.encoder_tokens()
-        return [FrameShape(*tokens, (count,), crop=crop, pictures=int(crop == 0)) for crop in range(count)]
+        return (processor.get_number_of_image_patches(size.height, size.width, settings),)
 
     def cut(self, frame: np.ndarray, processor: Any) -> list[np.ndarray]:
         squares = processor.get_image_patches(
@@ -94,10 +89,6 @@ class Aria(Concatenation):
             processor.resample,
         )
         return [np.ascontiguousarray(square.transpose(1, 2, 0)) for square in squares]
-
-    def write(self, text: str, sizes: Sequence[FrameSize], processor: Any, limits: FrameLimits) -> str:
-        counts = (len(self.crops_of(size, processor, limits)) for size in sizes)
-        return written(text, self.image_token, (self.image_token * count for count in counts))
 
     def complete_processor(self, processor: Any, image_token: str) -> None:
         """An image is served as it was trained, of this size."""

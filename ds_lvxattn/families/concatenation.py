@@ -25,11 +25,13 @@ class Concatenation(VisualFamily):
 
     Attributes:
         pixel_arguments: names of the model's pixel arguments.
+        trained: what trains by default (``trainable_by_default``), beside a head of its own.
     """
 
     attention_config = "text_config"
     keys_in_text = True
     pixel_arguments: tuple[str, ...] = ("pixel_values",)
+    trained: tuple[str, ...] = ("*language_model.*", "*multi_modal_projector.*")
 
     @abstractmethod
     def is_local(self, module: nn.Module) -> bool:
@@ -86,13 +88,19 @@ class Concatenation(VisualFamily):
         return None if self.is_local(module) else self_attention_window(module)
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
+        module: Any
+        for module in model.modules():
+            if getattr(module, "use_head", False):
+                # Of a vision tower: what its head pools goes nowhere, and ZeRO-3 could not compute it, as it takes
+                # weights past their module.
+                module.use_head = False
         hook = functools.partial(_embed, self, recomputation)
         model.get_submodule("model").register_forward_pre_hook(hook, with_kwargs=True)
 
     def trainable_by_default(self) -> tuple[str, ...]:
         # A head that shares the weights of the embedding is no parameter of its own.
         head = () if self.config.tie_word_embeddings else ("*lm_head.*",)
-        return ("*language_model.*", *head)
+        return (*self.trained, *head)
 
     def pad_tiles(self, pixels: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {key: x[0] for key, x in pixels.items()}

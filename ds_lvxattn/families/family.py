@@ -220,6 +220,7 @@ class VisualFamily(Family):
         video_template: chat template of conversations with such videos; empty: the tokenizer's.
         needs_frames: whether the unmodified model fails on a batch without any frame; it is then given a blank one
             that no row sees.
+        image_processor: class of the models' image processors; None: transformers looks it up.
         pixels_apart: whether the pixels of a frame are the same whatever frames are beside it, so that threads may
             share the frames of a call of ``pixels`` and ``joined`` puts theirs together.
     """
@@ -231,6 +232,7 @@ class VisualFamily(Family):
     video_template: str = ""
     needs_frames: bool = False
     pixels_apart: bool = False
+    image_processor: Any = None
 
     def load_model(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
         return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)
@@ -360,6 +362,8 @@ class VisualFamily(Family):
 
     def load_processor(self, name: str) -> Any:
         """The image processor of a local path or hub name; raises like ``load_model``."""
+        if self.image_processor is not None:
+            return self.image_processor.from_pretrained(name)
         return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
 
     def complete_processor(self, processor: Any, image_token: str) -> None:

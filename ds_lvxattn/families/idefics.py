@@ -43,6 +43,7 @@ class Idefics(VisualFamily):
     image_token = "<image>"
     needs_frames = True
     pixels_apart = True
+    image_processor = IdeficsImageProcessorPil
 
     def role_of(self, module: nn.Module) -> str | None:
         if isinstance(module, IdeficsAttention):
@@ -81,9 +82,6 @@ class Idefics(VisualFamily):
 
     def load_model(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
         return with_loss_over_all_tokens(super().load_model(name, dtype))
-
-    def load_processor(self, name: str) -> Any:
-        return IdeficsImageProcessorPil.from_pretrained(name)
 
     def pixels(
         self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any

@@ -23,9 +23,9 @@ from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverAtte
 
 from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.families.concatenation import Concatenation
+from ds_lvxattn.families.crops import Crops
 from ds_lvxattn.families.family import FrameLimits
 from ds_lvxattn.families.frames import encode_in_portions
-from ds_lvxattn.families.processors import written
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
@@ -34,13 +34,15 @@ FAKE = "<fake_token_around_image>"
 BEFORE_WORD = re.compile(rf"{re.escape(FAKE)}(?=[^\s<])")
 
 
-class Idefics2(Concatenation):
+class Idefics2(Crops, Concatenation):
     """The Idefics2 family; see ``VisualFamily``."""
 
     name = "Idefics2"
     model_class = Idefics2ForConditionalGeneration
     image_token = "<image>"
     pixel_arguments = ("pixel_values", "pixel_attention_mask")
+    trained = ("*text_model.*", "*connector.*")
+    image_processor = Idefics2ImageProcessorPil  # transformers 5.17 takes it for one that needs torchvision
 
     def is_local(self, module: nn.Module) -> bool:
         return isinstance(module, (Idefics2VisionAttention, Idefics2PerceiverAttention))
@@ -57,10 +59,6 @@ class Idefics2(Concatenation):
         inputs = [states, patches.flatten(1)]
         return encode_in_portions(model.connector, model.connector, inputs, batch, recomputation)
 
-    def trainable_by_default(self) -> tuple[str, ...]:
-        head = () if self.config.tie_word_embeddings else ("*lm_head.*",)
-        return ("*text_model.*", "*connector.*", *head)
-
     def visual_widths(self) -> tuple[int, ...]:
         # The perceiver's input is a frame's patches, shared here by the few latents that it makes of them.
         hidden = self.config.text_config.hidden_size
@@ -72,28 +70,20 @@ class Idefics2(Concatenation):
     def encoder_tokens(self) -> int:
         return _patches(self.config.vision_config)
 
-    def load_processor(self, name: str) -> Any:
-        # By its class: transformers 5.17 takes it for one that needs torchvision.
-        return Idefics2ImageProcessorPil.from_pretrained(name)
-
-    def crops_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> list[FrameShape]:
-        whole = size is None or size.video or not processor.do_image_splitting
-        tokens = self.frame_tokens(), self.encoder_tokens()
-        return [FrameShape(*tokens, crop=crop, pictures=int(crop == 0)) for crop in range(1 if whole else 5)]
+    def grid_of(self, size: FrameSize, processor: Any) -> tuple[int, ...]:
+        return (2, 2) if processor.do_image_splitting else ()
 
     def cut(self, frame: np.ndarray, processor: Any) -> list[np.ndarray]:
         height, width = frame.shape[0] // 2, frame.shape[1] // 2
         halves = frame[:height], frame[height:]
         return [part for half in halves for part in (half[:, :width], half[:, width:])] + [frame]
 
-    def write(self, text: str, sizes: Sequence[FrameSize], processor: Any, limits: FrameLimits) -> str:
-        counts = (len(self.crops_of(size, processor, limits)) for size in sizes)
-        text = written(text, self.image_token, (FAKE + (self.image_token + FAKE) * count for count in counts))
-        return BEFORE_WORD.sub(f"{FAKE} ", text.replace(FAKE + FAKE, FAKE))
+    def image_text(self, grid: Sequence[int], processor: Any) -> str:
+        return FAKE + (self.image_token + FAKE) * self.images_in(grid)
 
-    def complete_processor(self, processor: Any, image_token: str) -> None:
-        """It counts the visual tokens of an image by this."""
-        processor.image_seq_len = self.frame_tokens()
+    def write(self, text: str, sizes: Sequence[FrameSize], processor: Any, limits: FrameLimits) -> str:
+        text = super().write(text, sizes, processor, limits).replace(FAKE + FAKE, FAKE)
+        return BEFORE_WORD.sub(f"{FAKE} ", text)
 
     def pixels(
         self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -35,9 +34,8 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionAttention
 
 from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.families.concatenation import Concatenation
-from ds_lvxattn.families.family import FrameLimits
+from ds_lvxattn.families.crops import Crops
 from ds_lvxattn.families.frames import encode_in_portions
-from ds_lvxattn.families.processors import written
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
@@ -49,14 +47,15 @@ TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eight
 FAKE, WHOLE = "<fake_token_around_image>", "<global-img>"
 
 
-class Idefics3(Concatenation):
-    """The Idefics3 family; see ``VisualFamily``. ``FrameShape.grid``: rows and columns of squares of a cut picture."""
+class Idefics3(Crops, Concatenation):
+    """The Idefics3 family; see ``Crops``."""
 
     name = "Idefics3"
     model_class: type[PreTrainedModel] = Idefics3ForConditionalGeneration
     image_token = "<image>"
     pixels_apart = True
-    image_processor: Any = Idefics3ImageProcessorPil
+    trained = ("*text_model.*", "*connector.*")
+    image_processor: Any = Idefics3ImageProcessorPil  # transformers 5.17 takes it for one that needs torchvision
 
     def is_local(self, module: nn.Module) -> bool:
         return isinstance(module, (Idefics3VisionAttention, SmolVLMVisionAttention))
@@ -66,10 +65,6 @@ class Idefics3(Concatenation):
     ) -> Tensor:
         vision = functools.partial(_states, model.vision_model)
         return model.connector(encode_in_portions(model.vision_model, vision, pixels, batch, recomputation))
-
-    def trainable_by_default(self) -> tuple[str, ...]:
-        head = () if self.config.tie_word_embeddings else ("*lm_head.*",)
-        return ("*text_model.*", "*connector.*", *head)
 
     def visual_widths(self) -> tuple[int, ...]:
         shuffled = self.config.vision_config.hidden_size * self.config.scale_factor**2
@@ -82,19 +77,8 @@ class Idefics3(Concatenation):
         vision = self.config.vision_config
         return (vision.image_size // vision.patch_size) ** 2
 
-    def load_processor(self, name: str) -> Any:
-        # By its class: transformers 5.17 takes it for one that needs torchvision.
-        return self.image_processor.from_pretrained(name)
-
-    def crops_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> list[FrameShape]:
-        grid: tuple[int, ...] = ()
-        if size is not None and not size.video and processor.do_image_splitting:
-            grid = _grid(size.height, size.width, processor)
-        tokens = self.frame_tokens(), self.encoder_tokens()
-        return [
-            FrameShape(*tokens, grid, crop=crop, pictures=int(crop == 0))
-            for crop in range(math.prod(grid) + 1 if grid else 1)
-        ]
+    def grid_of(self, size: FrameSize, processor: Any) -> tuple[int, ...]:
+        return _grid(size.height, size.width, processor) if processor.do_image_splitting else ()
 
     def cut(self, frame: np.ndarray, processor: Any) -> list[np.ndarray]:
         made = processor(
@@ -102,12 +86,7 @@ class Idefics3(Concatenation):
         )
         return [np.ascontiguousarray(square.transpose(1, 2, 0)) for square in made["pixel_values"][0]]
 
-    def write(self, text: str, sizes: Sequence[FrameSize], processor: Any, limits: FrameLimits) -> str:
-        grids = (self.crops_of(size, processor, limits)[0].grid for size in sizes)
-        return written(text, self.image_token, map(self._picture_text, grids))
-
-    def _picture_text(self, grid: tuple[int, ...]) -> str:
-        """How the processor writes a picture of such squares."""
+    def image_text(self, grid: Sequence[int], processor: Any) -> str:
         whole = f"{FAKE}{WHOLE}{self.image_token}{FAKE}"
         if not grid:
             return whole
@@ -116,10 +95,6 @@ class Idefics3(Concatenation):
             "".join(f"{FAKE}<row_{row + 1}_col_{column + 1}>{self.image_token}" for column in columns) for row in rows
         )
         return "\n".join((*squares, "", whole))
-
-    def complete_processor(self, processor: Any, image_token: str) -> None:
-        """It counts the visual tokens of a square by this."""
-        processor.image_seq_len = self.frame_tokens()
 
     def pixels(
         self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any

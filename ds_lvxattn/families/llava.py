@@ -31,7 +31,8 @@ class Llava(Concatenation):
     pixels_apart = True
 
     def is_local(self, module: nn.Module) -> bool:
-        return isinstance(module, (CLIPAttention, SiglipAttention))
+        # The last stands in a head that is left out.
+        return isinstance(module, (CLIPAttention, SiglipAttention, nn.MultiheadAttention))
 
     def encode(
         self, model: Any, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
@@ -39,9 +40,6 @@ class Llava(Concatenation):
         tower = model.vision_tower
         select = functools.partial(_selected, model.config, tower)
         return model.multi_modal_projector(encode_in_portions(tower, select, pixels, batch, recomputation))
-
-    def trainable_by_default(self) -> tuple[str, ...]:
-        return (*super().trainable_by_default(), "*multi_modal_projector.*")
 
     def visual_widths(self) -> tuple[int, ...]:
         return (

@@ -59,6 +59,7 @@ class Mllama(VisualFamily):
     image_token = "<|image|>"
     attention_config = "text_config"
     pixels_apart = True
+    image_processor = MllamaImageProcessorPil
 
     def role_of(self, module: nn.Module) -> str | None:
         return ROLES.get(type(module))
@@ -81,9 +82,6 @@ class Mllama(VisualFamily):
 
     def hidden_rows_see_all(self) -> bool:
         return True  # their feed-forward output is dropped
-
-    def load_processor(self, name: str) -> Any:
-        return MllamaImageProcessorPil.from_pretrained(name)
 
     def tile_limits(self, processor: Any) -> tuple[str, ...]:
         return tuple(TILE_LIMITS)

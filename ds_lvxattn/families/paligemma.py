@@ -34,7 +34,8 @@ class PaliGemma(Concatenation):
     blocks_in_window = False
 
     def is_local(self, module: nn.Module) -> bool:
-        return isinstance(module, SiglipAttention)
+        # The second stands in a head that is left out.
+        return isinstance(module, (SiglipAttention, nn.MultiheadAttention))
 
     def encode(
         self, model: Any, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
@@ -51,9 +52,6 @@ class PaliGemma(Concatenation):
 
     def block_arguments(self, in_block: np.ndarray) -> Mapping[str, np.ndarray]:
         return {"token_type_ids": (~in_block).astype(np.int64)}
-
-    def trainable_by_default(self) -> tuple[str, ...]:
-        return (*super().trainable_by_default(), "*multi_modal_projector.*")
 
     def visual_widths(self) -> tuple[int, ...]:
         return (self.config.text_config.hidden_size, self.config.vision_config.hidden_size)

@@ -36,6 +36,7 @@ class Qwen3VL(QwenVL):
     name = "Qwen3-VL"
     model_class: type[PreTrainedModel] = Qwen3VLForConditionalGeneration
     vision_attention: type[nn.Module] = Qwen3VLVisionAttention
+    trained = (*QwenVL.trained, "*visual.deepstack_merger_list.*")
     # Pixels of all frames of a video.
     video_processor = ("Qwen3VLVideoProcessor", {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768})
 
@@ -75,9 +76,6 @@ class Qwen3VL(QwenVL):
         embeddings, *deep = rows.travel(visual.to(text.dtype), batch.comm).split(text.shape[-1], dim=-1)
         whole = text.flatten(0, 1).index_copy(0, rows.rows, embeddings).view_as(text)
         return {"inputs_embeds": whole, DEEP_STACK: (rows.rows, deep)}
-
-    def trainable_by_default(self) -> tuple[str, ...]:
-        return (*super().trainable_by_default(), "*visual.deepstack_merger_list.*")
 
     def visual_widths(self) -> tuple[int, ...]:
         features, inner = super().visual_widths()

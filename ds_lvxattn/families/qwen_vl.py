@@ -55,6 +55,7 @@ class QwenVL(Concatenation):
     video_token = "<|video_pad|>"
     video_text = "<|vision_start|><|video_pad|><|vision_end|>"
     pixel_arguments = ("pixel_values", "image_grid_thw")
+    trained: tuple[str, ...] = ("*language_model.*", "*visual.merger.*")
     pixels_apart = True
     vision_attention: type[nn.Module]
     video_processor: tuple[str, Mapping[str, int]]
@@ -101,9 +102,6 @@ class QwenVL(Concatenation):
     def features(self, encoded: Any) -> Tensor:
         """The visual tokens ``[tokens, d]`` of what the vision encoder returned."""
         return encoded.pooler_output
-
-    def trainable_by_default(self) -> tuple[str, ...]:
-        return (*super().trainable_by_default(), "*visual.merger.*")
 
     def visual_widths(self) -> tuple[int, ...]:
         vision = self.config.vision_config

@@ -409,14 +409,18 @@ def aria(scale: Scale, queries: int = 4, **options: Any) -> PreTrainedModel:
     return AriaForConditionalGeneration._from_config(config, **options)
 
 
-def gemma3(scale: Scale, window: int = 64) -> PreTrainedModel:
-    """Gemma 3 with four visual tokens a frame, which see each other; every third layer sees beyond a window."""
-    head = scale.width // HEADS
+def gemma3(scale: Scale, window: int = 64, head: bool = False) -> PreTrainedModel:
+    """Gemma 3 with four visual tokens a frame, which see each other; every third layer sees beyond a window.
+
+    Args:
+        head: whether the vision encoder has the pooling head that the model does not use.
+    """
+    size = scale.width // HEADS
     kinds = ["full_attention" if layer % 3 == 2 else "sliding_attention" for layer in range(scale.layers)]
     config = Gemma3Config(
         vision_config={**scale.vision, "model_type": "siglip_vision_model", "num_hidden_layers": 2,
-                       "vision_use_head": False},
-        text_config={**scale.text, "head_dim": head, "query_pre_attn_scalar": head, "sliding_window": window,
+                       "vision_use_head": head},
+        text_config={**scale.text, "head_dim": size, "query_pre_attn_scalar": size, "sliding_window": window,
                      "layer_types": kinds},
         mm_tokens_per_image=4, image_token_index=IMAGE_ID, initializer_range=scale.spread,
         boi_token_index=TOKENS["bos_token_id"], eoi_token_index=TOKENS["eos_token_id"],

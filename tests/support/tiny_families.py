@@ -48,7 +48,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen2.5-vl": functools.partial(small_models.qwen2_5_vl, TINY),
     "qwen3-vl": functools.partial(small_models.qwen3_vl, TINY),
     "qwen3-vl-moe": functools.partial(small_models.qwen3_vl_moe, TINY, experts_implementation="eager"),
-    "gemma3": functools.partial(small_models.gemma3, TINY, window=5),
+    "gemma3": functools.partial(small_models.gemma3, TINY, window=5, head=True),
     "paligemma": functools.partial(small_models.paligemma, TINY),
     "paligemma2": functools.partial(small_models.paligemma, TINY, **GEMMA2),
     "text only": text_only,

@@ -13,7 +13,6 @@ its output would take more memory than they.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,10 +24,9 @@ from transformers import Cache, PreTrainedModel, SiglipPreTrainedModel
 
 from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.exchange.merge_attention import merge_attention
-from ds_lvxattn.families.family import FrameLimits, VisualFamily
+from ds_lvxattn.families.crops import Crops
 from ds_lvxattn.families.frames import encode_in_portions
 from ds_lvxattn.families.owl import checkpoint_names, hyper_qwen2, processing, published
-from ds_lvxattn.families.processors import written
 from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.runtime.batch import Exchanging, SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation, recompute
@@ -49,8 +47,8 @@ class VisualFeatures:
     recomputation: Recomputation
 
 
-class MPlugOwl3(VisualFamily):
-    """The mPLUG-Owl3 family; see ``VisualFamily``."""
+class MPlugOwl3(Crops):
+    """The mPLUG-Owl3 family; see ``Crops``."""
 
     name = "mPLUG-Owl3"
     model_class = hyper_qwen2.mPLUGOwl3Model
@@ -132,26 +130,18 @@ class MPlugOwl3(VisualFamily):
             before = seen
         return ranges
 
-    def crops_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> list[FrameShape]:
-        grid: tuple[int, ...] = ()
-        if size is not None and not size.video and getattr(processor, "cut_prompt", None) is not None:
-            grid = processing.grid_of(size.height, size.width, processor.size["height"])
-        tokens = self.frame_tokens(), self.encoder_tokens()
-        return [
-            FrameShape(*tokens, grid, crop=crop, pictures=int(crop == 0))
-            for crop in range(math.prod(grid) + 1 if grid else 1)
-        ]
+    def grid_of(self, size: FrameSize, processor: Any) -> tuple[int, ...]:
+        if getattr(processor, "cut_prompt", None) is None:
+            return ()
+        return processing.grid_of(size.height, size.width, processor.size["height"])
 
     def cut(self, frame: np.ndarray, processor: Any) -> list[np.ndarray]:
         return processing.squares_of(frame, processor.size["height"])
 
-    def write(self, text: str, sizes: Sequence[FrameSize], processor: Any, limits: FrameLimits) -> str:
-        grids = (self.crops_of(size, processor, limits)[0].grid for size in sizes)
-        pieces = (
-            processing.text_of((grid[0], grid[1]), processor.cut_prompt, self.image_token) if grid else self.image_token
-            for grid in grids
-        )
-        return written(text, self.image_token, pieces)
+    def image_text(self, grid: Sequence[int], processor: Any) -> str:
+        if not grid:
+            return self.image_token
+        return processing.text_of((grid[0], grid[1]), processor.cut_prompt, self.image_token)
 
     def complete_processor(self, processor: Any, image_token: str) -> None:
         processor.image_token = image_token
