@@ -1,21 +1,24 @@
-"""What the documentation says to type: files that are there, arguments that are taken, and that it runs."""
+"""What the documentation says to type: files that are there, arguments that are taken, and that it runs; its links."""
 
 from __future__ import annotations
 
+import argparse
+import ast
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ds_lvxattn import cli
 from ds_lvxattn.data.rows import read_row
-from ds_lvxattn.training import finetune, generate
 from ds_lvxattn.training.loading import LoadedModel
 from tests.support.conversations import IMAGE, TOKENIZER, write_video
 from tests.support.processes import REPOSITORY, finish
@@ -23,7 +26,7 @@ from tests.support.tiny_model import tiny_config, tiny_model, tiny_processor
 from tests.support.training import metrics_in
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-PARSERS = {"finetune": finetune.parse, "generate": generate.parse}
+LINKING = [*PAGES, REPOSITORY / "SECURITY.md", REPOSITORY / "CHANGELOG.md"]
 SCRIPTS = re.compile(r"^(?:launch|train|examples|benchmarks|ds_configs)/[\w./-]+$")
 INLINE = re.compile(r"`((?:ds-lvxattn|python|deepspeed|bash|[A-Z_]+=\S+ bash) [^`]+)`")
 
@@ -39,7 +42,18 @@ def texts(page: Path) -> list[str]:
     return [*filter(None, lines), *(" ".join(found.split()) for found in INLINE.findall(prose))]
 
 
+def usage(source: Path) -> list[str]:
+    """The commands in the docstring of a file: indented, and begun by what starts Python."""
+    doc = (ast.get_docstring(ast.parse(source.read_text())) or "").replace("\\\n", " ")
+    lines = re.findall(r"^ {4}((?:[A-Z_0-9]+=\S+ )*(?:ds-lvxattn|python|deepspeed|torchrun) .*)$", doc, re.M)
+    return [re.split(r" {3,}(?![ -])", line)[0] for line in lines]  # what follows is a remark
+
+
 COMMANDS = [(page.name, text) for page in PAGES for text in texts(page)]
+SOURCES = [
+    path for name in ("benchmarks", "ds_lvxattn", "examples", "train") for path in (REPOSITORY / name).rglob("*.py")
+]
+USAGES = [(str(path.relative_to(REPOSITORY)), text) for path in sorted(SOURCES) for text in usage(path)]
 
 
 def started(words: list[str]) -> str:
@@ -105,21 +119,81 @@ def test_each_command_is_run_or_it_is_said_why_not() -> None:
         assert f"\ndef {name}(" in (REPOSITORY / file).read_text(), test
 
 
-@pytest.mark.parametrize(("page", "text"), COMMANDS, ids=lambda value: value[:60])
-def test_commands(page: str, text: str) -> None:
+class Taken(BaseException):
+    """The arguments of a command were taken; nothing else of it is to run."""
+
+
+def take(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a Python command up to its parser.
+
+    Raises:
+        SystemExit: the parser refuses the arguments.
+    """
+
+    def stopping(parse: Callable[..., Any]) -> Callable[..., Any]:
+        def parsed(*arguments: Any) -> None:
+            parse(*arguments)
+            raise Taken
+
+        return parsed
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, stopping(getattr(argparse.ArgumentParser, name)))
+    if words[0] == "ds-lvxattn":
+        script, arguments = cli.COMMANDS[words[1]].module, cli._launcher_options(words[2:])[1]
+    else:
+        script = started([*words])
+        arguments = [*words[[*words].index(script) + 1 :]]
+    arguments = ["h200" if word == "profile.json" else word for word in arguments]  # a profile that there is
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(Taken):
+        if script.endswith(".py"):
+            monkeypatch.syspath_prepend(Path(script).parent.resolve())
+            runpy.run_path(script, run_name="__main__")
+        else:
+            runpy.run_module(script, run_name="__main__")
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # the module is run once more
+@pytest.mark.parametrize(("page", "text"), COMMANDS + USAGES, ids=lambda value: value[:60])
+def test_commands(page: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(text, comments=True)
     for word in words:
         assert not SCRIPTS.match(word) or (REPOSITORY / word).exists(), word
-    if "[" in text or "..." in text:  # the arguments that there are, not a command
+    if any(sign in text for sign in ("[", "...", "|")):  # the arguments that there are, not a command
         return
     script = started(words)
-    if words[0] == "ds-lvxattn":
+    if script in ("launch/single_node.sh", "launch/multi_node.sh"):
+        take(["train/finetune.py", "--ds_config", *words[words.index(script) + 1 :]], monkeypatch)
+    elif words[0] == "ds-lvxattn":
         assert words[1] in cli.COMMANDS
-        if words[1] in PARSERS and len(words) > 2:
-            PARSERS[words[1]](cli._launcher_options(words[2:])[1])
-    elif script in ("launch/single_node.sh", "launch/multi_node.sh"):
-        config, *rest = words[words.index(script) + 1 :]
-        finetune.parse(["--ds_config", config, *rest])
+        if len(words) > 2:
+            take(words, monkeypatch)
+    elif not script.endswith(".sh") and any(word.startswith("--") for word in words[words.index(script) :]):
+        take(words, monkeypatch)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name behind '#', as GitHub makes it of headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    names = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", name.strip().lower()).replace(" ", "-") for name in names}
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.name)
+def test_links(page: Path) -> None:
+    """To files and headings of the repository; and files that a page names are there."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not link.startswith("https://"):
+            name, _, heading = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            assert target.exists(), link
+            assert not heading or heading in anchors(target), link
+    for name in re.findall(r"`((?:\w+/)+[\w.*-]+\.(?:py|sh|json|md|png))`", text):
+        inside = f"ds_lvxattn/{name}"  # as most pages write them
+        assert "NAME" in name or any(REPOSITORY.glob(name)) or any(REPOSITORY.glob(inside)), name
 
 
 def test_rows() -> None:
