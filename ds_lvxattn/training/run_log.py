@@ -20,6 +20,7 @@ from ds_lvxattn.training.trackers import start_tracker
 
 MIB = 1 << 20
 LINE_SECONDS = 10.0  # of steps, for each of which a log without a terminal gets a line
+LOG_WIDTH = 140  # characters of such a log, at least: names of layers and reasons do not fit 80
 
 
 class RunLog:
@@ -56,6 +57,8 @@ class RunLog:
             return
         self.output_dir = output_dir
         self.console = Console()
+        if not self.console.is_terminal:
+            self.console.width = max(self.console.width, LOG_WIDTH)
         self._path = output_dir / METRICS
         if done is None and self._path.exists():
             keep_metrics(self._path, "an earlier run that left no checkpoint wrote metrics here")
