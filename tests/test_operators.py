@@ -108,11 +108,12 @@ def opcheck_distributed(name: str, masked: bool, keep_queries: bool) -> dict[str
         slow("query_gather", False, True),
         ("query_gather", True, False),
         slow("kv_gather", False, True),
-        ("kv_gather", True, False),
+        slow("kv_gather", True, False),
         slow("query_routed", True, True),
-        ("query_routed", True, False),
+        slow("query_routed", True, False),
         *[slow(name, False, True) for name in ("query_ring", "query_replicated", "kv_ring")],
-        *[(name, True, True) for name in ("query_ring", "query_replicated", "kv_ring")],
+        *[slow(name, True, True) for name in ("query_ring", "query_replicated")],
+        ("kv_ring", True, True),
     ],
 )
 def test_opcheck_of_distributed_operators(name: str, masked: bool, keep_queries: bool) -> None:

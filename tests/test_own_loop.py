@@ -188,9 +188,10 @@ def train_adapters_on_one_rank(when: str, folder: Path) -> tuple[list[float], to
         return losses, model(**batches.prepare(SAMPLES[:1]).inputs).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "when"),
-    [slow(2, "before"), (2, "after"), slow(3, "before"), slow(3, "after"), slow(2, "4 bits"), slow(2, "frozen layers")],
+    [(2, "before"), (2, "after"), (3, "before"), (3, "after"), (2, "4 bits"), (2, "frozen layers")],
 )
 def test_adapters_before_and_after_attaching(stage: int, when: str, tmp_path: Path) -> None:
     """Losses and logits of one rank; the saved adapters give the same logits in plain transformers."""

@@ -24,6 +24,7 @@ from ds_lvxattn.plan.profile import (
     shipped_profiles,
     write_profile,
 )
+from tests.support.marks import slow_but
 from tests.support.processes import finish
 
 ARGUMENTS = ["--text", "2048", "--frames", "6246", "--gpus", "1024"]
@@ -48,7 +49,7 @@ def test_ten_million_visual_tokens_on_1024_gpus_without_torch() -> None:
     assert lv["step_s"]["total"] == pytest.approx(sum(v for k, v in lv["step_s"].items() if k != "total"))
 
 
-@pytest.mark.parametrize("model", SHIPPED)
+@pytest.mark.parametrize("model", slow_but(SHIPPED, "Llama-3.2-11B-Vision", "mPLUG-Owl3-7B", "LLaVA-1.5-7B"))
 def test_models_that_ship(model: str) -> None:
     """Published numbers of parameters, and a plan on every cluster that ships."""
     billions = {

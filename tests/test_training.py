@@ -13,7 +13,6 @@ import torch.distributed as dist
 from transformers import AutoModelForImageTextToText
 
 from tests.support.distributed import run
-from tests.support.marks import slow
 from tests.support.processes import launch
 from tests.support.tiny_model import (
     MODES,
@@ -67,7 +66,8 @@ def test_fifty_steps_of_one_sample_of_every_kind(stage: int, tmp_path: Path) -> 
     check(Case(2, 2, stage, MODES[0], steps=50, micro_batch=1), tmp_path)
 
 
-@pytest.mark.parametrize(("recompute", "stage"), [slow("kv", 3), ("layer", 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("recompute", "stage"), [("kv", 3), ("layer", 2)])
 def test_recomputation_leaves_the_losses_as_they_are(recompute: str, stage: int, tmp_path: Path) -> None:
     check(Case(2, 2, stage, ("auto", "auto", "striped"), steps=8, recompute=recompute), tmp_path)
 

@@ -269,6 +269,7 @@ os.kill(os.getpid(), 9)
 """
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_process_that_was_killed_is_removed_at_once(tmp_path: Path) -> None:
     lock = tmp_path / "fused_adam" / "lock"
     lock.parent.mkdir()
