@@ -392,7 +392,7 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
                 bottom += height
             if parts is not None:
                 axis.hlines(parts["floor"], place - 0.4, place + 0.4, color="black", linestyle="--", linewidth=1)
-            axis.text(place, whole, f"{whole:.2f}", ha="center", va="bottom", fontsize=8)
+            axis.text(place, max(whole, bottom), f"{whole:.2f}", ha="center", va="bottom", fontsize=8)
         axis.set_xticks(range(len(run["strategies"])), list(run["strategies"]), rotation=30, ha="right", fontsize=8)
         axis.set_title(
             f"{run['link']}, ZeRO-{run['stage']}\n{run['frames']} x {run['tiles']} tiles, text {run['text']}",

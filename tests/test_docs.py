@@ -37,7 +37,8 @@ def blocks(page: Path, language: str) -> Iterator[str]:
 
 def texts(page: Path) -> list[str]:
     """The commands of a page as they stand there, those in the middle of its sentences too."""
-    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    made = [block.split(" && ")[0] for block in re.findall(r"^<!-- Made by:\n(.*?)^-->", page.read_text(), re.M | re.S)]
+    lines = [line for block in [*blocks(page, "bash"), *made] for line in block.replace("\\\n", " ").splitlines()]
     prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
     return [*filter(None, lines), *(" ".join(found.split()) for found in INLINE.findall(prose))]
 
