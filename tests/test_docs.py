@@ -18,8 +18,13 @@ from typing import Any
 import pytest
 
 from ds_lvxattn import cli
+from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.data.rows import read_row
+from ds_lvxattn.needle.small_models import SMALL_MODELS
+from ds_lvxattn.training import finetune
+from ds_lvxattn.training.compare import command as compare
 from ds_lvxattn.training.loading import LoadedModel
+from ds_lvxattn.training.settings import FinetuningConfig, LoraSettings
 from tests.support.conversations import IMAGE, TOKENIZER, write_video
 from tests.support.processes import REPOSITORY, finish
 from tests.support.tiny_model import tiny_config, tiny_model, tiny_processor
@@ -195,6 +200,29 @@ def test_links(page: Path) -> None:
     for name in re.findall(r"`((?:\w+/)+[\w.*-]+\.(?:py|sh|json|md|png))`", text):
         inside = f"ds_lvxattn/{name}"  # as most pages write them
         assert "NAME" in name or any(REPOSITORY.glob(name)) or any(REPOSITORY.glob(inside)), name
+
+
+def first_cells(page: Path, heading: str) -> set[str]:
+    """The names in the first column of the tables between a heading and the next one."""
+    [text] = re.findall(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#)", page.read_text(), re.M | re.S)
+    return {name for cell in re.findall(r"^\|([^|]+)\|", text, re.M) for name in re.findall(r"`([^`]+)`", cell)}
+
+
+def test_the_reference_has_every_key_and_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    page = REPOSITORY / "docs" / "config.md"
+    blocks = {"`sequence_parallel`": SequenceParallelConfig, "`finetuning`": FinetuningConfig, "`lora`": LoraSettings}
+    for heading, block in blocks.items():
+        assert first_cells(page, heading) == block.model_fields.keys() - {"size", "offload"}, (
+            heading
+        )  # beside the block
+    listed = {name.split()[0] for name in first_cells(page, "Command lines")}
+    taken = set()
+    for parse in (finetune.parse, compare.parse):
+        with pytest.raises(SystemExit):
+            parse(["--help"])
+        taken |= set(re.findall(r"^  (--\w+)", capsys.readouterr().out, re.M))
+    assert listed == taken - {"--local_rank"}  # which the launcher gives
+    assert all(f"`{name}`" in page.read_text() for name in SMALL_MODELS)
 
 
 def test_rows() -> None:
