@@ -22,9 +22,11 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import functools
+import logging
 import multiprocessing
 import os
 import pickle
+import select
 import signal
 import sys
 import tempfile
@@ -33,9 +35,11 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -173,6 +177,42 @@ class _Pool:
             process.kill()
             process.join()
         self.folder.cleanup()
+
+
+def fork_the_server() -> None:
+    """Fork the process that ranks are forked from off this one, which has imported what the tests need.
+
+    A new process would import all of it again, in some 13 seconds. Call it ahead of the first test: ranks must come of
+    a process that has started no threads of its own and made no gradients. Nothing happens there until the first rank
+    is asked for. With CUDA, which forbids this, it does nothing.
+    """
+    if torch.cuda.is_available():
+        return
+    _processes()
+    resource_tracker.ensure_running()  # which is a process of its own
+    with mock.patch("multiprocessing.util.spawnv_passfds", _fork):
+        forkserver.ensure_running()
+
+
+def _fork(_path: str, arguments: list[str], files: list[int]) -> int:
+    """In place of starting Python anew: the last argument is the code that it would run, with these open files."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        # What else is open belongs to the test process. It is not closed: objects that are still here would close it
+        # once more, when another file has its number.
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for name in os.listdir("/proc/self/fd"):
+            if (file := int(name)) > 2 and file not in (nothing, *files):
+                os.dup2(nothing, file)
+        sys.stdout, sys.stderr = (os.fdopen(file, "w", buffering=1, closefd=False) for file in (1, 2))
+        logging.getLogger().handlers.clear()  # those of pytest
+        asked, ended = files[:2]
+        if asked in select.select((asked, ended), (), ())[0]:  # by the first rank; or the test process has ended
+            exec(arguments[-1], {})
+    finally:
+        os._exit(1)
 
 
 @functools.cache
