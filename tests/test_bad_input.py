@@ -109,6 +109,9 @@ def test_models_parameters_and_checkpoints_that_are_not_there(tmp_path: Path) ->
     config = ds_config(1, 2, 2)
     nowhere = tmp_path / "nowhere"
     assert f"--model {nowhere}: cannot be loaded" in refused(tmp_path, config, "--model", nowhere)
+    rows = f"{nowhere}.jsonl"  # which is told ahead of the model, which may take minutes to load
+    assert f"--data {rows}: {rows}: no such file" in refused(tmp_path, config, "--model", nowhere, "--data", rows)
+    assert f"{rows}: no such file" in refused(tmp_path, config, "--model", nowhere, eval_data=rows)
     assert "'*.no_such.*', which matches no parameter" in refused(tmp_path, config, trainable=["*.no_such.*"])
     assert "holds no checkpoint" in refused(tmp_path, config, "--resume")
 

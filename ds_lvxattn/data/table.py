@@ -115,8 +115,7 @@ def open_table(data: Data) -> Table:
     if os.path.isfile(data):
         rows, unit = _read_json(data)
         return Table(data, rows.with_format("arrow"), True, unit, folder)
-    if Path(data).suffix in (".json", ".jsonl", ".parquet"):
-        raise ValueError(f"{data}: no such file")
+    check_file(data)
     name, *selection = data.split(":")
     *config, split = selection or ["train"]
     pinned: dict[str, str] = {}
@@ -124,6 +123,16 @@ def open_table(data: Data) -> Table:
         name, _, pinned["revision"] = name.rpartition("@")
     rows = _load(data, name, *config, split=split, **pinned)
     return Table(data, rows, False, "row", name if os.path.isdir(name) else "")
+
+
+def check_file(data: str | os.PathLike[str]) -> None:
+    """Refuse what is named as a file of rows and is not there.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if Path(data).suffix in (".json", ".jsonl", ".parquet") and not os.path.isfile(data):
+        raise ValueError(f"{os.fspath(data)}: no such file")
 
 
 def check_has_rows(data: object) -> None:

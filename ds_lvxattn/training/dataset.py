@@ -12,6 +12,7 @@ from ds_lvxattn.data.chat import VideoText
 from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.data.media import PixelLimits
 from ds_lvxattn.data.sample import FrameSize, SampleSource
+from ds_lvxattn.data.table import check_file
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
@@ -22,6 +23,19 @@ from ds_lvxattn.training.loading import LoadedModel
 from ds_lvxattn.training.settings import FinetuningConfig
 
 NEEDLE = "needle"
+
+
+def check_files(data: str, finetuning: FinetuningConfig) -> None:
+    """Refuse files of rows that are not there; ahead of the model, which may take minutes to load.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    try:
+        for file in filter(None, (data, finetuning.eval_data)):
+            check_file(file)
+    except ValueError as error:
+        raise ConfigError(f"--data {data}: {error}") from error
 
 
 def load_sources(

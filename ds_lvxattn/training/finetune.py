@@ -22,7 +22,7 @@ from deepspeed.accelerator import get_accelerator
 
 from ds_lvxattn.groups import launched_ranks, start_distributed
 from ds_lvxattn.training.build_locks import await_builds
-from ds_lvxattn.training.dataset import load_sources
+from ds_lvxattn.training.dataset import check_files, load_sources
 from ds_lvxattn.training.ds_config import fill_model_sizes
 from ds_lvxattn.training.launcher import follow_launcher
 from ds_lvxattn.training.loading import QUICKSTART, load_model, select_trainable
@@ -52,6 +52,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def finetune(args: argparse.Namespace, watchdog: Watchdog | None = None) -> None:
     """Set up and run one job on this rank."""
     settings = read_settings(args.ds_config, args.steps, args.seed, launched_ranks(), args.overrides)
+    check_files(args.data, settings.finetuning)
     timeout = settings.finetuning.timeout_s
     start_distributed(timeout=group_timeout(timeout))
     watchdog = watchdog or Watchdog()
