@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, merge_attention, sp_attention
@@ -59,6 +61,53 @@ def test_opcheck_of_merge_attention() -> None:
     outs = torch.randn(3, 2, 4, 5, 8, device=device(), requires_grad=True)
     lses = torch.randn(3, 2, 4, 5, device=device(), requires_grad=True)
     torch.library.opcheck(ops.merge_attention, (outs, lses))
+
+
+def second_derivative() -> Tensor:
+    q, k, v = qkv()
+    (dq,) = torch.autograd.grad(sp_attention(q, k, v)[0].square().sum(), q, create_graph=True)
+    return torch.autograd.grad(dq.sum(), k)[0]
+
+
+def tangent() -> Tensor:
+    q, k, v = qkv(requires_grad=False)
+    with forward_ad.dual_level():
+        return sp_attention(forward_ad.make_dual(q, q), k, v)[0]
+
+
+@pytest.mark.parametrize(
+    ("differentiate", "message"),
+    [
+        (second_derivative, "local_attention was differentiated with create_graph=True"),
+        (tangent, "local_attention was called inside a transform of torch.func .* or forward-mode"),
+        (lambda: torch.func.grad(lambda q: sp_attention(q, q, q)[0].sum())(qkv()[1]), "inside a transform"),
+        (lambda: torch.vmap(lambda q: sp_attention(q, q, q)[0])(qkv()[1][None]), "inside a transform"),
+    ],
+)
+def test_derivatives_that_there_are_none_of_are_refused(differentiate: Callable[[], Tensor], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        differentiate()
+
+
+def test_autocast_takes_queries_keys_and_values_in_its_dtype() -> None:
+    q, k, v = qkv()
+    with torch.autocast(device().type, torch.bfloat16):
+        out, _ = sp_attention(q, k, v.bfloat16())
+        double = sp_attention(q.double(), k.double(), v.double())[0]
+    want, _ = sp_attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert out.dtype == torch.bfloat16 and torch.equal(out, want) and double.dtype == torch.float64
+    out.float().sum().backward()
+    assert q.grad is not None and q.grad.dtype == torch.float32
+
+
+def test_an_interval_serves_evaluation_in_inference_mode_and_then_training() -> None:
+    q, k, v = qkv()
+    interval = KVInterval(*ranges(2, Q_LENGTHS[0]))
+    with torch.inference_mode():
+        want, _ = sp_attention(q, k, v, interval=interval)
+    out, _ = sp_attention(q, k, v, interval=interval)
+    out.sum().backward()
+    assert torch.equal(out, want) and q.grad is not None
 
 
 def opcheck_distributed(name: str, masked: bool, keep_queries: bool) -> dict[str, str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import family_of
@@ -120,23 +123,63 @@ def test_a_sink_takes_its_share_of_the_weights() -> None:
     torch.testing.assert_close(got, expected)
 
 
-def with_other_masks() -> list[str]:
-    """What is said of a padding mask and of restarting positions beside a batch."""
+def with_other_arguments() -> dict[str, str]:
+    """What is said of arguments beside those of a batch, and of a model that was changed after it was attached."""
     samples, model = samples_of(TEXT[0]), text_model("llama")
     inputs = attach(model, dist.get_world_size(), MODES[0], samples).prepare(samples).inputs
-    said = []
-    for others in (
-        {"attention_mask": torch.ones_like(inputs["input_ids"])},
-        {"position_ids": inputs["position_ids"] % 4},
-    ):
+    ids, lengths = inputs["input_ids"], torch.tensor([0, 2])
+    said = {}
+
+    def note(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         try:
-            model(**{**inputs, **others})
-        except ValueError as error:
-            said.append(str(error))
+            function(*args, **kwargs)
+        except (ConfigError, ValueError) as error:
+            said[name] = str(error)
+
+    others: dict[str, Any] = {
+        "attention_mask": torch.ones_like(ids), "position_ids": inputs["position_ids"] % 4, "cu_seq_lens_q": lengths,
+        "is_causal": False, "output_attentions": True, "output_router_logits": True, "use_cache": True,
+        "past_key_values": DynamicCache(), "logits_to_keep": 1, "shift_labels": None, "num_items_in_batch": None,
+        "input_ids": ids[:, 1:],
+    }  # fmt: skip
+    for name, value in others.items():
+        note(name, model, **{**inputs, name: value})
+    note("no positions", model, **{**inputs, "position_ids": None})
+    note("by position", model, ids, others["attention_mask"], **{k: x for k, x in inputs.items() if k != "input_ids"})
+    handed = {name: inputs[name] for name in ("input_ids", "position_ids", "sequence_parallel")}
+    note("inside", model.get_submodule("model"), **handed, attention_mask=others["attention_mask"])
+    note("another model's", attach_another(), **inputs)
+    note("copied", copy.deepcopy, model)
+    note("pickled", pickle.dumps, model)
+    model.set_attn_implementation("sdpa")  # type: ignore[operator]
+    note("implementation", model, **inputs)
     return said
 
 
-def test_masks_beside_the_batch_are_refused() -> None:
-    mask, positions = run(2, with_other_masks)[0]
-    assert "attention_mask was given beside sequence_parallel" in mask
-    assert "position_ids were given that are not those of the batch" in positions
+def attach_another() -> nn.Module:
+    other = text_model("llama")
+    attach(other, dist.get_world_size(), MODES[0], samples_of(TEXT[0]))
+    return other
+
+
+def test_other_arguments_beside_the_batch_are_refused_by_name() -> None:
+    said = run(2, with_other_arguments)[0]
+    named = {
+        "no positions": "position_ids are missing", "by position": "attention_mask was given beside sequence_parallel",
+        "inside": "attention_mask was given beside sequence_parallel", "past_key_values": "use_cache is set",
+        "another model's": "not of the model that sequence_parallel was prepared for", "copied": "take its state_dict()",
+        "pickled": "take its state_dict()", "implementation": "was set to 'sdpa' after the model was attached",
+        "shift_labels": "labels were given without shift_labels", "input_ids": r"input_ids of shape [1, 8]",
+        "num_items_in_batch": "labels were given without num_items_in_batch",
+        "position_ids": "position_ids were given that are not those of the batch",
+    }  # fmt: skip
+    assert len(said) == 19, ", ".join(said)
+    for name, message in said.items():
+        assert named.get(name, name) in message, (name, message)
+
+
+def test_self_attention_that_is_not_causal_is_refused() -> None:
+    model = text_model("llama")
+    model.get_submodule("model.layers.1.self_attn").is_causal = False  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"model\.layers\.1\.self_attn\.is_causal is False"):
+        TextOnly(model.config).attention_layers(model)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import NoReturn
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,7 +22,12 @@ from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.plan.modes import eligible_modes
 from ds_lvxattn.runtime.compiled import compile_layers
 from ds_lvxattn.runtime.recompute import Recomputation
-from ds_lvxattn.runtime.registration import IMPLEMENTATION, refuse_other_masks, register_with_transformers
+from ds_lvxattn.runtime.registration import (
+    IMPLEMENTATION,
+    refuse_other_arguments,
+    refuse_other_masks,
+    register_with_transformers,
+)
 from ds_lvxattn.runtime.tiled import TiledLogits, tile_feed_forward
 
 # transformers chooses these by itself; any other implementation is somebody's wish, which is not overruled.
@@ -72,10 +79,15 @@ class SequenceParallel:
                 "in the model's config"
             )
         check_positions(text)
+        vars(model)["__reduce_ex__"] = _refuse_copies
         register_with_transformers()
         if self.family.attention_config is not None:
             model.set_attn_implementation({self.family.attention_config: IMPLEMENTATION})
-        model.register_forward_pre_hook(refuse_other_masks, with_kwargs=True)
+        registered = self.family.attention_config is not None
+        for part in self._around_exchanged:
+            part.register_forward_pre_hook(refuse_other_masks, with_kwargs=True)
+        refuse = functools.partial(refuse_other_arguments, text, registered)
+        model.register_forward_pre_hook(refuse, with_kwargs=True)
         self.family.reach_attention(model)
         self.recomputation = Recomputation(
             model,
@@ -99,6 +111,14 @@ class SequenceParallel:
         return [module for module, layer in self.layers.items() if layer.role != "local"]
 
     @property
+    def _around_exchanged(self) -> list[PreTrainedModel]:
+        """The model, and the models in it that hold exchanged attention."""
+        exchanged = {*self._exchanged}
+        inside = (module for module in self.model.modules() if isinstance(module, PreTrainedModel))
+        holders = (module for module in inside if not exchanged.isdisjoint(module.modules()))
+        return [self.model, *(module for module in holders if module is not self.model)]
+
+    @property
     def decoder_layers(self) -> list[GradientCheckpointingLayer]:
         """The layers around exchanged attention, which transformers can checkpoint."""
         return decoder_layers(self.model, self.layers)
@@ -119,6 +139,19 @@ class SequenceParallel:
     def windows(self) -> list[int]:
         """Sliding windows of self-attention layers, each once."""
         return sorted({layer.window for layer in self.layers.values() if layer.window is not None})
+
+
+def _refuse_copies(protocol: object) -> NoReturn:
+    """``__reduce_ex__`` of an attached model, by which ``copy`` and ``pickle`` take it apart.
+
+    Raises:
+        ConfigError: always: hooks and wrapped methods of the copy would be those of the model itself, with its weights.
+    """
+    raise ConfigError(
+        "a model that is attached was to be copied or pickled (copy.deepcopy, torch.save of a whole model, an average of "
+        "weights), and the copy would compute with this model's process groups and weights; copy it ahead of attach, or "
+        "take its state_dict()"
+    )
 
 
 def decoder_layers(model: nn.Module, layers: Mapping[nn.Module, AttentionLayer]) -> list[GradientCheckpointingLayer]:

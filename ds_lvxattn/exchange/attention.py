@@ -18,6 +18,7 @@ from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
 from ds_lvxattn.exchange.strategies import implementation_of
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.dispatch import select_kernel
+from ds_lvxattn.kernels.operator import in_autocast_dtype
 from ds_lvxattn.kernels.settled import settled
 from ds_lvxattn.plan.modes import LOCAL, Mode, mode_named, modes
 
@@ -49,6 +50,7 @@ def sp_attention(
 
     Args:
         q: ``[B, H_q, s_q, D]``, the rank's own rows; float64, float32, bfloat16 or float16, CPU or CUDA.
+            Under ``torch.autocast``, ``q``, ``k`` and ``v`` are taken in its dtype, but for float64.
         k, v: ``[B, H_kv, s_kv, D]`` and ``[B, H_kv, s_kv, D_v]``, the rank's own keys and values; ``H_q`` is a
             multiple of ``H_kv``. Shards may be uneven or empty. Values may have another head size than keys (latent
             attention of DeepSeek); each travels in its own.
@@ -86,6 +88,7 @@ def sp_attention(
     Raises:
         ValueError: shapes, dtypes or settings do not fit; the message says what to change.
     """
+    q, k, v = in_autocast_dtype(q, k, v)
     if interval is not None and not isinstance(interval, KVInterval):
         interval = KVInterval.several(interval)
     comm = communicator(group)

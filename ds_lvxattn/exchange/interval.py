@@ -136,7 +136,9 @@ class KVInterval:
         which kernels find what they derived in turn (``kernels/derived.py``). Not for what takes a collective.
         """
         if key not in self._made:
-            self._made[key] = make()
+            # Made in an evaluation, it is saved for the backward pass of the next step too.
+            with torch.inference_mode(False):
+                self._made[key] = make()
         return self._made[key]
 
     def within(self, keys: int) -> KVInterval:

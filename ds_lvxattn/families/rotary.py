@@ -52,7 +52,13 @@ def self_attention_role(module: Any) -> str | None:
 
 
 def self_attention_window(module: Any) -> int | None:
-    """The sliding window of such a module, as it hands it to its attention function; None: none."""
+    """The sliding window of such a module, as it hands it to its attention function; None: none.
+
+    Where the config has a type for each layer, modules of other layers may name the window too (EXAONE 4).
+    """
+    types = getattr(module.config, "layer_types", None)
+    if types and types[min(module.layer_idx, len(types) - 1)] != "sliding_attention":
+        return None
     return getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
 
 
@@ -68,4 +74,5 @@ def self_attention_sizes(module: Any) -> tuple[int, int, int]:
 
 
 def _head_dim(module: Any) -> Any:
-    return getattr(module, "qk_head_dim", getattr(module, "head_dim", None))
+    names = ("qk_head_dim", "head_dim", "head_size")
+    return next((getattr(module, name) for name in names if hasattr(module, name)), None)

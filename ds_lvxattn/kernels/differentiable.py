@@ -13,6 +13,7 @@ from typing import Any, Optional, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ds_lvxattn.kernels.base import empty_results, empty_rows
 from ds_lvxattn.kernels.local import BackwardPass, LocalAttention
@@ -109,8 +110,12 @@ def attention_operator(
             dout = torch.zeros_like(out) if dout is None else dout
             q = out if q is None else q
             inputs = (dout, dlse, q, *more)
-            # A second derivative, which there is none of, is the dispatcher's to refuse.
-            if torch.is_grad_enabled() or _seen(inputs):
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"ds_lvxattn::{name} was differentiated with create_graph=True, and its gradient has no derivative; "
+                    "leave create_graph out, or let this attention run with 'sequence_parallel_size' 1, by torch's own"
+                )
+            if _seen(inputs):
                 return None, None, *operator_backward(*inputs, *ctx.settings), *no_gradients
             with torch._C._AutoDispatchBelowAutograd():
                 return None, None, *run_backward(*inputs, *ctx.settings), *no_gradients
@@ -126,7 +131,10 @@ def attention_operator(
         return differentiable(operator if _seen(args[:saved]) else run, args)
 
     def call(*args: Any) -> tuple[Tensor, ...]:
-        if torch.compiler.is_compiling() or _seen(args[:saved]):
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            _refuse_transforms(name)
+        if compiling or _seen(args[:saved]):
             return operator(*args)
         return differentiable(run, args)
 
@@ -161,14 +169,26 @@ def _like(x: Tensor, pattern: Tensor) -> Tensor:
     return empty_rows(pattern, x.shape[3]).copy_(x)
 
 
+def _refuse_transforms(name: str) -> None:
+    """Raise ``RuntimeError`` inside a transform of ``torch.func`` or forward-mode differentiation.
+
+    A tangent would end at the operator, silently, and a batched operator call its collectives once for each entry.
+    """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        raise RuntimeError(
+            f"ds_lvxattn::{name} was called inside a transform of torch.func (grad, vmap, jvp, ...) or forward-mode "
+            "differentiation, which it does not take part in; call backward or torch.autograd.grad instead"
+        )
+
+
 PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def _seen(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether something has to see the operator: a mode (tracing, selective checkpointing), a transform, the profiler,
-    or a tensor that is not a plain one."""
+    """Whether something has to see the operator: a mode (tracing, selective checkpointing), the profiler, or a tensor
+    that is not a plain one."""
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return True
-    if torch._C._are_functorch_transforms_active() or torch.autograd._profiler_enabled():
+    if torch.autograd._profiler_enabled():
         return True
     return not PLAIN.issuperset(map(type, tensors))

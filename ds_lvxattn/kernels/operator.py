@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ds_lvxattn.kernels.differentiable import attention_operator
@@ -17,6 +18,16 @@ def _backward(given: BackwardPass) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _operator = attention_operator("local_attention", _forward, _backward)
+
+
+def in_autocast_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``q, k, v`` as they are; under ``torch.autocast`` in its dtype, but for float64, as torch's own attention has them:
+    layers hand over float32 queries and keys there, whose rotary tables are, beside values of half their size."""
+    device = q.device.type
+    if not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def local_attention(

@@ -12,6 +12,9 @@ documents, for which it would wait for the device. What a caller hands over as a
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ds_lvxattn.exchange.interval import KVInterval
-from ds_lvxattn.kernels.operator import local_attention
+from ds_lvxattn.kernels.operator import in_autocast_dtype, local_attention
 from ds_lvxattn.runtime.batch import Exchanging, SequenceParallelBatch
 
 # The attention functions are never part of a compiled graph: see ``runtime.compiled``.
@@ -67,19 +70,30 @@ def exchanged_attention(
     if sequence_parallel is None:
         raise ValueError(
             f"attention implementation '{IMPLEMENTATION}' needs the forward argument sequence_parallel; pass the "
-            "inputs that prepare made of the batch, or model.set_attn_implementation('sdpa') to run without it"
+            "inputs that prepare made of the batch, or model.set_attn_implementation('sdpa') to run without it. (If "
+            f"those were passed, the layers of this model do not hand them on to their {type(module).__name__}, as those "
+            "of Nemotron: it cannot be sequence-parallel)"
         )
     if dropout:
         raise ValueError(f"attention dropout is {dropout}; sequence-parallel attention has none, set it to 0")
     if attention_mask is not None:
-        raise ValueError("a dense attention mask was given; sequence-parallel attention takes intervals")
+        raise ValueError(
+            f"{type(module).__name__} was given a dense attention mask; sequence-parallel attention takes intervals. "
+            "Leave a mask of yours out; a model that makes one itself (Doge) cannot be sequence-parallel"
+        )
     for name in UNSUPPORTED:
         if others.get(name) is not None:
             raise ValueError(
                 f"{type(module).__name__} attends with {name}, which sequence-parallel attention does not compute; set "
                 "it to None in the model's config, or 'sequence_parallel_size' to 1"
             )
-    given, planned = others.get("sliding_window"), sequence_parallel.plans[module].window
+    plan = sequence_parallel.plans.get(module)
+    if plan is None:
+        raise ValueError(
+            f"this {type(module).__name__} is not of the model that sequence_parallel was prepared for: it is another "
+            "model's, or came after attach; give each model the inputs of its own prepare"
+        )
+    given, planned = others.get("sliding_window"), plan.window
     if given != planned:
         raise ValueError(
             f"{type(module).__name__} attends with a sliding window of {given}, and its family says {planned}; let "
@@ -114,28 +128,117 @@ def encoder_attention(
     if not isinstance(attention_mask, KVInterval):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    query, key, value = in_autocast_dtype(query, key, value)
     out, _lse = local_attention(query, key, value, attention_mask.start, attention_mask.stop, scale, "auto")
     return out.transpose(1, 2), None
 
 
+# Arguments of transformers' attention functions and models that say what a row sees, apart from masks; see what they
+# ask for in ``_OTHERWISE``.
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+# Arguments of a model's forward beside a batch: why it does not follow them, and what to do.
+_OTHERWISE = {
+    **dict.fromkeys(PACKED, "documents that share a row are samples of their own, see packing of ds_lvxattn.attach"),
+    "is_causal": "what a row sees are the batch's intervals; leave it out",
+    "output_attentions": "no rank has the weights of whole rows; leave it out",
+    "output_router_logits": "the loss that balances experts is not a sum over the ranks' tokens; set it to False",
+}
+
+
 def refuse_other_masks(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before the model's forward, with ``sequence_parallel``: what would be a mask beside its intervals is refused.
+    """Before a forward with ``sequence_parallel``, of the model or of one in it: another mask is refused.
 
     Raises:
-        ValueError: naming the argument: ``attention_mask``, or ``position_ids`` that are not those of the batch.
+        ValueError: naming the argument: ``attention_mask``, or one of ``PACKED``.
     """
-    batch = kwargs.get("sequence_parallel")
-    if not isinstance(batch, SequenceParallelBatch):
+    if not isinstance(kwargs.get("sequence_parallel"), SequenceParallelBatch):
         return
-    if kwargs.get("attention_mask") is not None:
+    given = _named(model, args, kwargs)
+    mask = given.get("attention_mask")
+    if mask is not None and not (isinstance(mask, dict) and all(each is None for each in mask.values())):
         raise ValueError(
             "attention_mask was given beside sequence_parallel, whose intervals say what each row sees: they leave out "
             "what stands behind a sample's end. Leave the argument out, and give samples without padding on their left"
         )
-    given = kwargs.get("position_ids")
-    if given is not batch.position_ids and batch.position_ids is not None:
+    for name in PACKED:
+        if given.get(name) is not None:
+            raise ValueError(f"{name} was given beside sequence_parallel: {_OTHERWISE[name]}")
+
+
+def refuse_other_arguments(
+    config: Any, registered: bool, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Before the model's forward with ``sequence_parallel``: what would be computed otherwise than asked is refused.
+
+    Args:
+        config: of the language model.
+        registered: whether its attention is found in transformers' registry.
+
+    Raises:
+        ValueError: naming the argument, and what to do.
+    """
+    batch = kwargs.get("sequence_parallel")
+    if not isinstance(batch, SequenceParallelBatch):
+        return
+    given = _named(model, args, kwargs)
+    if registered and config._attn_implementation != IMPLEMENTATION:
+        raise ValueError(
+            f"the attention implementation was set to '{config._attn_implementation}' after the model was attached, "
+            "which would attend to this rank's part alone: set it back with "
+            f"model.set_attn_implementation('{IMPLEMENTATION}'), or leave sequence_parallel out"
+        )
+    if batch.position_ids is not None:
+        _check_rows(batch.position_ids, given)
+    for name, why in _OTHERWISE.items():
+        switch = name.startswith("output_")  # which the config may set too
+        value = given.get(name, getattr(config, name, None) if switch else None)
+        if value is not None and not (switch and value is False):
+            raise ValueError(f"{name} is {value!r} beside sequence_parallel: {why}")
+    cached = given.get("past_key_values")
+    if torch.is_grad_enabled() and (cached is not None or given.get("use_cache", getattr(config, "use_cache", False))):
+        raise ValueError(
+            "use_cache is set, or past_key_values given, in a forward that trains beside sequence_parallel: layers that "
+            "are computed again in the backward pass would find their own keys in the cache; set use_cache to False"
+        )
+    if given.get("labels") is not None:
+        for name, why in (
+            ("shift_labels", "each rank would shift the labels of its own rows, and lose those at their ends"),
+            ("num_items_in_batch", "each rank would divide its part of the loss by its own number of labels"),
+        ):
+            if given.get(name) is None:
+                raise ValueError(f"labels were given without {name} beside sequence_parallel: {why}; pass the batch's")
+        if given.get("logits_to_keep", 0) not in (0, None):
+            raise ValueError(
+                f"logits_to_keep is {given['logits_to_keep']!r} beside labels and sequence_parallel: each rank would "
+                "keep the last of its own rows; leave it out, or for memory set 'sequence_parallel.tiled_logits'"
+            )
+
+
+def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward by name."""
+    return {**dict(zip(_parameters(type(model)), args, strict=False)), **kwargs} if args else kwargs
+
+
+@functools.cache
+def _parameters(model_class: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(model_class.forward).parameters)[1:]
+
+
+def _check_rows(position_ids: Tensor, given: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless the rows that are given are those of the batch, with its ``position_ids``."""
+    if given.get("position_ids") is not position_ids:
         raise ValueError(
             "position_ids were given that are not those of the batch beside sequence_parallel: transformers would take "
             "restarting positions for packed documents. Pass the batch's inputs as they are; documents that are to "
             "share a row are samples of their own, see packing of ds_lvxattn.attach"
+            if given.get("position_ids") is not None
+            else "position_ids are missing beside sequence_parallel: each rank would count its own rows from 0. Pass the "
+            "batch's inputs as they are"
         )
+    for name in ("input_ids", "inputs_embeds", "shift_labels"):
+        rows = given.get(name)
+        if rows is not None and rows.shape[:2] != position_ids.shape[-2:]:
+            raise ValueError(
+                f"{name} of shape {list(rows.shape)} was given beside sequence_parallel, whose batch has "
+                f"{list(position_ids.shape[-2:])} rows on this rank; pass the batch's inputs as they are"
+            )

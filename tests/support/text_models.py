@@ -43,6 +43,8 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_inner": 48, "n_positions": 64, "attn_pdrop": 0.0,
              "resid_pdrop": 0.0, "embd_pdrop": 0.0},  # learned positions
     "cohere2": ONE_WINDOW,  # attention beside the feed-forward part
+    "exaone4": ONE_WINDOW,  # every layer names the window, and full ones have no rotary positions
+    "gpt_neox": {"attention_bias": True},  # one projection of all heads, in turn
     "deepseek_v3": {**LATENT, **ROUTED},
     "deepseek_v2": {**LATENT, **ROUTED, "topk_method": "greedy"},  # rotary positions as complex numbers
     "longcat_flash": {**LATENT, "num_layers": 2, "ffn_hidden_size": 48, "n_routed_experts": 4, "zero_expert_num": 2,
