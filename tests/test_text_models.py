@@ -167,8 +167,8 @@ def test_other_arguments_beside_the_batch_are_refused_by_name() -> None:
     named = {
         "no positions": "position_ids are missing", "by position": "attention_mask was given beside sequence_parallel",
         "inside": "attention_mask was given beside sequence_parallel", "past_key_values": "use_cache is set",
-        "another model's": "not of the model that sequence_parallel was prepared for", "copied": "take its state_dict()",
-        "pickled": "take its state_dict()", "implementation": "was set to 'sdpa' after the model was attached",
+        "another model's": "not of the model that sequence_parallel was prepared for", "copied": "state_dict()",
+        "pickled": "state_dict()", "implementation": "was set to 'sdpa' after the model was attached",
         "shift_labels": "labels were given without shift_labels", "input_ids": r"input_ids of shape [1, 8]",
         "num_items_in_batch": "labels were given without num_items_in_batch",
         "position_ids": "position_ids were given that are not those of the batch",

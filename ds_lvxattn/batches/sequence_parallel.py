@@ -148,9 +148,9 @@ def _refuse_copies(protocol: object) -> NoReturn:
         ConfigError: always: hooks and wrapped methods of the copy would be those of the model itself, with its weights.
     """
     raise ConfigError(
-        "a model that is attached was to be copied or pickled (copy.deepcopy, torch.save of a whole model, an average of "
-        "weights), and the copy would compute with this model's process groups and weights; copy it ahead of attach, or "
-        "take its state_dict()"
+        "a model that is attached was to be copied or pickled (copy.deepcopy, torch.save of a whole model, an average "
+        "of weights), and the copy would compute with this model's process groups and weights; copy it ahead of "
+        "attach, or take its state_dict()"
     )
 
 

@@ -123,16 +123,16 @@ class Family(ABC):
         serves that one alone.
 
         Raises:
-            ConfigError: the model has a class of attention that the family does not know, or self-attention of text that
-                is not causal.
+            ConfigError: the model has a class of attention that the family does not know, or self-attention of text
+                that is not causal.
         """
         layers = {}
         for name, module in model.named_modules():
             role = self.role_of(module)
             if role == "self" and not getattr(module, "is_causal", True):
                 raise ConfigError(
-                    f"{name}.is_causal is False, and sequence-parallel self-attention is causal; leave it at True, or set "
-                    "'sequence_parallel_size' to 1"
+                    f"{name}.is_causal is False, and sequence-parallel self-attention is causal; leave it at True, or "
+                    "set 'sequence_parallel_size' to 1"
                 )
             if role is not None:
                 layers[module] = AttentionLayer(

@@ -112,8 +112,8 @@ def attention_operator(
             inputs = (dout, dlse, q, *more)
             if torch.is_grad_enabled():
                 raise RuntimeError(
-                    f"ds_lvxattn::{name} was differentiated with create_graph=True, and its gradient has no derivative; "
-                    "leave create_graph out, or let this attention run with 'sequence_parallel_size' 1, by torch's own"
+                    f"ds_lvxattn::{name} was differentiated with create_graph=True, and its gradient has no "
+                    "derivative; leave create_graph out, or let this attention run with 'sequence_parallel_size' 1"
                 )
             if _seen(inputs):
                 return None, None, *operator_backward(*inputs, *ctx.settings), *no_gradients

@@ -21,8 +21,10 @@ _operator = attention_operator("local_attention", _forward, _backward)
 
 
 def in_autocast_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``q, k, v`` as they are; under ``torch.autocast`` in its dtype, but for float64, as torch's own attention has them:
-    layers hand over float32 queries and keys there, whose rotary tables are, beside values of half their size."""
+    """``q, k, v`` as they are; under ``torch.autocast`` in its dtype, but for float64, as torch's own attention has it.
+
+    There, layers hand over queries and keys in float32, as their rotary tables are, and values in low precision.
+    """
     device = q.device.type
     if not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
         return q, k, v

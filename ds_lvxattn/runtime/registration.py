@@ -71,8 +71,8 @@ def exchanged_attention(
         raise ValueError(
             f"attention implementation '{IMPLEMENTATION}' needs the forward argument sequence_parallel; pass the "
             "inputs that prepare made of the batch, or model.set_attn_implementation('sdpa') to run without it. (If "
-            f"those were passed, the layers of this model do not hand them on to their {type(module).__name__}, as those "
-            "of Nemotron: it cannot be sequence-parallel)"
+            f"those were passed, the layers of this model do not hand them on to their {type(module).__name__}, as "
+            "those of Nemotron: it cannot be sequence-parallel)"
         )
     if dropout:
         raise ValueError(f"attention dropout is {dropout}; sequence-parallel attention has none, set it to 0")
@@ -197,8 +197,8 @@ def refuse_other_arguments(
     cached = given.get("past_key_values")
     if torch.is_grad_enabled() and (cached is not None or given.get("use_cache", getattr(config, "use_cache", False))):
         raise ValueError(
-            "use_cache is set, or past_key_values given, in a forward that trains beside sequence_parallel: layers that "
-            "are computed again in the backward pass would find their own keys in the cache; set use_cache to False"
+            "use_cache is set, or past_key_values given, in a forward that trains beside sequence_parallel: layers "
+            "that are computed again in the backward pass would find their own keys in the cache; set use_cache to False"
         )
     if given.get("labels") is not None:
         for name, why in (
@@ -232,8 +232,8 @@ def _check_rows(position_ids: Tensor, given: Mapping[str, Any]) -> None:
             "restarting positions for packed documents. Pass the batch's inputs as they are; documents that are to "
             "share a row are samples of their own, see packing of ds_lvxattn.attach"
             if given.get("position_ids") is not None
-            else "position_ids are missing beside sequence_parallel: each rank would count its own rows from 0. Pass the "
-            "batch's inputs as they are"
+            else "position_ids are missing beside sequence_parallel: each rank would count its own rows from 0. Pass "
+            "the batch's inputs as they are"
         )
     for name in ("input_ids", "inputs_embeds", "shift_labels"):
         rows = given.get(name)
