@@ -198,7 +198,7 @@ def refuse_other_arguments(
     if torch.is_grad_enabled() and (cached is not None or given.get("use_cache", getattr(config, "use_cache", False))):
         raise ValueError(
             "use_cache is set, or past_key_values given, in a forward that trains beside sequence_parallel: layers "
-            "that are computed again in the backward pass would find their own keys in the cache; set use_cache to False"
+            "that are computed again in the backward pass would find their own keys in the cache; leave both out"
         )
     if given.get("labels") is not None:
         for name, why in (
