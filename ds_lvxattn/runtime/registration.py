@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -216,12 +216,12 @@ def refuse_other_arguments(
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a forward by name."""
-    return {**dict(zip(_parameters(type(model)), args, strict=False)), **kwargs} if args else kwargs
+    return {**dict(zip(_parameters(type(model).forward), args, strict=False)), **kwargs} if args else kwargs
 
 
 @functools.cache
-def _parameters(model_class: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(model_class.forward).parameters)[1:]
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]  # without self
 
 
 def _check_rows(position_ids: Tensor, given: Mapping[str, Any]) -> None:
