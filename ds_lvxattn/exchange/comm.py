@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -64,6 +64,7 @@ class Communicator:
         received: bytes received from *other* ranks, by what they carry (``queries``, ``outputs``, ...).
         between: of these, bytes received from ranks on other nodes.
         levels: the communicators of both levels of a grid, by its inner size; see ``exchange.grid``.
+        made: what strategies make once a group, by its name.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, whole: Communicator | None = None) -> None:
@@ -74,6 +75,7 @@ class Communicator:
         self.node_size = self.ranks
         self.host_ranks: int | None = None
         self.levels: dict[int, tuple[Communicator, Communicator]] = {}
+        self.made: dict[str, Any] = {}
         self.received: Counter[str] = Counter() if whole is None else whole.received
         self.between: Counter[str] = Counter() if whole is None else whole.between
 
@@ -182,19 +184,23 @@ class Communicator:
         Returns:
             A handle; see ``Transfer.wait``.
         """
-        ops = [
-            dist.P2POp(op, _raw(x), group=self.group, group_peer=peer)
-            for message in messages
-            for op, x, peer in (
-                (dist.isend, message.send, message.to),
-                (dist.irecv, message.receive, message.source),
-            )
-            if x.numel()
-        ]
-        for message in messages:
-            self.received[message.what] += message.receive.nbytes
-            self.between[message.what] += message.receive.nbytes * self._far(message.source)
-        return Transfer(dist.batch_isend_irecv(ops) if ops else [], [message.send for message in messages])
+        calls: list[tuple[Callable[..., dist.Work | None], Tensor, dict[str, int]]] = []
+        for what, send, to, receive, source in messages:
+            if send.numel():
+                calls.append((dist.isend, _raw(send), {"group_dst": to}))
+            if receive.numel():
+                calls.append((dist.irecv, _raw(receive), {"group_src": source}))
+            self.received[what] += receive.nbytes
+            self.between[what] += receive.nbytes * self._far(source)
+        # What ``batch_isend_irecv`` comes to, whose objects and checks of every message take the host longer.
+        if calls and calls[0][1].is_cuda:
+            with _coalescing_manager(self.group, device=calls[0][1].device, async_ops=True) as coalesced:
+                for call, x, peer in calls:
+                    call(x, group=self.group, **peer)
+            works = coalesced.works
+        else:
+            works = [work for call, x, peer in calls if (work := call(x, group=self.group, **peer)) is not None]
+        return Transfer(works, [message.send for message in messages])
 
     def account(self, x: Tensor, what: str) -> Tensor:
         """Count an evenly divided all-to-all that a library ran: ``x`` is what this rank got out of it.

@@ -29,7 +29,8 @@ def derived_of(start: Tensor, stop: Tensor, key: Hashable, make: Callable[[], T]
     if start.is_cuda:
         if torch.cuda.is_current_stream_capturing():
             return make()
-        key = key, torch.cuda.current_stream(start.device).cuda_stream  # what another stream makes may not be done
+        # What another stream makes may not be done.
+        key = key, torch._C._cuda_getCurrentRawStream(start.get_device())
     made = _derived.setdefault(start, {})
     versions = start._version, stop._version
     known = made.get(key)

@@ -70,7 +70,8 @@ def redistributed_heads(
         k, v = (x.repeat_interleave(comm.ranks // k.shape[1], dim=1) for x in (k, v))
     own, (rows, keys) = q.shape[2], (_longest(shards, members) for shards in (layout.q, layout.kv))
     local = _HeadShard(comm, layout, members, attend)
-    context = _distributed_attention(comm, local)(_padded(q, rows), _padded(k, keys), _padded(v, keys), 0)
+    distributed = _distributed_attention(comm)
+    context = distributed(_padded(q, rows), _padded(k, keys), _padded(v, keys), 0, None, local)
     out = comm.account(context, "outputs")
     lse = comm.account(_sequence_shard(local.lse, comm), "lse")
     return out[:, :own].transpose(1, 2), lse[:, :own, :, 0].transpose(1, 2).contiguous()
@@ -97,11 +98,17 @@ class _HeadShard:
         return _place(out.transpose(1, 2), q_order, padded_rows)
 
 
-def _distributed_attention(comm: Communicator, local: _HeadShard) -> torch.nn.Module:
-    from deepspeed.sequence.layer import DistributedAttention
+def _distributed_attention(comm: Communicator) -> torch.nn.Module:
+    """DeepSpeed's module, once a group. It hands its last argument, a ``_HeadShard``, to what it calls in the middle."""
+    if "DistributedAttention" not in comm.made:
+        from deepspeed.sequence.layer import DistributedAttention
 
-    _start_deepspeed_comm()
-    return DistributedAttention(local, comm.group, scatter_idx=2, gather_idx=1)
+        def attend(q: Tensor, k: Tensor, v: Tensor, local: _HeadShard) -> Tensor:
+            return local(q, k, v)
+
+        _start_deepspeed_comm()
+        comm.made["DistributedAttention"] = DistributedAttention(attend, comm.group, scatter_idx=2, gather_idx=1)
+    return comm.made["DistributedAttention"]
 
 
 def _sequence_shard(x: Tensor, comm: Communicator) -> Tensor:
