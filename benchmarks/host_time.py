@@ -8,6 +8,10 @@ waits, longer than the host needs for all calls of a turn, so that no call is he
 take turns; a figure is the median of its calls, of the slowest rank, with the quartiles. The layers have the heads of
 Llama-3.2-11B-Vision and few rows and keys: the host's time does not depend on sizes. Without a GPU the times include
 the compute, and say nothing.
+
+What a local call consists of: ``autograd alone`` is a function that only allocates what attention returns; ``KERNEL
+alone`` is the kernel with its launches, neither an operator nor differentiable; ``local, KERNEL`` has both; ``local,
+sp_attention`` adds the checks and the choice of a kernel.
 """
 
 from __future__ import annotations
@@ -20,15 +24,17 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from attention_layer import Layer, Shape, slowest
 from torch import Tensor
 
-from ds_lvxattn.kernels.base import Call
-from ds_lvxattn.kernels.dispatch import usable_kernels
+from ds_lvxattn.kernels.base import Call, Kernel
+from ds_lvxattn.kernels.dispatch import select_kernel, usable_kernels
 from ds_lvxattn.kernels.operator import local_attention
+from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.plan.modes import Mode, eligible_modes
 
 CALLS = 10  # of a turn
@@ -41,7 +47,8 @@ EXCHANGE_TARGETS = (400.0, 800.0)
 SHAPES = (Shape(128, 256, 32, 8, 128, "growing"), Shape(128, 256, 32, 8, 128))
 LOCAL = "local"
 
-Forward = Callable[[], Tensor]
+# The forward pass, and the backward pass of what it returned.
+Passes = tuple[Callable[[], Any], Callable[[Any], object]]
 Spread = tuple[float, float, float]  # median, lower and upper quartile
 
 
@@ -56,21 +63,52 @@ class Figure:
     targets_us: tuple[float, float]
 
 
-def calls_of(layer: Layer) -> dict[str, Forward]:
-    """Each candidate's forward pass."""
-    shape = layer.shape
-    start, stop = (None, None) if layer.interval is None else layer.interval.rows_of(layer.comm.rank, layer.q.shape[2])
+class Allocates(torch.autograd.Function):
+    """What any differentiable attention function costs the host."""
 
-    def local(kernel: str) -> Forward:
-        return lambda: local_attention(layer.q, layer.k, layer.v, start, stop, shape.head_dim**-0.5, kernel)[0]
+    @staticmethod
+    def forward(ctx, q, k, v, start, stop):
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, lse, start, stop)
+        ctx.set_materialize_grads(False)
+        return out, lse
 
-    def exchanged(mode: Mode) -> Forward:
-        return lambda: layer.attend(strategy=mode.strategy, schedule=mode.schedule)
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
 
-    kernels = usable_kernels(Call.forward(layer.q, layer.k, layer.v, start is not None))
-    calls = {f"{LOCAL}, {kernel}": local(kernel) for kernel in kernels}
+
+def calls_of(layer: Layer) -> dict[str, Passes]:
+    """Each candidate's passes."""
+    q, k, v, scale = layer.q, layer.k, layer.v, layer.shape.head_dim**-0.5
+    start, stop = (None, None) if layer.interval is None else layer.interval.rows_of(layer.comm.rank, q.shape[2])
+
+    def differentiable(forward: Callable[[], Tensor]) -> Passes:
+        return forward, lambda out: torch.autograd.grad(out, (q, k, v), layer.dout)
+
+    def local(kernel: str) -> Passes:
+        return differentiable(lambda: local_attention(q, k, v, start, stop, scale, kernel)[0])
+
+    def alone(kernel: Kernel) -> Passes:
+        operands = [x.detach() for x in (q, k, v)]
+
+        def backward(results: tuple[Tensor, Tensor]) -> None:
+            out, lse = results
+            delta = None if kernel.needs_out else attention_delta(layer.dout, out, None)
+            kernel.backward(layer.dout, *operands, out, lse, delta, start, stop, scale)
+
+        return lambda: kernel.forward(*operands, start, stop, scale), backward
+
+    def exchanged(mode: Mode) -> Passes:
+        return differentiable(lambda: layer.attend(strategy=mode.strategy, schedule=mode.schedule))
+
+    call = Call.forward(q, k, v, start is not None)
+    calls = {f"{LOCAL}, {kernel}": local(kernel) for kernel in usable_kernels(call)}
     if layer.comm.ranks == 1:
-        calls[f"{LOCAL}, sp_attention"] = layer.attend
+        calls |= {f"{kernel} alone": alone(select_kernel(kernel, call)) for kernel in usable_kernels(call)}
+        calls["autograd alone"] = differentiable(lambda: Allocates.apply(q, k, v, start, stop)[0])
+        calls[f"{LOCAL}, sp_attention"] = differentiable(layer.attend)
     else:
         for mode in eligible_modes():
             if mode.adds(layer.costed) and mode.why_not(layer.costed.shape) is None:
@@ -78,18 +116,19 @@ def calls_of(layer: Layer) -> dict[str, Forward]:
     return calls
 
 
-def issued(layer: Layer, forward: Forward) -> tuple[list[float], list[float]]:
+def issued(layer: Layer, passes: Passes) -> tuple[list[float], list[float]]:
     """Microseconds that the host takes to issue each of a turn's calls, forward and backward."""
     dist.barrier(layer.comm.group)
     if layer.q.is_cuda:
         torch.cuda.synchronize()
         torch.cuda._sleep(BUSY_CYCLES)
     ways: tuple[list[float], list[float]] = [], []
+    forward, backward = passes
     for _ in range(CALLS):
         begin = time.perf_counter()
-        out = forward()
+        result = forward()
         middle = time.perf_counter()
-        torch.autograd.grad(out, (layer.q, layer.k, layer.v), layer.dout)
+        backward(result)
         for way, seconds in zip(ways, (middle - begin, time.perf_counter() - middle), strict=True):
             way.append(seconds * 1e6)
     if layer.q.is_cuda:
@@ -101,13 +140,13 @@ def measure(layer: Layer) -> list[Figure]:
     calls = calls_of(layer)
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
     for turn in range(TURNS if layer.q.is_cuda else 3):
-        for name, forward in calls.items():
-            for kept, new in zip(times[name], issued(layer, forward), strict=True):
+        for name, passes in calls.items():
+            for kept, new in zip(times[name], issued(layer, passes), strict=True):
                 kept += new if turn >= WARM_UP_TURNS else []
     return [
         Figure(
             str(layer.shape), name, *(spread(way, layer.comm.group) for way in ways),
-            LOCAL_TARGETS if name.startswith(LOCAL) else EXCHANGE_TARGETS,
+            LOCAL_TARGETS if layer.comm.ranks == 1 or name.startswith(LOCAL) else EXCHANGE_TARGETS,
         )
         for name, ways in times.items()
     ]  # fmt: skip

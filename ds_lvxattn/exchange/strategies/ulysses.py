@@ -99,7 +99,7 @@ class _HeadShard:
 
 
 def _distributed_attention(comm: Communicator) -> torch.nn.Module:
-    """DeepSpeed's module, once a group. It hands its last argument, a ``_HeadShard``, to what it calls in the middle."""
+    """DeepSpeed's module, once a group. It hands its last argument, a ``_HeadShard``, to what it calls midway."""
     if "DistributedAttention" not in comm.made:
         from deepspeed.sequence.layer import DistributedAttention
 

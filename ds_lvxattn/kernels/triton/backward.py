@@ -5,9 +5,9 @@ group and ``delta = rowsum(dO * O) - dL``, both known before the pass (LV-XAttn,
 
 Two kernels, five matrix products and no atomics. ``key_grads_kernel`` owns a block of keys, walks the query
 rows that see it and keeps ``dK`` and ``dV`` in registers; ``dS``, which it has at hand, goes to a workspace
-in the input dtype. ``query_grads_kernel`` multiplies the workspace by ``K``. Writing ``dS`` (2 bytes a
-score) costs less than computing the scores twice (seven products), and less than float32 partials of ``dQ`` a
-key block (``4 * D / BLOCK_N`` bytes a score, read and written). The workspace is bounded: the keys are taken
+in the input dtype. ``query_grads_kernel`` multiplies the workspace by ``K`` and writes ``dQ``. Writing ``dS``
+(2 bytes a score) costs less than computing the scores twice (seven products), and less than float32 partials of ``dQ``
+a key block (``4 * D / BLOCK_N`` bytes a score, read and written). The workspace is bounded: the keys are taken
 in chunks that fill it, in a fixed order.
 
 Small heads under a mask are the exception: their products are cheap against ``dS`` traffic and chunk
@@ -228,7 +228,6 @@ def _backward_of_rows(
         ranges = derived_of(start, stop, plan.of_ranges, functools.partial(_ranges, start, stop, *plan.of_ranges))
     packed_start, packed_stop, bounds, seen, count, masked_plan = ranges
     terms = torch.empty(plan.terms, dtype=torch.float32, device=q.device)
-    dq_rows = torch.empty(plan.dq_rows, dtype=torch.float32, device=q.device)
     plan.pack(lse, delta, start, stop, terms, *plan.pack_integers)
 
     q_rows, dout_rows = plan.q_rows(q), plan.dout_rows(dout)
@@ -243,7 +242,7 @@ def _backward_of_rows(
         )  # fmt: skip
         plan.query_grads_again(
             plan.q_tiles_again(q_rows)[0], plan.dout_tiles_again(dout_rows)[0], k_tiles[0], v_tiles[0], terms,
-            packed_start, packed_stop, bounds, dq_rows, *plan.query_integers, scale, cap,
+            packed_start, packed_stop, bounds, dq, *plan.query_integers, scale, cap,
         )  # fmt: skip
     else:
         chunks = masked_plan or plan.dense
@@ -252,6 +251,8 @@ def _backward_of_rows(
             plan.ds_tiles(torch.empty(plan.ds(chunks), dtype=q.dtype, device=q.device))
             for _ in range(1 + how.config.overlap)
         ]
+        # One chunk adds up in registers: what it is given for its sums is not touched.
+        sums = terms if chunks.chunks == 1 else torch.empty(plan.dq_sums, dtype=torch.float32, device=q.device)
         beside = _Beside(q.device) if how.config.overlap else None
         for chunk, (key_grads, key_integers, query_grads, query_integers) in enumerate(plan.chunks(chunks)):
             ds_out, ds_in = spaces[chunk % len(spaces)]
@@ -262,8 +263,6 @@ def _backward_of_rows(
                 chunks.base, k, v, dk, dv, *key_integers, scale, cap,
             )  # fmt: skip
             with nullcontext() if beside is None else beside:
-                query_grads(ds_in, *k_tiles, bounds, chunks.edges, chunks.base, dq_rows, *query_integers)
+                query_grads(ds_in, *k_tiles, bounds, chunks.edges, chunks.base, sums, dq, *query_integers, scale)
         if beside is not None:
             beside.join()
-    shape, of_rows, of_dq = plan.grouped
-    torch.mul(dq_rows.as_strided(shape, of_rows), scale, out=dq.as_strided(shape, of_dq))

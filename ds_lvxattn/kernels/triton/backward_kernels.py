@@ -199,14 +199,31 @@ def key_grads_kernel(
             tl.store(dv_rows + dim_v_2[None, :], dv_2, mask=mask_v_2)
 
 
-@triton.jit(do_not_specialize=["heads_kv", "tiles", "blocks", "chunk", "chunk_blocks", "slots"])
+@triton.jit
+def _query_rows(dq_ptr, stride_b, stride_h, stride_s, batch, head, row, GROUP: tl.constexpr):
+    """Where ``dQ`` of the packed rows ``row`` of a key head lies."""
+    query_head = head * GROUP + row % GROUP
+    query = row // GROUP
+    dq_ptr += batch.to(tl.int64) * stride_b
+    return dq_ptr + query_head.to(tl.int64) * stride_h + query.to(tl.int64) * stride_s
+
+
+# Where ``dQ`` goes depends on lengths: compiling again for it would stall a step.
+@triton.jit(
+    do_not_specialize=[
+        "dq_stride_b", "dq_stride_h", "dq_stride_s", "dq_stride_d", "heads_kv", "seq_q", "tiles", "blocks", "chunk",
+        "chunks", "chunk_blocks", "slots",
+    ]
+)  # fmt: skip
 def query_grads_kernel(
-    ds_desc, k_desc, k_2_desc, bounds_ptr, edge_ptr, base_ptr, dq_ptr,
-    heads_kv, tiles, blocks, chunk, chunk_blocks, slots,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D_2: tl.constexpr, TILE: tl.constexpr,
+    ds_desc, k_desc, k_2_desc, bounds_ptr, edge_ptr, base_ptr, sum_ptr, dq_ptr,
+    dq_stride_b, dq_stride_h, dq_stride_s, dq_stride_d,
+    heads_kv, seq_q, tiles, blocks, chunk, chunks, chunk_blocks, slots, scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D_2: tl.constexpr, TILE: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_INTERVAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds ``dS K`` of one chunk of keys to the float32 ``dQ / scale`` of one tile; the first chunk sets it.
+    """Adds ``dS K`` of one chunk of keys to the float32 ``dQ / scale`` of one tile's packed rows; the first chunk sets
+    it. The last chunk writes ``dQ`` instead.
 
     The rows of a tile see a contiguous run of key blocks, each of which wrote its ``dS``: nothing here is
     masked.
@@ -225,22 +242,22 @@ def query_grads_kernel(
         low = chunk * chunk_blocks
         high = tl.minimum(low + chunk_blocks, blocks)
         base = (batch * tiles + tile) * chunk_blocks - low
-    if (low < high) | (chunk == 0):
+    if (low < high) | (chunk == 0) | (chunk == chunks - 1):
         dim = tl.arange(0, BLOCK_D)
         row = (tl.program_id(1) * tiles + tile).to(tl.int64) * TILE + tl.arange(0, TILE)
-        dq = dq_ptr + row[:, None] * HEAD_DIM + dim[None, :]
+        sums = sum_ptr + row[:, None] * HEAD_DIM + dim[None, :]
         mask = (dim < HEAD_DIM)[None, :] & (row >= 0)[:, None]
         acc = tl.zeros([TILE, BLOCK_D], tl.float32)
         acc_2 = 0.0
         if BLOCK_D_2 > 0:
             dim_2 = BLOCK_D + tl.arange(0, BLOCK_D_2)
-            dq_2 = dq_ptr + row[:, None] * HEAD_DIM + dim_2[None, :]
+            sums_2 = sum_ptr + row[:, None] * HEAD_DIM + dim_2[None, :]
             mask_2 = (dim_2 < HEAD_DIM)[None, :] & (row >= 0)[:, None]
             acc_2 = tl.zeros([TILE, BLOCK_D_2], tl.float32)
         if chunk > 0:
-            acc = tl.load(dq, mask=mask, other=0.0)
+            acc = tl.load(sums, mask=mask, other=0.0)
             if BLOCK_D_2 > 0:
-                acc_2 = tl.load(dq_2, mask=mask_2, other=0.0)
+                acc_2 = tl.load(sums_2, mask=mask_2, other=0.0)
         ahead = 0
         if HAS_INTERVAL:
             ahead = lead(high - low, low * BLOCK_N, BLOCK_N)
@@ -252,9 +269,19 @@ def query_grads_kernel(
             if BLOCK_D_2 > 0:
                 k_2 = k_2_desc.load([batch, head, block * BLOCK_N, BLOCK_D]).reshape(BLOCK_N, BLOCK_D_2)
                 acc_2 = tl.dot(ds.T, k_2, acc_2, input_precision=PRECISION)
-        tl.store(dq, acc, mask=mask)
-        if BLOCK_D_2 > 0:
-            tl.store(dq_2, acc_2, mask=mask_2)
+        if chunk == chunks - 1:
+            rows = tile * TILE + tl.arange(0, TILE)
+            inside = (rows < seq_q * GROUP)[:, None]
+            dq = _query_rows(dq_ptr, dq_stride_b, dq_stride_h, dq_stride_s, batch, head, rows, GROUP)[:, None]
+            out = (acc * scale).to(dq_ptr.dtype.element_ty)
+            tl.store(dq + (dim * dq_stride_d)[None, :], out, mask=mask & inside)
+            if BLOCK_D_2 > 0:
+                out_2 = (acc_2 * scale).to(dq_ptr.dtype.element_ty)
+                tl.store(dq + (dim_2 * dq_stride_d)[None, :], out_2, mask=mask_2 & inside)
+        else:
+            tl.store(sums, acc, mask=mask)
+            if BLOCK_D_2 > 0:
+                tl.store(sums_2, acc_2, mask=mask_2)
 
 
 @triton.jit
@@ -284,14 +311,16 @@ def _add_query_grads(
     return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["heads_kv", "tiles"])
+@triton.jit(
+    do_not_specialize=["dq_stride_b", "dq_stride_h", "dq_stride_s", "dq_stride_d", "heads_kv", "seq_q", "tiles"]
+)
 def query_grads_again_kernel(
     q_desc, dout_desc, k_desc, v_desc, terms_ptr, start_ptr, stop_ptr, bounds_ptr, dq_ptr,
-    heads_kv, tiles, scale, cap,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    dq_stride_b, dq_stride_h, dq_stride_s, dq_stride_d, heads_kv, seq_q, tiles, scale, cap,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``dQ / scale`` of one tile of rows without a workspace, from only the keys that the tile sees."""
+    """``dQ`` of one tile of rows without a workspace, from only the keys that the tile sees."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(1) // heads_kv
     head = tl.program_id(1) % heads_kv
@@ -328,5 +357,6 @@ def query_grads_again_kernel(
             cap, True, CAPPED, BLOCK_N, BLOCK_D, BLOCK_V, PRECISION,
         )  # fmt: skip
     dim = tl.arange(0, BLOCK_D)
-    row = (tl.program_id(1) * tiles + tile).to(tl.int64) * TILE + tl.arange(0, TILE)
-    tl.store(dq_ptr + row[:, None] * HEAD_DIM + dim[None, :], acc, mask=(dim < HEAD_DIM)[None, :])
+    mask = (rows < seq_q * GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    dq = _query_rows(dq_ptr, dq_stride_b, dq_stride_h, dq_stride_s, batch, head, rows, GROUP)[:, None]
+    tl.store(dq + (dim * dq_stride_d)[None, :], (acc * scale).to(dq_ptr.dtype.element_ty), mask=mask)

@@ -90,8 +90,7 @@ class RowLaunches:
 
     Attributes:
         of_ranges: what packed ranges depend on, see ``backward._ranges``.
-        terms, dq_rows: shapes of the row terms and of ``dQ`` by packed rows.
-        grouped: the shape ``[B, H_kv, group, S_q, D]`` and the strides in it of ``dq_rows`` and of ``dq``.
+        terms, dq_sums: shapes of the row terms and of the float32 ``dQ / scale`` of several chunks, by packed rows.
         pack, pack_integers: the launch of ``pack_rows_kernel``, and its integers.
         q_rows, dout_rows: ``Q`` and ``dO`` by packed rows.
         q_tiles, dout_tiles, k_tiles, v_tiles: descriptors for ``key_grads_kernel``.
@@ -110,13 +109,7 @@ class RowLaunches:
         blocks = triton.cdiv(seq_kv, config.block_n)
         self.of_ranges = (group, blocks, config.tile, config.block_n, room if config.keep_ds else None)
         self.terms = (pairs * 2, rows)
-        self.dq_rows = (batch, heads_kv, rows, head_dim)
-        strides = of.dq
-        self.grouped = (
-            (batch, heads_kv, group, seq_q, head_dim),
-            (heads_kv * rows * head_dim, rows * head_dim, head_dim, group * head_dim, 1),
-            (strides[0], strides[1] * group, *strides[1:]),
-        )
+        self.dq_sums = (batch, heads_kv, rows, head_dim)
         self.q_rows, self.dout_rows = _packed(of.q, heads_kv), _packed(of.dout, heads_kv)
         self.pack = Launch(
             pack_rows_kernel, (tiles, pairs), GROUP=group, TILE=config.tile, HAS_INTERVAL=has_interval,
@@ -137,7 +130,10 @@ class RowLaunches:
             HAS_INTERVAL=has_interval, CAPPED=capped, ADD=add,
             num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers, **self._tile,
         )  # fmt: skip
-        self._of_queries = dict(num_warps=config.query_warps, num_stages=config.query_stages, **self._tile)
+        self._of_queries = dict(
+            GROUP=group, num_warps=config.query_warps, num_stages=config.query_stages, **self._tile
+        )  # fmt: skip
+        self._query_integers = (*of.dq, heads_kv, seq_q, tiles)
         strides_of_keys = (of.k[2], of.v[2], _dense_strides(of.k), _dense_strides(of.v))
         self._key_strides = tuple(stride for strides in strides_of_keys for stride in strides[:3])
         self._config, self._block_d_2, self._has_interval = config, block_d_2, has_interval
@@ -151,7 +147,7 @@ class RowLaunches:
             self.query_grads_again = Launch(
                 query_grads_again_kernel, (tiles, pairs), BLOCK_V=block_v, CAPPED=capped, **self._of_queries
             )
-            self.query_integers = (heads_kv, tiles)
+            self.query_integers = self._query_integers
         self._chunks: list[tuple[Launch, Integers, Launch, Integers]] = []
 
     def ds(self, plan: ChunkPlan) -> tuple[int, int]:
@@ -178,16 +174,18 @@ class RowLaunches:
         return self._chunks
 
     def _chunk(self, plan: ChunkPlan, chunk: int) -> tuple[Launch, Integers, Launch, Integers]:
-        place = (self._tiles, self._blocks, chunk, plan.blocks, plan.slots)
         programs = plan.launched_blocks(chunk, self._blocks) * self._pairs
         return (
             Launch(key_grads_kernel, (programs,), KEEP_DS=True, **self._of_keys),
-            (*self._key_strides, self._pairs, self._heads_kv, self._seq_kv, *place),
+            (
+                *self._key_strides, self._pairs, self._heads_kv, self._seq_kv, self._tiles, self._blocks, chunk,
+                plan.blocks, plan.slots,
+            ),
             Launch(
                 query_grads_kernel, (self._tiles, self._pairs),
                 BLOCK_D_2=self._block_d_2, HAS_INTERVAL=self._has_interval, **self._of_queries,
             ),
-            (self._heads_kv, *place),
+            (*self._query_integers, self._blocks, chunk, plan.chunks, plan.blocks, plan.slots),
         )  # fmt: skip
 
 
