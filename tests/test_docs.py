@@ -51,7 +51,7 @@ def texts(page: Path) -> list[str]:
 def usage(source: Path) -> list[str]:
     """The commands in the docstring of a file: indented, and begun by what starts Python."""
     doc = (ast.get_docstring(ast.parse(source.read_text())) or "").replace("\\\n", " ")
-    lines = re.findall(r"^ {4}((?:[A-Z_0-9]+=\S+ )*(?:ds-lvxattn|python|deepspeed|torchrun) .*)$", doc, re.M)
+    lines = re.findall(r"^(?: {4})?((?:[A-Z_0-9]+=\S+ )*(?:ds-lvxattn|python|deepspeed|torchrun) .*)$", doc, re.M)
     return [re.split(r" {3,}(?![ -])", line)[0] for line in lines]  # what follows is a remark
 
 
@@ -99,7 +99,7 @@ NOT_RUN = {
     "benchmarks/data_wait.py": GPUS,
     "benchmarks/decoding.py": "minutes of films that it writes itself",
     "benchmarks/full_size.py": GPUS,
-    "benchmarks/kernels.py": GPUS,
+    "benchmarks/kernel_speed.py": GPUS,
     "benchmarks/local_attention.py": GPUS,
     "benchmarks/planner.py": GPUS,
     "benchmarks/recompute.py": "hours of compute on one machine",

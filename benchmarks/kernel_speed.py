@@ -1,6 +1,6 @@
 """All benchmarks of the kernels in one run: against cuDNN, FlexAttention and a copy, side by side.
 
-    python benchmarks/kernels.py --check --profile profile.json --output kernels.json
+    python benchmarks/kernel_speed.py --check --profile profile.json --output kernels.json
 
 Every row is a ratio to its baseline at the same shape (above 1 is faster), next to the ratio it has to reach.
 Operations are those on visible scores: ``4 * H_q * D * visible`` forward, 2.5 times that backward.
