@@ -99,7 +99,7 @@ NOT_RUN = {
     "benchmarks/data_wait.py": GPUS,
     "benchmarks/decoding.py": "minutes of films that it writes itself",
     "benchmarks/full_size.py": GPUS,
-    "benchmarks/kernel_speed.py": GPUS,
+    "benchmarks/kernels.py": GPUS,
     "benchmarks/local_attention.py": GPUS,
     "benchmarks/planner.py": GPUS,
     "benchmarks/recompute.py": "hours of compute on one machine",
