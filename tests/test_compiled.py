@@ -10,17 +10,18 @@ import torch
 import torch.distributed as dist
 
 from ds_lvxattn.runtime import compiled
+from ds_lvxattn.runtime.kept_parameters import KeptParameters
 from ds_lvxattn.training.loading import loss_factor, parameter_groups, partition_over_all_ranks, select_trainable
 from tests.support.distributed import run
 from tests.support.parity import losses_of_batches, samples_of
 from tests.support.tiny_model import attach, ds_config, groups_of, tiny_config, tiny_model
 
 STEPS = (("tIIta",), ("IItaItII",))
-# Backend, ZeRO stage, strategy, schedule and recompute policy.
+# Backend, ZeRO stage, strategy, schedule and recompute policy, and whether parameters stay whole.
 CASES = (
-    ("eager", 1, "ring", "ring", "none"),
-    ("eager", 3, "ulysses", "auto", "kv"),
-    ("eager", 3, "lv_xattn", "ring", "layer"),
+    ("eager", 1, "ring", "ring", "none", False),
+    ("eager", 3, "ulysses", "auto", "kv", True),
+    ("eager", 3, "lv_xattn", "ring", "layer", False),
 )
 
 
@@ -31,10 +32,10 @@ def made() -> torch.nn.Module:
     return model.train()
 
 
-def on_ranks(cases: Sequence[tuple[str, int, str, str, str]]) -> list[tuple[list[float], int]]:
+def on_ranks(cases: Sequence[tuple[str, int, str, str, str, bool]]) -> list[tuple[list[float], int]]:
     """Losses of each case, and the graphs that it compiled."""
     usual, results = compiled.BACKEND, []
-    for backend, stage, strategy, schedule, policy in cases:
+    for backend, stage, strategy, schedule, policy, keeps in cases:
         compiled.BACKEND = backend
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
@@ -45,6 +46,8 @@ def on_ranks(cases: Sequence[tuple[str, int, str, str, str]]) -> list[tuple[list
         engine, *_ = deepspeed.initialize(
             model=model, model_parameters=parameter_groups(model), config=config, mpu=groups_of(2)
         )
+        if keeps:
+            KeptParameters(model).keep()
         losses = []
         for patterns in STEPS:
             samples = samples_of(patterns)
@@ -64,6 +67,9 @@ def on_ranks(cases: Sequence[tuple[str, int, str, str, str]]) -> list[tuple[list
 @pytest.mark.slow
 def test_losses_are_those_of_one_rank() -> None:
     want = losses_of_batches(made(), STEPS)
-    for case, (losses, graphs) in zip(CASES, run(2, on_ranks, CASES)[0], strict=True):
+    found = run(2, on_ranks, CASES)[0]
+    for case, (losses, graphs) in zip(CASES, found, strict=True):
         assert losses == pytest.approx(want, rel=1e-5), case
         assert graphs, case
+    whole, piece_by_piece = (graphs for _, graphs in found[1:])
+    assert whole > piece_by_piece, "layers that train are compiled where no module has hooks"

@@ -140,7 +140,7 @@ def engine_of(family: str, policy: str, **others: Any) -> tuple[Any, Any]:
     return engine, batches
 
 
-def of_family(family: str, policy: str, keeps: bool, portions: int | None = None) -> Steps:
+def of_family(family: str, policy: str, keeps: bool, portions: int | None = None, trained: bool = True) -> Steps:
     engine, batches = engine_of(family, policy)
     model = engine.module
     found = Steps(wholes=sum(map(z3_leaf_module, model.modules())))
@@ -148,7 +148,7 @@ def of_family(family: str, policy: str, keeps: bool, portions: int | None = None
     found.trained, found.large = sum(sizes), sum(size >= LARGE for size in sizes)
     with counting() as counts, frames_in_portions(1, tiny_config()):
         if keeps:
-            kept = KeptParameters(model)
+            kept = KeptParameters(model, trained)
             kept.keep(portions)
             found.kept = kept.numel
         for patterns in STEPS:
@@ -173,8 +173,9 @@ def step(engine: Any, batches: Any, samples: Sequence[Sample]) -> float:
 @pytest.mark.parametrize(("family", "policy"), [("mllama", "layer"), slow("mllama", "kv"), slow("llava", "none")])
 def test_losses_and_gathers(family: str, policy: str) -> None:
     cases = [(family, policy, False), (family, policy, True), (family, policy, True, 1)]
-    plain, kept, for_a_while = run(2, on_ranks, cases)[0]
-    for found in (plain, kept, for_a_while):
+    cases += [(family, policy, True, None, False)] * (policy == "layer")
+    plain, kept, for_a_while, *frozen_alone = run(2, on_ranks, cases)[0]
+    for found in (plain, kept, for_a_while, *frozen_alone):
         assert found.losses == pytest.approx(losses_of_batches(made(family), STEPS), rel=1e-5)
         assert found.norms == pytest.approx(plain.norms, rel=1e-5)
     assert plain.wholes == (3 if family == "mllama" else 1), "the encoder, and the layers without cross-attention"
@@ -190,6 +191,10 @@ def test_losses_and_gathers(family: str, policy: str) -> None:
     for what in ("elements", "hooks", "products of frozen weights"):
         assert max(kept.of_steps(what)[1:]) < min(plain.of_steps(what)[1:]), what
     assert set(kept.of_steps("products of frozen weights")) == {0}
+    for found in frozen_alone:  # modules that train have their hooks
+        assert 3 < min(found.of_steps("hooks")) <= max(found.of_steps("hooks")) < min(plain.of_steps("hooks"))
+        assert set(found.of_steps("elements")[1:]) == {found.trained} and found.kept == kept.kept
+        assert set(found.of_steps("products of frozen weights")) == {0}
     # The second step has more portions than fit beside it.
     assert for_a_while.of_steps("hooks")[0] == kept.of_steps("hooks")[0]
     assert for_a_while.of_steps("gathers")[3:] == gathers[3:]
