@@ -136,6 +136,12 @@ def test_model_states(stage: int, offload: tuple[str, ...], want: int) -> None:
     assert ModelStates(1000, 100, 2, stage, 4, **dict.fromkeys(offload, True)).device_bytes == want
 
 
+def test_what_one_rank_gathers_takes_no_memory() -> None:
+    for ranks, more in ((1, 0), (4, 1000 * 2)):
+        states = ModelStates(1000, 100, 2, 3, ranks)
+        assert replace(states, gathered=1000).device_bytes == states.device_bytes + more
+
+
 def test_the_faster_stage_is_told_where_it_fits() -> None:
     layers = [cross_layer(1601 * 24)] * 8
     states = ModelStates(11 * 10**9, 2 * 10**9, 2, 3, 4)

@@ -202,6 +202,22 @@ def test_losses_and_gathers(family: str, policy: str) -> None:
         assert for_a_while.of_steps(what)[3:] == plain.of_steps(what)[3:], what
 
 
+def places_on_one_rank() -> list[tuple[int, int]]:
+    model, config = made("mllama"), ds_config(3, 1, 1, 1)
+    partition_over_all_ranks(model, config, groups_of(1))
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model), config=config)
+    KeptParameters(model).keep()
+    found = [(p.data_ptr(), p.ds_tensor.data_ptr()) for p in model.parameters()]  # type: ignore[attr-defined]
+    engine.destroy()
+    return found
+
+
+@pytest.mark.slow
+def test_what_one_rank_keeps_is_its_partitions() -> None:
+    [places] = run(1, places_on_one_rank)
+    assert places and all(whole == part for whole, part in places)
+
+
 def loaded_from_a_universal_checkpoint(folder: Path) -> list[list[float]]:
     """Losses of a run with everything kept behind its checkpoint; and of engines that load it as a universal one."""
     engine, batches = engine_of("mllama", "layer")

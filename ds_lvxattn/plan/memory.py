@@ -91,7 +91,8 @@ class ModelStates:
         stage: of ZeRO, 0 to 3.
         ranks: ranks that ZeRO partitions over: all of the run.
         offload_optimizer, offload_parameters: to the CPU.
-        gathered: parameters that are whole on every rank beside their partitions, for most of a step of stage 3.
+        gathered: parameters that are whole on every rank beside their partitions, for most of a step of stage 3; the
+            partitions of one rank are whole.
     """
 
     parameters: int
@@ -108,7 +109,7 @@ class ModelStates:
         """Bytes on the device: parameters, their gradients, and Adam's states (with a float32 copy beside bf16)."""
         share = {stage: self.ranks if self.stage >= stage else 1 for stage in (1, 2, 3)}
         parameters = 0 if self.offload_parameters and self.stage == 3 else self.parameters * self.element // share[3]
-        parameters += self.gathered * self.element if self.stage == 3 else 0
+        parameters += self.gathered * self.element if self.stage == 3 and self.ranks > 1 else 0
         if self.offload_optimizer:
             return parameters + (self.trainable * self.element if self.stage < 2 else 0)
         states = (2 if self.element >= FLOAT32 else 3) * max(self.element, FLOAT32)

@@ -31,15 +31,20 @@ class Gathers:
         """Gather those that are partitioned; large ones arrive in this order, behind all small ones."""
         missing = [p for p in parameters if p.ds_status is ZeroParamStatus.NOT_AVAILABLE]
         together: dict[Any, list[Any]] = {}
+        alone = []
         for parameter in missing:
+            group, part = parameter.ds_process_group, parameter.ds_tensor
             parameter.ds_status = ZeroParamStatus.INFLIGHT
-            if parameter.ds_numel < LARGE:
-                together.setdefault((parameter.ds_process_group, parameter.ds_tensor.dtype), []).append(parameter)
+            if dist.get_world_size(group) == 1:  # a partition is all of it
+                self._is_there(parameter, part.data)
+            elif parameter.ds_numel < LARGE:
+                together.setdefault((group, part.dtype), []).append(parameter)
+            else:
+                alone.append(parameter)
         for (group, _), small in together.items():
             self._start_together(group, small)
-        for parameter in missing:
-            if parameter not in self._arrive:
-                self._start_alone(parameter)
+        for parameter in alone:
+            self._start_alone(parameter)
 
     def wait(self, parameters: Iterable[Any]) -> None:
         """The stream that is current waits for those of ``parameters`` that are under way."""
@@ -81,7 +86,7 @@ class Gathers:
     def _is_there(self, parameter: Any, whole: Tensor) -> None:
         parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)  # behind it is padding
         parameter.ds_status = ZeroParamStatus.AVAILABLE
-        del self._arrive[parameter]
+        self._arrive.pop(parameter, None)
 
 
 def free(parameters: Iterable[Any]) -> None:
