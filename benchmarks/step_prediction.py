@@ -92,8 +92,9 @@ def with_link(profile: Profile, link: str, ranks: int) -> Profile:
 
 
 def predicted_step(run: Mapping[str, Any], name: str, profile: Profile) -> Step | None:
-    """The step of a strategy of ``run``; None where there is no prediction of it."""
-    if name.endswith(COPIED):
+    """The step of a strategy of ``run``; None where there is no prediction of it: of text on every rank, and of kept
+    parameters while those that trained still had DeepSpeed's hooks."""
+    if name.endswith(COPIED) or (run.get("kept") and not run.get("kept_trained")):
         return None
     strategy, _, schedule = name.partition(":")
     frames = run["frames"]

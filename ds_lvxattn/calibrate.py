@@ -40,7 +40,7 @@ from ds_lvxattn.calibration.machine import (
     triton_version,
 )
 from ds_lvxattn.exchange.comm import Communicator, communicator
-from ds_lvxattn.plan.dense import GATHER
+from ds_lvxattn.plan.dense import GATHER, PARAMETER
 from ds_lvxattn.plan.profile import (
     FORMAT,
     Profile,
@@ -157,7 +157,7 @@ def calibrate(
     exchanges = host_times(group, comm.ranks, layouts[0], device, dtype, inner_size)
     host = {**layer_host_times(device, dtype), **exchanges}
     # What no measurement here covers stays as known.
-    profile = replace(profile, host={name: time for name, time in known.host.items() if name == GATHER} | host)
+    profile = replace(profile, host={name: time for name, time in known.host.items() if name in (GATHER, PARAMETER)} | host)
     seconds = time.perf_counter() - began
     profile = replace(profile, source=f"{profile.source}; {seconds:.1f} s")
     answer = [profile_to_json(profile)]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from ds_lvxattn.calibration.clock import Clock, host_seconds, slowest_of
 from ds_lvxattn.calibration.extent import Extent
-from ds_lvxattn.plan.dense import ENCODER_LAYER, TEXT_LAYER
+from ds_lvxattn.plan.dense import ENCODER_LAYER, LINEAR, TEXT_LAYER
 from ds_lvxattn.plan.profile import HostTime, Product
 
 WEIGHTS = 1 << 28  # bytes of weights that calls take turns with: a step's weights are in no cache
@@ -73,7 +75,8 @@ class EncoderLayer(nn.Module):
 
 
 def layer_host_times(device: torch.device, dtype: torch.dtype) -> Mapping[str, HostTime]:
-    """The host's seconds for the rest of a text layer and of an encoder layer, too small to keep the device busy."""
+    """The host's seconds for the rest of a text layer and of an encoder layer, too small to keep the device busy; and
+    how much longer a linear layer of ZeRO-3 takes than another."""
     width, head_dim, rows = 256, 64, 16
     make: dict[str, Any] = {"device": device, "dtype": dtype}
     text, encoder = TextLayer(width, head_dim, **make), EncoderLayer(width, **make)
@@ -93,9 +96,23 @@ def layer_host_times(device: torch.device, dtype: torch.dtype) -> Mapping[str, H
         torch.autograd.backward(out, torch.ones_like(out))
         x.grad = None
 
-    calls: tuple[Callable[[], None], ...] = (encode, forward, both)
-    encoded, one, two = slowest_of([host_seconds(call, device) for call in calls], device)
+    weight, linears = text.output.weight, 16
+
+    def products(product: Callable[..., Tensor], trains: bool) -> None:
+        with torch.set_grad_enabled(trains):
+            outs = [product(x, weight) for _ in range(linears)]
+        if trains:
+            torch.autograd.backward(outs, [torch.ones_like(out) for out in outs])
+        x.grad = None
+
+    own, deepspeed = torch._C._nn.linear, zero3_linear_wrap
+    calls: list[Callable[[], None]] = [encode, forward, both]
+    calls += [functools.partial(products, product, trains) for trains in (False, True) for product in (own, deepspeed)]
+    times = slowest_of([host_seconds(call, device) for call in calls], device)
+    encoded, one, two, first, first_zero3, each, each_zero3 = times
+    forward_more, more = ((b - a) / linears for a, b in ((first, first_zero3), (each, each_zero3)))
     return {
+        LINEAR: HostTime(max(forward_more, 0.0), max(more - forward_more, 0.0), 0.0),
         ENCODER_LAYER: HostTime(encoded, 0.0, 0.0),
         TEXT_LAYER: HostTime(one, max(two - one, 0.0), 0.0),
     }

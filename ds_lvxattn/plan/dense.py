@@ -15,7 +15,12 @@ from ds_lvxattn.plan.profile import HostTime, Profile
 # Names in ``Profile.host`` of what takes the host's time besides attention and the projection of K and V.
 TEXT_LAYER = "text layer"  # norms, query and output projection, feed-forward part
 ENCODER_LAYER = "encoder layer"  # the same, queries, keys and values projected
-GATHER = "gather of ZeRO-3"  # one set of parameters gathered and released
+# ZeRO-3's, of DeepSpeed's Python: a module whose parameters it gathers and releases by hooks; each further parameter
+# gathered with them, and (backward) each that it looks at when it releases all at the end of a step; a linear layer by
+# its own product.
+GATHER = "gather of ZeRO-3"
+PARAMETER = "parameter of ZeRO-3"
+LINEAR = "linear layer of ZeRO-3"
 
 NO_TIME = HostTime(0.0, 0.0, 0.0)
 

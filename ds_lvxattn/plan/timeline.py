@@ -27,6 +27,8 @@ class Segment:
         launches: kernels in it.
         exchange: seconds of its exchange that no kernel hides.
         gather: seconds of a transfer of its parameters, which may begin with the segment before it.
+        fetched: whether DeepSpeed's hooks gather them: the host then waits until they are there, which the device copies
+            behind what it has to do, and so does not run ahead of the ``fetched`` segment before.
         reduce: seconds of a transfer of gradients, which begins at its end, when the one before it is done; what
             ``waits`` comes after it.
         waits: whether the host issues it only when the device and all transfers are done.
@@ -38,6 +40,7 @@ class Segment:
     launches: int = 0
     exchange: float = 0.0
     gather: float = 0.0
+    fetched: bool = False
     reduce: float = 0.0
     waits: bool = False
 
@@ -45,7 +48,7 @@ class Segment:
 def seconds_by_part(segments: Sequence[Segment]) -> dict[str, float]:
     """Seconds of the parts, and of ``EXCHANGE``, ``TRANSFERS`` and ``IDLE``; together they are those of the step."""
     found = dict.fromkeys((*(segment.part for segment in segments), EXCHANGE, TRANSFERS, IDLE), 0.0)
-    host = device = link = begun = 0.0
+    host = device = link = begun = fetched = 0.0
     issued, queued = 0, 0
     ends: list[tuple[int, float]] = []  # launches up to the end of a segment, and when the device has done them
     for segment in segments:
@@ -55,6 +58,8 @@ def seconds_by_part(segments: Sequence[Segment]) -> dict[str, float]:
         while queued < len(ends) and ends[queued][0] <= issued - QUEUE:
             host = max(host, ends[queued][1])
             queued += 1
+        if segment.fetched:
+            host = max(host, fetched)
         if segment.gather:
             link = max(link, begun) + segment.gather
         ready = max(device, host)
@@ -67,6 +72,7 @@ def seconds_by_part(segments: Sequence[Segment]) -> dict[str, float]:
         found[TRANSFERS] += begun - ready
         found[IDLE] += ready - device + end - begun - work
         device = end
+        fetched = end if segment.fetched else fetched
         issued += segment.launches
         ends.append((issued, end))
         if segment.reduce:

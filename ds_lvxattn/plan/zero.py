@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ds_lvxattn.plan import network
-from ds_lvxattn.plan.dense import GATHER, host_time
+from ds_lvxattn.plan.dense import GATHER, PARAMETER, host_time
 from ds_lvxattn.plan.layer_sizes import LayerSizes
 from ds_lvxattn.plan.memory import FITS, ModelStates, step_bytes
 from ds_lvxattn.plan.profile import Profile
@@ -29,6 +29,7 @@ GRADIENT = 4  # bytes of a gradient that travels
 BUCKET = 500_000_000  # elements of gradients that are sent at once, DeepSpeed's default
 LEAST_BUCKET = 50_000_000  # of those that stage 3 sends at once: fewer would not fill the links
 MATRICES = 7  # of a decoder layer; what trains is gathered matrix by matrix, what is frozen as a whole
+PARAMETERS = 9  # of a decoder layer, norms too
 LAUNCHES = 100  # kernels of a layer's pass
 GAIN = 0.02  # share of a step by which a stage has to be faster to be worth a word
 
@@ -51,12 +52,23 @@ class Transfers:
     states: ModelStates
 
     def gather(self, parameters: float) -> float:
-        """Seconds until ``parameters`` are there, ahead of a layer; 0 where they always are."""
-        return self._seconds(parameters) if self.states.stage == 3 else 0.0
+        """Seconds until ``parameters`` are there, ahead of a layer; 0 where they always are.
 
-    def gather_host(self, sets: float) -> float:
-        """Seconds that the host needs to gather and release ``sets`` of parameters."""
-        return sets * host_time(self.profile, GATHER).forward if self.states.stage == 3 else 0.0
+        DeepSpeed copies a rank's own part into what is sent, and what arrives into the parameters; where they stay
+        (``runtime/gathers.py``), the large ones arrive in their place.
+        """
+        states = self.states
+        if states.stage != 3 or states.ranks == 1:
+            return 0.0
+        copied = 0.0 if states.gathered else 2 * (1 + 1 / states.ranks) * parameters * states.element
+        return self._seconds(parameters) + copied / self.profile.memory_bandwidth
+
+    def gather_host(self, modules: float, tensors: float) -> float:
+        """Seconds that the host needs to gather and release ``tensors`` parameters, called for by ``modules``."""
+        if self.states.stage != 3:
+            return 0.0
+        more = max(tensors - modules, 0.0) * host_time(self.profile, PARAMETER).forward
+        return modules * host_time(self.profile, GATHER).forward + more
 
     def reduce(self, parameters: float) -> float:
         """Seconds until the gradients of ``parameters`` are added up over the ranks."""
@@ -79,11 +91,19 @@ class Transfers:
             waiting -= ready
         return found
 
-    def update(self) -> list[Segment]:
-        """The optimizer's step, and what it sends."""
+    def update(self, tensors: float) -> list[Segment]:
+        """The optimizer's step, and what it sends.
+
+        Args:
+            tensors: parameters that DeepSpeed gathers. Ahead of it stage 3 waits for all gradients, and looks which of
+                these to release.
+        """
         states, ranks = self.states, self.states.ranks
         own = states.trainable / (ranks if states.stage else 1)
         segments = [Segment("optimizer", UPDATE_BYTES * own / self.profile.memory_bandwidth, waits=True)]
+        if states.stage == 3:
+            released = tensors * host_time(self.profile, PARAMETER).backward
+            segments.insert(0, Segment("optimizer", 0.0, released, waits=True))
         if states.stage in (1, 2):
             segments.append(Segment(TRANSFERS, self._seconds(states.trainable)))
         return segments
@@ -168,17 +188,18 @@ def stages_of_run(
             needed = step_bytes(layers, policy, of_stage, shared, features_train)
         transfers = Transfers(profile, of_stage)
         trained = states.trainable / max(states.parameters, 1)
-        gathering = transfers.gather_host(1 if trained < 1 else MATRICES)
-        gathers = [transfers.gather(states.parameters / count)] * 2
+        gathering = transfers.gather_host(1 if trained < 1 else MATRICES, MATRICES)
+        gathers, tensors = [transfers.gather(states.parameters / count)] * 2, float(PARAMETERS * count)
         if of_stage.gathered:  # what trains, once, without hooks
-            gathering, gathers = 0.0, [trained * gathers[0], 0.0]
+            gathering, gathers, tensors = 0.0, [trained * gathers[0], 0.0], 0.0
         forward, backward = (
             Segment(
-                "compute", share * work.device / count, share * work.host / count + gathering, LAUNCHES, gather=gather
-            )
+                "compute", share * work.device / count, share * work.host / count + gathering, LAUNCHES, gather=gather,
+                fetched=stage == 3 and not of_stage.gathered,
+            )  # fmt: skip
             for share, gather in zip((1 / 3, 2 / 3), gathers, strict=True)
         )
         reduced = transfers.reduced([(backward, states.trainable / count)] * count)
-        seconds = sum(seconds_by_part([*[forward] * count, *reduced, *transfers.update()]).values())
+        seconds = sum(seconds_by_part([*[forward] * count, *reduced, *transfers.update(tensors)]).values())
         found.append(StageTime(stage, seconds, needed, needed <= FITS * capacity))
     return found

@@ -37,6 +37,7 @@ class ModelSizes:
         token_side: pixels along a side of a visual token, where a frame may have any size; 0: it has one size.
         vision_head_dim: head size of the encoder.
         vision_output: width of what the projector takes; 0: that of the encoder.
+        key_norm: whether cross-attention normalises its keys, in single operations.
     """
 
     name: str
@@ -67,6 +68,7 @@ class ModelSizes:
     token_side: int = 0
     vision_head_dim: int = 64
     vision_output: int = 0
+    key_norm: bool = False
 
     def with_tiles(self, tiles: int) -> ModelSizes:
         """The model with frames of so many tiles.
@@ -148,7 +150,7 @@ def _llama(name: str, width: int, intermediate: int, self_layers: int, cross_lay
     return ModelSizes(
         name, "the model's config.json", width, intermediate, 128256, self_layers, cross_layers, heads, 8, 128,
         heads, 8, 128, intermediate, True, width, 1601, "full", 40, 1280, 5120, 4 * 1601, most_tiles=4,
-        vision_head_dim=80, vision_output=7680,
+        vision_head_dim=80, vision_output=7680, key_norm=True,
     )  # fmt: skip
 
 
@@ -281,7 +283,7 @@ def _from_config(config: dict[str, Any], path: Path) -> ModelSizes:
             vision["num_hidden_layers"] + vision["num_global_layers"], vision_width, vision["intermediate_size"],
             per_tile * vision["max_num_tiles"], vision["max_num_tiles"],
             vision_head_dim=vision_width // vision.get("attention_heads", 16),
-            vision_output=vision.get("vision_output_dim", 7680),
+            vision_output=vision.get("vision_output_dim", 7680), key_norm=True,
         )  # fmt: skip
     if kind == "mplugowl3":
         vision = config["vision_config"]

@@ -12,14 +12,15 @@ from ds_lvxattn.plan.cluster import work
 from ds_lvxattn.plan.cluster.job import ClusterJob
 from ds_lvxattn.plan.cluster.work import ELEMENT, Both
 from ds_lvxattn.plan.cost import Cost
-from ds_lvxattn.plan.dense import ENCODER_LAYER, TEXT_LAYER, host_time
+from ds_lvxattn.plan.dense import ENCODER_LAYER, LINEAR, TEXT_LAYER, host_time
 from ds_lvxattn.plan.modes import LOCAL
-from ds_lvxattn.plan.profile import Profile
+from ds_lvxattn.plan.profile import HostTime, Profile
 from ds_lvxattn.plan.timeline import Segment
-from ds_lvxattn.plan.zero import MATRICES, Transfers
+from ds_lvxattn.plan.zero import MATRICES, PARAMETERS, Transfers
 
 # Kernels of a layer, which the driver's queue holds: of the encoder, and of a text layer forward and backward.
 ENCODER_LAUNCHES, FORWARD_LAUNCHES, BACKWARD_LAUNCHES = 18, 70, 120
+ENCODER_MATRICES, ENCODER_PARAMETERS = 6, 16  # of an encoder layer
 ENCODER_SHARE = 0.1  # of the memory: a smaller frozen encoder is gathered once a step, see ``training/zero3.py``
 
 Passed = tuple[Segment, float]  # of a backward pass, with the number of its parameters that train
@@ -42,7 +43,7 @@ def segments(job: ClusterJob, cross: Candidate, own: Candidate, profile: Profile
     forward = [segment for first, _ in kinds for segment in first]
     backward = [words_back, *(segment for _, then in reversed(kinds) for segment in then)]
     return [
-        *layers.encoder(), *forward, words, *layers.transfers.reduced(backward), *layers.transfers.update(),
+        *layers.encoder(), *forward, words, *layers.transfers.reduced(backward), *layers.transfers.update(layers.released),
     ]  # fmt: skip
 
 
@@ -59,17 +60,22 @@ class _Layers:
         device = m.vision_layers * work.encoder_layer(self.profile, m, frames) / portions
         of_layer = host_time(self.profile, ENCODER_LAYER).forward
         host = m.vision_layers * (of_layer + host_time(self.profile, f"{LOCAL.name} masked").forward)
+        if self._fetches:  # DeepSpeed's products add a bias in a pass of its own
+            device += m.vision_layers * work.encoder_biases(self.profile, m, frames) / portions
+            host += m.vision_layers * ENCODER_MATRICES * host_time(self.profile, LINEAR).forward
         once = m.vision_parameters * ELEMENT <= ENCODER_SHARE * self.profile.memory
-        sets = 1 if once else MATRICES * m.vision_layers
+        matrices = ENCODER_MATRICES * m.vision_layers
+        gathering = self.transfers.gather_host(1 if once else matrices, matrices)
         found = []
         for portion in range(portions):
             gathers = not (once and portion) and not self.job.kept
-            found.append(
+            found += [
+                Segment("encoder", 0.0, gathering * gathers),  # ahead of all that it launches
                 Segment(
-                    "encoder", device, host + self.transfers.gather_host(sets * gathers),
-                    m.vision_layers * ENCODER_LAUNCHES, gather=self.transfers.gather(m.vision_parameters * gathers),
-                )
-            )  # fmt: skip
+                    "encoder", device, host, m.vision_layers * ENCODER_LAUNCHES,
+                    gather=self.transfers.gather(m.vision_parameters * gathers), fetched=self._fetches and gathers,
+                ),
+            ]  # fmt: skip
         projector = work.projector(self.profile, m, frames * m.frame_tokens, self.job.features_train)
         return [*found, Segment("projection", sum(projector))]
 
@@ -83,6 +89,8 @@ class _Layers:
         """A cross-attention layer: its attention module, and what belongs to the text behind it."""
         m = self.job.model
         inside, around = work.cross_layer(self.profile, m, self.job.rows)
+        again = self.job.recompute == "kv"  # with ``layer`` all of ``inside`` is
+        inside = inside.plus(work.visual_keys(self.profile, m, self.job.keys, again, self.job.features_train))
         first, then = self._layer("cross-attention", inside, candidate, m.cross_parameters, True)
         back = Segment("text", around.backward + self._again(around))
         return [*first, Segment("text", around.forward)], [(back, 0.0), *then]
@@ -92,8 +100,22 @@ class _Layers:
         m, trains = self.job.model, self.job.model.keys_in_text
         size = m.vocabulary * m.width
         both = work.vocabulary(self.profile, m, self.job.rows, trains)
-        forward = Segment("text", both.forward, gather=0.0 if self.job.kept else self.transfers.gather(size))
+        gather = 0.0 if self.job.kept else self.transfers.gather(size)
+        forward = Segment("text", both.forward, gather=gather, fetched=self._fetches)
         return forward, (Segment("text", both.backward), 2.0 * size * trains)
+
+    @property
+    def _fetches(self) -> bool:
+        """Whether DeepSpeed gathers parameters for each use."""
+        return self.job.stage == 3 and not self.job.kept
+
+    @property
+    def released(self) -> float:
+        """Parameters that stage 3 looks at when it releases what is gathered."""
+        m = self.job.model
+        if not self._fetches:
+            return 0.0
+        return float(PARAMETERS * (m.self_layers + m.cross_layers) + ENCODER_PARAMETERS * m.vision_layers)
 
     def _layer(self, part: str, rest: Both, candidate: Candidate, parameters: int, trains: bool) -> Layers:
         """A layer of ``parameters``, of which ``rest`` is what it computes besides attention."""
@@ -101,16 +123,21 @@ class _Layers:
         assert cost is not None
         attention, exchange, host = _attention(cost), _exchange(cost), host_time(self.profile, TEXT_LAYER)
         gather = again = self.transfers.gather(parameters)
-        gathering = self.transfers.gather_host(MATRICES if trains else 1)
+        gathering = self.transfers.gather_host(MATRICES if trains else 1, MATRICES)
         if self.job.kept:
             gather, again, gathering = gather * trains, 0.0, 0.0  # what trains, once, without hooks
+        elif self._fetches:
+            own = host_time(self.profile, LINEAR)
+            more = (MATRICES * seconds for seconds in (own.forward, own.backward))
+            host = HostTime(*(a + b for a, b in zip((host.forward, host.backward), more, strict=True)), 0.0)
         first = Segment(
             part, attention.forward + rest.forward, cost.host_forward + host.forward + gathering, FORWARD_LAUNCHES,
-            exchange.forward, gather,
+            exchange.forward, gather, self._fetches,
         )  # fmt: skip
         then = Segment(
             part, attention.backward + rest.backward + self._again(rest),
             cost.host - cost.host_forward + host.backward + gathering, BACKWARD_LAUNCHES, exchange.backward, again,
+            self._fetches,
         )  # fmt: skip
         return [first], [(then, float(parameters * trains))]
 

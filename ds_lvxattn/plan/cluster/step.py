@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from ds_lvxattn.plan import memory
 from ds_lvxattn.plan.choice import Candidate, best_of_each, candidates, choose
 from ds_lvxattn.plan.cluster.job import ClusterJob
-from ds_lvxattn.plan.cluster.segments import segments
+from ds_lvxattn.plan.cluster.segments import ENCODER_SHARE, segments
 from ds_lvxattn.plan.cluster.work import ELEMENT
 from ds_lvxattn.plan.cost import Layer
 from ds_lvxattn.plan.layer_sizes import LayerSizes
@@ -19,6 +19,7 @@ from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.plan.timeline import EXCHANGE, IDLE, TRANSFERS, seconds_by_part
 from ds_lvxattn.plan.zero import BUCKET, STAGES, StageTime, gradient_bucket
 
+LIVE = 1_000_000_000  # parameters that stage 3 lets stay gathered, DeepSpeed's default
 USABLE = 0.92  # share of the memory that tensors can have; the rest is the driver's, NCCL's and fragments
 
 
@@ -135,11 +136,14 @@ def memory_bytes(job: ClusterJob, cross: Mode, own: Mode, profile: Profile) -> f
     shared = job.keys * (m.features + m.projected) * ELEMENT
     layers = [sizes] * m.cross_layers + [text] * m.self_layers
     kept = memory.step_bytes(layers, job.recompute, states, shared, job.features_train)
-    # Stage 3 gathers a layer's parameters while it runs, and those of the next one ahead of it.
-    gathered = 2 * max(m.self_parameters, m.cross_parameters, m.vocabulary * m.width) * ELEMENT
-    if job.stage != 3 or job.kept:  # gradients on their way, in two buckets
-        largest = m.self_parameters if m.keys_in_text else m.cross_parameters
-        gathered = 2 * (min(BUCKET, m.trainable) if job.stage != 3 else gradient_bucket(largest, m.trainable)) * ELEMENT
+    largest = m.self_parameters if m.keys_in_text else m.cross_parameters
+    # Gradients on their way, in two buckets.
+    gathered = 2 * (min(BUCKET, m.trainable) if job.stage != 3 else gradient_bucket(largest, m.trainable)) * ELEMENT
+    if job.stage == 3 and not job.kept:
+        # What is used again within DeepSpeed's limit stays; ``training/zero3.py`` sets the limit.
+        once = m.vision_parameters * ELEMENT <= ENCODER_SHARE * profile.memory
+        live = LIVE + max(m.self_parameters, m.cross_parameters) + m.vision_parameters * once
+        gathered += min(live, m.parameters) * ELEMENT
     logits = 6 * job.rows * m.vocabulary  # in bf16 and float32
     return kept + gathered + logits + cross.workspace(job.compared(), profile)
 

@@ -14,10 +14,12 @@ from ds_lvxattn.plan.kernel_time import AttentionCall, kernel_seconds
 from ds_lvxattn.plan.profile import Profile
 
 ELEMENT = 2  # bytes of bf16
+BROADCAST = 0.5  # of the memory's rate, what a pass reaches that adds a bias to rows: fitted, see docs/planner.md
 TOKENS_AT_ONCE = 1 << 15  # of the vision encoder, as ``families/family.py`` takes frames in portions
 
 # Bytes an element and kernels, forward and backward, of bf16 modules that compute in float32 between.
 RMS_NORM = (36, 8), (60, 14)
+KEY_NORM = (32, 7), (52, 13)  # as much of it as the fused norm of ``calibration/layers.py`` does not have
 ROTARY = (24, 10), (24, 10)
 RESIDUAL = (6, 1), (6, 1)
 GATED = (10, 2), (20, 4)  # activation and product, of the inner width
@@ -81,6 +83,18 @@ def cross_layer(profile: Profile, m: ModelSizes, rows: float) -> tuple[Both, Bot
     return inside, around
 
 
+def visual_keys(profile: Profile, m: ModelSizes, keys: int, again: bool, features_train: bool) -> Both:
+    """What a cross-attention layer does for its keys besides their projection, as calibrated: a norm in pieces, and the
+    gradient of the features, which is added to that of other layers.
+
+    Args:
+        again: whether the backward pass computes them again.
+    """
+    norm = passed(profile, keys * m.cross_kv_heads * m.cross_head_dim, KEY_NORM) if m.key_norm else Both(0.0, 0.0)
+    added = moved(profile, RESIDUAL[1][0] * keys * m.features) if features_train else 0.0
+    return Both(norm.forward, norm.backward + norm.forward * again + added)
+
+
 def vocabulary(profile: Profile, m: ModelSizes, rows: float, trains: bool) -> Both:
     """Output projection and loss, in float32."""
     logits = rows * m.vocabulary
@@ -111,6 +125,12 @@ def encoder_layer(profile: Profile, m: ModelSizes, frames: float) -> float:
         passed(profile, tokens * width, RESIDUAL, 2), passed(profile, tokens * m.vision_intermediate, ACTIVATION)
     )
     return dense + passes.forward + portions * _encoder_attention(profile, m, pictures / portions)
+
+
+def encoder_biases(profile: Profile, m: ModelSizes, frames: float) -> float:
+    """The biases of an encoder layer's feed-forward part, each added in a pass of its own."""
+    elements = frames * m.encoded * m.vision_tokens * (m.vision_intermediate + m.vision_width)
+    return moved(profile, 2 * ELEMENT * elements / BROADCAST, 2 * encoder_portions(m, frames))
 
 
 def _encoder_attention(profile: Profile, m: ModelSizes, frames: float) -> float:
