@@ -105,7 +105,8 @@ def predicted_step(run: Mapping[str, Any], name: str, profile: Profile) -> Step 
         run["ranks"],
         gpus_per_node=profile.gpus_per_node,
         stage=run["stage"],
-        keeps_frozen=run.get("kept", False),
+        keeps_frozen=False,
+        kept=run.get("kept", False),
     )
 
     def chosen(layer: Layer) -> Candidate | None:

@@ -94,7 +94,7 @@ def step_of(job: ClusterJob, compared: Candidate, profile: Profile, own: Candida
 
 def kept_where_it_fits(job: ClusterJob, cross: Mode, own: Mode, profile: Profile) -> ClusterJob:
     """``job`` with what stage 3 keeps gathered, as a run decides it (``training/memory_plan.py``)."""
-    if job.stage != 3 or not job.keeps_frozen or job.model.trainable >= job.model.parameters or job.gpus == 1:
+    if job.stage != 3 or not job.keeps_frozen or job.model.trainable >= job.model.parameters:
         return job
     kept = replace(job, kept=True)
     return kept if memory_bytes(kept, cross, own, profile) <= memory.FITS * profile.memory else job
