@@ -157,7 +157,8 @@ def calibrate(
     exchanges = host_times(group, comm.ranks, layouts[0], device, dtype, inner_size)
     host = {**layer_host_times(device, dtype), **exchanges}
     # What no measurement here covers stays as known.
-    profile = replace(profile, host={name: time for name, time in known.host.items() if name in (GATHER, PARAMETER)} | host)
+    kept = {name: time for name, time in known.host.items() if name in (GATHER, PARAMETER)}
+    profile = replace(profile, host=kept | host)
     seconds = time.perf_counter() - began
     profile = replace(profile, source=f"{profile.source}; {seconds:.1f} s")
     answer = [profile_to_json(profile)]

@@ -27,8 +27,8 @@ class Segment:
         launches: kernels in it.
         exchange: seconds of its exchange that no kernel hides.
         gather: seconds of a transfer of its parameters, which may begin with the segment before it.
-        fetched: whether DeepSpeed's hooks gather them: the host then waits until they are there, which the device copies
-            behind what it has to do, and so does not run ahead of the ``fetched`` segment before.
+        fetched: whether DeepSpeed's hooks gather them: the host then waits until they are there, which the device
+            copies behind what it has to do, and so does not run ahead of the ``fetched`` segment before.
         reduce: seconds of a transfer of gradients, which begins at its end, when the one before it is done; what
             ``waits`` comes after it.
         waits: whether the host issues it only when the device and all transfers are done.

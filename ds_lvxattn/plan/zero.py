@@ -192,11 +192,16 @@ def stages_of_run(
         gathers, tensors = [transfers.gather(states.parameters / count)] * 2, float(PARAMETERS * count)
         if of_stage.gathered:  # what trains, once, without hooks
             gathering, gathers, tensors = 0.0, [trained * gathers[0], 0.0], 0.0
+        fetches = stage == 3 and not of_stage.gathered
         forward, backward = (
             Segment(
-                "compute", share * work.device / count, share * work.host / count + gathering, LAUNCHES, gather=gather,
-                fetched=stage == 3 and not of_stage.gathered,
-            )  # fmt: skip
+                "compute",
+                share * work.device / count,
+                share * work.host / count + gathering,
+                LAUNCHES,
+                gather=gather,
+                fetched=fetches,
+            )
             for share, gather in zip((1 / 3, 2 / 3), gathers, strict=True)
         )
         reduced = transfers.reduced([(backward, states.trainable / count)] * count)

@@ -43,7 +43,8 @@ def segments(job: ClusterJob, cross: Candidate, own: Candidate, profile: Profile
     forward = [segment for first, _ in kinds for segment in first]
     backward = [words_back, *(segment for _, then in reversed(kinds) for segment in then)]
     return [
-        *layers.encoder(), *forward, words, *layers.transfers.reduced(backward), *layers.transfers.update(layers.released),
+        *layers.encoder(), *forward, words, *layers.transfers.reduced(backward),
+        *layers.transfers.update(layers.released),
     ]  # fmt: skip
 
 
