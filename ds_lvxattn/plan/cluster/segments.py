@@ -129,8 +129,7 @@ class _Layers:
             gather, again, gathering = gather * trains, 0.0, 0.0  # what trains, once, without hooks
         elif self._fetches:
             own = host_time(self.profile, LINEAR)
-            more = (MATRICES * seconds for seconds in (own.forward, own.backward))
-            host = HostTime(*(a + b for a, b in zip((host.forward, host.backward), more, strict=True)), 0.0)
+            host = HostTime(host.forward + MATRICES * own.forward, host.backward + MATRICES * own.backward, 0.0)
         first = Segment(
             part, attention.forward + rest.forward, cost.host_forward + host.forward + gathering, FORWARD_LAUNCHES,
             exchange.forward, gather, self._fetches,
