@@ -28,8 +28,8 @@ def redistributed_uneven_heads(
     ``attend`` is called for each run of heads in which equally many query heads read a key head: at most three times.
     """
     shards = head_shards(q.shape[1], k.shape[1], comm.ranks)
-    rows = _Division.of(tuple(shard.queries for shard in shards), layout.q, members, q.device)
-    keys = _Division.of(tuple(shard.keys for shard in shards), layout.kv, members, q.device)
+    rows = _division(tuple(shard.queries for shard in shards), layout.q, members, q.device)
+    keys = _division(tuple(shard.keys for shard in shards), layout.kv, members, q.device)
     names = ("queries", "keys and values", "keys and values")
     q, k, v = _Redistribution.apply(comm, names, (rows, keys, keys), True, q, k, v)
     # A split's backward pass is one concatenation, where a slice's fills a whole tensor.
@@ -56,11 +56,6 @@ class _Division:
     lengths: tuple[int, ...]
     to_sequence: Tensor | None
     to_ranks: Tensor | None
-
-    @classmethod
-    def of(cls, heads: tuple[range, ...], shards: SequenceShards, members: range, device: torch.device) -> _Division:
-        lengths = tuple(shards.lengths[rank] for rank in members)
-        return cls(heads, lengths, *_orders(shards, members, device))
 
     def send_heads(self, x: Tensor, comm: Communicator, what: str) -> Part:
         """The rank's own tokens ``[B, H, s, D]``, to each rank its heads; see ``received_heads``."""
@@ -104,16 +99,14 @@ class _Division:
 
 
 @functools.lru_cache(maxsize=128)
-def _orders(shards: SequenceShards, members: range, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """``to_sequence`` and ``to_ranks`` of a ``_Division``.
-
-    Made once a batch and not once a layer: a copy to the device would wait for it.
-    """
+def _division(heads: tuple[range, ...], shards: SequenceShards, members: range, device: torch.device) -> _Division:
+    """Made once a batch and not once a layer: a copy to the device would wait for it."""
+    lengths = tuple(shards.lengths[rank] for rank in members)
     order = shards.order_from_ranks(members)
     if order is None:
-        return None, None
+        return _Division(heads, lengths, None, None)
     to_sequence = torch.from_numpy(order)
-    return to_sequence.to(device), to_sequence.argsort().to(device)
+    return _Division(heads, lengths, to_sequence.to(device), to_sequence.argsort().to(device))
 
 
 class _Redistribution(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from ds_lvxattn.kernels.settled import settled
 from ds_lvxattn.kernels.triton import launch as launches
 from ds_lvxattn.kernels.triton.launch import Launch, fits_copy_engine, layout, row_descriptors, row_tiles
 
@@ -105,3 +106,20 @@ def test_layouts_tell_apart_what_is_compiled_apart():
     assert len({layout(x), *map(layout, others)}) == 5
     assert fits_copy_engine(layout(x)) and not fits_copy_engine(layout(others[-1]))
     assert not fits_copy_engine(layout(x.transpose(2, 3)))
+
+
+def test_settled_functions_run_once_and_keep_no_error():
+    calls = []
+
+    @settled
+    def half(n: int) -> int:
+        calls.append(n)
+        if n % 2:
+            raise ValueError(f"{n} is odd")
+        return n // 2
+
+    for _ in range(2):
+        assert half(4) == 2
+        with pytest.raises(ValueError, match="3 is odd"):
+            half(3)
+    assert calls == [4, 3, 3]

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from ds_lvxattn.exchange.arguments import Attention, Exchange
+from ds_lvxattn.exchange.shards import ShardLayout
 from ds_lvxattn.exchange.strategies.gather import gather_attention
 from ds_lvxattn.exchange.strategies.kv_gather import kv_gather_attention
 from ds_lvxattn.exchange.strategies.kv_ring import kv_ring_attention
 from ds_lvxattn.exchange.strategies.query_ring import ring_attention
 from ds_lvxattn.exchange.strategies.routed import routed_attention
 from ds_lvxattn.exchange.strategies.ulysses import redistributed_heads, ulysses_attention
+from ds_lvxattn.kernels.settled import settled
 
 
 def gather_between_nodes(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
@@ -47,6 +49,9 @@ def kv_gather_between_nodes(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange)
     return _two_levels(q, k, v, exchange, kv_gather_attention)
 
 
+_of_nodes = settled(ShardLayout.of_nodes)
+
+
 @torch._disable_dynamo  # as for ``ulysses_attention``
 def _two_levels(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange, across: Attention) -> tuple[Tensor, Tensor]:
     """``across`` between nodes, of this rank's share of the heads of its node."""
@@ -60,7 +65,7 @@ def _two_levels(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange, across: Att
     between = replace(
         exchange,
         comm=outer,
-        layout=layout.of_nodes(size),
+        layout=_of_nodes(layout, size),
         interval=None if interval is None else interval.of_nodes(layout.q, size),
         grid=None,
     )

@@ -13,11 +13,13 @@ from torch import Tensor
 from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.comm import communicator_by_name
 from ds_lvxattn.exchange.query_rows import attention_layout, start_gather, start_return
+from ds_lvxattn.exchange.shards import ShardLayout
 from ds_lvxattn.exchange.strategies.gather import InFlight, heads_of_group, pipelined, rows_of_group
 from ds_lvxattn.exchange.strategies.ulysses import padded_order
 from ds_lvxattn.kernels.base import empty_results
 from ds_lvxattn.kernels.differentiable import attention_operator
 from ds_lvxattn.kernels.local import BackwardPass, LocalAttention
+from ds_lvxattn.kernels.settled import settled
 from ds_lvxattn.plan.pipeline import keeps_keys, key_groups, mean_head_dim
 
 
@@ -26,16 +28,23 @@ def kv_gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> 
     layout, comm = exchange.layout, exchange.comm
     start, stop = exchange.own_ranges(q.shape[2])
     places = padded_order(layout.kv, range(comm.ranks), q.device)
-    batch, heads, _, _ = q.shape
-    head_dim = mean_head_dim(q.shape[3], v.shape[3])
-    kv_heads, lengths = k.shape[1], (layout.q.lengths, layout.kv.lengths)
-    groups = exchange.head_groups or key_groups(batch, heads, kv_heads, head_dim, q.element_size(), *lengths)
-    keep = keeps_keys(heads, kv_heads, *lengths)
+    groups, keep = _cut(q.shape, k.shape, v.shape[3], q.element_size(), layout)
     out, lse, _ = _operator(
         q, k, v, start, stop, places, exchange.scale, exchange.softcap, exchange.kernel, comm.name, layout.kv.lengths,
-        groups, keep,
+        exchange.head_groups or groups, keep,
     )  # fmt: skip
     return out, lse
+
+
+@settled
+def _cut(
+    q: torch.Size, k: torch.Size, value_dim: int, element: int, layout: ShardLayout
+) -> tuple[tuple[int, int], bool]:
+    """Groups of key heads of either pass, where nobody says, and whether keys are kept; see ``plan.pipeline``."""
+    (batch, heads, _, head_dim), kv_heads = q, k[1]
+    lengths = layout.q.lengths, layout.kv.lengths
+    groups = key_groups(batch, heads, kv_heads, mean_head_dim(head_dim, value_dim), element, *lengths)
+    return groups, keeps_keys(heads, kv_heads, *lengths)
 
 
 class _Arrived:
