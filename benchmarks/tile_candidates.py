@@ -10,18 +10,15 @@ from typing import NamedTuple
 
 import torch
 from attention_cases import CASES, Case
-from fa4_forms import fa4_backward_lean, forward_in_shares, packed_backward, packed_forward
+from fa4_forms import CUDNN, FA4, in_shares, packed_forward, unpacked_backward
 from torch import Tensor
 
 from ds_lvxattn.kernels.base import Call
-from ds_lvxattn.kernels.cudnn import CudnnKernel
-from ds_lvxattn.kernels.fa4.kernel import FlashAttention4Kernel
 from ds_lvxattn.kernels.triton.backward import interval_backward
 from ds_lvxattn.kernels.triton.backward_plan import WORKSPACE_BYTES
 from ds_lvxattn.kernels.triton.forward import interval_forward
 from ds_lvxattn.kernels.triton.tiles import BackwardConfig, ForwardConfig, backward_config, forward_config
 
-FA4, CUDNN = FlashAttention4Kernel(), CudnnKernel()
 # How much faster than at present a pass would have to be to reach its target (docs/measurements.md, one H100).
 WANTED = {
     ("visible", 384, False): 1.08, ("visible", 384, True): 1.0, ("growing", 4096, False): 1.65 / 1.59,
@@ -105,7 +102,7 @@ def _backward_of_frames() -> list[BackwardConfig]:
 
 
 def _backward_by_workspace(case: Case) -> list[Tiles]:
-    """The kernel that owns keys, the one that owns rows, both beside each other."""
+    """The kernel that owns keys, the one that owns rows, and workspaces."""
     small = case.head_dim <= 96
     keys = [(64, 64, 4, 2, 2), (32, 64, 4, 2, 2), (64, 128, 8, 2, 1), (32, 128, 8, 2, 1), (64, 64, 4, 3, 2)]
     keys += [(128, 64, 8, 2, 1), (64, 128, 8, 3, 1), (128, 128, 8, 2, 1), (64, 64, 4, 1, 2)] if small else []
@@ -116,9 +113,8 @@ def _backward_by_workspace(case: Case) -> list[Tiles]:
         if block_m > rows:
             continue
         config = BackwardConfig(rows, block_m, block_n, warps, stages, resident, *query)
-        found.append(Tiles(config))
         shares = (1, 2, 4) if small or case.rows < 1024 else (1, 2)
-        found += [Tiles(config._replace(overlap=True), WORKSPACE_BYTES // share) for share in shares]
+        found += [Tiles(config, WORKSPACE_BYTES // share) for share in shares]
     return found
 
 
@@ -130,7 +126,7 @@ def kernels_of(forms: list[Tiles]) -> list[tuple[str, Tiles]]:
         if isinstance(config, ForwardConfig):
             found.setdefault(tuple(config), ("", form))
             continue
-        of_keys = config._replace(resident=0, query_warps=0, query_stages=0, overlap=False)
+        of_keys = config._replace(resident=0, query_warps=0, query_stages=0)
         name = "query_grads_kernel" if config.keep_ds else "query_grads_again_kernel"
         of_queries = (name, config.tile, config.block_n, config.query_warps, config.query_stages)
         found.setdefault(tuple(of_keys), ("key_grads_kernel", form))
@@ -159,7 +155,7 @@ def other_calls(case: Case, x: Inputs, backward: bool) -> dict[str, Callable[[],
         else:
             calls["cudnn"] = partial(CUDNN.forward, x.q, x.k, x.v, None, None, x.scale)
             for shares in (4, 8):
-                calls[f"cudnn, {shares} shares"] = partial(forward_in_shares, CUDNN, shares, x.q, x.k, x.v, x.scale)
+                calls[f"cudnn, {shares} shares"] = partial(in_shares, CUDNN, shares, x.q, x.k, x.v, x.scale)
     if FA4.unsupported(call) is not None:
         return calls
     given = (x.q, x.k, x.v, *x.ranges, x.scale)
@@ -167,36 +163,22 @@ def other_calls(case: Case, x: Inputs, backward: bool) -> dict[str, Callable[[],
         terms = (x.lse, x.delta, *x.ranges, x.scale)
         calls["fa4"] = partial(FA4.backward, x.dout, x.q, x.k, x.v, None, *terms)
         if case.heads != case.kv_heads:
-            calls["fa4 packed"] = partial(packed_backward, _fa4_plain, x.dout, x.q, x.k, x.v, *terms)
-            calls["fa4 packed lean"] = partial(packed_backward, fa4_backward_lean, x.dout, x.q, x.k, x.v, *terms)
-        else:
-            calls["fa4 lean"] = partial(fa4_backward_lean, x.dout, x.q, x.k, x.v, *terms)
+            calls["fa4, heads apart"] = partial(unpacked_backward, x.dout, x.q, x.k, x.v, *terms)
         return calls
     calls["fa4"] = partial(FA4.forward, *given)
     if case.heads != case.kv_heads and masked:
-        calls["fa4 packed"] = partial(packed_forward, FA4, *given)
-        calls["fa4 packed, last rows first"] = partial(packed_forward, FA4, *given, True)
-    if not masked and case.rows < 1024:
-        for shares, pack in itertools.product((4, 8), (False, True)):
-            name = f"fa4, {shares} shares{', packed' if pack else ''}"
-            calls[name] = partial(forward_in_shares, FA4, shares, x.q, x.k, x.v, x.scale, pack)
+        calls["fa4 packed"] = partial(packed_forward, *given)
+        calls["fa4 packed, last rows first"] = partial(packed_forward, *given, True)
     return calls
-
-
-def _fa4_plain(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, start: Tensor | None,
-    stop: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return FA4.backward(dout, q, k, v, None, lse, delta, start, stop, scale)
 
 
 def present(case: Case, backward: bool) -> str:
     """Start of the name of what ``auto`` takes."""
     if case.mask == "visible":
-        return "cudnn" if case.rows < 1024 else "fa4"
-    if case.mask == "growing" or (case.mask == "encoder" and backward):
         return "fa4"
-    return "triton"
+    if backward and case.heads != case.kv_heads:
+        return "fa4"
+    return "fa4" if case.mask == "growing" or (case.mask == "encoder" and backward) else "triton"
 
 
 def worth_trying() -> list[tuple[Case, bool]]:
@@ -220,6 +202,5 @@ def compile_form(case: Case, backward: bool, form: Tiles) -> None:
     """The kernels of a form, in a process whose launches only compile."""
     q, k, v, dout = (torch.empty(shape, dtype=torch.bfloat16) for shape in case.shapes)
     rows = torch.empty(q.shape[:3])
-    config = form.config._replace(overlap=False) if isinstance(form.config, BackwardConfig) else form.config
     x = Inputs(q, k, v, dout, *case.interval(), case.scale, dout, rows, rows)
-    triton_call(x, form._replace(config=config), backward)
+    triton_call(x, form, backward)

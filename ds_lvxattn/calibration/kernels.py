@@ -90,6 +90,8 @@ def _tile(kernel: Kernel, head_dim: int, dtype: torch.dtype, masked: bool, devic
 
         config = forward_config((head_dim, head_dim), dtype.itemsize, masked, is_hopper(device))
         return {"tile_rows": config.block_m, "tile_keys": config.block_n, "packed": True, "splits_below": 1 << 30}
+    if kernel.name == "fa4":
+        return {"tile_rows": 128, "tile_keys": 128, "packed": True, "splits_below": 0 if masked else 1 << 30}
     if device.type == "cuda" and kernel.name != "math":
         return {"tile_rows": 128, "tile_keys": 128, "packed": False, "splits_below": FEW_TILES}
     return {"tile_rows": 1, "tile_keys": 1, "packed": False, "splits_below": 0}

@@ -75,13 +75,14 @@ class Kernel(Protocol):
         needs_out: the backward pass takes the output instead of ``delta`` (and then cannot take the gradient
             of the log-sum-exp).
         takes_intervals: does masked calls too, as every layer of a training run makes them.
-        splits_keys: divides the keys over the chip where the tiles of query rows do not fill it.
     """
 
     name: str
     needs_out: bool
     takes_intervals: bool
-    splits_keys: bool
+
+    def splits_keys(self, call: Call) -> bool:
+        """Whether the forward pass divides the keys over the chip where the tiles of query rows do not fill it."""
 
     def unsupported(self, call: Call) -> str | None:
         """Why this kernel cannot do ``call``, or None when it can."""

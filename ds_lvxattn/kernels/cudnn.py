@@ -16,7 +16,9 @@ class CudnnKernel:
     name = "cudnn"
     needs_out = True
     takes_intervals = False
-    splits_keys = False
+
+    def splits_keys(self, call: Call) -> bool:
+        return False
 
     def unsupported(self, call: Call) -> str | None:
         if call.device != "cuda":

@@ -11,7 +11,8 @@ from ds_lvxattn.kernels.triton.kernel import TritonKernel
 
 # Fastest first; ``math`` does every call, so the search always ends.
 KERNELS: tuple[Kernel, ...] = (FlashAttention4Kernel(), CudnnKernel(), TritonKernel(), FlashKernel(), MathKernel())
-# A backward pass of FlashAttention-4 does not divide few rows over the chip, nor resolve narrow ranges.
+# A backward pass of FlashAttention-4 does not divide few rows over the chip, nor resolve narrow ranges, but where
+# query heads share keys: they are rows of one tile then.
 BACKWARD = {"fa4": 1, "flash": 2, "math": 3}
 FEW_ROWS = 1024
 # Half the multiprocessors of a Hopper chip: with fewer tiles of query rows a kernel that splits the keys is faster.
@@ -54,7 +55,7 @@ def usable_kernels(call: Call) -> list[str]:
 
 def fastest_first(call: Call) -> list[Kernel]:
     """All kernels, in the order that they have on a Hopper chip where no profile knows better."""
-    if call.tiles is None and (call.masked or call.rows <= FEW_ROWS):
+    if call.tiles is None and call.heads == call.kv_heads and (call.masked or call.rows <= FEW_ROWS):
         return sorted(KERNELS, key=lambda kernel: BACKWARD.get(kernel.name, 0))
     return list(KERNELS)
 
@@ -63,4 +64,4 @@ def _instead(kernel: Kernel, call: Call) -> Kernel:
     """``kernel``, or one that splits the keys where ``kernel`` would leave half the chip idle."""
     if call.tiles is None or call.tiles >= FEW_TILES or call.device != "cuda":
         return kernel
-    return next((other for other in KERNELS if other.splits_keys and other.unsupported(call) is None), kernel)
+    return next((other for other in KERNELS if other.splits_keys(call) and other.unsupported(call) is None), kernel)

@@ -20,7 +20,9 @@ class FlashKernel:
     name = "flash"
     needs_out = True
     takes_intervals = False
-    splits_keys = False
+
+    def splits_keys(self, call: Call) -> bool:
+        return False
 
     def unsupported(self, call: Call) -> str | None:
         if call.masked:

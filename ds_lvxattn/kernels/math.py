@@ -19,7 +19,9 @@ class MathKernel:
     name = "math"
     needs_out = False
     takes_intervals = True
-    splits_keys = False
+
+    def splits_keys(self, call: Call) -> bool:
+        return False
 
     def unsupported(self, call: Call) -> str | None:
         return None

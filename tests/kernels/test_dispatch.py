@@ -16,8 +16,11 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
-def call(device="cuda", dtype=torch.bfloat16, head_dim=128, masked=False, tiles=None, capped=False, value_dim=None):
-    return Call(device, dtype, 32, 8, head_dim, masked, tiles, capped=capped, value_dim=value_dim)
+def call(
+    device="cuda", dtype=torch.bfloat16, head_dim=128, masked=False, tiles=None, capped=False, value_dim=None,
+    kv_heads=8, rows=4096,
+):  # fmt: skip
+    return Call(device, dtype, 32, kv_heads, head_dim, masked, tiles, rows, capped, value_dim)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +50,24 @@ def call(device="cuda", dtype=torch.bfloat16, head_dim=128, masked=False, tiles=
     ),
 )
 def test_auto_takes_the_fastest_that_is_right(chosen, asked):
+    assert select_kernel("auto", asked).name == chosen
+
+
+@pytest.mark.parametrize(
+    "chosen, asked",
+    (
+        ("fa4", call(tiles=48)),  # which cuts the keys
+        ("triton", call(tiles=48, masked=True)),  # it does not where ranges hide some
+        ("fa4", call(tiles=96, masked=True)),
+        ("fa4", call(rows=384)),  # backward, here and below
+        ("fa4", call(masked=True)),
+        ("cudnn", call(rows=384, kv_heads=32)),
+        ("triton", call(masked=True, kv_heads=32)),
+        ("fa4", call(kv_heads=32)),
+    ),
+)
+def test_auto_where_flash_attention_4_is_installed(monkeypatch, chosen, asked):
+    monkeypatch.setattr("ds_lvxattn.kernels.fa4.kernel.installed", lambda: True)
     assert select_kernel("auto", asked).name == chosen
 
 

@@ -13,6 +13,9 @@ from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.derived import derived_of
 from ds_lvxattn.kernels.fa4.block_lists import as_lists, block_lists, padded_ranges
 from ds_lvxattn.kernels.fa4.kernel import FlashAttention4Kernel
+from ds_lvxattn.kernels.fa4.packed import packed_backward, packed_ranges
+from ds_lvxattn.kernels.fa4.shares import forward_in_shares
+from ds_lvxattn.kernels.math import MathKernel
 from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.kernels.triton.kernel import TritonKernel
 
@@ -81,6 +84,53 @@ def test_derived_once_for_the_layers_of_a_batch():
     assert [derived_of(inference, inference, "a", make) for _ in range(2)] == [5, 6]
 
 
+@pytest.mark.parametrize("sequence_first", (False, True))
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("heads", ((4, 2), (7, 1)))
+def test_packed_heads_have_the_same_gradients(make_problem, error, heads, mask, sequence_first):
+    p = make_problem(
+        batch=2, heads=heads[0], kv_heads=heads[1], mask=mask, sequence_first=sequence_first, softcap=20.0
+    )  # fmt: skip
+    exact, math = p.exact(), MathKernel()
+    delta = attention_delta(p.dout.double(), exact["out"], p.dlse.masked_fill(p.hidden, 0.0)).float()
+
+    def backward(dout, q, k, v, *rest):
+        return math.backward(dout, q, k, v, None, *rest)
+
+    given = (p.dout, p.q, p.k, p.v, exact["lse"].float(), delta, p.start, p.stop, p.scale, p.softcap)
+    grads = packed_backward(backward, *given)
+    assert grads[0].stride() == p.q.stride()
+    for name, got, direct in zip(GRADS, grads, backward(*given), strict=True):
+        assert error(got, exact[name]) < 1e-5 and error(got, direct.double()) < 2e-6, name
+
+
+def test_ranges_of_packed_heads_are_made_once():
+    start = torch.tensor([[0, 3, 5], [1, 1, 2]], dtype=torch.int32)
+    stop = start + 4
+    first, last = packed_ranges(start, stop, 2)
+    assert first.tolist() == [[0, 0, 3, 3, 5, 5], [1, 1, 1, 1, 2, 2]] and torch.equal(last, first + 4)
+    assert packed_ranges(start, stop, 2)[0] is first and packed_ranges(None, None, 2) == (None, None)
+
+
+@pytest.mark.parametrize("sequence_first", (False, True))
+@pytest.mark.parametrize("shares, keys", ((2, 70), (4, 70), (3, 71), (5, 5)))
+def test_shares_of_the_keys_are_merged(make_problem, error, shares, keys, sequence_first):
+    p = make_problem(
+        batch=2, heads=4, kv_heads=2, rows=9, keys=keys, mask="visible", sequence_first=sequence_first, gain=9.0
+    )
+    exact, sizes = p.exact(), []
+
+    def forward(q, k, v, out, lse):
+        sizes.append((q.shape[0], k.shape[2]))
+        for written, made in zip((out, lse), MathKernel().forward(q, k, v, None, None, p.scale), strict=True):
+            written.copy_(made)
+
+    out, lse = forward_in_shares(forward, shares, p.q, p.k, p.v)
+    left = [(1, keys % shares)] if keys % shares else []
+    assert sizes == 2 * [(shares, keys // shares), *left] and out.stride() == p.q.stride()
+    assert error(out, exact["out"]) < 1e-5 and error(lse, exact["lse"]) < 1e-6
+
+
 def run(p, exact=None, with_dlse=True, kernel=KERNEL):
     """``out, lse`` and, given the exact results, gradients."""
     result = dict(zip(("out", "lse"), kernel.forward(p.q, p.k, p.v, p.start, p.stop, p.scale, p.softcap), strict=True))
@@ -133,6 +183,37 @@ def test_any_length(make_problem, error, rows, keys, heads, head_dim, mask, sequ
         assert results[name].isfinite().all()
         # A row that sees one key has a gradient of 0 in q, so the error is taken against the inputs' size too.
         assert (results[name].double() - exact[name]).norm() < 1e-2 * (exact[name].norm() + p.dout.norm()), name
+
+
+@on_gpu
+@pytest.mark.parametrize("rows", (1, 96, 384, 700))
+@pytest.mark.parametrize("heads", ((4, 4), (8, 2), (14, 2)))
+@pytest.mark.parametrize("mask", MASKS)
+def test_groups_of_heads_and_few_rows(make_problem, error, mask, heads, rows):
+    """Keys that no number of shares divides, with the gradient of the log-sum-exp."""
+    p = make_problem(
+        batch=2, heads=heads[0], kv_heads=heads[1], rows=rows, keys=10007, head_dim=128, dtype=torch.bfloat16, mask=mask
+    )
+    exact = p.exact()
+    results = run(p, exact)
+    assert error(results["out"], exact["out"]) < 1e-2
+    assert error(results["lse"], exact["lse"]) < 1e-4
+    for name in GRADS:
+        assert (results[name].double() - exact[name]).norm() < 1e-2 * (exact[name].norm() + p.dout.norm()), name
+
+
+@on_gpu
+@pytest.mark.parametrize("keys", (16384, 16385, 20011))
+def test_few_rows_are_no_less_exact_than_pytorch(make_problem, error, keys):
+    from ds_lvxattn.kernels.fa4.attention import _shares
+
+    p = make_problem(
+        batch=2, heads=8, kv_heads=2, rows=96, keys=keys, head_dim=128, dtype=torch.bfloat16, mask="visible"
+    )  # fmt: skip
+    assert _shares(p.q, p.k, 128) > 1
+    exact, theirs = p.exact(), p.pytorch()
+    mine = run(p)
+    assert error(mine["out"], exact["out"]) <= 1.5 * error(theirs["out"], exact["out"])
 
 
 @on_gpu

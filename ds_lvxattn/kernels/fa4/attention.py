@@ -13,8 +13,11 @@ from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch, compute_dq_w
 from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 from torch import Tensor
 
+from ds_lvxattn.kernels.base import empty_results
 from ds_lvxattn.kernels.derived import derived_of
 from ds_lvxattn.kernels.fa4.block_lists import as_lists, block_lists, padded_ranges
+from ds_lvxattn.kernels.fa4.shares import forward_in_shares
+from ds_lvxattn.kernels.triton.forward import key_splits, multiprocessors
 
 KEYS_OF_BLOCK = 128
 BACKWARD_ROWS = 128  # of a tile; its kernels work on divisors of it
@@ -80,15 +83,33 @@ def fa4_forward(
     scale: float,
     softcap: Optional[float] = None,
 ) -> tuple[Tensor, Tensor]:
-    """See ``Kernel.forward``."""
+    """See ``Kernel.forward``. Few rows that see all keys take them in shares beside each other."""
     q = q if q.stride(-1) == 1 else q.contiguous()
-    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     tile = forward_rows(q.shape[3], torch.cuda.get_device_capability(q.device)[0])
-    _flash_attn_fwd(
-        *(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, return_lse=True, out=out.transpose(1, 2), lse=lse,
-        score_mod=None if softcap is None else soft_cap(softcap)[0], **_masked(start, stop, k.shape[2], tile),
-    )  # fmt: skip
+    capped = None if softcap is None else soft_cap(softcap)[0]
+    visible = _masked(start, stop, k.shape[2], tile)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        _flash_attn_fwd(
+            *(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, return_lse=True, out=out.transpose(1, 2),
+            lse=lse, score_mod=capped, **visible,
+        )  # fmt: skip
+
+    shares = 1 if visible else _shares(q, k, tile)
+    if shares > 1:
+        return forward_in_shares(forward, shares, q, k, v)
+    out, lse = empty_results(q, v)
+    forward(q, k, v, out, lse)
     return out, lse
+
+
+def _shares(q: Tensor, k: Tensor, tile: int) -> int:
+    """Shares of the keys that fill the chip: 1 where the sequences do together, else those of one sequence."""
+    batch, heads, rows, _ = q.shape
+    kv_heads, keys = k.shape[1:3]
+    tiles = kv_heads * -(-rows * (heads // kv_heads) // tile)
+    blocks, units = -(-keys // KEYS_OF_BLOCK), multiprocessors(q.device)
+    return 1 if key_splits(batch * tiles, blocks, units) == 1 else key_splits(tiles, blocks, units)
 
 
 def fa4_backward(

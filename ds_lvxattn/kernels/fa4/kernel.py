@@ -1,4 +1,4 @@
-"""FlashAttention-4 as a ``Kernel``: the fastest on Hopper and Blackwell where many rows see many keys."""
+"""FlashAttention-4 as a ``Kernel``: the fastest on Hopper and Blackwell where rows see many keys."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class FlashAttention4Kernel:
     name = "fa4"
     needs_out = False
     takes_intervals = True
-    splits_keys = False
+
+    def splits_keys(self, call: Call) -> bool:
+        return not call.masked
 
     def unsupported(self, call: Call) -> str | None:
         if call.device != "cuda":
@@ -73,6 +75,8 @@ class FlashAttention4Kernel:
         softcap: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from ds_lvxattn.kernels.fa4.attention import fa4_backward
+        from ds_lvxattn.kernels.fa4.packed import packed_backward
 
         assert delta is not None
-        return fa4_backward(dout, q, k, v, lse, delta, start, stop, scale, softcap)
+        given = (dout, q, k, v, lse, delta, start, stop, scale, softcap)
+        return fa4_backward(*given) if q.shape[1] == k.shape[1] else packed_backward(fa4_backward, *given)

@@ -17,7 +17,6 @@ launches, so ``query_grads_again_kernel`` computes the scores a second time and 
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -116,7 +115,7 @@ def _divided(
     _, heads_kv, seq_kv, value_dim = v
     head_dims = (head_dim, value_dim)
     config = config or backward_config(head_dims, dtype.itemsize, masked, is_hopper(device))
-    room = workspace_bytes // (heads_kv * config.block_n * config.tile * dtype.itemsize) // (1 + config.overlap)
+    room = workspace_bytes // (heads_kv * config.block_n * config.tile * dtype.itemsize)
     run = seq_q
     if config.keep_ds or not masked:
         group, units = heads_q // heads_kv, multiprocessors(device)
@@ -130,43 +129,6 @@ def _ranges_of_run(start: Tensor | None, stop: Tensor | None, rows: slice) -> tu
         return None, None
     key = ("rows", rows.start, rows.stop)
     return derived_of(start, stop, key, lambda: (start[:, rows].clone(), stop[:, rows].clone()))
-
-
-@functools.cache
-def _stream_beside(device: torch.device) -> torch.cuda.Stream:
-    """Its programs go first: those of the kernel beside it fill the rest of the chip."""
-    return torch.cuda.Stream(device, priority=-1)
-
-
-class _Beside:
-    """A stream beside the current one: what is launched ``with`` it follows what the current one has been given.
-
-    Tensors that it uses must live until ``join``.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._main, self._stream = torch.cuda.current_stream(device), _stream_beside(device)
-        self._done: list[torch.cuda.Event] = []
-        self._context: torch.cuda.StreamContext | None = None
-
-    def wait_for(self, step: int) -> None:
-        """The current stream waits for what was launched beside it in ``step``, counted from 0, if there was such."""
-        if step >= 0:
-            self._main.wait_event(self._done[step])
-
-    def __enter__(self) -> None:
-        self._stream.wait_stream(self._main)
-        self._context = torch.cuda.stream(self._stream)
-        self._context.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        assert self._context is not None
-        self._context.__exit__(*error)
-        self._done.append(self._stream.record_event())
-
-    def join(self) -> None:
-        """The current stream waits for all of it."""
-        self._main.wait_stream(self._stream)
 
 
 class _Ranges(NamedTuple):
@@ -247,22 +209,12 @@ def _backward_of_rows(
     else:
         chunks = masked_plan or plan.dense
         assert chunks is not None
-        spaces = [
-            plan.ds_tiles(torch.empty(plan.ds(chunks), dtype=q.dtype, device=q.device))
-            for _ in range(1 + how.config.overlap)
-        ]
         # One chunk adds up in registers: what it is given for its sums is not touched.
         sums = terms if chunks.chunks == 1 else torch.empty(plan.dq_sums, dtype=torch.float32, device=q.device)
-        beside = _Beside(q.device) if how.config.overlap else None
-        for chunk, (key_grads, key_integers, query_grads, query_integers) in enumerate(plan.chunks(chunks)):
-            ds_out, ds_in = spaces[chunk % len(spaces)]
-            if beside is not None:
-                beside.wait_for(chunk - len(spaces))
+        ds_out, ds_in = plan.ds_tiles(torch.empty(plan.ds(chunks), dtype=q.dtype, device=q.device))
+        for key_grads, key_integers, query_grads, query_integers in plan.chunks(chunks):
             key_grads(
                 *row_tiles, *k_tiles, *v_tiles, ds_out, terms, packed_start, packed_stop, seen, count, chunks.edges,
                 chunks.base, k, v, dk, dv, *key_integers, scale, cap,
             )  # fmt: skip
-            with nullcontext() if beside is None else beside:
-                query_grads(ds_in, *k_tiles, bounds, chunks.edges, chunks.base, sums, dq, *query_integers, scale)
-        if beside is not None:
-            beside.join()
+            query_grads(ds_in, *k_tiles, bounds, chunks.edges, chunks.base, sums, dq, *query_integers, scale)

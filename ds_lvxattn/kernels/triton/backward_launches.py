@@ -19,7 +19,7 @@ from ds_lvxattn.kernels.triton.backward_plan import ChunkPlan, plan_dense
 from ds_lvxattn.kernels.triton.backward_rows import pack_rows_kernel
 from ds_lvxattn.kernels.triton.forward import multiprocessors
 from ds_lvxattn.kernels.triton.launch import KEPT, Launch, Layout, Tiles, fits_copy_engine, row_tiles
-from ds_lvxattn.kernels.triton.tiles import BackwardConfig, split_head
+from ds_lvxattn.kernels.triton.tiles import BackwardConfig, split_head_backward
 
 Integers = tuple[int, ...]
 
@@ -77,6 +77,10 @@ def _packed(of: Layout, heads_kv: int) -> PackedRows:
     return PackedRows((batch, heads_kv, rows, group, dim), apart, packed)
 
 
+def _tiles(rows: int) -> Tiles:
+    return row_tiles(rows, split_head_backward)
+
+
 class RowLaunches:
     """The launches for tensors of some layouts.
 
@@ -115,12 +119,12 @@ class RowLaunches:
             pack_rows_kernel, (tiles, pairs), GROUP=group, TILE=config.tile, HAS_INTERVAL=has_interval,
         )  # fmt: skip
         self.pack_integers = (*of.lse[2], *of.delta[2], heads_kv, seq_q, tiles)
-        self.q_tiles, self.dout_tiles = row_tiles(config.block_m), row_tiles(config.block_m)
-        self.k_tiles, self.v_tiles = row_tiles(config.block_n), row_tiles(config.block_n)
-        self.q_tiles_again, self.dout_tiles_again = row_tiles(config.tile), row_tiles(config.tile)
+        self.q_tiles, self.dout_tiles = _tiles(config.block_m), _tiles(config.block_m)
+        self.k_tiles, self.v_tiles = _tiles(config.block_n), _tiles(config.block_n)
+        self.q_tiles_again, self.dout_tiles_again = _tiles(config.tile), _tiles(config.tile)
 
-        block_d, block_d_2 = split_head(head_dim)
-        block_v, block_v_2 = split_head(value_dim)
+        block_d, block_d_2 = split_head_backward(head_dim)
+        block_v, block_v_2 = split_head_backward(value_dim)
         self._tile = dict(
             HEAD_DIM=head_dim, BLOCK_D=block_d, TILE=config.tile, BLOCK_N=config.block_n,
             PRECISION="ieee" if dtype == torch.float32 else "tf32",

@@ -18,7 +18,9 @@ class TritonKernel:
     name = "triton"
     needs_out = False
     takes_intervals = True
-    splits_keys = True
+
+    def splits_keys(self, call: Call) -> bool:
+        return True
 
     def unsupported(self, call: Call) -> str | None:
         if call.device != "cuda":

@@ -24,6 +24,7 @@ from ds_lvxattn.kernels.triton.tiles import split_head
 KEPT = 512  # of the shapes of a kernel, those that were used last
 ALIGNMENT = 16  # bytes, of pointers that the compiler takes for aligned
 
+Split = Callable[[int], tuple[int, int]]
 Layout = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], bool]
 
 
@@ -101,9 +102,9 @@ class Tiles:
         return tuple([each and _like(each, x) for each in self._checked])
 
 
-def row_tiles(rows: int) -> Tiles:
+def row_tiles(rows: int, split: Split = split_head) -> Tiles:
     """``row_descriptors`` of tensors of one layout."""
-    return Tiles(lambda x: row_descriptors(x, rows))
+    return Tiles(lambda x: row_descriptors(x, rows, split))
 
 
 def _like(checked: dict[str, Any], base: Tensor) -> TensorDescriptor:
@@ -114,15 +115,17 @@ def _like(checked: dict[str, Any], base: Tensor) -> TensorDescriptor:
     return made
 
 
-def row_descriptors(x: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
-    """Descriptors of ``x [B, H, S, D]`` for tiles of ``rows`` rows and the blocks of columns of ``split_head``.
+def row_descriptors(
+    x: Tensor, rows: int, split: Split = split_head
+) -> tuple[TensorDescriptor, TensorDescriptor | None]:  # fmt: skip
+    """Descriptors of ``x [B, H, S, D]`` for tiles of ``rows`` rows and the two blocks of columns of ``split``.
 
     What lies past the end reads as 0.
     """
     shape, strides = list(x.shape), list(x.stride())
     first, second = (
         TensorDescriptor(x, shape, strides, [1, 1, rows, columns]) if columns else None
-        for columns in split_head(x.shape[-1])
+        for columns in split(x.shape[-1])
     )
     assert first is not None
     return first, second

@@ -31,8 +31,6 @@ class BackwardConfig(NamedTuple):
         resident: its programs that a multiprocessor holds at once.
         query_warps, query_stages: of the kernel that owns rows.
         keep_ds: with a mask, whether ``dQ`` comes from the workspace or from scores computed again.
-        overlap: whether the kernel that owns rows, which is bound by memory, runs beside the next chunk's kernel that
-            owns keys, on a stream of its own and with half the workspace a chunk.
     """
 
     tile: int
@@ -45,7 +43,6 @@ class BackwardConfig(NamedTuple):
     query_stages: int
     max_registers: int | None = None
     keep_ds: bool = True
-    overlap: bool = False
 
 
 @functools.cache
@@ -67,6 +64,12 @@ def split_head(head_dim: int) -> tuple[int, int]:
     return 1 << (head_dim - 1).bit_length(), 0
 
 
+def split_head_backward(head_dim: int) -> tuple[int, int]:
+    """As ``split_head``, for the backward pass: above 128 one block, because 128 + 32 columns end in an illegal memory
+    access on Hopper."""
+    return split_head(head_dim) if head_dim <= 128 else (256, 0)
+
+
 def forward_config(head_dims: tuple[int, int], itemsize: int, masked: bool, hopper: bool) -> ForwardConfig:
     """Tiles of the forward pass, for head sizes of keys and of values."""
     head_dim = max(head_dims)
@@ -77,7 +80,7 @@ def forward_config(head_dims: tuple[int, int], itemsize: int, masked: bool, hopp
             return ForwardConfig(128, 64, 8, 2, 1)
         return ForwardConfig(128, 32, 8, 2, 1) if head_dim <= 128 else ForwardConfig(64, 32, 8, 1, 1)
     if head_dim <= 64:
-        return ForwardConfig(64, 128, 4, 2, 2) if masked else ForwardConfig(128, 64, 4, 3, 2)
+        return ForwardConfig(64, 64, 4, 2, 2) if masked else ForwardConfig(128, 64, 4, 3, 2)
     if head_dim <= 96:
         return ForwardConfig(128, 64, 4, 3, 3)
     if head_dim <= 128:
@@ -105,6 +108,6 @@ def backward_config(head_dims: tuple[int, int], itemsize: int, masked: bool, hop
         return BackwardConfig(128, 64, 64, 4, 2, 3, 8, 4, max_registers=168)
     if head_dim <= 128:
         return BackwardConfig(128, 64, 64, 4, 2, 2, 8, 4)
-    if head_dims[0] <= 192 and head_dims[1] <= 128:  # 128 KiB: K, V, two stages of Q and dO, and a tile of dS
+    if head_dims[0] <= 192 and head_dims[1] <= 128:  # 153 KiB: K, V, two stages of Q and dO, and a tile of dS
         return BackwardConfig(128, 64, 64, 8, 2, 1, 8, 3)
     return BackwardConfig(64, 32, 64, 8, 1, 1, 8, 2)

@@ -1,0 +1,53 @@
+"""The query heads of a key head as rows of one head, for the backward pass.
+
+A tile then holds the rows of few positions, whose ranges are close together, and the gradients of the keys need no sum
+over query heads: each is written once, in its own dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ds_lvxattn.kernels.derived import derived_of
+
+Grads = tuple[Tensor, Tensor, Tensor]
+
+
+def packed(x: Tensor, kv_heads: int) -> Tensor:
+    """``[B, H_q, S, ...]`` as ``[B, H_kv, S * group, ...]``, the heads of a group beside each other."""
+    return x.unflatten(1, (kv_heads, -1)).transpose(2, 3).flatten(2, 3)
+
+
+def unpacked(x: Tensor, like: Tensor) -> Tensor:
+    """The opposite of ``packed``, laid out as ``like [B, H_q, S, ...]``."""
+    out = torch.empty_like(like, dtype=x.dtype)
+    out.unflatten(1, (x.shape[1], -1)).copy_(x.unflatten(2, (like.shape[2], -1)).transpose(2, 3))
+    return out
+
+
+def packed_ranges(
+    start: Tensor | None, stop: Tensor | None, group: int
+) -> tuple[Tensor, Tensor] | tuple[None, None]:  # fmt: skip
+    """Ranges ``[B, S * group]`` of packed rows from those of ``S``, made once for the layers of a batch."""
+    if start is None or stop is None:
+        return None, None
+    return derived_of(start, stop, ("packed", group), lambda: (_repeated(start, group), _repeated(stop, group)))
+
+
+def _repeated(x: Tensor, group: int) -> Tensor:
+    return x.unsqueeze(2).repeat(1, 1, group).flatten(1)
+
+
+def packed_backward(
+    backward: Callable[..., Grads], dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor,
+    start: Tensor | None, stop: Tensor | None, scale: float, softcap: float | None,
+) -> Grads:  # fmt: skip
+    """``backward``, which takes and returns the same, over packed rows."""
+    kv_heads = k.shape[1]
+    dout, rows, lse, delta = (packed(x, kv_heads) for x in (dout, q, lse, delta))
+    start, stop = packed_ranges(start, stop, q.shape[1] // kv_heads)
+    dq, dk, dv = backward(dout, rows, k, v, lse, delta, start, stop, scale, softcap)
+    return unpacked(dq, q), dk, dv
