@@ -100,6 +100,30 @@ def test_autocast_takes_queries_keys_and_values_in_its_dtype() -> None:
     assert q.grad is not None and q.grad.dtype == torch.float32
 
 
+def spread(x: Tensor) -> Tensor:
+    """``x`` whose elements have gaps between them."""
+    return torch.stack((x, torch.full_like(x, 7)), dim=-1).detach()[..., 0].requires_grad_()
+
+
+def with_gaps(strategy: str, schedule: str) -> float:
+    """The largest difference of results and gradients to those without gaps, of a few rows and of a single number."""
+    worst = 0.0
+    for shape in ((2, 2, 3, 8), (1, 1, 1, 1)):
+        torch.manual_seed(dist.get_rank())
+        plain = [torch.randn(shape, dtype=torch.float64, device=device(), requires_grad=True) for _ in range(3)]
+        results = []
+        for q, k, v in (plain, [spread(x) for x in plain]):
+            out, lse = sp_attention(q, k, v, group=dist.group.WORLD, strategy=strategy, schedule=schedule)
+            results.append([out, lse, *torch.autograd.grad(out.sum() + lse.square().sum(), (q, k, v))])
+        worst = max(worst, *((a - b).abs().max().item() for a, b in zip(*results, strict=True)))
+    return worst
+
+
+@pytest.mark.parametrize("mode", [("lv_xattn", "gather"), ("lv_xattn", "ring"), ("ring", "auto")])
+def test_tensors_with_gaps_between_their_elements(mode: tuple[str, str]) -> None:
+    assert max(run(2, with_gaps, *mode)) < 1e-12
+
+
 def test_an_interval_serves_evaluation_in_inference_mode_and_then_training() -> None:
     q, k, v = qkv()
     interval = KVInterval(*ranges(2, Q_LENGTHS[0]))

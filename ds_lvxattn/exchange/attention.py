@@ -18,7 +18,7 @@ from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
 from ds_lvxattn.exchange.strategies import implementation_of
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.dispatch import select_kernel
-from ds_lvxattn.kernels.operator import in_autocast_dtype
+from ds_lvxattn.kernels.operator import as_kernels_take
 from ds_lvxattn.kernels.settled import settled
 from ds_lvxattn.plan.modes import LOCAL, Mode, mode_named, modes
 
@@ -88,7 +88,7 @@ def sp_attention(
     Raises:
         ValueError: shapes, dtypes or settings do not fit; the message says what to change.
     """
-    q, k, v = in_autocast_dtype(q, k, v)
+    q, k, v = as_kernels_take(q, k, v)
     if interval is not None and not isinstance(interval, KVInterval):
         interval = KVInterval.several(interval)
     comm = communicator(group)

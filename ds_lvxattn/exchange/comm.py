@@ -247,7 +247,8 @@ def _raw(x: Tensor) -> Tensor:
         return x.view(torch.uint8)
     # A dimension of one element may have any stride, and a number has none.
     shape = x.shape[:-1] if x.dim() else ()
-    return x.view(-1).view(torch.uint8).view(*shape, x.numel() // max(math.prod(shape), 1) * x.element_size())
+    row = x.as_strided((x.numel(),), (1,)).view(torch.uint8)
+    return row.view(*shape, x.numel() // max(math.prod(shape), 1) * x.element_size())
 
 
 # An operator schema cannot hold a process group, so operators name it and find it here, as torch.distributed

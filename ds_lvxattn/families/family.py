@@ -129,7 +129,8 @@ class Family(ABC):
         layers = {}
         for name, module in model.named_modules():
             role = self.role_of(module)
-            if role == "self" and not getattr(module, "is_causal", True):
+            causal = getattr(module, "is_causal", True) or type(self).blocks is not Family.blocks
+            if role == "self" and not causal:
                 raise ConfigError(
                     f"{name}.is_causal is False, and sequence-parallel self-attention is causal; leave it at True, or "
                     "set 'sequence_parallel_size' to 1"

@@ -108,6 +108,7 @@ def attention_operator(
             q, *more = ctx.saved_tensors
             out = more[2 if kept is None else 3]
             dout = torch.zeros_like(out) if dout is None else dout
+            dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # that of a sum is one number, expanded
             q = out if q is None else q
             inputs = (dout, dlse, q, *more)
             if torch.is_grad_enabled():

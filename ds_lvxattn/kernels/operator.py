@@ -20,16 +20,19 @@ def _backward(given: BackwardPass) -> tuple[Tensor, Tensor, Tensor]:
 _operator = attention_operator("local_attention", _forward, _backward)
 
 
-def in_autocast_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``q, k, v`` as they are; under ``torch.autocast`` in its dtype, but for float64, as torch's own attention has it.
+def as_kernels_take(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``q, k, v`` with the numbers of a head beside each other, which not every kernel and no message does without.
 
-    There, layers hand over queries and keys in float32, as their rotary tables are, and values in low precision.
+    Under ``torch.autocast`` in its dtype, but for float64, as torch's own attention has it: layers hand over queries
+    and keys in float32 there, as their rotary tables are, and values in low precision.
     """
     device = q.device.type
-    if not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
-        return q, k, v
-    dtype = torch.get_autocast_dtype(device)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if q.dim() == k.dim() == v.dim() == 4:  # else they are refused
+        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    return q, k, v
 
 
 def local_attention(

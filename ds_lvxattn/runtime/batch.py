@@ -97,6 +97,8 @@ class SequenceParallelBatch:
         sees_frame: ``[B, 1, s_q, 1]`` in the model's dtype, 1 for the rank's text rows that see a frame.
         visual_rows: how visual tokens come to their rows, where all keys are in the text; None elsewhere.
         position_ids: the argument of the model's forward that belongs to the batch; None: not looked at.
+        checked: whether the model has looked at what it was called with beside the batch: what its forward hands to a
+            model inside is its own.
         visual: collects the rank's visual keys and values of each cross-attention module, in the prefill of a
             generation; None in training.
     """
@@ -113,6 +115,7 @@ class SequenceParallelBatch:
     sees_frame: Tensor
     visual_rows: VisualRows | None = None
     position_ids: Tensor | None = None
+    checked: bool = False
     visual: KeyCache | None = None
 
     brings_frames: ClassVar[bool] = True

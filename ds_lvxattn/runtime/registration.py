@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ds_lvxattn.exchange.interval import KVInterval
-from ds_lvxattn.kernels.operator import in_autocast_dtype, local_attention
+from ds_lvxattn.kernels.operator import as_kernels_take, local_attention
 from ds_lvxattn.runtime.batch import Exchanging, SequenceParallelBatch
 
 # The attention functions are never part of a compiled graph: see ``runtime.compiled``.
@@ -128,7 +129,7 @@ def encoder_attention(
     if not isinstance(attention_mask, KVInterval):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    query, key, value = in_autocast_dtype(query, key, value)
+    query, key, value = as_kernels_take(query, key, value)
     out, _lse = local_attention(query, key, value, attention_mask.start, attention_mask.stop, scale, "auto")
     return out.transpose(1, 2), None
 
@@ -151,7 +152,8 @@ def refuse_other_masks(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     Raises:
         ValueError: naming the argument: ``attention_mask``, or one of ``PACKED``.
     """
-    if not isinstance(kwargs.get("sequence_parallel"), SequenceParallelBatch):
+    batch = kwargs.get("sequence_parallel")
+    if not isinstance(batch, SequenceParallelBatch) or batch.checked:
         return
     given = _named(model, args, kwargs)
     mask = given.get("attention_mask")
@@ -167,8 +169,10 @@ def refuse_other_masks(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 def refuse_other_arguments(
     config: Any, registered: bool, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Before the model's forward with ``sequence_parallel``: what would be computed otherwise than asked is refused.
+
+    Its own models inside then take what it hands them.
 
     Args:
         config: of the language model.
@@ -179,7 +183,7 @@ def refuse_other_arguments(
     """
     batch = kwargs.get("sequence_parallel")
     if not isinstance(batch, SequenceParallelBatch):
-        return
+        return None
     given = _named(model, args, kwargs)
     if registered and config._attn_implementation != IMPLEMENTATION:
         raise ValueError(
@@ -212,6 +216,7 @@ def refuse_other_arguments(
                 f"logits_to_keep is {given['logits_to_keep']!r} beside labels and sequence_parallel: each rank would "
                 "keep the last of its own rows; leave it out, or for memory set 'sequence_parallel.tiled_logits'"
             )
+    return args, {**kwargs, "sequence_parallel": replace(batch, checked=True)}
 
 
 def _named(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
