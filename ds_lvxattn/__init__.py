@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ds_lvxattn.exchange.interval import KVInterval
     from ds_lvxattn.exchange.merge_attention import merge_attention
     from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
+    from ds_lvxattn.families.family import FrameLimits
     from ds_lvxattn.runtime.adapters import AdapterKeys, shard_adapter
     from ds_lvxattn.training.attach import Attached, attach
 
@@ -21,6 +22,7 @@ _HOMES = {
     "AdapterKeys": "runtime.adapters",
     "Attached": "training.attach",
     "ConfigError": "errors",
+    "FrameLimits": "families.family",
     "KVInterval": "exchange.interval",
     "Sample": "data.sample",
     "SampleError": "data.sample",
@@ -36,6 +38,7 @@ __all__ = [
     "AdapterKeys",
     "Attached",
     "ConfigError",
+    "FrameLimits",
     "KVInterval",
     "Sample",
     "SampleError",

@@ -13,7 +13,7 @@ source launch/environment.sh
 prepare_environment test
 ruff check .
 ruff format --check .
-python -m mypy
+python -m mypy --num-workers 2
 lint-imports
 # Two processes: most tests keep one core busy. The same examples of the property tests at each run: python -m pytest
 # draws new ones.
