@@ -251,6 +251,15 @@ def test_open_flamingo_says_how_to_install_its_package(monkeypatch: pytest.Monke
         OpenFlamingoModel(OpenFlamingoConfig())
 
 
+def test_open_flamingo_is_saved_as_by_transformers(tmp_path: Path) -> None:
+    """Each parameter under one of the names that the package gives it."""
+    model: Any = tiny("open_flamingo, immediate")
+    model.save_pretrained(tmp_path)
+    again = dict(OpenFlamingoModel.from_pretrained(tmp_path).named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(again[name], parameter), name
+
+
 def test_what_text_sees_in_open_flamingo() -> None:
     ids = [4, IMAGE_TOKEN, 4, IMAGE_TOKEN, IMAGE_TOKEN, 4]
     config: Any = type("Config", (), {"only_attend_immediate_media": True})

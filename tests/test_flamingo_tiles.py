@@ -122,7 +122,7 @@ def answers(model: Any, batches: Batches, samples: Sequence[Sample]) -> list[lis
 
 
 def on_ranks(sees: str, modes: Sequence[tuple[str, str, str]]) -> tuple[list[tuple[float, Gradients]], list[list[int]]]:
-    results, samples, tokens = [], rows_of(sees), []
+    results, samples = [], rows_of(sees)
     encoding.TOKENS_AT_ONCE = 3 * family_of(tiny(sees)).encoder_tokens()  # tiles at once
     for mode in modes:
         model: Any = tiny(sees, torch.float64).train()
@@ -130,8 +130,7 @@ def on_ranks(sees: str, modes: Sequence[tuple[str, str, str]]) -> tuple[list[tup
         loss = loss_of(model, samples, batches)
         loss.backward()
         results.append(sum_over_ranks(loss, gradients_of(model)))
-        tokens = answers(model, batches, samples)
-    return results, tokens
+    return results, answers(model, batches, samples)
 
 
 @pytest.mark.parametrize(("sees", "ranks"), [(SEES[0], 2), slow(SEES[1], 2), slow(SEES[0], 4)])

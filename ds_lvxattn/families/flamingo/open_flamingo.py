@@ -192,6 +192,12 @@ class OpenFlamingoModel(PreTrainedModel):
             language.clear_conditioned_layers()
             language._use_cached_vision_x = False
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As of transformers, with each parameter under one of its names."""
+        if len(args) < 2 and kwargs.get("state_dict") is None:
+            kwargs["state_dict"] = dict(self.named_parameters())
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.flamingo.lang_encoder.get_input_embeddings()
 
