@@ -7,6 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ds_lvxattn.plan.planner import Planner
 from ds_lvxattn.plan.profile import load_profile
@@ -79,6 +81,27 @@ def llama_11b(text: int, frames: int) -> tuple[list[LayerShape], float]:
     cross = LayerShape(1, 32, 8, 128, rows, keys, 2, None, None, "kv")
     own = LayerShape(1, 32, 8, 128, rows, rows, 2)
     return [cross] * 8 + [own] * 32, 6 * 8e9 * text + 2 * 0.9e9 * 4 * 1608 * frames
+
+
+@given(
+    text=st.sampled_from([16, 64, 256, 1024]), frames=st.integers(0, 4), others=st.floats(0, 1e12),
+    more=st.tuples(st.floats(0, 1e15), st.floats(0, 1e9)), pixels=st.floats(0, 1e8),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_what_encoding_costs_never_speaks_for_whole_batches(
+    text: int, frames: int, others: float, more: tuple[float, float], pixels: float
+) -> None:
+    layers, operations = llama_11b(text, frames)
+    profile = load_profile("h200")
+    with_more = replicating_is_faster(layers, operations + others + more[0], profile, pixels + more[1])
+    assert not with_more or replicating_is_faster(layers, operations + others, profile, pixels)
+
+
+def test_pixels_that_a_loader_cannot_make_in_time_are_divided() -> None:
+    layers, operations = llama_11b(64, 1)
+    profile = load_profile("h200")
+    assert replicating_is_faster(layers, operations, profile, pixels=4 * 560**2)
+    assert not replicating_is_faster(layers, operations, profile, pixels=20 * 4 * 560**2)
 
 
 @pytest.mark.parametrize(

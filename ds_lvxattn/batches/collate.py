@@ -169,6 +169,7 @@ class Collator:
             layout.rows * layout.text.total,
             layout.encoder_tokens,
             functools.partial(self._shapes, layout),
+            layout.encoder_pairs,
         )
 
     def _shapes(self, layout: BatchLayout) -> dict[str, CallShape]:

@@ -99,6 +99,11 @@ class BatchLayout:
         return sum(shape.encoder_tokens for shapes in self.shapes for shape in shapes)
 
     @property
+    def encoder_pairs(self) -> int:
+        """Pairs of such tokens of one picture: what attention inside the encoder computes, where it has no windows."""
+        return sum(shape.encoder_tokens**2 for shapes in self.shapes for shape in shapes)
+
+    @property
     def copies(self) -> int:
         """On how many ranks each row of text is: 1, or all where only the frames are divided."""
         return self.keys.ranks // self.text.ranks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,7 +84,10 @@ def model_sizes(parallel: SequenceParallel) -> ModelSizes:
     # What decoders call it that have no gate: the plan takes their feed-forward part for one with a gate.
     inner = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", 4 * text.hidden_size)
     frame_tokens = family.frame_tokens() if isinstance(family, VisualFamily) else 1
-    return ModelSizes(text.hidden_size, inner, frame_tokens, *_dense_operations(parallel), parallel.config.tiled_mlp)
+    return ModelSizes(
+        text.hidden_size, inner, frame_tokens, *_dense_operations(parallel), parallel.config.tiled_mlp,
+        _pair_operations(parallel), _token_pixels(family.config),
+    )  # fmt: skip
 
 
 def _dense_operations(parallel: SequenceParallel) -> tuple[float, float]:
@@ -94,7 +98,8 @@ def _dense_operations(parallel: SequenceParallel) -> tuple[float, float]:
 
     model = parallel.model
     decoder = {p: n for layer in parallel.decoder_layers for p, n in parameters(layer).items()}
-    tables = [table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None]
+    head = model.get_output_embeddings()
+    tables = [table for table in (model.get_input_embeddings(), head) if table is not None]
     others = parameters(model)
     for known in (decoder, *map(parameters, tables)):
         for parameter in known:
@@ -102,8 +107,28 @@ def _dense_operations(parallel: SequenceParallel) -> tuple[float, float]:
     if not decoder:  # a language model of layers that transformers does not checkpoint: anything may be part of it
         decoder = others
     passes = 6.0 if any(p.requires_grad for p in others) else 2.0
+    if head is not None:  # each row goes through it too
+        decoder |= parameters(head)
     # Gradients of rows go through all weights, those of weights are computed where they train.
     return sum((6.0 if p.requires_grad else 4.0) * n for p, n in decoder.items()), passes * sum(others.values())
+
+
+def _pair_operations(parallel: SequenceParallel) -> float:
+    """Operations of attention in the vision encoder's layers for two tokens of a picture, forward and backward."""
+    return sum(
+        (12.0 if any(p.requires_grad for p in module.parameters()) else 4.0) * layer.heads * layer.head_dim
+        for module, layer in parallel.layers.items()
+        if layer.role == "local"
+    )
+
+
+def _token_pixels(config: Any) -> float:
+    """Pixels of a patch, of all frames that a token has some of."""
+    vision = getattr(config, "vision_config", None)
+    patch = getattr(vision, "patch_size", None)
+    if not isinstance(patch, int):
+        return 0.0
+    return float(patch**2 * getattr(vision, "temporal_patch_size", 1))
 
 
 def shipped_profile(device: torch.device) -> Profile:

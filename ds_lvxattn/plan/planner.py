@@ -42,6 +42,8 @@ class ModelSizes:
         row_operations: operations of a text row, forward and backward, attention left out.
         token_operations: the same of a token of the vision encoder.
         tiled_mlp: tiles of the feed-forward part, as in the config.
+        pair_operations: operations, forward and backward, of attention inside the encoder for two tokens of a picture.
+        token_pixels: pixels that are made for a token of the encoder.
     """
 
     width: int
@@ -50,6 +52,8 @@ class ModelSizes:
     row_operations: float
     token_operations: float
     tiled_mlp: Tiles = None
+    pair_operations: float = 0.0
+    token_pixels: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class BatchSizes:
         rows: text rows, over all samples.
         encoded: tokens of the vision encoder, over all samples.
         shapes: makes the sizes of each exchanged kind of layers; called for a new class only.
+        encoded_pairs: pairs of tokens of one picture in the encoder, over all samples.
     """
 
     shape_class: ShapeClass
@@ -71,6 +76,7 @@ class BatchSizes:
     rows: int
     encoded: float
     shapes: Callable[[], Mapping[str, CallShape]]
+    encoded_pairs: float = 0.0
 
 
 class Share(Protocol):
@@ -132,9 +138,13 @@ class Planner:
         if settings.strategy != "auto" or settings.schedule != "auto" or settings.layers:
             return False
         if sizes.shape_class not in self._undivided:
-            dense = sizes.rows * self._model.row_operations + sizes.encoded * self._model.token_operations
+            model = self._model
+            dense = sizes.rows * model.row_operations + sizes.encoded * model.token_operations
+            dense += sizes.encoded_pairs * model.pair_operations
             layers = [shape for _, shape in self._exchanged(sizes)]
-            self._undivided[sizes.shape_class] = replicating_is_faster(layers, dense, self._shipped)
+            self._undivided[sizes.shape_class] = replicating_is_faster(
+                layers, dense, self._shipped, sizes.encoded * model.token_pixels
+            )
         return self._undivided[sizes.shape_class]
 
     def copies_text(self, sizes: BatchSizes) -> bool:

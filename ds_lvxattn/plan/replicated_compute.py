@@ -25,15 +25,22 @@ DENSE_SHARE = 0.3
 TEXT_SHARE = 0.5
 # What is predicted must be faster by this share: most of it is the host's time, which is not the same in every run.
 MARGIN = 0.2
+# Pixels that a rank's loader makes a second while the step before runs, at least: 24 frames of 1280 x 720, decoded too,
+# in steps of 1.1 s that hardly waited (``docs/data_wait.json``).
+PIXELS = 20e6
 
 
-def replicating_is_faster(layers: Iterable[LayerShape], dense_operations: float, profile: Profile) -> bool:
+def replicating_is_faster(
+    layers: Iterable[LayerShape], dense_operations: float, profile: Profile, pixels: float = 0.0
+) -> bool:
     """Whether a step is predicted faster if every rank computes all of it.
 
     Args:
         layers: of each attention layer that would exchange, its sizes, divided.
         dense_operations: forward and backward operations of everything else, over all ranks.
         profile: the machine. Where the host's times are not known, nothing is gained for certain.
+        pixels: of the pictures that are encoded. Every rank makes all of them then, and a step waits for what takes
+            longer than the one before.
     """
     if f"{LOCAL.name} masked" not in profile.host:
         return False
@@ -52,7 +59,8 @@ def replicating_is_faster(layers: Iterable[LayerShape], dense_operations: float,
         seen = replace(mask, busiest_keys=1.0, busiest_step=1.0, rows_seen=1.0)
         whole += count * LOCAL.cost(Layer(alone, seen), profile).total
     more = (1 - 1 / ranks) * dense_operations / (DENSE_SHARE * profile.matmul)
-    return whole + more < (1 - MARGIN) * divided
+    made = pixels / PIXELS
+    return max(whole + more, made) < (1 - MARGIN) * max(divided, made / ranks)
 
 
 def copying_text_is_faster(
