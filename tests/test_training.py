@@ -103,6 +103,7 @@ def test_the_command_and_its_resumption(tmp_path: Path) -> None:
     first = launch(FINETUNE, *options, "--output_dir", whole)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "metrics" not in first.stderr  # nothing is said of an earlier run where there was none
+    assert "is deprecated" not in first.stderr + first.stdout
     check_console(first.stdout)
     check_files(whole)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 import torch.distributed as dist
@@ -22,6 +23,8 @@ def run_rank(command: str, body: Callable[[Watchdog], None]) -> int:
         run that cannot go on, told by one message. Anything else does not return: a fault leaves with a traceback and
         code 1 at once, since cleaning up could wait for ranks that are gone.
     """
+    # DeepSpeed calls collectives by names that torch has renamed since, and every rank would tell the user so.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     watchdog = Watchdog()
     try:
         body(watchdog)
