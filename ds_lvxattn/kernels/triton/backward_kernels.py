@@ -208,13 +208,7 @@ def _query_rows(dq_ptr, stride_b, stride_h, stride_s, batch, head, row, GROUP: t
     return dq_ptr + query_head.to(tl.int64) * stride_h + query.to(tl.int64) * stride_s
 
 
-# Where ``dQ`` goes depends on lengths: compiling again for it would stall a step.
-@triton.jit(
-    do_not_specialize=[
-        "dq_stride_b", "dq_stride_h", "dq_stride_s", "dq_stride_d", "heads_kv", "seq_q", "tiles", "blocks", "chunk",
-        "chunks", "chunk_blocks", "slots",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["heads_kv", "seq_q", "tiles", "blocks", "chunk", "chunks", "chunk_blocks", "slots"])
 def query_grads_kernel(
     ds_desc, k_desc, k_2_desc, bounds_ptr, edge_ptr, base_ptr, sum_ptr, dq_ptr,
     dq_stride_b, dq_stride_h, dq_stride_s, dq_stride_d,
@@ -311,9 +305,7 @@ def _add_query_grads(
     return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
 
 
-@triton.jit(
-    do_not_specialize=["dq_stride_b", "dq_stride_h", "dq_stride_s", "dq_stride_d", "heads_kv", "seq_q", "tiles"]
-)
+@triton.jit(do_not_specialize=["heads_kv", "seq_q", "tiles"])
 def query_grads_again_kernel(
     q_desc, dout_desc, k_desc, v_desc, terms_ptr, start_ptr, stop_ptr, bounds_ptr, dq_ptr,
     dq_stride_b, dq_stride_h, dq_stride_s, dq_stride_d, heads_kv, seq_q, tiles, scale, cap,

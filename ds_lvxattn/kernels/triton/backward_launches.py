@@ -187,7 +187,9 @@ class RowLaunches:
             ),
             Launch(
                 query_grads_kernel, (self._tiles, self._pairs),
-                BLOCK_D_2=self._block_d_2, HAS_INTERVAL=self._has_interval, **self._of_queries,
+                BLOCK_D_2=self._block_d_2, HAS_INTERVAL=self._has_interval,
+                maxnreg=128 if self._config.query_warps == 8 else None,  # two programs a multiprocessor
+                **self._of_queries,
             ),
             (*self._query_integers, self._blocks, chunk, plan.chunks, plan.blocks, plan.slots),
         )  # fmt: skip
