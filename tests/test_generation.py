@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 
 from ds_lvxattn.batches.generation import generate
 from ds_lvxattn.data.chat import encode
@@ -230,7 +230,11 @@ def refused(case: str) -> str:
     """The message of the error, which every rank raises."""
     model, samples = tiny_model(), [tiny_sample(PATTERNS["video"])]
     batches = attach(model, dist.get_world_size(), MODES[0], samples)
-    how: dict[str, Any] = {"num_beams": 2} if case == "beams" else {}
+    settings: dict[str, dict[str, Any]] = {
+        "beams": {"num_beams": 2}, "beams of a config": {"generation_config": GenerationConfig(num_beams=2)},
+        "cache": {"cache_implementation": "static"}, "guidance": {"guidance_scale": 2.0}, "clock": {"max_time": 5.0},
+    }  # fmt: skip
+    how = settings.get(case, {})
     if case == "broken":
         load = samples[0].load_frames
 
@@ -276,6 +280,10 @@ def test_a_prompt_that_ends_in_an_image_which_only_later_tokens_see_is_refused_b
         ("broken", "clip.mp4: frames [6] cannot be decoded"),
         ("other text", "the ranks of the group read different data"),
         ("beams", "num_beams is 2; generation over divided keys takes 1 alone"),
+        ("beams of a config", "num_beams is 2; generation over divided keys takes 1 alone"),
+        ("cache", "cache_implementation was given; the cache of divided keys is made here"),
+        ("guidance", "guidance_scale is 2.0; generation over divided keys takes 1 alone"),
+        ("clock", "max_time is 5.0; generation over divided keys takes None alone"),
         ("nothing", "give at least one prompt, each with at least one token"),
     ],
 )

@@ -312,6 +312,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "loss": ({"compute_loss_func": max}, {}, "compute_loss_func"),
     "adapters": ({"peft_config": object()}, {}, "give peft.get_peft_model(model, peft_config)"),
     "collator": ({"data_collator": list}, {}, "data_collator"),
+    "noise": ({}, {"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is 5.0"),
     "smoothing": ({}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
     "parallelism": ({}, {"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen"),
     "sampling": ({}, {"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),

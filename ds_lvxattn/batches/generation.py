@@ -44,7 +44,11 @@ LIMITS = {
     "return_dict_in_generate": False,
     "prompt_lookup_num_tokens": None,
     "assistant_model": None,
+    "guidance_scale": 1,  # another one runs a second prompt beside the first
+    "max_time": None,  # by the clock of each rank
 }
+# What a caller may not set, and a model's own generation config may: the cache is another one here.
+CACHES = ("cache_implementation", "past_key_values")
 
 
 @torch.no_grad()
@@ -132,8 +136,12 @@ def _on_all_ranks(model: Any, batches: Batches, samples: Sequence[Sample], setti
     collator, parallel = batches.collator, batches.parallel
     assert parallel is not None
     decoder = parallel.family.decoder(model)
+    given = settings.get("generation_config")
+    for name in CACHES:
+        if settings.get(name, getattr(given, name, None)) is not None:
+            raise ValueError(f"{name} was given; the cache of divided keys is made here: leave it out")
     for name, only in LIMITS.items():
-        value = settings.get(name, getattr(decoder.generation_config, name, None))
+        value = settings.get(name, getattr(given or decoder.generation_config, name, None))
         if value not in (None, only):
             raise ValueError(
                 f"{name} is {value!r}; generation over divided keys takes {only!r} alone: leave it out, or generate "

@@ -409,6 +409,8 @@ def _check_arguments(args: TrainingArguments) -> None:
         "include_num_input_tokens_seen": args.include_num_input_tokens_seen not in ("no", False),
         "parallelism_config": args.parallelism_config is not None,
         "auto_find_batch_size": args.auto_find_batch_size,
+        # Its noise follows from the number of rows, of which a rank has a part.
+        "neftune_noise_alpha": args.neftune_noise_alpha is not None,
     }
     for name, given in refused.items():
         if given:
