@@ -182,6 +182,14 @@ def test_wrong_arguments_are_told(capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err
 
 
+def test_pictures_that_cannot_be_drawn_are_told_ahead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--model", "Llama-3.2-11B-Vision", "--text", "10", "--frames", "4", "--gpus", "2"]
+    for option, file, message in (("--plot", "x.bad", ".png, .svg, .pdf"), ("--map", "none/x.png", "does not exist")):
+        assert main([*sizes, option, str(tmp_path / file)]) == 2
+        told = capsys.readouterr()
+        assert option in told.err and message in told.err and not told.out
+
+
 @pytest.mark.slow
 def test_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")

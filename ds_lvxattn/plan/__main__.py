@@ -9,6 +9,7 @@ the largest number of frames that fits; and what would be chosen. No GPU and no 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from ds_lvxattn.plan.cluster.model_sizes import SHIPPED, ModelError, model_sizes
 from ds_lvxattn.plan.cluster.step import USABLE, frames_that_fit, layer_candidates, stages, steps
 from ds_lvxattn.plan.profile import Profile, ProfileError, load_profile, shipped_profiles
 from ds_lvxattn.plan.zero import STAGES, advice
+
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def report(job: ClusterJob, profile: Profile) -> dict[str, Any]:
@@ -118,7 +121,8 @@ def reason(strategies: dict[str, Any], best: tuple[float, str] | None, profile: 
     """One sentence for the choice."""
     if best is None:
         most = max((s["largest_frames"] for s in strategies.values() if "largest_frames" in s), default=0)
-        return f"nothing fits {profile.memory / 1e9:.0f} GB a GPU; at most {most} frames do"
+        frames = f"at most {_count(most, 'frame')} would" if most else "not even one frame would"
+        return f"nothing fits {profile.memory / 1e9:.0f} GB a GPU; {frames}: take more --gpus or another --stage"
     others = [
         f"{name} {s['step_s']['total'] / best[0]:.2f} times as long" + ("" if s["fits"] else " and too large")
         for name, s in strategies.items()
@@ -126,6 +130,27 @@ def reason(strategies: dict[str, Any], best: tuple[float, str] | None, profile: 
     ]
     barred = [f"{name} cannot run: {s['obstacle']}" for name, s in strategies.items() if "obstacle" in s]
     return "; ".join([f"predicted fastest step that fits{': ' if others else ''}{', '.join(others)}", *barred])
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def refuse_pictures(options: dict[str, Path | None]) -> None:
+    """Pictures that could not be drawn, ahead of all that is computed for them.
+
+    Raises:
+        ModelError: the key, its value and what to do.
+    """
+    for name, path in options.items():
+        if path is None:
+            continue
+        if path.suffix not in PICTURES:
+            raise ModelError(f"{name} is {path}; give a file whose name ends in one of {', '.join(PICTURES)}")
+        if not path.parent.is_dir():
+            raise ModelError(f"{name} is {path}; the folder {path.parent} does not exist, make it or give another")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ModelError(f"{name} is {path}; it needs matplotlib, install it or leave {name} out")
 
 
 def show(found: dict[str, Any]) -> None:
@@ -136,8 +161,9 @@ def show(found: dict[str, Any]) -> None:
     console = Console()
     console.width = max(console.width, 140)
     console.print(
-        f"{found['model']}, {found['text']:,} text tokens, {found['frames']:,} frames = {found['visual_tokens']:,} "
-        f"visual tokens, {found['gpus']:,} GPUs, recompute {found['recompute']}\n{found['cluster']}: {found['source']}",
+        f"{found['model']}, {_count(found['text'], 'text token')}, {_count(found['frames'], 'frame')} = "
+        f"{_count(found['visual_tokens'], 'visual token')}, {_count(found['gpus'], 'GPU')}, "
+        f"recompute {found['recompute']}\n{found['cluster']}: {found['source']}",
         highlight=False,
     )
     kind = "self" if found["keys_in_text"] else "cross"
@@ -217,6 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
             model, args.text, args.frames, args.gpus, args.recompute, gpus_per_node=profile.gpus_per_node,
             stage=args.stage,
         )  # fmt: skip
+        refuse_pictures({"--plot": args.plot, "--map": args.map})
         if args.map and job.model.keys_in_text:
             raise ModelError("--map is of cross-attention layers, which this model has not; leave it out")
     except (ModelError, ProfileError) as error:

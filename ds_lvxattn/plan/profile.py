@@ -235,7 +235,7 @@ def load_profile(name: str | Path) -> Profile:
         ProfileError: there is none, or it cannot be read.
     """
     path = Path(name)
-    if path.suffix != ".json":
+    if path.suffix != ".json" and not path.is_file():
         path = SHIPPED / f"{name}.json"
     try:
         data = json.loads(path.read_text())
@@ -243,8 +243,10 @@ def load_profile(name: str | Path) -> Profile:
         raise ProfileError(
             f"profile '{name}' cannot be read ({error.strerror}); give a JSON file or one of {shipped_profiles()}"
         ) from error
-    except json.JSONDecodeError as error:
-        raise ProfileError(f"profile '{name}' is not valid JSON ({error})") from error
+    except ValueError as error:  # not text, among them
+        raise ProfileError(
+            f"profile '{name}' is not valid JSON ({error}); 'ds_lvxattn.calibrate' writes one"
+        ) from error
     return profile_from_json(data, str(name))
 
 
