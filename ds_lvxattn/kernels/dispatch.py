@@ -11,10 +11,12 @@ from ds_lvxattn.kernels.triton.kernel import TritonKernel
 
 # Fastest first; ``math`` does every call, so the search always ends.
 KERNELS: tuple[Kernel, ...] = (FlashAttention4Kernel(), CudnnKernel(), TritonKernel(), FlashKernel(), MathKernel())
-# A backward pass of FlashAttention-4 does not divide few rows over the chip, nor resolve narrow ranges, but where
-# query heads share keys: they are rows of one tile then.
-BACKWARD = {"fa4": 1, "flash": 2, "math": 3}
+# FlashAttention-4 behind Triton. Its backward pass does not divide few rows over the chip, nor resolve narrow ranges, but
+# where query heads share keys: they are rows of one tile then. Its forward pass does not resolve them either: one frame
+# a row, which models of narrow heads have, takes it twice as long.
+TRITON_FIRST = {"fa4": 1, "flash": 2, "math": 3}
 FEW_ROWS = 1024
+NARROW_HEAD = 64
 # Half the multiprocessors of a Hopper chip: with fewer tiles of query rows a kernel that splits the keys is faster.
 FEW_TILES = 66
 KERNEL_NAMES = ("auto", *(kernel.name for kernel in KERNELS))
@@ -55,8 +57,12 @@ def usable_kernels(call: Call) -> list[str]:
 
 def fastest_first(call: Call) -> list[Kernel]:
     """All kernels, in the order that they have on a Hopper chip where no profile knows better."""
-    if call.tiles is None and call.heads == call.kv_heads and (call.masked or call.rows <= FEW_ROWS):
-        return sorted(KERNELS, key=lambda kernel: BACKWARD.get(kernel.name, 0))
+    if call.tiles is None:
+        triton_first = call.heads == call.kv_heads and (call.masked or call.rows <= FEW_ROWS)
+    else:
+        triton_first = call.masked and call.head_dim <= NARROW_HEAD
+    if triton_first:
+        return sorted(KERNELS, key=lambda kernel: TRITON_FIRST.get(kernel.name, 0))
     return list(KERNELS)
 
 

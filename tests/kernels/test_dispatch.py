@@ -59,6 +59,7 @@ def test_auto_takes_the_fastest_that_is_right(chosen, asked):
         ("fa4", call(tiles=48)),  # which cuts the keys
         ("triton", call(tiles=48, masked=True)),  # it does not where ranges hide some
         ("fa4", call(tiles=96, masked=True)),
+        ("triton", call(tiles=96, masked=True, head_dim=64)),
         ("fa4", call(rows=384)),  # backward, here and below
         ("fa4", call(masked=True)),
         ("cudnn", call(rows=384, kv_heads=32)),
