@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
+from transformers import CLIPVisionConfig, LlamaConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
+from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingoConfig
 from ds_lvxattn.plan.__main__ import main, report
 from ds_lvxattn.plan.cluster.job import ClusterJob
 from ds_lvxattn.plan.cluster.model_sizes import SHIPPED, ModelError, model_sizes
@@ -159,6 +160,17 @@ def test_a_config_that_cannot_be_read(tmp_path: Path, text: str, message: str) -
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match=message):
         model_sizes(str(tmp_path))
+
+
+def test_a_saved_config_of_open_flamingo(tmp_path: Path) -> None:
+    text, vision = LlamaConfig(hidden_size=2048, num_attention_heads=16, num_hidden_layers=24), CLIPVisionConfig()
+    OpenFlamingoConfig(vision, text, cross_attn_every_n_layers=2).save_pretrained(tmp_path)
+    found = model_sizes(str(tmp_path))
+    assert (found.width, found.self_layers, found.cross_layers, found.features) == (2048, 24, 12, 768)
+    assert (found.vision_layers, found.vision_tokens, found.mask) == (12, 50, "frame")
+    assert (found.cross_heads, found.cross_head_dim, found.with_tiles(7).frame_tokens) == (8, 64, 448)
+    # Queries and output, keys and values, and the two matrices of its feed-forward part.
+    assert found.cross_parameters == pytest.approx(2 * 512 * (2048 + 768) + 8 * 2048**2, rel=1e-3)
 
 
 def test_tiles_that_are_encoded_apart_cost_the_encoder_as_frames_do() -> None:

@@ -144,6 +144,10 @@ LLAMA_DEFAULTS = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
     "vocab_size": 32000,
 }  # fmt: skip
+CLIP_DEFAULTS = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "image_size": 224, "patch_size": 32,
+}  # fmt: skip
 
 
 def _llama(name: str, width: int, intermediate: int, self_layers: int, cross_layers: int, heads: int) -> ModelSizes:
@@ -242,8 +246,8 @@ SHIPPED = {
 def model_sizes(name: str) -> ModelSizes:
     """Sizes by the name of a shipped model (capitals do not count) or the path of a ``config.json`` or its folder.
 
-    A local file is a transformers config of Llama 3.2 Vision, mPLUG-Owl3, LLaVA with a CLIP tower, Qwen2-VL, Qwen2.5-VL
-    or Qwen3-VL, or has the fields of ``ModelSizes``.
+    A local file is a transformers config of Llama 3.2 Vision, mPLUG-Owl3, OpenFlamingo with Llama, LLaVA with a CLIP
+    tower, Qwen2-VL, Qwen2.5-VL or Qwen3-VL, or has the fields of ``ModelSizes``.
 
     Raises:
         ModelError: neither.
@@ -296,6 +300,19 @@ def _from_config(config: dict[str, Any], path: Path) -> ModelSizes:
             vision["num_hidden_layers"], vision["hidden_size"], vision["intermediate_size"], tokens,
             vision_head_dim=vision["hidden_size"] // vision.get("num_attention_heads", 16),
         )  # fmt: skip
+    if kind == "open_flamingo":
+        text, vision = {**LLAMA_DEFAULTS, **config["text_config"]}, {**CLIP_DEFAULTS, **config["vision_config"]}
+        heads, width, layers = text["num_attention_heads"], text["hidden_size"], text["num_hidden_layers"]
+        return ModelSizes(
+            name, str(path), width, text["intermediate_size"], text["vocab_size"], layers,
+            layers // config.get("cross_attn_every_n_layers", 1), heads, text.get("num_key_value_heads", heads),
+            width // heads, 8, 8, 64,
+            8 * width // 3,  # of three matrices, as large as the two of 4 * width that it has
+            True, vision["hidden_size"], 64, "frame" if config.get("only_attend_immediate_media", True) else "growing",
+            vision["num_hidden_layers"], vision["hidden_size"], vision["intermediate_size"],
+            (vision["image_size"] // vision["patch_size"]) ** 2 + 1, most_tiles=13, tiles_apart=True,
+            vision_head_dim=vision["hidden_size"] // vision["num_attention_heads"],
+        )  # fmt: skip
     if kind == "llava":
         # transformers leaves out of a saved config what has the default of its class, here that of a Llama model.
         text, vision = {**LLAMA_DEFAULTS, **config["text_config"]}, config["vision_config"]
@@ -325,8 +342,8 @@ def _from_config(config: dict[str, Any], path: Path) -> ModelSizes:
     if fields - optional <= set(config):
         return ModelSizes(**{"name": name, "source": str(path), **{key: config[key] for key in fields & set(config)}})
     raise ModelError(
-        f"--model {path}: model_type is {kind!r}; the planner reads 'mllama', 'mplugowl3', 'llava', 'qwen2_vl', "
-        f"'qwen2_5_vl' and 'qwen3_vl' configs, or a JSON object with the keys {sorted(fields - optional)}"
+        f"--model {path}: model_type is {kind!r}; the planner reads 'mllama', 'mplugowl3', 'open_flamingo', 'llava', "
+        f"'qwen2_vl', 'qwen2_5_vl' and 'qwen3_vl' configs, or a JSON object with the keys {sorted(fields - optional)}"
     )
 
 
