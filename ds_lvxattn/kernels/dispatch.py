@@ -11,9 +11,9 @@ from ds_lvxattn.kernels.triton.kernel import TritonKernel
 
 # Fastest first; ``math`` does every call, so the search always ends.
 KERNELS: tuple[Kernel, ...] = (FlashAttention4Kernel(), CudnnKernel(), TritonKernel(), FlashKernel(), MathKernel())
-# FlashAttention-4 behind Triton. Its backward pass does not divide few rows over the chip, nor resolve narrow ranges, but
-# where query heads share keys: they are rows of one tile then. Its forward pass does not resolve them either: one frame
-# a row, which models of narrow heads have, takes it twice as long.
+# FlashAttention-4 behind Triton. Its backward pass does not divide few rows over the chip, nor resolve narrow ranges,
+# but where query heads share keys: they are rows of one tile then. Its forward pass does not resolve them either: one
+# frame a row, which models of narrow heads have, takes it twice as long.
 TRITON_FIRST = {"fa4": 1, "flash": 2, "math": 3}
 FEW_ROWS = 1024
 NARROW_HEAD = 64
