@@ -9,7 +9,7 @@ from ds_lvxattn.plan.cost import Cost, Layer
 from ds_lvxattn.plan.head_shards import divides_heads
 from ds_lvxattn.plan.modes import Mode, ModeKey, eligible_modes
 from ds_lvxattn.plan.profile import Profile
-from ds_lvxattn.plan.traffic import CallShape, LayerShape
+from ds_lvxattn.plan.traffic import LayerShape
 
 # Predictions closer than this are a tie, which fewer bytes decide: they are exact, and what is shared with others.
 TIE = 0.01
@@ -159,10 +159,3 @@ def reason(chosen: Candidate, found: Sequence[Candidate], layer: Layer, profile:
 def shape_class(batch: int, queries: int, keys: int) -> ShapeClass:
     """Batches of one class share a plan: sequences, and text and visual tokens to the next power of two."""
     return batch, max(queries - 1, 0).bit_length(), max(keys - 1, 0).bit_length()
-
-
-def class_of(shapes: Mapping[str, CallShape]) -> ShapeClass:
-    """The class of a batch from the sizes of its roles: its text and its visual tokens."""
-    batch = max((shape.batch for shape in shapes.values()), default=0)
-    queries = max((sum(shape.q_lengths) for shape in shapes.values()), default=0)
-    return shape_class(batch, queries, sum(shapes["cross"].kv_lengths) if "cross" in shapes else 0)

@@ -111,15 +111,17 @@ def loss_and_gradients(model: torch.nn.Module, patterns: Sequence[str]) -> tuple
 def losses_of_batches(model: torch.nn.Module, batches: Sequence[Sequence[str]]) -> list[float]:
     """Losses of a step on each of ``batches`` with torch's AdamW, on one rank, of the unmodified model."""
     optimizer = torch.optim.AdamW(parameter_groups(model), **ADAMW)
-    losses = []
-    for patterns in batches:
-        loss = model(**tiny_batches(model).prepare(samples_of(patterns)).inputs).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    return [_step(model, optimizer, tiny_batches(model).prepare(samples_of(patterns)).inputs) for patterns in batches]
+
+
+def _step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, Any]) -> float:
+    """The loss of a step on one rank."""
+    loss = model(**inputs).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
 
 
 def losses_of_steps(
@@ -134,22 +136,15 @@ def losses_of_steps(
     model = model.train()
     batches = batches or (attach(model, ranks, MODES[0], samples) if ranks > 1 else tiny_batches(model))
     inputs = batches.prepare(samples).inputs
-    losses = []
     if batches.parallel is None:
         optimizer = torch.optim.AdamW(parameter_groups(model), **ADAMW)
-        for _ in range(steps):
-            loss = model(**inputs).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
+        return [_step(model, optimizer, inputs) for _ in range(steps)]
     config = ds_config(stage, len(samples), len(samples), ranks)
     partition_over_all_ranks(model, config, groups_of(ranks))
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=parameter_groups(model), config=config, mpu=groups_of(ranks)
     )
+    losses = []
     for _ in range(steps):
         loss = engine(**inputs).loss
         engine.backward(loss)

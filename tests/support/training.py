@@ -99,9 +99,6 @@ def metrics_in(folder: Path, what: str = "loss") -> list[float]:
     return [step[what] for step in steps]
 
 
-FINETUNE = REPOSITORY / "train" / "finetune.py"
-
-
 def write_model(folder: Path, **config: Any) -> Path:
     """A model folder as ``from_pretrained`` wants it, with room for a sample of the needle task."""
     loaded = tiny_loaded(tiny_config(**{"max_position_embeddings": 256, **config}))
