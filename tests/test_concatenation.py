@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.comm import communicator
 from ds_lvxattn.exchange.routes import visible_work
 from ds_lvxattn.families import family as encoding
+from ds_lvxattn.families.concatenation import _embed
 from ds_lvxattn.families.family import ANY_SIZE, VisualFamily
 from ds_lvxattn.families.llava import Llava
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
@@ -203,3 +205,11 @@ def test_frames_that_do_not_divide_into_tokens_are_refused() -> None:
     model.config.vision_config.image_size = 30
     with pytest.raises(ConfigError, match="30 pixels do not divide into tokens of 14; set 'image_size'"):
         Qwen25VL(model.config).frame_tokens()
+
+
+def test_embeddings_in_the_place_of_token_ids_are_refused_by_name() -> None:
+    model: Any = tiny("llava")
+    batch: Any = SimpleNamespace(brings_frames=True)
+    arguments = {"sequence_parallel": batch, "inputs_embeds": torch.zeros(1, 2, 32), "pixel_values": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"\['input_ids'\] are missing beside sequence_parallel: LLaVA puts"):
+        _embed(Llava(model.config), batch, model.model, (), arguments)

@@ -40,7 +40,7 @@ AROUND = {
 }  # fmt: skip
 KINDS = (
     "cohere2_vision", "mistral3", "lighton_ocr", "vipllava", "video_llava", "qianfan_ocr", "exaone4_5",
-    "hyperclovax_vision_v2", "video_llama_3",
+    "hyperclovax_vision_v2", "video_llama_3", "got_ocr2",
 )  # fmt: skip
 TEXT_OF_SAMPLES = ("ttItaatIta", "tItaa", "ttata")
 

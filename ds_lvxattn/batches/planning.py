@@ -83,6 +83,7 @@ def model_sizes(parallel: SequenceParallel) -> ModelSizes:
     text = family.text_config
     # What decoders call it that have no gate: the plan takes their feed-forward part for one with a gate.
     inner = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", 4 * text.hidden_size)
+    inner = inner if isinstance(inner, int) else max(inner)  # of each layer, in Gemma 3n
     frame_tokens = family.frame_tokens() if isinstance(family, VisualFamily) else 1
     return ModelSizes(
         text.hidden_size, inner, frame_tokens, *_dense_operations(parallel), parallel.config.tiled_mlp,

@@ -135,6 +135,12 @@ def _embed(
         return None
     model: Any = module
     rest = dict(kwargs)
+    missing = [name for name in ("input_ids", *family.pixel_arguments) if rest.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"{missing} are missing beside sequence_parallel: {family.name} puts visual tokens among the embeddings of "
+            "the rank's rows here; pass the batch's inputs as they are, and no inputs_embeds"
+        )
     pixels = [rest.pop(name)[0] for name in family.pixel_arguments]
     visual = family.encoded(model, pixels, batch, recomputation)
     text = model.get_input_embeddings()(rest.pop("input_ids"))

@@ -43,6 +43,12 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_inner": 48, "n_positions": 64, "attn_pdrop": 0.0,
              "resid_pdrop": 0.0, "embd_pdrop": 0.0},  # learned positions
     "cohere2": ONE_WINDOW,  # attention beside the feed-forward part
+    "gemma3n_text": {  # the last two layers attend to keys and values of those before
+        "vocab_size_per_layer_input": IMAGE_TOKEN, "hidden_size_per_layer_input": 8, "laurel_rank": 8,
+        "altup_num_inputs": 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [48] * 4,
+        "activation_sparsity_pattern": [0.0] * 4, "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "exaone4": ONE_WINDOW,  # every layer names the window, and full ones have no rotary positions
     "gpt_neox": {"attention_bias": True},  # one projection of all heads, in turn
     "deepseek_v3": {**LATENT, **ROUTED},
