@@ -105,6 +105,7 @@ NOT_RUN = {
     "benchmarks/recompute.py": "hours of compute on one machine",
     "benchmarks/scaling.py": GPUS,
     "benchmarks/step.py": GPUS,
+    "benchmarks/tiles.py": GPUS,
     "benchmarks/two_levels.py": GPUS,
     "launch/gpu_check.sh": GPUS,
     "launch/gpu_faults.sh": GPUS,
