@@ -15,9 +15,14 @@ from tests.support.distributed import device, run
 
 
 def qkv(
-    heads: int = 2, kv_heads: int = 2, rows: int = 3, keys: int = 5, dtype: torch.dtype = torch.float32
+    heads: int = 2,
+    kv_heads: int = 2,
+    rows: int = 3,
+    keys: int = 5,
+    dtype: torch.dtype = torch.float32,
+    requires_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q = torch.randn(1, heads, rows, 8, device=device()).to(dtype)
+    q = torch.randn(1, heads, rows, 8, device=device()).to(dtype).requires_grad_(requires_grad)
     k, v = (torch.randn(1, kv_heads, keys, 8, device=device()).to(dtype) for _ in range(2))
     return q, k, v
 
@@ -163,6 +168,7 @@ MISMATCHES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]], list[boo
     "strategy": ([{}], [{"strategy": "lv_xattn"}, {"strategy": "ring"}], [False]),
     "queries": ([{}], [{"queries": "sharded"}, {"queries": "replicated"}], [False]),
     "interval on one rank only": ([{}], [{}], [True, False]),
+    "gradients on one rank only": ([{"requires_grad": True}, {}], [{}], [False]),
 }
 
 

@@ -163,7 +163,9 @@ def _ask_for_shards(
         return _alone(q.shape[2], k.shape[2])
     own_rows = interval is not None and not interval.of_all_ranks
     ranges = 0 if interval is None else interval.ranges or 1
-    sizes = (*q.shape[:2], k.shape[1], q.shape[3], v.shape[3], ranges, int(own_rows))
+    # A rank without a backward pass would let those with one wait for it.
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    sizes = (*q.shape[:2], k.shape[1], q.shape[3], v.shape[3], ranges, int(own_rows), int(trains))
     names = zlib.crc32(repr((q.dtype, *options)).encode())
     mine = torch.tensor([q.shape[2], k.shape[2], *sizes, names], device=q.device)
     everyone = comm.all_gather(mine, "shard lengths").tolist()
@@ -172,8 +174,8 @@ def _ask_for_shards(
             raise ValueError(
                 "the ranks of the group call sp_attention with different settings; give all of them the same "
                 "[batch, query heads, key heads, head size, that of values, intervals given, intervals of own rows, "
-                "hash of dtype, strategy, queries, gradients, schedule, kernel, scale, softcap, head_groups, "
-                "keep_queries and inner_size]: "
+                "whether a gradient is wanted of q, k or v, hash of dtype, strategy, queries, gradients, schedule, "
+                "kernel, scale, softcap, head_groups, keep_queries and inner_size]: "
                 f"rank 0 {everyone[0][2:]}, rank {rank} {theirs[2:]}"
             )
     rows, keys = zip(*(theirs[:2] for theirs in everyone), strict=True)
