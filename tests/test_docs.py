@@ -33,7 +33,7 @@ from tests.support.training import metrics_in
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 LINKING = [*PAGES, REPOSITORY / "SECURITY.md", REPOSITORY / "CHANGELOG.md"]
 SCRIPTS = re.compile(r"^(?:launch|train|examples|benchmarks|ds_configs)/[\w./-]+$")
-INLINE = re.compile(r"`((?:ds-lvxattn|python|deepspeed|bash|[A-Z_]+=\S+ bash) [^`]+)`")
+INLINE = re.compile(r"`((?:ds-lvxattn|python|deepspeed|torchrun|bash|[A-Z_]+=\S+ bash) [^`]+)`")
 
 
 def blocks(page: Path, language: str) -> Iterator[str]:
@@ -98,7 +98,10 @@ NOT_RUN = {
     "benchmarks/accuracy.py": GPUS,
     "benchmarks/data_wait.py": GPUS,
     "benchmarks/decoding.py": "minutes of films that it writes itself",
+    "benchmarks/exchange.py": GPUS,
+    "benchmarks/families.py": GPUS,
     "benchmarks/full_size.py": GPUS,
+    "benchmarks/host_time.py": GPUS,
     "benchmarks/kernels.py": GPUS,
     "benchmarks/local_attention.py": GPUS,
     "benchmarks/planner.py": GPUS,
