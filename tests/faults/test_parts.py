@@ -230,7 +230,7 @@ def test_a_model_that_brings_code_along_is_refused_without_a_question(
     )
     (tmp_path / "configuration.py").write_text("raise SystemExit('it ran')")
     monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail(prompt))
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match="'unheard-of', code that its repository"):
         load_model(str(tmp_path), {}, 0)
 
 
