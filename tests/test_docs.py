@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -157,7 +158,7 @@ def take(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["h200" if word == "profile.json" else word for word in arguments]  # a profile that there is
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     monkeypatch.chdir(REPOSITORY)
-    with pytest.raises(Taken):
+    with mock.patch.dict(os.environ), pytest.raises(Taken):  # scripts set what libraries read as they start
         if script.endswith(".py"):
             monkeypatch.syspath_prepend(Path(script).parent.resolve())
             runpy.run_path(script, run_name="__main__")
