@@ -188,7 +188,7 @@ class RowLaunches:
             Launch(
                 query_grads_kernel, (self._tiles, self._pairs),
                 BLOCK_D_2=self._block_d_2, HAS_INTERVAL=self._has_interval,
-                maxnreg=128 if self._config.query_warps == 8 else None,  # two programs a multiprocessor
+                maxnreg=self._config.query_registers,
                 **self._of_queries,
             ),
             (*self._query_integers, self._blocks, chunk, plan.chunks, plan.blocks, plan.slots),

@@ -30,6 +30,7 @@ class BackwardConfig(NamedTuple):
         num_warps, num_stages, max_registers: of the kernel that owns keys.
         resident: its programs that a multiprocessor holds at once.
         query_warps, query_stages: of the kernel that owns rows.
+        query_registers: of the same, where ``dQ`` comes from the workspace.
         keep_ds: with a mask, whether ``dQ`` comes from the workspace or from scores computed again.
     """
 
@@ -42,6 +43,7 @@ class BackwardConfig(NamedTuple):
     query_warps: int
     query_stages: int
     max_registers: int | None = None
+    query_registers: int | None = None
     keep_ds: bool = True
 
 
@@ -106,9 +108,9 @@ def backward_config(head_dims: tuple[int, int], itemsize: int, masked: bool, hop
             # 168 registers let three programs share a multiprocessor, which hides the start of short visits.
             # Tiles of 16 or 32 rows are faster where a row sees one frame, but too small for Hopper's matrix units.
             return BackwardConfig(64, 64, 64, 4, 2, 3, 4, 3, max_registers=168, keep_ds=False)
-        return BackwardConfig(128, 64, 64, 4, 2, 3, 8, 4, max_registers=168)
-    if head_dim <= 128:
-        return BackwardConfig(128, 64, 64, 4, 2, 2, 8, 4)
+        return BackwardConfig(128, 64, 64, 4, 2, 3, 8, 4, max_registers=168, query_registers=128)
+    if head_dim <= 128:  # 128 registers let two programs of dQ share a multiprocessor; wider heads need more to compile
+        return BackwardConfig(128, 64, 64, 4, 2, 2, 8, 4, query_registers=128)
     if head_dims[0] <= 192 and head_dims[1] <= 128:  # 153 KiB: K, V, two stages of Q and dO, and a tile of dS
         return BackwardConfig(128, 64, 64, 8, 2, 1, 8, 3)
     return BackwardConfig(64, 32, 64, 8, 1, 1, 8, 2)
