@@ -388,7 +388,7 @@ def test_broken_media_are_sample_errors():
         (b"[]", "is empty"),
         (b"[1]", "row 1: holds a int, not an object"),
         (b"[{]", "cannot be read"),
-        (b"\xff\xfe\x00", "cannot be read"),
+        (b"\xff\xfe\x00", "cannot be read: .*; write it as UTF-8"),
         (b'{"conversations": []}\nnot json\n', "line 2: not JSON"),
         (b'{"conversations": []}\n\n[1, 2]\n', "line 3: holds a list, not an object"),
     ],

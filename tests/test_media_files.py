@@ -36,7 +36,9 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         str(tmp_path): "not a regular file", str(tmp_path / "pipe"): "not a regular file",
         "/dev/zero": "not a regular file", str(tmp_path / "a\0.mp4"): "not a path",
         str(tmp_path / "\ud83d.mp4"): "not a path", str(tmp_path / "empty.mp4"): "is empty",
-        str(tmp_path / "none.mp4"): "No such file", "http://127.0.0.1/a.mp4": "No such file",
+        str(tmp_path / "none.mp4"): "No such file or directory$", "http://127.0.0.1/a.mp4": "No such file",
+        f"{tmp_path}/a\\b.mp4": "separated by /", f"{tmp_path}/~/a.mp4": "~ and variables are not replaced",
+        f"{tmp_path}/ a.mp4": "white space", "A" * 5000: "an embedded medium begins with data:",
     }  # fmt: skip
     for path, message in refused.items():
         for read in (probe_video, probe_image):

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_lvxattn.data.conversations import ConversationSource
-from ds_lvxattn.data.rows import MediaRef, read_row
+from ds_lvxattn.data.rows import MediaRef, read_row, unknown_keys
 from ds_lvxattn.data.sample import SampleError
 from ds_lvxattn.data.table import open_table
 from ds_lvxattn.errors import ConfigError
@@ -121,12 +121,17 @@ def test_layouts(row, turns):
         (asked([{"type": "image"}, "?"]), "1 placeholders .* for 0"),
         (asked([{"type": "image"}, {"type": "image", "image": "a.png"}]), "1 placeholders .* for 0"),
         (asked("hi", video="a.mp4", fps="fast"), "'fps' is 'fast'"),
+        (asked("hi", video="a.mp4", fps=0), "'fps' is 0, which takes no frame"),
+        (asked("hi", video="a.mp4", nframes=0), "'nframes' is 0, which takes no frame"),
         (asked("hi", video="a.mp4", start=3, end=2), "'end' is 2, which is not behind 'start' 3"),
         (asked("hi", video="a.mp4", sha256="12"), "'sha256' is '12'; give 64 hexadecimal digits"),
         (asked("hi", images=["a.png", "b.png"], sha256=["0" * 64]), "'sha256' is .* for 2 images and videos"),
         (asked("hi", video="a.mp4", sha256=7), "'sha256' is 7; give 64"),
         (asked("cut \ud83d"), "half of a pair of surrogates"),
         ({"query": "c", "response": "d", "history": ["a"]}, "'history' holds 'a'"),
+        ({"messages": [ANSWER, {"role": "user", "content": "hi"}]}, "the first turn is an answer"),
+        ({"question": "a?", "options": ["x", "y"], "answer": "(C)"}, r"'\(C\)', and the 2 options have other letters"),
+        (asked([{"type": "picture", "data": "A" * 10**6}]), r"^a turn holds .*\[... 999\d+ characters ...\] A+'}; give"),
         (
             {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "image"}]}]},
             "media stand in the user's turns",
@@ -205,6 +210,25 @@ def test_a_byte_order_mark_and_keys_that_nothing_reads(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert [source.sample(i).num_frames for i in (0, 1)] == [0, 0]
     assert [record.message for record in caplog.records] == [f"{path}, line 1: the keys ['vidoe'] are not read"]
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        (asked("hi", messages_en=None, video=[{"path": "a.mp4", "begin": 0}]), {"video.begin"}),
+        ({**asked("hi"), "prompt": "hi", "options": []}, {"prompt"}),
+        ({"query": "hi", "response": "red", "input": "a"}, {"input"}),
+        ({"conversations": [{"from": "human", "value": "hi"}, {**ANSWER, "weight": 0}]}, {"conversations[].weight"}),
+        (
+            asked([{"type": "video", "video": "a.mp4", "fps": 1, "max_pixels": 9}, {"type": "text", "text": "hi"}]),
+            {"messages[].content[].max_pixels"},
+        ),
+        ({"instruction": "a", "input": "b", "output": "c", "history": [], "system": "s"}, set()),
+    ],
+)
+def test_keys_that_nothing_reads_wherever_they_stand(row, unread):
+    assert unknown_keys(row) == unread
+    assert read_row(row)
 
 
 def test_rows_that_python_itself_gives_up_on_are_bad_samples(tmp_path):

@@ -38,6 +38,10 @@ ROLES = {
 MEDIA_KEYS: dict[str, MediaKind] = {"image": "image", "images": "image", "video": "video", "videos": "video"}
 TURN_KEYS = ("conversations", "messages", "prompt", "completion", "query", "response", "history")
 PAIRS = (("instruction", "output"), ("query", "response"), ("question", "answer"))
+# What is read beside a question and its answer, by the key of the question.
+BESIDE = {
+    "prompt": (), "instruction": ("history", "input"), "query": ("history",), "question": ("history", "options"),
+}  # fmt: skip
 LETTERS = "ABCDEFGH"  # of the options of a question
 CHOOSE = "Answer with the letter of the best option alone."
 # How a row or a part asks for the frames of its videos, by the names that other tools use, and the names here.
@@ -46,10 +50,9 @@ SAMPLING_KEYS = {
     "max_frames": "frames", "nframes": "frames",
 }  # fmt: skip
 CHECKSUM = "sha256"  # of a medium, beside it or in a column of its own
-KNOWN_KEYS = {
-    *MEDIA_KEYS, *TURN_KEYS, *SAMPLING_KEYS, *(key for pair in PAIRS for key in pair), CHECKSUM,
-    "input", "options", "system", "id",
-}  # fmt: skip
+ROW_KEYS = {*MEDIA_KEYS, *SAMPLING_KEYS, CHECKSUM, "system", "id"}  # beside those of the layout
+TURN_PARTS = {"from", "role", "value", "content", "tool_calls"}
+MEDIUM_KEYS = {"type", "url", "path", "bytes", "base64", CHECKSUM}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".ppm"}
 
 SHA256 = re.compile(r"[0-9a-fA-F]{64}")
@@ -125,6 +128,8 @@ def read_row(row: Mapping[str, Any], answered: bool = True) -> list[Turn]:
                 _check_text(part)
     media = deque(sorted(media_of(row), key=lambda medium: medium.kind))
     placed = _place(turns, media)
+    if placed[0][0] == "assistant":
+        raise SampleError("the first turn is an answer; give the question ahead of it")
     return [Turn(role, tuple(_joined(parts)), calls) for role, parts, calls in placed]
 
 
@@ -167,8 +172,31 @@ def media_keys_of(row: Mapping[str, Any]) -> str:
 
 
 def unknown_keys(row: Mapping[str, Any]) -> set[str]:
-    """Keys of a row that nothing here reads."""
-    return {str(key) for key in row} - KNOWN_KEYS
+    """Keys that nothing here reads and that hold something: those of the row, of another layout than the one that is
+    read too, and those inside of it, such as ``messages[].weight`` and ``messages[].content[].max_pixels``."""
+    layout = _layout(row)
+    found = _unread("", row, {*ROW_KEYS, *layout})
+    for key in MEDIA_KEYS:
+        for medium in _listed(row.get(key)):
+            found |= _unread(f"{key}.", medium, MEDIUM_KEYS)
+    for key in layout:
+        for turn in _listed(row[key] if _is_messages(row[key]) else None):
+            found |= _unread(f"{key}[].", turn, TURN_PARTS)
+            for part in _listed(turn.get("content")) if isinstance(turn, Mapping) else ():
+                read = {*MEDIUM_KEYS, *SAMPLING_KEYS} | {"image", "video", "image_url", "video_url"}
+                is_text = isinstance(part, Mapping) and part.get("type") == "text"
+                found |= _unread(f"{key}[].content[].", part, {"type", "text"} if is_text else read)
+    return found
+
+
+def _unread(where: str, value: Any, read: set[str]) -> set[str]:
+    if not isinstance(value, Mapping):
+        return set()
+    return {f"{where}{key}" for key, held in value.items() if key not in read and held not in (None, "", [], {})}
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else () if value is None else (value,)
 
 
 _RawTurn = tuple[str, list["str | MediaRef | _Slot"], tuple[Any, ...]]
@@ -187,38 +215,53 @@ def _turns(row: Mapping[str, Any]) -> list[_RawTurn]:
     return turns
 
 
+def _layout(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys of a row that hold its turns, those of the first layout that it has; empty where it has none."""
+    for key in ("conversations", "messages"):
+        if row.get(key):
+            return (key,)
+    for asked, answered in (("prompt", "completion"), *PAIRS):
+        if row.get(asked) is not None and row.get(answered) is not None:
+            return tuple(key for key in (asked, answered, *BESIDE[asked]) if key in row)
+    return ()
+
+
 def _speech(row: Mapping[str, Any]) -> Iterator[tuple[Any, Any, Any]]:
     """Role, content and tool calls of every turn, whatever the layout."""
-    turns = row.get("conversations") or row.get("messages")
-    if turns:
-        yield from _messages(turns)
-        return
-    if row.get("prompt") is not None and row.get("completion") is not None:
-        for key, role in (("prompt", "user"), ("completion", "assistant")):
+    layout = _layout(row)
+    if len(layout) == 1:
+        yield from _messages(row[layout[0]])
+    elif layout[:1] == ("prompt",):
+        for key, role in zip(layout, ("user", "assistant"), strict=True):
             yield from _messages(row[key]) if _is_messages(row[key]) else [(role, row[key], None)]
-        return
-    for asked, answered in PAIRS:
-        if row.get(asked) is not None and row.get(answered) is not None:
-            for pair in row.get("history") or ():
-                if not isinstance(pair, list | tuple) or len(pair) != 2:
-                    raise SampleError(f"'history' holds {pair!r}; give pairs of a question and its answer")
-                yield from zip(("user", "assistant"), pair, (None, None), strict=True)
-            question = row[asked]
-            if asked == "instruction" and row.get("input"):
-                question = f"{question}\n{row['input']}"
-            if asked == "question" and row.get("options"):
-                question = _with_options(question, row["options"])
-            yield "user", question, None
-            yield "assistant", row[answered], None
-            return
+    elif layout:
+        yield from _pair(row, *layout[:2])
 
 
-def _with_options(question: Any, options: Any) -> str:
+def _pair(row: Mapping[str, Any], asked: str, answered: str) -> Iterator[tuple[Any, Any, Any]]:
+    """The turns of a question and its answer, with those before it and what belongs to it."""
+    for pair in row.get("history") or ():
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise SampleError(f"'history' holds {pair!r}; give pairs of a question and its answer")
+        yield from zip(("user", "assistant"), pair, (None, None), strict=True)
+    question = row[asked]
+    if asked == "instruction" and row.get("input"):
+        question = f"{question}\n{row['input']}"
+    if asked == "question" and row.get("options"):
+        question = _with_options(question, row["options"], row[answered])
+    yield "user", question, None
+    yield "assistant", row[answered], None
+
+
+def _with_options(question: Any, options: Any, answer: Any) -> str:
     """A multiple-choice question, its options below it; those without a letter get one."""
     if not isinstance(options, list | tuple) or not all(isinstance(option, str) for option in options):
         raise SampleError(f"'options' holds {options!r}; give a list of texts")
     if len(options) > len(LETTERS):
         raise SampleError(f"{len(options)} options, and there are letters for {len(LETTERS)}")
+    letter = re.fullmatch(r"\W*([A-Za-z])\W*", answer) if isinstance(answer, str) else None
+    if letter and letter[1].upper() not in LETTERS[: len(options)] and answer not in options:
+        raise SampleError(f"the answer is {answer!r}, and the {len(options)} options have other letters")
     lettered = [
         option if re.match(rf"\W?{letter}\W", option) else f"{letter}. {option}"
         for letter, option in zip(LETTERS, options, strict=False)
@@ -348,6 +391,8 @@ def _sampling(asked: Mapping[str, Any]) -> dict[str, float]:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise SampleError(f"'{key}' is {value!r}; give a number of at least 0")
+        if (name == "fps" and value == 0) or (name == "frames" and value < 1):
+            raise SampleError(f"'{key}' is {value!r}, which takes no frame; give more, or leave it out")
         found[name] = value
     if "end" in found and found["end"] <= found.get("start", 0):
         raise SampleError(f"'end' is {found['end']}, which is not behind 'start' {found.get('start', 0)}")

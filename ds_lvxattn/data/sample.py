@@ -11,8 +11,18 @@ import numpy as np
 IGNORE = -100  # label of a token that no loss is taken on, as in transformers
 
 
+# Characters of the two ends of a message that is longer: what stands in the place of a path may be megabytes.
+MESSAGE_ENDS = 600, 200
+
+
 class SampleError(ValueError):
     """A sample that cannot be used: broken media, text that is too long. Skipped or fatal, by the config."""
+
+    def __init__(self, message: str) -> None:
+        head, tail = MESSAGE_ENDS
+        if len(message) > 2 * (head + tail):
+            message = f"{message[:head]} [... {len(message) - head - tail} characters ...] {message[-tail:]}"
+        super().__init__(message)
 
 
 def together(frames: Sequence[int]) -> list[Sequence[int]]:

@@ -173,6 +173,8 @@ def _read_json(path: str) -> tuple[datasets.Dataset, Literal["line", "row"]]:
             if not start:
                 raise ValueError("the file is empty")
         return datasets.load_dataset("text", data_files=path, split="train"), "line"
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: cannot be read: {error}; write it as UTF-8 text, not compressed") from error
     except (OSError, ValueError, RecursionError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
 

@@ -425,6 +425,8 @@ def full_state_dict(engine: DeepSpeedEngine, trained_only: bool = False) -> dict
 def export(output_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
     """Rank 0: the folder ``name`` in ``output_dir``, whole or not there; an earlier one is replaced.
 
+    Its files may be read by whom the umask lets, as those of the run are: safetensors gives weights to their owner alone.
+
     Args:
         write: fills the folder that it is given.
 
@@ -440,8 +442,10 @@ def export(output_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
             write(partial)
         except SafetensorError as error:  # holds the words of the file system
             raise RunError(f"{folder} cannot be written: {error}") from error
+        shared = partial.stat().st_mode & 0o666
         for path in partial.rglob("*"):
             if path.is_file():
+                path.chmod(path.stat().st_mode | shared)
                 with path.open("rb+") as file:
                     sync(file)
     replace_folder(partial, folder)

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 import wandb
+from safetensors.torch import save_file
 
 from ds_lvxattn.errors import ConfigError, RunError
 from ds_lvxattn.training import run_log
 from ds_lvxattn.training.build_locks import OwnedBaton, _remove_if_left, await_builds
-from ds_lvxattn.training.checkpoint import CheckpointFiles
+from ds_lvxattn.training.checkpoint import CheckpointFiles, export
 from ds_lvxattn.training.compare.report import unfinished
 from ds_lvxattn.training.divergence import FiniteLoss
 from ds_lvxattn.training.files import Digest, replace_folder, replace_text, storage_problem, writing
@@ -56,6 +57,15 @@ def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
         (tmp_path / stray).write_text("a file where a folder is meant to be")
     replace_folder(tmp_path / "new", tmp_path / "model")
     assert (tmp_path / "model" / "file").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_export_is_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+
+    folder = export(tmp_path, "model", write)
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import os
@@ -44,7 +45,7 @@ def check_file(path: str) -> os.stat_result:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise MediaError(f"{path}: {error.strerror}") from error
+        raise MediaError(f"{path}: {error.strerror}{_why_not_there(path, error)}") from error
     except ValueError as error:  # a NUL, or characters that no file name has
         raise MediaError(f"{path!r}: not a path ({error})") from error
     if not stat.S_ISREG(status.st_mode):
@@ -52,6 +53,19 @@ def check_file(path: str) -> os.stat_result:
     if status.st_size == 0:
         raise MediaError(f"{path}: the file is empty")
     return status
+
+
+def _why_not_there(path: str, error: OSError) -> str:
+    """What a path that names no file was perhaps meant to be."""
+    if error.errno == errno.ENAMETOOLONG:
+        return "; an embedded medium begins with data:...;base64,"
+    if error.errno != errno.ENOENT:
+        return ""
+    if "\\" in path:
+        return "; folders are separated by / here"
+    if any(part.startswith(("~", "$")) for part in path.split("/")):
+        return "; ~ and variables are not replaced"
+    return "; a name in it begins or ends with white space" if any(n != n.strip() for n in path.split("/")) else ""
 
 
 def check_sha256(source: str | bytes, expected: str) -> None:
