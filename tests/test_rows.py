@@ -130,8 +130,14 @@ def test_layouts(row, turns):
         (asked("cut \ud83d"), "half of a pair of surrogates"),
         ({"query": "c", "response": "d", "history": ["a"]}, "'history' holds 'a'"),
         ({"messages": [ANSWER, {"role": "user", "content": "hi"}]}, "the first turn is an answer"),
-        ({"question": "a?", "options": ["x", "y"], "answer": "(C)"}, r"'\(C\)', and the 2 options have other letters"),
-        (asked([{"type": "picture", "data": "A" * 10**6}]), r"^a turn holds .*\[... 999\d+ characters ...\] A+'}; give"),
+        (
+            {"question": "a?", "options": ["x", "y"], "answer": "(C)"},
+            r"'\(C\)', and the 2 options have other letters",
+        ),
+        (
+            asked([{"type": "picture", "data": "A" * 10**6}]),
+            r"^a turn holds .*\[... 999\d+ characters ...\] A+'}; give",
+        ),
         (
             {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "image"}]}]},
             "media stand in the user's turns",

@@ -221,7 +221,9 @@ def open_media(
     videos = sum(medium.kind == "video" for medium in found)
     room = max_frames - (len(found) - videos)
     if room < videos:
-        raise SampleError(f"{len(found)} images and videos, but max_frames is {max_frames}; raise it ('frames' of a config)")
+        raise SampleError(
+            f"{len(found)} images and videos, but max_frames is {max_frames}; raise it ('frames' of a config)"
+        )
     share, longer = divmod(room, max(videos, 1))  # the first videos take a frame more
     shares = iter([share + (number < longer) for number in range(videos)])
     media = []

@@ -425,7 +425,7 @@ def full_state_dict(engine: DeepSpeedEngine, trained_only: bool = False) -> dict
 def export(output_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
     """Rank 0: the folder ``name`` in ``output_dir``, whole or not there; an earlier one is replaced.
 
-    Its files may be read by whom the umask lets, as those of the run are: safetensors gives weights to their owner alone.
+    Its files are readable by whom the umask lets, as those of the run are: safetensors makes weights their owner's.
 
     Args:
         write: fills the folder that it is given.
