@@ -46,7 +46,7 @@ def reference(case: Case, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def kernels_of(case: Case) -> list[Kernel]:
     """Those of this project, and FlashAttention-4, that can do ``case``."""
     q, k, v, _ = case.inputs()
-    call = Call.backward(q, k, v, case.mask != "visible")
+    call = Call.backward(q, k, v, case.mask != "visible", pattern=case.pattern)
     return [x for x in KERNELS if not x.needs_out and x.name != "math" and x.unsupported(call) is None]
 
 
@@ -59,10 +59,11 @@ def error_ratios(case: Case) -> dict[str, dict[str, float]]:
     start, stop = case.interval()
     group = case.heads // case.kv_heads
     results = {}
+    how = case.scale, None, case.pattern
     for kernel in kernels_of(case):
-        out, lse = kernel.forward(q, k, v, start, stop, case.scale)
+        out, lse = kernel.forward(q, k, v, start, stop, *how)
         delta = attention_delta(dout, out, None)
-        grads = kernel.backward(dout, q, k, v, None, lse, delta, start, stop, case.scale)
+        grads = kernel.backward(dout, q, k, v, None, lse, delta, start, stop, *how)
         heads = (group, group, 1, 1)
         results[kernel.name] = [x[:1, :n] for x, n in zip((out, *grads), heads, strict=True)]
     heads = (q[:1, :group], k[:1, :1], v[:1, :1], dout[:1, :group])

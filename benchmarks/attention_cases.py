@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ds_lvxattn.kernels.pattern import UNKNOWN, pattern_of
+
 aten = torch.ops.aten
 TOKENS_PER_FRAME = 64
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,6 +70,12 @@ class Case:
             stop = start + TOKENS_PER_FRAME
         start, stop = (x.int().expand(self.batch, -1).contiguous() for x in (start, stop))
         return start, stop
+
+    @property
+    def pattern(self) -> str:
+        """Of its ranges, as a run is told of those of a batch."""
+        start, stop = self.interval()
+        return UNKNOWN if start is None or stop is None else pattern_of(start.cpu(), stop.cpu())
 
     def tflop(self, backward: bool) -> float:
         """Operations on visible scores, in 1e12: ``2 * H_q * (D + D_v) * visible`` forward, one more product with

@@ -95,7 +95,7 @@ class Layer:
         if shape.mask != "none":
             ranges = [x.int().unsqueeze(1) for x in _ranges(shape, self.shards.q)]
             self.routes = Routes.build(*ranges, self.shards, rank, device)
-            self.interval = KVInterval(*(x.to(device) for x in ranges))
+            self.interval = KVInterval.from_host(*ranges, device)
             routed, work = routed_rows(*ranges, self.shards), visible_work(*ranges, keys)
             nodes = self.shards.of_nodes(self.inner_size)
             of_nodes = KVInterval(*ranges).of_nodes(self.shards.q, self.inner_size)
@@ -123,12 +123,13 @@ class Layer:
         return step
 
     def floor(self) -> Step:
-        first, last = None, None
+        first, last, how = None, None, (self.shape.head_dim**-0.5, "auto", None)
         if self.interval is not None:
             first, last = self.interval.local_to(self.shards.kv, self.comm.rank)
+            how = *how, self.interval.pattern
 
         def step() -> None:
-            out, _ = local_attention(self.q_all, self.k, self.v, first, last, self.shape.head_dim**-0.5, "auto")
+            out, _ = local_attention(self.q_all, self.k, self.v, first, last, *how)
             torch.autograd.grad(out, (self.q_all, self.k, self.v), self.dout_all)
 
         return step

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ds_lvxattn.kernels.base import Kernel
 from ds_lvxattn.kernels.cudnn import CudnnKernel
-from ds_lvxattn.kernels.derived import derived_of
 from ds_lvxattn.kernels.fa4.kernel import FlashAttention4Kernel
 from ds_lvxattn.kernels.fa4.packed import packed, packed_ranges, unpacked
 from ds_lvxattn.kernels.fa4.shares import forward_in_shares
@@ -14,27 +13,23 @@ from ds_lvxattn.kernels.fa4.shares import forward_in_shares
 CUDNN, FA4 = CudnnKernel(), FlashAttention4Kernel()
 
 
+def unpacked_forward(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Each query head apart, in the order of the rows."""
+    from ds_lvxattn.kernels.fa4.attention import fa4_forward
+
+    return fa4_forward(q, k, v, start, stop, scale)
+
+
 def packed_forward(
-    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None, scale: float, backwards: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The query heads of a key head as rows of one head.
-
-    Args:
-        backwards: the last position first. Where later rows see more keys, the longest tiles start first.
-    """
-    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    rows = packed(q.flip(2) if backwards else q, kv_heads)
-    out, lse = FA4.forward(rows, k, v, *_ranges(start, stop, group, backwards), scale)
-    out, lse = unpacked(out, q), unpacked(lse, q[..., 0])
-    return (out.flip(2), lse.flip(2)) if backwards else (out, lse)
-
-
-def _ranges(
-    start: Tensor | None, stop: Tensor | None, group: int, backwards: bool
-) -> tuple[Tensor, Tensor] | tuple[None, None]:  # fmt: skip
-    if start is not None and stop is not None and backwards:
-        start, stop = derived_of(start, stop, "backwards", lambda: (start.flip(1), stop.flip(1)))
-    return packed_ranges(start, stop, group)
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, stop: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The query heads of a key head as rows of one head, in their order."""
+    kv_heads = k.shape[1]
+    ranges = packed_ranges(start, stop, q.shape[1] // kv_heads)
+    out, lse = unpacked_forward(packed(q, kv_heads), k, v, *ranges, scale)
+    return unpacked(out, q), unpacked(lse, q[..., 0])
 
 
 def unpacked_backward(

@@ -32,16 +32,18 @@ def passes(case: Case, backward: bool) -> dict[str, Callable[[], object]]:
     """A pass of ``case`` by each kernel that can do it."""
     q, k, v, dout = case.inputs()
     start, stop = case.interval()
-    call = (Call.backward if backward else Call.forward)(q, k, v, start is not None)
+    pattern = case.pattern
+    call = (Call.backward if backward else Call.forward)(q, k, v, start is not None, pattern=pattern)
     kernels = [kernel for kernel in KERNELS if kernel.name not in PLAIN and kernel.unsupported(call) is None]
     calls: dict[str, Callable[[], object]] = {}
-    out, lse = LocalAttention(start, stop, case.scale, None, "triton").forward(q, k, v)
+    how = case.scale, None, pattern
+    out, lse = LocalAttention(start, stop, case.scale, None, "triton", pattern).forward(q, k, v)
     for kernel in kernels:
         delta = None if kernel.needs_out else attention_delta(dout, out, None)
         if backward:
-            calls[kernel.name] = partial(kernel.backward, dout, q, k, v, out, lse, delta, start, stop, case.scale)
+            calls[kernel.name] = partial(kernel.backward, dout, q, k, v, out, lse, delta, start, stop, *how)
         else:
-            calls[kernel.name] = partial(kernel.forward, q, k, v, start, stop, case.scale)
+            calls[kernel.name] = partial(kernel.forward, q, k, v, start, stop, *how)
     return calls
 
 
@@ -49,7 +51,7 @@ def choice(case: Case, backward: bool, profile: Profile | None) -> str:
     """The kernel that ``auto`` takes."""
     q, k, v, _ = case.inputs()
     start, stop = case.interval()
-    call = (Call.backward if backward else Call.forward)(q, k, v, start is not None)
+    call = (Call.backward if backward else Call.forward)(q, k, v, start is not None, pattern=case.pattern)
     usable = usable_kernels(call)
     seen, drift = seen_and_drift(start, stop, case.keys)
     sizes = (case.batch, case.heads, case.kv_heads, case.head_dim, case.rows, case.keys, seen, drift)

@@ -187,7 +187,7 @@ def training_step(case: Case, mode: Mode, device: Any, dtype: Any) -> Callable[[
     if case.mask is not None:
         row = torch.arange(case.text, dtype=torch.int64).reshape(ranks, 1, -1)
         start, stop = (bound.int() for bound in case.bounds(row))
-        interval = KVInterval(start.to(device), stop.to(device))
+        interval = KVInterval.from_host(start, stop, device)
         if mode.routes_by_mask:
             routes = Routes.build(start, stop, shards, rank, device)
     attend = functools.partial(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from attention_cases import CASES, Case
-from fa4_forms import CUDNN, FA4, in_shares, packed_forward, unpacked_backward
+from fa4_forms import CUDNN, FA4, in_shares, packed_forward, unpacked_backward, unpacked_forward
 from torch import Tensor
 
 from ds_lvxattn.kernels.base import Call
@@ -64,8 +64,8 @@ def wanted(case: Case, backward: bool) -> float | None:
 
 
 def tuned(case: Case, backward: bool) -> Tiles:
-    masked = case.mask != "visible"
-    return Tiles((backward_config if backward else forward_config)(case.head_dims, 2, masked, True))
+    pattern = None if case.mask == "visible" else case.pattern
+    return Tiles((backward_config if backward else forward_config)(case.head_dims, 2, pattern, True))
 
 
 def tiles(case: Case, backward: bool) -> list[Tiles]:
@@ -148,7 +148,7 @@ def other_calls(case: Case, x: Inputs, backward: bool) -> dict[str, Callable[[],
     if not x.q.is_cuda:
         return {}
     masked = x.start is not None
-    call = (Call.backward if backward else Call.forward)(x.q, x.k, x.v, masked)
+    call = (Call.backward if backward else Call.forward)(x.q, x.k, x.v, masked, pattern=case.pattern)
     calls: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
     if CUDNN.unsupported(call) is None and case.rows < 1024:
         if backward:
@@ -166,10 +166,10 @@ def other_calls(case: Case, x: Inputs, backward: bool) -> dict[str, Callable[[],
         if case.heads != case.kv_heads:
             calls["fa4, heads apart"] = partial(unpacked_backward, x.dout, x.q, x.k, x.v, *terms)
         return calls
-    calls["fa4"] = partial(FA4.forward, *given)
+    calls["fa4"] = partial(FA4.forward, *given, None, case.pattern)
     if case.heads != case.kv_heads and masked:
-        calls["fa4 packed"] = partial(packed_forward, *given)
-        calls["fa4 packed, last rows first"] = partial(packed_forward, *given, True)
+        calls["fa4, heads apart"] = partial(unpacked_forward, *given)
+        calls["fa4, heads packed"] = partial(packed_forward, *given)
     return calls
 
 

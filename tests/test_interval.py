@@ -7,6 +7,7 @@ import torch
 
 from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, sp_attention
 from ds_lvxattn.kernels.math import MathKernel
+from ds_lvxattn.kernels.pattern import FRAME
 from tests.support.distributed import run
 from tests.support.tiny_model import tiny_batches, tiny_model, tiny_sample
 
@@ -22,17 +23,21 @@ def ranges_that_kernels_see(striped: bool) -> dict[tuple[str, str], int]:
     keys = SequenceShards.striped(8, 2, 2) if striped else SequenceShards.contiguous(8, 2)
     layouts = {world: ShardLayout(SequenceShards((2, 2)), keys), None: ShardLayout(*map(SequenceShards, ((2,), (4,))))}
     stop = torch.full((2, 1, 2), 5, dtype=torch.int32)
-    intervals = {world: KVInterval(torch.zeros_like(stop), stop), None: KVInterval(torch.zeros_like(stop[0]), stop[0])}
+    intervals = {
+        group: KVInterval(torch.zeros_like(x), x, pattern=FRAME) for group, x in ((world, stop), (None, stop[0]))
+    }
     q, (k, v) = torch.randn(1, 4, 2, 8, requires_grad=True), torch.randn(2, 1, 2, 4, 8, requires_grad=True)
     seen: list[torch.Tensor] = []
     forward, backward = MathKernel.forward, MathKernel.backward
 
     def record(self, q, k, v, start, *more):
         seen.append(start)
+        assert more[-1] == FRAME
         return forward(self, q, k, v, start, *more)
 
     def record_backward(self, dout, q, k, v, out, lse, delta, start, *more):
         seen.append(start)
+        assert more[-1] == FRAME
         return backward(self, dout, q, k, v, out, lse, delta, start, *more)
 
     counts = {}

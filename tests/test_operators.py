@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from ds_lvxattn import KVInterval, SequenceShards, ShardLayout, merge_attention, sp_attention
 from ds_lvxattn.exchange.comm import communicator
 from ds_lvxattn.exchange.routes import Routes
+from ds_lvxattn.kernels.pattern import FRAME
 from tests.support.distributed import device, run
 from tests.support.marks import slow
 
@@ -45,14 +46,14 @@ def test_opcheck_of_local_attention(masked: bool, kernel: str) -> None:
     start, stop = ranges(2, Q_LENGTHS[0]) if masked else (None, None)
     softcap = 2.0 if kernel == "math" and masked else None
     value_dim = 8 if kernel == "auto" else 4
-    torch.library.opcheck(ops.local_attention, (*qkv(value_dim=value_dim), start, stop, 0.3, softcap, kernel))
+    torch.library.opcheck(ops.local_attention, (*qkv(value_dim=value_dim), start, stop, 0.3, softcap, kernel, FRAME))
 
 
 def test_opcheck_of_local_attention_backward() -> None:
     q, k, v = qkv(requires_grad=False)
     start, stop = ranges(2, Q_LENGTHS[0])
-    out, lse = ops.local_attention(q, k, v, start, stop, 0.3, 2.0, "auto")
-    args = (torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse, start, stop, 0.3, 2.0, "auto")
+    out, lse = ops.local_attention(q, k, v, start, stop, 0.3, 2.0, "auto", FRAME)
+    args = (torch.ones_like(out), torch.ones_like(lse), q, k, v, out, lse, start, stop, 0.3, 2.0, "auto", FRAME)
     torch.library.opcheck(ops.local_attention_backward, args)
 
 
@@ -155,17 +156,18 @@ def opcheck_distributed(name: str, masked: bool, keep_queries: bool) -> dict[str
     places = torch.tensor(shards.kv.order_from_padded(), device=device())
     softcap = 2.0 if masked else None
     call: tuple[Any, ...] = {
-        "query_gather": (first, last, 0.3, softcap, "math", comm.name, "", q_lengths, [2, 1], keep_queries),
-        "query_replicated": (first, last, 0.3, softcap, "math", comm.name, masked),
-        "query_ring": (first, last, 0.3, softcap, "math", comm.name, q_lengths),
-        "kv_ring": (start, stop, 0.3, softcap, "math", comm.name, keys[0]),
-        "kv_gather": (start, stop, places, 0.3, softcap, "math", comm.name, keys[0], [2, 1], keep_queries),
+        "query_gather": (first, last, 0.3, softcap, "math", FRAME, comm.name, "", q_lengths, [2, 1], keep_queries),
+        "query_replicated": (first, last, 0.3, softcap, "math", FRAME, comm.name, masked),
+        "query_ring": (first, last, 0.3, softcap, "math", FRAME, comm.name, q_lengths),
+        "kv_ring": (start, stop, 0.3, softcap, "math", FRAME, comm.name, keys[0]),
+        "kv_gather": (start, stop, places, 0.3, softcap, "math", FRAME, comm.name, keys[0], [2, 1], keep_queries),
     }.get(name, ())
     if name == "query_routed":
         assert start is not None and stop is not None
         routes = Routes.build(start.cpu(), stop.cpu(), shards, comm.rank, device())
         tensors = (routes.start, routes.stop, routes.send_rows, routes.slots, routes.returns)
-        call = (*tensors, 0.3, softcap, "math", comm.name, list(routes.sent), list(routes.received), keep_queries)
+        counts = list(routes.sent), list(routes.received)
+        call = (*tensors, 0.3, softcap, "math", FRAME, comm.name, *counts, keep_queries)
     results = torch.library.opcheck(forward, (q, k, v, *call))
     with torch.no_grad():
         out, lse, *rest = forward(q, k, v, *call)

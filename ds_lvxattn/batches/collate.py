@@ -395,7 +395,7 @@ class Collator:
             rows = KVInterval(start, stop).of_nodes(shards.q, size)
             nodes = shards.of_nodes(size)
             between = Routes.build(rows.start, rows.stop, nodes, comm.rank // size, self.device)
-        interval = KVInterval(start.to(self.device), stop.to(self.device))
+        interval = KVInterval.from_host(start, stop, self.device)
         return AttentionInputs(shards, interval, routes, routes if one_level else between, copied)
 
 

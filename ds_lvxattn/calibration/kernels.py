@@ -15,10 +15,12 @@ from ds_lvxattn.calibration.clock import Clock, slowest_of
 from ds_lvxattn.calibration.extent import Extent, HeadLayout
 from ds_lvxattn.kernels.base import Call, Kernel
 from ds_lvxattn.kernels.dispatch import FEW_TILES, KERNELS, select_kernel
+from ds_lvxattn.kernels.pattern import UNKNOWN, pattern_of
 from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.plan import kernel_time
 from ds_lvxattn.plan.profile import KernelPoint, KernelRates, Profile
 
+FRAME_KEYS = 64
 FAST = ("fa4", "cudnn", "triton")  # the others are never the fastest on a GPU
 
 
@@ -32,7 +34,7 @@ class _KernelCalls(NamedTuple):
 
 
 def _bounds(mask: str | None, rows: int, keys: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """int32 ``start, stop [1, rows]``: all keys, keys so far, or a sixteenth of the keys; None for no mask."""
+    """int32 ``start, stop [1, rows]``: all keys, keys so far, a sixteenth of the keys, or a frame; None for no mask."""
     if mask is None:
         return None, None
     row = torch.arange(rows, device=device)
@@ -44,6 +46,9 @@ def _bounds(mask: str | None, rows: int, keys: int, device: torch.device) -> tup
         width = max(keys // 16, 1)
         start = (keys - width) * row // max(rows - 1, 1)
         stop = start + width
+    elif mask == "frame":
+        start = row * (keys // FRAME_KEYS) // rows * FRAME_KEYS
+        stop = start + FRAME_KEYS
     return start.int()[None], stop.int()[None]
 
 
@@ -69,15 +74,17 @@ def kernel_calls(
     q, dout = (torch.randn(1, rows, heads, head_dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(2))
     k, v = (torch.randn(1, keys, kv_heads, head_dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(2))
     start, stop = _bounds(mask, rows, keys, device)
+    pattern = UNKNOWN if start is None or stop is None else pattern_of(start.cpu(), stop.cpu())
     scale = head_dim**-0.5
-    first = select_kernel(name, Call.forward(q, k, v, mask is not None))
-    kernel = select_kernel(name, Call.backward(q, k, v, mask is not None))
-    out, lse = first.forward(q, k, v, start, stop, scale)
+    first = select_kernel(name, Call.forward(q, k, v, mask is not None, pattern=pattern))
+    kernel = select_kernel(name, Call.backward(q, k, v, mask is not None, pattern=pattern))
+    how = scale, None, pattern
+    out, lse = first.forward(q, k, v, start, stop, *how)
     delta = None if kernel.needs_out else attention_delta(dout, out, None)
     seen, drift = seen_and_drift(start, stop, keys)
     return _KernelCalls(
-        lambda: first.forward(q, k, v, start, stop, scale),
-        lambda: kernel.backward(dout, q, k, v, out, lse, delta, start, stop, scale),
+        lambda: first.forward(q, k, v, start, stop, *how),
+        lambda: kernel.backward(dout, q, k, v, out, lse, delta, start, stop, *how),
         seen,
         drift,
     )
@@ -88,7 +95,7 @@ def _tile(kernel: Kernel, head_dim: int, dtype: torch.dtype, masked: bool, devic
     if kernel.name == "triton":
         from ds_lvxattn.kernels.triton.tiles import forward_config, is_hopper
 
-        config = forward_config((head_dim, head_dim), dtype.itemsize, masked, is_hopper(device))
+        config = forward_config((head_dim, head_dim), dtype.itemsize, UNKNOWN if masked else None, is_hopper(device))
         return {"tile_rows": config.block_m, "tile_keys": config.block_n, "packed": True, "splits_below": 1 << 30}
     if kernel.name == "fa4":
         return {"tile_rows": 128, "tile_keys": 128, "packed": True, "splits_below": 0 if masked else 1 << 30}
@@ -109,7 +116,7 @@ def measured_kernels(
     for head_dim in sorted({layout.head_dim for layout in layouts}):
         chosen = sorted({layout for layout in layouts if layout.head_dim == head_dim})
         for masked in (False, True):
-            masks: tuple[str | None, ...] = ("all", "growing", "sliding") if masked else (None,)
+            masks: tuple[str | None, ...] = ("all", "growing", "sliding", "frame") if masked else (None,)
             call = Call(device.type, dtype, chosen[0].heads, chosen[0].kv_heads, head_dim, masked)
             for local in _worth_measuring(call):
                 points: list[KernelPoint] = []
@@ -141,7 +148,7 @@ def _points(
 ) -> list[KernelPoint]:
     """Measured calls over the extent; at few rows also with a part of the heads, as head all-to-all has them."""
     some = HeadLayout(layout.heads // layout.kv_heads, 1, layout.head_dim)
-    points = []
+    points, moves = [], mask in ("sliding", "frame")
     for rows in extent.rows:
         for keys in extent.keys:
             variants = [layout]
@@ -149,7 +156,7 @@ def _points(
                 variants.append(some)
             for sizes in variants:
                 operations = 4.0 * sizes.heads * sizes.head_dim * rows * keys
-                if operations > extent.operations or (mask == "sliding" and keys == extent.keys[0] and rows > 512):
+                if operations > extent.operations or (moves and keys == extent.keys[0] and rows > 512):
                     continue
                 calls = kernel_calls(sizes, rows, keys, mask, device, dtype, name)
                 times = [

@@ -17,6 +17,7 @@ from ds_lvxattn.exchange.grid import Grid
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.routes import Routes
 from ds_lvxattn.exchange.shards import ShardLayout
+from ds_lvxattn.kernels.pattern import UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,16 @@ class Exchange:
     grid: Grid | None = None
     softcap: float | None = None
     gradient_parts: bool = False
+
+    @property
+    def pattern(self) -> str:
+        """Of the ranges, as far as the kernels' tiles depend on it; see ``kernels/pattern.py``."""
+        return UNKNOWN if self.interval is None else self.interval.pattern
+
+    @property
+    def settings(self) -> tuple[float, float | None, str, str]:
+        """What every operator of ``kernels/differentiable.py`` takes behind its tensors, ahead of its own settings."""
+        return self.scale, self.softcap, self.kernel, self.pattern
 
     @property
     def local_ranges(self) -> tuple[Tensor | None, Tensor | None]:

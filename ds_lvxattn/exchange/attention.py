@@ -231,5 +231,7 @@ def _rows_of_all_ranks(
     missing = shards.q.longest - shards.q.lengths[comm.rank]
     padding = (*((0, 0) if interval.ranges is not None else ()), 0, missing)
     padded = torch.nn.functional.pad(torch.stack((interval.start, interval.stop)), padding)
-    everyone = KVInterval(*comm.all_gather(padded, "intervals").unbind(1), ranges=interval.ranges)
+    everyone = KVInterval(
+        *comm.all_gather(padded, "intervals").unbind(1), ranges=interval.ranges, pattern=interval.pattern
+    )
     return everyone.within(shards.kv.total)

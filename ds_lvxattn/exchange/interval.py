@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_lvxattn.exchange.shards import SequenceShards
+from ds_lvxattn.kernels.pattern import PATTERNS, UNKNOWN, pattern_of
 
 T = TypeVar("T")
 
@@ -25,6 +26,8 @@ class KVInterval:
     Args:
         start: int32 ``[B, s_q]``, first visible key of each of the rank's own rows.
         stop: int32 ``[B, s_q]``, one past the last visible key.
+        pattern: how the ranges of neighbouring rows lie to each other, see ``kernels/pattern.py``; kernels choose
+            tiles by it, and do not look themselves, as they would wait for the device. ``from_host`` finds it.
 
     Where every rank already knows the rows of all ranks (the text of a batch is small), both may be
     ``[n, B, s_max]``, rank-major and padded to the longest shard; then no collective is needed to share them.
@@ -32,12 +35,13 @@ class KVInterval:
     Of several ranges a row, made by ``several``, both have a last dimension more: the ranges.
 
     Raises:
-        ValueError: shapes differ or the dtype is not int32.
+        ValueError: shapes differ, the dtype is not int32 or the pattern is none.
     """
 
     start: Tensor
     stop: Tensor
     ranges: int | None = field(default=None, kw_only=True)
+    pattern: str = field(default=UNKNOWN, kw_only=True)
     _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -51,6 +55,8 @@ class KVInterval:
                 f"KVInterval: start has shape {tuple(self.start.shape)}; give [B, s_q] (own rows) "
                 "or [n, B, s_max] (the rows of every rank)"
             )
+        if self.pattern not in PATTERNS:
+            raise ValueError(f"KVInterval: pattern is '{self.pattern}'; choose one of {PATTERNS}")
         for name, bound in (("start", self.start), ("stop", self.stop)):
             if bound.dtype != torch.int32:
                 raise ValueError(f"KVInterval: {name} has dtype {bound.dtype}; convert it to torch.int32")
@@ -74,7 +80,16 @@ class KVInterval:
             return intervals[0]
         start, stop = (torch.stack([getattr(i, bound) for i in intervals], dim=-1) for bound in ("start", "stop"))
         _refuse_overlaps(start, stop)
-        return cls(start, stop, ranges=len(intervals))
+        patterns = {interval.pattern for interval in intervals}
+        pattern = patterns.pop() if len(patterns) == 1 else UNKNOWN
+        return cls(start, stop, ranges=len(intervals), pattern=pattern)
+
+    @classmethod
+    def from_host(cls, start: Tensor, stop: Tensor, device: torch.device | str) -> KVInterval:
+        """The ranges ``start, stop``, which are on the CPU, on ``device``, with their pattern."""
+        in_order = (start, stop) if start.dim() == 2 else (x.transpose(0, 1).flatten(1, 2) for x in (start, stop))
+        pattern = pattern_of(*in_order)
+        return cls(*(bound.to(device) for bound in (start, stop)), pattern=pattern)
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> KVInterval:
@@ -148,7 +163,7 @@ class KVInterval:
             start, stop = (bound.clamp(0, keys) for bound in (self.start, self.stop))
             if not self.of_all_ranks:
                 start, stop = start.unsqueeze(0), stop.unsqueeze(0)
-            return KVInterval(start, torch.maximum(start, stop), ranges=self.ranges)
+            return KVInterval(start, torch.maximum(start, stop), ranges=self.ranges, pattern=self.pattern)
 
         return self.once(("within", keys), clamped)
 
@@ -188,7 +203,7 @@ class KVInterval:
                 for bound in (self.start, self.stop)
             )
             start, stop = (bound.transpose(0, 1).contiguous() for bound in (start, stop))
-            return KVInterval(start, stop, ranges=self.ranges)
+            return KVInterval(start, stop, ranges=self.ranges, pattern=self.pattern)
 
         return self.once(("of nodes", q, size), of_nodes)
 

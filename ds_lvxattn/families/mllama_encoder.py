@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ds_lvxattn.exchange.interval import KVInterval
+from ds_lvxattn.kernels.pattern import ALIKE
 from ds_lvxattn.runtime.registration import ENCODER_IMPLEMENTATION
 
 PATCH_MULTIPLE = 8
@@ -100,7 +101,7 @@ def _last_layer(
     normed = layer.input_layernorm(hidden_states)
     q, k, v = attention.q_proj(normed[:, :read]), attention.k_proj(normed), attention.v_proj(normed)
     q, k, v = (x.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2) for x in (q, k, v))
-    seen = KVInterval(attention_mask.start[:, :read], attention_mask.stop[:, :read])
+    seen = KVInterval(attention_mask.start[:, :read], attention_mask.stop[:, :read], pattern=ALIKE)
     attend = ALL_ATTENTION_FUNCTIONS[ENCODER_IMPLEMENTATION]
     attended, _ = attend(attention, q, k, v, seen, scaling=attention.scaling)
     rows = hidden_states[:, :read] + _gated(layer, "gate_attn", attention.o_proj(attended.flatten(2)))
@@ -121,4 +122,4 @@ def _visible(mask: Tensor, tokens: int, rows: int) -> KVInterval:
     real = (mask.sum(dim=1, keepdim=True) * tokens).to(torch.int32)
     place = torch.arange(rows, dtype=torch.int32, device=mask.device)
     stop = torch.where(place < real, rows, real)
-    return KVInterval(torch.zeros_like(stop), stop)
+    return KVInterval(torch.zeros_like(stop), stop, pattern=ALIKE)

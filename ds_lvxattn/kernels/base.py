@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ds_lvxattn.kernels.pattern import UNKNOWN
+
 
 @dataclass(frozen=True)
 class Call:
@@ -24,6 +26,7 @@ class Call:
         rows: query rows of a sequence.
         capped: whether the scores have a soft cap.
         value_dim: head size of the values; None: as that of the keys.
+        pattern: of the key ranges; see ``kernels/pattern.py``.
     """
 
     device: str
@@ -36,6 +39,7 @@ class Call:
     rows: int = 4096
     capped: bool = False
     value_dim: int | None = None
+    pattern: str = UNKNOWN
 
     @property
     def head_dims(self) -> tuple[int, int]:
@@ -49,22 +53,28 @@ class Call:
         return None if value == key else f"it takes values of the head size of the keys, not {value} beside {key}"
 
     @classmethod
-    def forward(cls, q: Tensor, k: Tensor, v: Tensor, masked: bool, capped: bool = False) -> Call:
-        return cls.of_shapes(q.device.type, q.dtype, q.shape, k.shape, v.shape, masked, capped, backward=False)
+    def forward(
+        cls, q: Tensor, k: Tensor, v: Tensor, masked: bool, capped: bool = False, pattern: str = UNKNOWN
+    ) -> Call:
+        shapes = q.shape, k.shape, v.shape
+        return cls.of_shapes(q.device.type, q.dtype, *shapes, masked, capped, backward=False, pattern=pattern)
 
     @classmethod
-    def backward(cls, q: Tensor, k: Tensor, v: Tensor, masked: bool, capped: bool = False) -> Call:
-        return cls.of_shapes(q.device.type, q.dtype, q.shape, k.shape, v.shape, masked, capped, backward=True)
+    def backward(
+        cls, q: Tensor, k: Tensor, v: Tensor, masked: bool, capped: bool = False, pattern: str = UNKNOWN
+    ) -> Call:
+        shapes = q.shape, k.shape, v.shape
+        return cls.of_shapes(q.device.type, q.dtype, *shapes, masked, capped, backward=True, pattern=pattern)
 
     @classmethod
     def of_shapes(
         cls, device: str, dtype: torch.dtype, q: Sequence[int], k: Sequence[int], v: Sequence[int], masked: bool,
-        capped: bool, backward: bool,
+        capped: bool, backward: bool, pattern: str = UNKNOWN,
     ) -> Call:  # fmt: skip
         """A call with tensors of these shapes, dtype and device type."""
         batch, heads, rows, _ = q
         tiles = None if backward else batch * heads * -(-rows // 128)
-        return cls(device, dtype, heads, k[1], k[3], masked, tiles, rows, capped, v[3])
+        return cls(device, dtype, heads, k[1], k[3], masked, tiles, rows, capped, v[3], pattern)
 
 
 class Kernel(Protocol):
@@ -96,10 +106,12 @@ class Kernel(Protocol):
         stop: Tensor | None,
         scale: float,
         softcap: float | None = None,
+        pattern: str = UNKNOWN,
     ) -> tuple[Tensor, Tensor]:
         """Attention of ``q [B, H_q, S_q, D]`` over ``k [B, H_kv, S_kv, D]``, ``v [B, H_kv, S_kv, D_v]``, not empty.
 
         ``start, stop`` are int32 ``[B, S_q]`` local key ranges, or None when every key is visible.
+        Their ``pattern`` chooses tiles, and changes no result but its rounding.
         The scores are ``scale * q k``; of one above 0, ``softcap``, they are ``softcap * tanh(scale * q k / softcap)``.
         Returns ``out [B, H_q, S_q, D_v]`` (0 for rows that see nothing) and the natural log-sum-exp
         ``[B, H_q, S_q]`` in float32, float64 for float64 (``-inf`` for such rows).
@@ -118,6 +130,7 @@ class Kernel(Protocol):
         stop: Tensor | None,
         scale: float,
         softcap: float | None = None,
+        pattern: str = UNKNOWN,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients from the log-sum-exp over *all* keys of the group, local or not.
 

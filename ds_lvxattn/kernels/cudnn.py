@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.pattern import UNKNOWN
 
 aten = torch.ops.aten
 
@@ -46,6 +47,7 @@ class CudnnKernel:
         stop: Tensor | None,
         scale: float,
         softcap: float | None = None,
+        pattern: str = UNKNOWN,
     ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)
         return out, lse.reshape(q.shape[:3])
@@ -63,6 +65,7 @@ class CudnnKernel:
         stop: Tensor | None,
         scale: float,
         softcap: float | None = None,
+        pattern: str = UNKNOWN,
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert out is not None
         no_dropout = torch.zeros((), dtype=torch.int64, device=q.device)

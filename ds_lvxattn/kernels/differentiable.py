@@ -42,8 +42,8 @@ def attention_operator(
             head size, and order of strides it has.
 
     Returns:
-        The operator, ``(q, k, v, start, stop, *more tensors, scale, softcap, kernel, *more settings)``, to be called
-        by position with arguments of these types.
+        The operator, ``(q, k, v, start, stop, *more tensors, scale, softcap, kernel, pattern, *more settings)``, to be
+        called by position with arguments of these types.
     """
     hints = get_type_hints(forward)
     results = hints.pop("return")
@@ -52,7 +52,7 @@ def attention_operator(
     settings = {key: hint for key, hint in more.items() if key not in tensors}
     common = {
         "start": Optional[Tensor], "stop": Optional[Tensor], **tensors,
-        "scale": float, "softcap": Optional[float], "kernel": str, **settings,
+        "scale": float, "softcap": Optional[float], "kernel": str, "pattern": str, **settings,
     }  # fmt: skip
     q_k_v = {"q": Tensor, "k": Tensor, "v": Tensor}
     count = len(tensors)
@@ -60,7 +60,7 @@ def attention_operator(
     no_gradients = (None,) * (2 + count)  # of the tensors behind q, k and v
 
     def split(start: Tensor | None, stop: Tensor | None, *more: Any) -> tuple[LocalAttention, tuple[Any, ...]]:
-        return LocalAttention(start, stop, *more[count : count + 3]), more[:count] + more[count + 3 :]
+        return LocalAttention(start, stop, *more[count : count + 4]), more[:count] + more[count + 4 :]
 
     def run(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
         local, more = split(*args)

@@ -7,13 +7,14 @@ from ds_lvxattn.kernels.cudnn import CudnnKernel
 from ds_lvxattn.kernels.fa4.kernel import FlashAttention4Kernel
 from ds_lvxattn.kernels.flash import FlashKernel
 from ds_lvxattn.kernels.math import MathKernel
+from ds_lvxattn.kernels.pattern import FRAME, SLIDING, UNKNOWN
 from ds_lvxattn.kernels.triton.kernel import TritonKernel
 
 # Fastest first; ``math`` does every call, so the search always ends.
 KERNELS: tuple[Kernel, ...] = (FlashAttention4Kernel(), CudnnKernel(), TritonKernel(), FlashKernel(), MathKernel())
-# FlashAttention-4 behind Triton. Its backward pass does not divide few rows over the chip, nor resolve narrow ranges,
-# but where query heads share keys: they are rows of one tile then. Its forward pass does not resolve them either: one
-# frame a row, which models of narrow heads have, takes it twice as long.
+# FlashAttention-4 behind Triton. Its tiles are large: where ranges move fast from row to row they compute much that is
+# hidden, one frame a row takes the forward pass twice as long. Its backward pass does not divide few rows over the chip
+# either, but where query heads share keys: they are rows of one tile then.
 TRITON_FIRST = {"fa4": 1, "flash": 2, "math": 3}
 FEW_ROWS = 1024
 NARROW_HEAD = 64
@@ -57,10 +58,12 @@ def usable_kernels(call: Call) -> list[str]:
 
 def fastest_first(call: Call) -> list[Kernel]:
     """All kernels, in the order that they have on a Hopper chip where no profile knows better."""
+    moving = call.masked and call.pattern in (SLIDING, FRAME)
+    unknown = call.masked and call.pattern == UNKNOWN
     if call.tiles is None:
-        triton_first = call.heads == call.kv_heads and (call.masked or call.rows <= FEW_ROWS)
-    else:
-        triton_first = call.masked and call.head_dim <= NARROW_HEAD
+        triton_first = call.heads == call.kv_heads and (moving or unknown or call.rows <= FEW_ROWS)
+    else:  # models of narrow heads have one frame a row
+        triton_first = moving or (unknown and call.head_dim <= NARROW_HEAD)
     if triton_first:
         return sorted(KERNELS, key=lambda kernel: TRITON_FIRST.get(kernel.name, 0))
     return list(KERNELS)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.pattern import UNKNOWN
 
 aten = torch.ops.aten
 
@@ -50,6 +51,7 @@ class FlashKernel:
         stop: Tensor | None,
         scale: float,
         softcap: float | None = None,
+        pattern: str = UNKNOWN,
     ) -> tuple[Tensor, Tensor]:
         if q.is_cpu:
             out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -75,6 +77,7 @@ class FlashKernel:
         stop: Tensor | None,
         scale: float,
         softcap: float | None = None,
+        pattern: str = UNKNOWN,
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert out is not None
         if q.is_cpu:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ds_lvxattn.kernels.base import Call, Kernel, empty_results
 from ds_lvxattn.kernels.derived import derived_of
 from ds_lvxattn.kernels.dispatch import fastest_first, select_kernel
+from ds_lvxattn.kernels.pattern import UNKNOWN
 from ds_lvxattn.kernels.settled import settled
 from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.kernels.triton.merge import merge_partials
@@ -26,6 +27,7 @@ class LocalAttention:
         scale: factor of the scores.
         softcap: soft cap of the scores; None: none.
         kernel: ``auto``, a kernel's name, or ``FORWARD/BACKWARD``; see ``dispatch.select_kernel``.
+        pattern: of the ranges; see ``kernels/pattern.py``.
     """
 
     start: Tensor | None
@@ -33,6 +35,7 @@ class LocalAttention:
     scale: float
     softcap: float | None
     kernel: str
+    pattern: str = UNKNOWN
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *ranges: Tensor | None) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp of ``q`` over the keys at hand, which may be none; see ``Kernel.forward``.
@@ -46,11 +49,13 @@ class LocalAttention:
             out, lse = empty_results(q, v)
             return out.zero_(), lse.fill_(float("-inf"))
         chosen = _forward_kernel(
-            self.kernel, q.device, q.dtype, q.shape, k.shape, v.shape, start is not None, self.softcap is not None
-        )
+            self.kernel, q.device, q.dtype, q.shape, k.shape, v.shape, None if start is None else self.pattern,
+            self.softcap is not None,
+        )  # fmt: skip
+        how = self.scale, self.softcap, self.pattern
         if start is None or stop is None or start.dim() == 2:
-            return chosen.forward(q, k, v, start, stop, self.scale, self.softcap)
-        results = (chosen.forward(q, k, v, *each, self.scale, self.softcap) for each in _each_range(start, stop))
+            return chosen.forward(q, k, v, start, stop, *how)
+        results = (chosen.forward(q, k, v, *each, *how) for each in _each_range(start, stop))
         outs, lses = zip(*results, strict=True)
         return merge_partials(torch.stack(outs), torch.stack(lses))
 
@@ -76,9 +81,10 @@ class BackwardPass:
         self.dout, self.dlse, self.out, self.lse = dout, dlse, out, lse
         self.q, self.kept, self.k, self.v = q, kept, k, v
         self.start, self.stop, self.scale, self.softcap = local.start, local.stop, local.scale, local.softcap
+        self.pattern = local.pattern
         self.kernel = _backward_kernel(
-            local.kernel, q.device, q.dtype, q.shape, k.shape, v.shape, local.start is not None,
-            local.softcap is not None, dlse is not None,
+            local.kernel, q.device, q.dtype, q.shape, k.shape, v.shape,
+            None if local.start is None else local.pattern, local.softcap is not None, dlse is not None,
         )  # fmt: skip
         self._own: tuple[Any, ...] = ()
 
@@ -120,7 +126,9 @@ class BackwardPass:
             out = output_with_delta(dout, delta)
 
         def over(start: Tensor | None, stop: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-            return self.kernel.backward(dout, q, k, v, out, lse, delta, start, stop, self.scale, self.softcap)
+            return self.kernel.backward(
+                dout, q, k, v, out, lse, delta, start, stop, self.scale, self.softcap, self.pattern
+            )  # fmt: skip
 
         if start is None or stop is None or start.dim() == 2:
             return over(start, stop)
@@ -143,21 +151,29 @@ def _each_range(start: Tensor, stop: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 @settled
 def _forward_kernel(
-    name: str, device: torch.device, dtype: torch.dtype, q: torch.Size, k: torch.Size, v: torch.Size, masked: bool,
-    capped: bool,
+    name: str, device: torch.device, dtype: torch.dtype, q: torch.Size, k: torch.Size, v: torch.Size,
+    pattern: str | None, capped: bool,
 ) -> Kernel:  # fmt: skip
-    """The kernel of the forward pass for tensors of these shapes."""
-    return select_kernel(name, Call.of_shapes(device.type, dtype, q, k, v, masked, capped, backward=False))
+    """The kernel of the forward pass for tensors of these shapes; ``pattern`` is None where all is visible."""
+    return select_kernel(name, _call(device, dtype, q, k, v, pattern, capped, backward=False))
 
 
 @settled
 def _backward_kernel(
-    name: str, device: torch.device, dtype: torch.dtype, q: torch.Size, k: torch.Size, v: torch.Size, masked: bool,
-    capped: bool, with_dlse: bool,
+    name: str, device: torch.device, dtype: torch.dtype, q: torch.Size, k: torch.Size, v: torch.Size,
+    pattern: str | None, capped: bool, with_dlse: bool,
 ) -> Kernel:  # fmt: skip
     """The kernel of the backward pass: the chosen one, unless it cannot take the log-sum-exp's gradient."""
-    call = Call.of_shapes(device.type, dtype, q, k, v, masked, capped, backward=True)
+    call = _call(device, dtype, q, k, v, pattern, capped, backward=True)
     kernel = select_kernel(name, call)
     if not (kernel.needs_out and with_dlse):
         return kernel
     return next(other for other in fastest_first(call) if not other.needs_out and other.unsupported(call) is None)
+
+
+def _call(
+    device: torch.device, dtype: torch.dtype, q: torch.Size, k: torch.Size, v: torch.Size, pattern: str | None,
+    capped: bool, backward: bool,
+) -> Call:  # fmt: skip
+    masked = pattern is not None
+    return Call.of_shapes(device.type, dtype, q, k, v, masked, capped, backward, pattern or UNKNOWN)

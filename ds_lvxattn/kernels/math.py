@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ds_lvxattn.kernels.base import Call, empty_results, lse_dtype
+from ds_lvxattn.kernels.pattern import UNKNOWN
 
 # Scores of one chunk of query rows. Chunks bound the memory: never S_q x S_kv at once.
 MAX_SCORES = 1 << 26
@@ -35,6 +36,7 @@ class MathKernel:
         stop: Tensor | None,
         scale: float,
         softcap: float | None = None,
+        pattern: str = UNKNOWN,
     ) -> tuple[Tensor, Tensor]:
         wide = lse_dtype(q.dtype)
         out, lse = empty_results(q, v)
@@ -68,6 +70,7 @@ class MathKernel:
         stop: Tensor | None,
         scale: float,
         softcap: float | None = None,
+        pattern: str = UNKNOWN,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = lse_dtype(q.dtype)
         assert delta is not None

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ds_lvxattn.kernels.differentiable import attention_operator
 from ds_lvxattn.kernels.local import BackwardPass, LocalAttention
+from ds_lvxattn.kernels.pattern import UNKNOWN
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, local: LocalAttention) -> tuple[Tensor, Tensor]:
@@ -44,6 +45,7 @@ def local_attention(
     scale: float,
     kernel: str,
     softcap: float | None = None,
+    pattern: str = UNKNOWN,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the keys at hand, on one rank.
 
@@ -55,8 +57,9 @@ def local_attention(
         scale: factor of the scores.
         kernel: ``auto`` or a kernel's name.
         softcap: soft cap of the scores, which are then ``softcap * tanh(scale * q k / softcap)``; None: none.
+        pattern: of the ranges; see ``kernels/pattern.py``.
 
     Returns:
         ``out [B, H_q, S_q, D_v]`` and the natural log-sum-exp ``[B, H_q, S_q]``, both differentiable.
     """
-    return _operator(q, k, v, start, stop, scale, softcap, kernel)
+    return _operator(q, k, v, start, stop, scale, softcap, kernel, pattern)

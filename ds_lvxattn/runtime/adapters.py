@@ -34,6 +34,7 @@ from ds_lvxattn.exchange.comm import communicator
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.merge_attention import merge_attention
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
+from ds_lvxattn.kernels.pattern import ALIKE
 
 # Without a mask function of that name, transformers builds no mask for it.
 IMPLEMENTATION = "ds_lvxattn_adapter"
@@ -93,7 +94,7 @@ class AdapterKeys:
             return None
         if rows not in self._intervals:
             stop = self.visible[None, :, None].expand(1, -1, rows).contiguous()
-            self._intervals[rows] = KVInterval(torch.zeros_like(stop), stop)
+            self._intervals[rows] = KVInterval(torch.zeros_like(stop), stop, pattern=ALIKE)
         return self._intervals[rows]
 
 

@@ -130,7 +130,8 @@ def encoder_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     query, key, value = as_kernels_take(query, key, value)
-    out, _lse = local_attention(query, key, value, attention_mask.start, attention_mask.stop, scale, "auto")
+    ranges = attention_mask.start, attention_mask.stop
+    out, _lse = local_attention(query, key, value, *ranges, scale, "auto", pattern=attention_mask.pattern)
     return out.transpose(1, 2), None
 
 

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.dispatch import KERNEL_NAMES, select_kernel
+from ds_lvxattn.kernels.pattern import ALIKE, FRAME, GROWING, SLIDING, UNKNOWN
 
 
 @pytest.fixture(autouse=True)
@@ -18,9 +19,9 @@ def hopper(monkeypatch):
 
 def call(
     device="cuda", dtype=torch.bfloat16, head_dim=128, masked=False, tiles=None, capped=False, value_dim=None,
-    kv_heads=8, rows=4096,
+    kv_heads=8, rows=4096, pattern=UNKNOWN,
 ):  # fmt: skip
-    return Call(device, dtype, 32, kv_heads, head_dim, masked, tiles, rows, capped, value_dim)
+    return Call(device, dtype, 32, kv_heads, head_dim, masked, tiles, rows, capped, value_dim, pattern)
 
 
 @pytest.mark.parametrize(
@@ -60,10 +61,15 @@ def test_auto_takes_the_fastest_that_is_right(chosen, asked):
         ("triton", call(tiles=48, masked=True)),  # it does not where ranges hide some
         ("fa4", call(tiles=96, masked=True)),
         ("triton", call(tiles=96, masked=True, head_dim=64)),
+        ("fa4", call(tiles=96, masked=True, head_dim=64, pattern=GROWING)),
+        ("triton", call(tiles=96, masked=True, pattern=SLIDING)),
         ("fa4", call(rows=384)),  # backward, here and below
         ("fa4", call(masked=True)),
         ("cudnn", call(rows=384, kv_heads=32)),
         ("triton", call(masked=True, kv_heads=32)),
+        ("fa4", call(masked=True, kv_heads=32, pattern=ALIKE)),
+        ("triton", call(masked=True, kv_heads=32, pattern=FRAME)),
+        ("fa4", call(masked=True, pattern=SLIDING)),
         ("fa4", call(kv_heads=32)),
     ),
 )

@@ -13,7 +13,7 @@ from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.derived import derived_of
 from ds_lvxattn.kernels.fa4.block_lists import as_lists, block_lists, padded_ranges
 from ds_lvxattn.kernels.fa4.kernel import FlashAttention4Kernel
-from ds_lvxattn.kernels.fa4.packed import packed_backward, packed_ranges
+from ds_lvxattn.kernels.fa4.packed import last_rows_first, packed_backward, packed_ranges
 from ds_lvxattn.kernels.fa4.shares import forward_in_shares
 from ds_lvxattn.kernels.math import MathKernel
 from ds_lvxattn.kernels.triton.delta import attention_delta
@@ -102,6 +102,24 @@ def test_packed_heads_have_the_same_gradients(make_problem, error, heads, mask, 
     assert grads[0].stride() == p.q.stride()
     for name, got, direct in zip(GRADS, grads, backward(*given), strict=True):
         assert error(got, exact[name]) < 1e-5 and error(got, direct.double()) < 2e-6, name
+
+
+@pytest.mark.parametrize("sequence_first", (False, True))
+@pytest.mark.parametrize("heads", ((4, 2), (7, 1), (3, 3)))
+def test_last_rows_first_are_the_same_rows(make_problem, error, heads, sequence_first):
+    p = make_problem(batch=2, heads=heads[0], kv_heads=heads[1], mask="random", sequence_first=sequence_first)
+    exact, given = p.exact(), []
+
+    def forward(q, k, v, start, *rest):
+        given.append(start)
+        return MathKernel().forward(q, k, v, start, *rest)
+
+    for _ in range(2):
+        out, lse = last_rows_first(forward, p.q, p.k, p.v, p.start, p.stop, p.scale, p.softcap)
+        assert out.stride() == p.q.stride() and lse.dtype == torch.float32
+        assert error(out, exact["out"]) < 1e-5 and error(lse, exact["lse"]) < 1e-6
+    group = heads[0] // heads[1]
+    assert given[0] is given[1] and torch.equal(given[0][:, ::group].flip(1), p.start)
 
 
 def test_ranges_of_packed_heads_are_made_once():

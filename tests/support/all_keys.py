@@ -16,8 +16,8 @@ def all_keys_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> t
     """Attention of the rank's rows over the keys of all ranks; see ``exchange.arguments``."""
     keys = exchange.layout.kv
     return _operator(
-        q, k, v, *exchange.own_ranges(q.shape[2]), exchange.scale, exchange.softcap, exchange.kernel,
-        exchange.comm.name, keys.lengths, keys.deal,
+        q, k, v, *exchange.own_ranges(q.shape[2]), *exchange.settings, exchange.comm.name, keys.lengths,
+        keys.deal,
     )  # fmt: skip
 
 

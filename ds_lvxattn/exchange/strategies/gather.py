@@ -64,8 +64,8 @@ def _gathered(
     if exchange.keep_queries is not None:
         keep = exchange.keep_queries
     out, lse, _ = _operator(
-        q, k, v, first, last, exchange.scale, exchange.softcap, exchange.kernel, group, inner, layout.q.lengths,
-        exchange.head_groups or groups, keep,
+        q, k, v, first, last, *exchange.settings, group, inner, layout.q.lengths, exchange.head_groups or groups,
+        keep,
     )  # fmt: skip
     return out, lse
 

@@ -30,7 +30,7 @@ def kv_gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> 
     places = padded_order(layout.kv, range(comm.ranks), q.device)
     groups, keep = _cut(q.shape, k.shape, v.shape[3], q.element_size(), layout)
     out, lse, _ = _operator(
-        q, k, v, start, stop, places, exchange.scale, exchange.softcap, exchange.kernel, comm.name, layout.kv.lengths,
+        q, k, v, start, stop, places, *exchange.settings, comm.name, layout.kv.lengths,
         exchange.head_groups or groups, keep,
     )  # fmt: skip
     return out, lse

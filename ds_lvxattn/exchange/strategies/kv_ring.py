@@ -22,9 +22,7 @@ def kv_ring_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tu
     """Attention of the rank's rows over the keys of all ranks; see ``exchange.arguments``."""
     layout = exchange.layout
     first, last = _ranges_of_owners(exchange, q.shape[2])
-    return _operator(
-        q, k, v, first, last, exchange.scale, exchange.softcap, exchange.kernel, exchange.comm.name, layout.kv.lengths
-    )
+    return _operator(q, k, v, first, last, *exchange.settings, exchange.comm.name, layout.kv.lengths)
 
 
 def _ranges_of_owners(exchange: Exchange, rows: int) -> tuple[Tensor | None, Tensor | None]:

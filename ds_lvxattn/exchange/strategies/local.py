@@ -17,4 +17,6 @@ def attend_locally(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple
     comm, keys = exchange.comm, exchange.layout.kv
     if keys.total > keys.lengths[comm.rank]:
         raise ValueError("strategy 'local' exchanges nothing, and other ranks hold keys; choose another strategy")
-    return local_attention(q, k, v, *exchange.own_ranges(q.shape[2]), exchange.scale, exchange.kernel, exchange.softcap)
+    return local_attention(
+        q, k, v, *exchange.own_ranges(q.shape[2]), exchange.scale, exchange.kernel, exchange.softcap, exchange.pattern
+    )  # fmt: skip

@@ -21,10 +21,7 @@ from ds_lvxattn.kernels.triton.merge import merge_partials
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Attention of the rank's rows over the keys of all ranks; see ``exchange.arguments``."""
-    return _operator(
-        q, k, v, *exchange.local_ranges, exchange.scale, exchange.softcap, exchange.kernel, exchange.comm.name,
-        exchange.layout.q.lengths,
-    )  # fmt: skip
+    return _operator(q, k, v, *exchange.local_ranges, *exchange.settings, exchange.comm.name, exchange.layout.q.lengths)
 
 
 class _Ring:

@@ -28,10 +28,7 @@ ALIGNMENT = 8  # bytes: each rank's message holds values of up to so many
 def replicated_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Attention of the shared rows over the keys of all ranks, on every rank; see ``exchange.arguments``."""
     first, last = exchange.local_ranges
-    return _operator(
-        q, k, v, first, last, exchange.scale, exchange.softcap, exchange.kernel, exchange.comm.name,
-        exchange.gradient_parts,
-    )  # fmt: skip
+    return _operator(q, k, v, first, last, *exchange.settings, exchange.comm.name, exchange.gradient_parts)
 
 
 def query_replicated(

@@ -32,8 +32,8 @@ def routed_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tup
     if keep is None:
         keep = keeps_queries(q.shape[1], k.shape[1], layout.q.lengths, layout.kv.lengths)
     out, lse, _ = _operator(
-        q, k, v, routes.start, routes.stop, routes.send_rows, routes.slots, routes.returns, exchange.scale,
-        exchange.softcap, exchange.kernel, exchange.comm.name, routes.sent, routes.received, keep,
+        q, k, v, routes.start, routes.stop, routes.send_rows, routes.slots, routes.returns,
+        *exchange.settings, exchange.comm.name, routes.sent, routes.received, keep,
     )  # fmt: skip
     return out, lse
 

@@ -29,7 +29,9 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tu
     start, stop = _ranges_in_order(exchange)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return local_attention(q, k, v, start, stop, exchange.scale, exchange.kernel, exchange.softcap)
+        return local_attention(
+            q, k, v, start, stop, exchange.scale, exchange.kernel, exchange.softcap, exchange.pattern
+        )
 
     return redistributed_heads(q, k, v, exchange.comm, layout, range(layout.q.ranks), attend)
 

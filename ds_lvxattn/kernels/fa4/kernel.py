@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.pattern import GROWING, UNKNOWN
+
+# From here on the work on a row outweighs moving it to another place, and back.
+MANY_KEYS = 1 << 16
 
 
 @functools.cache
@@ -55,9 +59,13 @@ class FlashAttention4Kernel:
         stop: Tensor | None,
         scale: float,
         softcap: float | None = None,
+        pattern: str = UNKNOWN,
     ) -> tuple[Tensor, Tensor]:
         from ds_lvxattn.kernels.fa4.attention import fa4_forward
+        from ds_lvxattn.kernels.fa4.packed import last_rows_first
 
+        if start is not None and stop is not None and pattern == GROWING and k.shape[2] >= MANY_KEYS:
+            return last_rows_first(fa4_forward, q, k, v, start, stop, scale, softcap)
         return fa4_forward(q, k, v, start, stop, scale, softcap)
 
     def backward(
@@ -73,6 +81,7 @@ class FlashAttention4Kernel:
         stop: Tensor | None,
         scale: float,
         softcap: float | None = None,
+        pattern: str = UNKNOWN,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from ds_lvxattn.kernels.fa4.attention import fa4_backward
         from ds_lvxattn.kernels.fa4.packed import packed_backward

@@ -1,7 +1,8 @@
-"""The query heads of a key head as rows of one head, for the backward pass.
+"""The query heads of a key head as rows of one head.
 
-A tile then holds the rows of few positions, whose ranges are close together, and the gradients of the keys need no sum
-over query heads: each is written once, in its own dtype.
+A tile then holds the rows of few positions, whose ranges are close together. In the backward pass the gradients of the
+keys need no sum over query heads: each is written once, in its own dtype. In the forward pass the rows can be put into
+another order with it.
 """
 
 from __future__ import annotations
@@ -16,15 +17,24 @@ from ds_lvxattn.kernels.derived import derived_of
 Grads = tuple[Tensor, Tensor, Tensor]
 
 
-def packed(x: Tensor, kv_heads: int) -> Tensor:
-    """``[B, H_q, S, ...]`` as ``[B, H_kv, S * group, ...]``, the heads of a group beside each other."""
-    return x.unflatten(1, (kv_heads, -1)).transpose(2, 3).flatten(2, 3)
+def packed(x: Tensor, kv_heads: int, order: Tensor | None = None) -> Tensor:
+    """``[B, H_q, S, ...]`` as ``[B, H_kv, S * group, ...]``, the heads of a group beside each other.
+
+    Args:
+        order: int64 ``[S]``, the positions one after another; None: as they are.
+    """
+    rows = x.unflatten(1, (kv_heads, -1)).transpose(2, 3)
+    return (rows if order is None else rows.index_select(2, order)).flatten(2, 3)
 
 
-def unpacked(x: Tensor, like: Tensor) -> Tensor:
+def unpacked(x: Tensor, like: Tensor, order: Tensor | None = None) -> Tensor:
     """The opposite of ``packed``, laid out as ``like [B, H_q, S, ...]``."""
     out = torch.empty_like(like, dtype=x.dtype)
-    out.unflatten(1, (x.shape[1], -1)).copy_(x.unflatten(2, (like.shape[2], -1)).transpose(2, 3))
+    rows, packed_rows = out.unflatten(1, (x.shape[1], -1)).transpose(2, 3), x.unflatten(2, (like.shape[2], -1))
+    if order is None:
+        rows.copy_(packed_rows)
+    else:
+        rows.index_copy_(2, order, packed_rows)
     return out
 
 
@@ -39,6 +49,25 @@ def packed_ranges(
 
 def _repeated(x: Tensor, group: int) -> Tensor:
     return x.unsqueeze(2).repeat(1, 1, group).flatten(1)
+
+
+def last_rows_first(
+    forward: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, start: Tensor, stop: Tensor,
+    scale: float, softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``forward``, which takes and returns the same, over packed rows from the last position to the first.
+
+    Where later rows see more keys, the longest tiles start first then, and the short ones fill the chip at the end.
+    """
+    group = q.shape[1] // k.shape[1]
+
+    def turned() -> tuple[Tensor, Tensor, Tensor]:
+        order = torch.arange(q.shape[2] - 1, -1, -1, device=q.device)
+        return order, _repeated(start.flip(1), group), _repeated(stop.flip(1), group)
+
+    order, start, stop = derived_of(start, stop, ("last rows first", group), turned)
+    out, lse = forward(packed(q, k.shape[1], order), k, v, start, stop, scale, softcap)
+    return unpacked(out, q, order), unpacked(lse, q[..., 0], order)
 
 
 def packed_backward(

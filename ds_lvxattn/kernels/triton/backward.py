@@ -24,6 +24,7 @@ import triton
 from torch import Tensor
 
 from ds_lvxattn.kernels.derived import derived_of
+from ds_lvxattn.kernels.pattern import UNKNOWN
 from ds_lvxattn.kernels.triton.backward_launches import Shapes, row_launches
 from ds_lvxattn.kernels.triton.backward_plan import WORKSPACE_BYTES, ChunkPlan, plan_masked, rows_at_once
 from ds_lvxattn.kernels.triton.backward_rows import pack_ranges_kernel, seen_tiles_kernel
@@ -45,6 +46,7 @@ def interval_backward(
     workspace_bytes: int = WORKSPACE_BYTES,
     config: BackwardConfig | None = None,
     softcap: float | None = None,
+    pattern: str = UNKNOWN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of attention over the keys at hand, given row terms over all ranks' keys. Deterministic.
 
@@ -62,6 +64,7 @@ def interval_backward(
             fewer and fuller launches.
         config: other tiles than the tuned ones.
         softcap: soft cap of the scores, positive; None: none.
+        pattern: of the ranges, which chooses the tiles.
 
     Returns:
         ``dq`` (the part from these keys), ``dk``, ``dv`` in the dtypes and dense strides of the inputs.
@@ -76,7 +79,8 @@ def interval_backward(
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
 
-    how = _divided(q.device, q.dtype, q.shape, v.shape, start is not None, workspace_bytes, config)
+    of_ranges = None if start is None else pattern
+    how = _divided(q.device, q.dtype, q.shape, v.shape, of_ranges, workspace_bytes, config)
     seq_q, run = q.shape[2], how.run
     if run == seq_q:
         _backward_of_rows(dout, q, k, v, lse, delta, start, stop, scale, softcap, how, dq, dk, dv, add=False)
@@ -107,17 +111,17 @@ class _Division(NamedTuple):
 
 @functools.lru_cache(maxsize=KEPT)
 def _divided(
-    device: torch.device, dtype: torch.dtype, q: tuple[int, ...], v: tuple[int, ...], masked: bool,
+    device: torch.device, dtype: torch.dtype, q: tuple[int, ...], v: tuple[int, ...], pattern: str | None,
     workspace_bytes: int, config: BackwardConfig | None,
 ) -> _Division:  # fmt: skip
-    """``q`` and ``v`` are shapes."""
+    """``q`` and ``v`` are shapes; ``pattern`` is None where all is visible."""
     batch, heads_q, seq_q, head_dim = q
     _, heads_kv, seq_kv, value_dim = v
     head_dims = (head_dim, value_dim)
-    config = config or backward_config(head_dims, dtype.itemsize, masked, is_hopper(device))
+    config = config or backward_config(head_dims, dtype.itemsize, pattern, is_hopper(device))
     room = workspace_bytes // (heads_kv * config.block_n * config.tile * dtype.itemsize)
     run = seq_q
-    if config.keep_ds or not masked:
+    if config.keep_ds or pattern is None:
         group, units = heads_q // heads_kv, multiprocessors(device)
         run = rows_at_once(seq_q, seq_kv, group, batch, heads_kv, head_dims, config, room, units)
     return _Division(config, room, run)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_lvxattn.kernels.base import empty_rows
+from ds_lvxattn.kernels.pattern import UNKNOWN
 from ds_lvxattn.kernels.triton.launch import KEPT, Launch, Layout, Tiles, fits_copy_engine, layout, place, row_tiles
 from ds_lvxattn.kernels.triton.merge import merge_partials_triton
 from ds_lvxattn.kernels.triton.tiles import ForwardConfig, forward_config, is_hopper, split_head
@@ -267,6 +268,7 @@ def interval_forward(
     scale: float,
     config: ForwardConfig | None = None,
     softcap: float | None = None,
+    pattern: str = UNKNOWN,
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``q`` over each row's own range of the keys at hand.
 
@@ -278,6 +280,7 @@ def interval_forward(
         scale: positive factor of the scores, usually ``D ** -0.5``.
         config: other tiles than the tuned ones.
         softcap: soft cap of the scores, positive; None: none.
+        pattern: of the ranges, which chooses the tiles.
 
     Returns:
         ``out [B, H_q, S_q, D_v]`` in the dtype and, where they are dense, the order of the strides of ``q``; float32
@@ -299,7 +302,7 @@ def interval_forward(
     if start is not None and stop is not None:
         start, stop = start.contiguous(), stop.contiguous()
         of_bounds = layout(start), layout(stop)
-    plan = _plan(place(q), q.device, layout(q), layout(k), layout(v), of_bounds, softcap is not None, config)
+    plan = _plan(place(q), q.device, layout(q), layout(k), layout(v), of_bounds, softcap is not None, pattern, config)
     if plan.copies:
         k, v = rows_for_copy_engine(k), rows_for_copy_engine(v)
     part_out, part_lse = out, lse
@@ -337,13 +340,14 @@ class _Plan(NamedTuple):
 @functools.lru_cache(maxsize=KEPT)
 def _plan(
     where: tuple[int, int], device: torch.device, q: Layout, k: Layout, v: Layout,
-    bounds: tuple[Layout, Layout] | None, capped: bool, config: ForwardConfig | None,
+    bounds: tuple[Layout, Layout] | None, capped: bool, pattern: str, config: ForwardConfig | None,
 ) -> _Plan:  # fmt: skip
     """``where`` only tells calls apart: a kernel is loaded on one device."""
     dtype, (batch, heads_q, seq_q, head_dim), q_strides, _ = q
     heads_kv, seq_kv, value_dim = v[1][1:]
     has_interval = bounds is not None
-    config = config or forward_config((head_dim, value_dim), dtype.itemsize, has_interval, is_hopper(device))
+    of_ranges = pattern if has_interval else None
+    config = config or forward_config((head_dim, value_dim), dtype.itemsize, of_ranges, is_hopper(device))
     group = heads_q // heads_kv
     tiles = triton.cdiv(seq_q * group, config.block_m)
     slots = multiprocessors(device) * config.resident

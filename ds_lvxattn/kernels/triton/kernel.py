@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.pattern import UNKNOWN
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -44,10 +45,11 @@ class TritonKernel:
         stop: Tensor | None,
         scale: float,
         softcap: float | None = None,
+        pattern: str = UNKNOWN,
     ) -> tuple[Tensor, Tensor]:
         from ds_lvxattn.kernels.triton.forward import interval_forward
 
-        return interval_forward(q, k, v, start, stop, scale, softcap=softcap)
+        return interval_forward(q, k, v, start, stop, scale, softcap=softcap, pattern=pattern)
 
     def backward(
         self,
@@ -62,8 +64,11 @@ class TritonKernel:
         stop: Tensor | None,
         scale: float,
         softcap: float | None = None,
+        pattern: str = UNKNOWN,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from ds_lvxattn.kernels.triton.backward import interval_backward
 
         assert delta is not None
-        return interval_backward(dout, q, k, v, lse, delta, start, stop, scale, softcap=softcap)
+        return interval_backward(
+            dout, q, k, v, lse, delta, start, stop, scale, softcap=softcap, pattern=pattern
+        )  # fmt: skip

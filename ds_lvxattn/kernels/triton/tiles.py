@@ -1,4 +1,4 @@
-"""Tiles of the kernels by head size and chip: every number that was tuned, chosen by measurement, in one place.
+"""Tiles of the kernels by head size, pattern of the ranges and chip: every number that was tuned, in one place.
 
 ``benchmarks/tiles.py`` measures others. Nothing is tuned at run time.
 """
@@ -9,6 +9,8 @@ import functools
 from typing import NamedTuple
 
 import torch
+
+from ds_lvxattn.kernels.pattern import FRAME, SLIDING
 
 
 class ForwardConfig(NamedTuple):
@@ -72,8 +74,8 @@ def split_head_backward(head_dim: int) -> tuple[int, int]:
     return split_head(head_dim) if head_dim <= 128 else (256, 0)
 
 
-def forward_config(head_dims: tuple[int, int], itemsize: int, masked: bool, hopper: bool) -> ForwardConfig:
-    """Tiles of the forward pass, for head sizes of keys and of values."""
+def forward_config(head_dims: tuple[int, int], itemsize: int, pattern: str | None, hopper: bool) -> ForwardConfig:
+    """Tiles of the forward pass, for head sizes of keys and of values; ``pattern`` is None where all is visible."""
     head_dim = max(head_dims)
     if itemsize == 4:
         return ForwardConfig(32, 32, 4, 1, 1)
@@ -82,18 +84,18 @@ def forward_config(head_dims: tuple[int, int], itemsize: int, masked: bool, hopp
             return ForwardConfig(128, 64, 8, 2, 1)
         return ForwardConfig(128, 32, 8, 2, 1) if head_dim <= 128 else ForwardConfig(64, 32, 8, 1, 1)
     if head_dim <= 64:
-        return ForwardConfig(64, 64, 4, 2, 2) if masked else ForwardConfig(128, 64, 4, 3, 2)
+        return ForwardConfig(128, 64, 4, 3, 2) if pattern is None else ForwardConfig(64, 64, 4, 2, 2)
     if head_dim <= 96:
         return ForwardConfig(128, 64, 4, 3, 3)
-    if head_dim <= 128:  # 64 rows are faster on sliding ranges and slower on growing ones: the host knows of neither
-        return ForwardConfig(128, 64, 4, 2, 2)
+    if head_dim <= 128:
+        return ForwardConfig(64, 64, 4, 3, 2) if pattern in (SLIDING, FRAME) else ForwardConfig(128, 64, 4, 2, 2)
     if head_dims[0] <= 192 and head_dims[1] <= 128:  # 128 KiB of shared memory: Q, and two stages of K and V
         return ForwardConfig(128, 64, 8, 2, 1)
     return ForwardConfig(128, 32, 8, 2, 1)
 
 
-def backward_config(head_dims: tuple[int, int], itemsize: int, masked: bool, hopper: bool) -> BackwardConfig:
-    """Tiles of the backward pass, for head sizes of keys and of values."""
+def backward_config(head_dims: tuple[int, int], itemsize: int, pattern: str | None, hopper: bool) -> BackwardConfig:
+    """Tiles of the backward pass, for head sizes of keys and of values; ``pattern`` is None where all is visible."""
     head_dim = max(head_dims)
     if itemsize == 4:
         return BackwardConfig(32, 32, 32, 4, 1, 1, 4, 1, keep_ds=head_dim > 64)
@@ -104,9 +106,10 @@ def backward_config(head_dims: tuple[int, int], itemsize: int, masked: bool, hop
             return BackwardConfig(64, 32, 64, 8, 2, 1, 8, 2)
         return BackwardConfig(32, 32, 32, 8, 1, 1, 8, 1)
     if head_dim <= 64:
-        if masked:
+        if pattern == FRAME:  # too small for Hopper's matrix units, whose tiles would compute far more that is hidden
+            return BackwardConfig(16, 16, 64, 4, 3, 3, 4, 3, keep_ds=False)
+        if pattern is not None:
             # 168 registers let three programs share a multiprocessor, which hides the start of short visits.
-            # Tiles of 16 or 32 rows are faster where a row sees one frame, but too small for Hopper's matrix units.
             return BackwardConfig(64, 64, 64, 4, 2, 3, 4, 3, max_registers=168, keep_ds=False)
         return BackwardConfig(128, 64, 64, 4, 2, 3, 8, 4, max_registers=168, query_registers=128)
     if head_dim <= 128:  # 128 registers let two programs of dQ share a multiprocessor; wider heads need more to compile
