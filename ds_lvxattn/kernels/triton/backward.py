@@ -201,7 +201,12 @@ def _backward_of_rows(
     k_tiles, v_tiles = plan.k_tiles(k), plan.v_tiles(v)
     cap = (softcap or 0.0) / scale  # of the products of queries and keys
 
-    if bounds is not None and not how.config.keep_ds:
+    if bounds is not None and how.config.together:
+        plan.grads_together(
+            row_tiles[0], row_tiles[2], k_tiles[0], v_tiles[0], terms, packed_start, packed_stop, bounds, seen, count,
+            k, v, dk, dv, dq, *plan.together_integers, scale, cap,
+        )  # fmt: skip
+    elif bounds is not None and not how.config.keep_ds:
         plan.key_grads(
             *row_tiles, *k_tiles, *v_tiles, None, terms, packed_start, packed_stop, seen, count, None, None, k, v, dk,
             dv, *plan.key_integers, scale, cap,

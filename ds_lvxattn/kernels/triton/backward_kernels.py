@@ -66,6 +66,123 @@ def _visit_rows(
     return dk, dk_2, dv, dv_2
 
 
+@triton.jit
+def _key_block_grads(
+    q_desc, q_2_desc, dout_desc, dout_2_desc, k_desc, k_2_desc, v_desc, v_2_desc, ds_desc, terms_ptr, start_ptr,
+    stop_ptr, seen_ptr, count_ptr, base_ptr, k_ptr, v_ptr, dk_ptr, dv_ptr,
+    k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
+    dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s,
+    pair, block, first_block, batches, heads_kv, seq_kv, tiles, blocks, chunk, chunk_blocks, slots, scale, cap,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D_2: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_V_2: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_INTERVAL: tl.constexpr, CAPPED: tl.constexpr, KEEP_DS: tl.constexpr, ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``dK`` and ``dV`` of one block of keys of a key head, and its ``dS`` against all rows that see it."""
+    STEPS: tl.constexpr = TILE // BLOCK_M
+    batch = pair // heads_kv
+    head = pair % heads_kv
+    key_first = block * BLOCK_N
+    terms = terms_ptr + pair.to(tl.int64) * 2 * tiles * TILE
+    rows_start = start_ptr
+    rows_stop = stop_ptr
+    tile_list = seen_ptr
+    base = base_ptr
+    if HAS_INTERVAL:
+        rows_start += batch.to(tl.int64) * tiles * TILE
+        rows_stop += batch.to(tl.int64) * tiles * TILE
+        entry = batch.to(tl.int64) * blocks + block
+        tile_list += entry * tiles
+        if KEEP_DS:
+            base += (chunk * batches + batch).to(tl.int64) * tiles
+        whole = tl.load(count_ptr + entry * 2)
+        part = tl.load(count_ptr + entry * 2 + 1)
+    else:
+        whole = tl.where(key_first + BLOCK_N <= seq_kv, tiles, 0)
+        part = tiles - whole
+
+    key = key_first + tl.arange(0, BLOCK_N)
+    dim = tl.arange(0, BLOCK_D)
+    dim_v = tl.arange(0, BLOCK_V)
+    mask = (key < seq_kv)[:, None] & (dim < HEAD_DIM)[None, :]
+    mask_v = (key < seq_kv)[:, None] & (dim_v < VALUE_DIM)[None, :]
+    # Few visits follow where dS is not kept, so the start counts: plain loads overlap, while the copy
+    # engine outside a loop is waited for once a tensor. Elsewhere registers count, and it needs fewer.
+    if KEEP_DS:
+        k = k_desc.load([batch, head, key_first, 0]).reshape(BLOCK_N, BLOCK_D)
+        v = v_desc.load([batch, head, key_first, 0]).reshape(BLOCK_N, BLOCK_V)
+    else:
+        k_rows = k_ptr + batch.to(tl.int64) * k_stride_b + head.to(tl.int64) * k_stride_h
+        v_rows = v_ptr + batch.to(tl.int64) * v_stride_b + head.to(tl.int64) * v_stride_h
+        k = tl.load(k_rows + key.to(tl.int64)[:, None] * k_stride_s + dim[None, :], mask=mask, other=0.0)
+        v = tl.load(v_rows + key.to(tl.int64)[:, None] * v_stride_s + dim_v[None, :], mask=mask_v, other=0.0)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    k_2 = 0.0
+    v_2 = 0.0
+    dk_2 = 0.0
+    dv_2 = 0.0
+    if BLOCK_D_2 > 0:  # a head size between powers of two: its last columns
+        k_2 = k_2_desc.load([batch, head, key_first, BLOCK_D]).reshape(BLOCK_N, BLOCK_D_2)
+        dk_2 = tl.zeros([BLOCK_N, BLOCK_D_2], tl.float32)
+    if BLOCK_V_2 > 0:
+        v_2 = v_2_desc.load([batch, head, key_first, BLOCK_V]).reshape(BLOCK_N, BLOCK_V_2)
+        dv_2 = tl.zeros([BLOCK_N, BLOCK_V_2], tl.float32)
+    for step in tl.range(0, whole * STEPS):
+        tile = step // STEPS
+        if HAS_INTERVAL:
+            tile = tl.load(tile_list + tile)
+        if HAS_INTERVAL and KEEP_DS:
+            slot = tl.load(base + tile) + block
+        else:
+            slot = (batch * tiles + tile) * chunk_blocks + block - first_block
+        column = step % STEPS * BLOCK_M
+        dk, dk_2, dv, dv_2 = _visit_rows(
+            dk, dk_2, dv, dv_2, k, k_2, v, v_2, q_desc, q_2_desc, dout_desc, dout_2_desc, ds_desc, terms,
+            rows_start, rows_stop, batch, head, tile * TILE + column, tiles * TILE, key_first,
+            (head * slots + slot) * BLOCK_N, column, seq_kv, scale * _LOG2_E, cap, False, HAS_INTERVAL, CAPPED,
+            KEEP_DS, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_D_2, BLOCK_V, BLOCK_V_2, PRECISION,
+        )  # fmt: skip
+    for step in tl.range(0, part * STEPS):
+        tile = step // STEPS
+        if HAS_INTERVAL:
+            tile = tl.load(tile_list + tiles - 1 - tile)
+        if HAS_INTERVAL and KEEP_DS:
+            slot = tl.load(base + tile) + block
+        else:
+            slot = (batch * tiles + tile) * chunk_blocks + block - first_block
+        column = step % STEPS * BLOCK_M
+        dk, dk_2, dv, dv_2 = _visit_rows(
+            dk, dk_2, dv, dv_2, k, k_2, v, v_2, q_desc, q_2_desc, dout_desc, dout_2_desc, ds_desc, terms,
+            rows_start, rows_stop, batch, head, tile * TILE + column, tiles * TILE, key_first,
+            (head * slots + slot) * BLOCK_N, column, seq_kv, scale * _LOG2_E, cap, True, HAS_INTERVAL, CAPPED,
+            KEEP_DS, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_D_2, BLOCK_V, BLOCK_V_2, PRECISION,
+        )  # fmt: skip
+
+    key = key.to(tl.int64)[:, None]
+    dk_rows = dk_ptr + batch.to(tl.int64) * dk_stride_b + head.to(tl.int64) * dk_stride_h + key * dk_stride_s
+    dv_rows = dv_ptr + batch.to(tl.int64) * dv_stride_b + head.to(tl.int64) * dv_stride_h + key * dv_stride_s
+    dk *= scale
+    if ADD:
+        dk += tl.load(dk_rows + dim[None, :], mask=mask, other=0.0)
+        dv += tl.load(dv_rows + dim_v[None, :], mask=mask_v, other=0.0)
+    tl.store(dk_rows + dim[None, :], dk.to(dk_ptr.dtype.element_ty), mask=mask)
+    tl.store(dv_rows + dim_v[None, :], dv.to(dv_ptr.dtype.element_ty), mask=mask_v)
+    if BLOCK_D_2 > 0:
+        dim_2 = BLOCK_D + tl.arange(0, BLOCK_D_2)
+        mask_2 = (key < seq_kv) & (dim_2 < HEAD_DIM)[None, :]
+        dk_2 *= scale
+        if ADD:
+            dk_2 += tl.load(dk_rows + dim_2[None, :], mask=mask_2, other=0.0)
+        tl.store(dk_rows + dim_2[None, :], dk_2, mask=mask_2)
+    if BLOCK_V_2 > 0:
+        dim_v_2 = BLOCK_V + tl.arange(0, BLOCK_V_2)
+        mask_v_2 = (key < seq_kv) & (dim_v_2 < VALUE_DIM)[None, :]
+        if ADD:
+            dv_2 += tl.load(dv_rows + dim_v_2[None, :], mask=mask_v_2, other=0.0)
+        tl.store(dv_rows + dim_v_2[None, :], dv_2, mask=mask_v_2)
+
+
 @triton.jit(do_not_specialize=["pairs", "heads_kv", "seq_kv", "tiles", "blocks", "chunk", "chunk_blocks", "slots"])
 def key_grads_kernel(
     q_desc, q_2_desc, dout_desc, dout_2_desc, k_desc, k_2_desc, v_desc, v_2_desc, ds_desc, terms_ptr, start_ptr,
@@ -91,112 +208,18 @@ def key_grads_kernel(
     else:
         first_block = chunk * chunk_blocks
         here = tl.minimum(chunk_blocks, blocks - first_block)
-    STEPS: tl.constexpr = TILE // BLOCK_M
     item = tl.program_id(0)
     if item < here * pairs:
-        pair = item // here
-        block = first_block + item % here
-        batch = pair // heads_kv
-        head = pair % heads_kv
-        key_first = block * BLOCK_N
-        terms = terms_ptr + pair.to(tl.int64) * 2 * tiles * TILE
-        rows_start = start_ptr
-        rows_stop = stop_ptr
-        tile_list = seen_ptr
-        base = base_ptr
-        if HAS_INTERVAL:
-            rows_start += batch.to(tl.int64) * tiles * TILE
-            rows_stop += batch.to(tl.int64) * tiles * TILE
-            entry = batch.to(tl.int64) * blocks + block
-            tile_list += entry * tiles
-            if KEEP_DS:
-                base += (chunk * batches + batch).to(tl.int64) * tiles
-            whole = tl.load(count_ptr + entry * 2)
-            part = tl.load(count_ptr + entry * 2 + 1)
-        else:
-            whole = tl.where(key_first + BLOCK_N <= seq_kv, tiles, 0)
-            part = tiles - whole
-
-        key = key_first + tl.arange(0, BLOCK_N)
-        dim = tl.arange(0, BLOCK_D)
-        dim_v = tl.arange(0, BLOCK_V)
-        mask = (key < seq_kv)[:, None] & (dim < HEAD_DIM)[None, :]
-        mask_v = (key < seq_kv)[:, None] & (dim_v < VALUE_DIM)[None, :]
-        # Few visits follow where dS is not kept, so the start counts: plain loads overlap, while the copy
-        # engine outside a loop is waited for once a tensor. Elsewhere registers count, and it needs fewer.
-        if KEEP_DS:
-            k = k_desc.load([batch, head, key_first, 0]).reshape(BLOCK_N, BLOCK_D)
-            v = v_desc.load([batch, head, key_first, 0]).reshape(BLOCK_N, BLOCK_V)
-        else:
-            k_rows = k_ptr + batch.to(tl.int64) * k_stride_b + head.to(tl.int64) * k_stride_h
-            v_rows = v_ptr + batch.to(tl.int64) * v_stride_b + head.to(tl.int64) * v_stride_h
-            k = tl.load(k_rows + key.to(tl.int64)[:, None] * k_stride_s + dim[None, :], mask=mask, other=0.0)
-            v = tl.load(v_rows + key.to(tl.int64)[:, None] * v_stride_s + dim_v[None, :], mask=mask_v, other=0.0)
-        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-        k_2 = 0.0
-        v_2 = 0.0
-        dk_2 = 0.0
-        dv_2 = 0.0
-        if BLOCK_D_2 > 0:  # a head size between powers of two: its last columns
-            k_2 = k_2_desc.load([batch, head, key_first, BLOCK_D]).reshape(BLOCK_N, BLOCK_D_2)
-            dk_2 = tl.zeros([BLOCK_N, BLOCK_D_2], tl.float32)
-        if BLOCK_V_2 > 0:
-            v_2 = v_2_desc.load([batch, head, key_first, BLOCK_V]).reshape(BLOCK_N, BLOCK_V_2)
-            dv_2 = tl.zeros([BLOCK_N, BLOCK_V_2], tl.float32)
-        for step in tl.range(0, whole * STEPS):
-            tile = step // STEPS
-            if HAS_INTERVAL:
-                tile = tl.load(tile_list + tile)
-            if HAS_INTERVAL and KEEP_DS:
-                slot = tl.load(base + tile) + block
-            else:
-                slot = (batch * tiles + tile) * chunk_blocks + block - first_block
-            column = step % STEPS * BLOCK_M
-            dk, dk_2, dv, dv_2 = _visit_rows(
-                dk, dk_2, dv, dv_2, k, k_2, v, v_2, q_desc, q_2_desc, dout_desc, dout_2_desc, ds_desc, terms,
-                rows_start, rows_stop, batch, head, tile * TILE + column, tiles * TILE, key_first,
-                (head * slots + slot) * BLOCK_N, column, seq_kv, scale * _LOG2_E, cap, False, HAS_INTERVAL, CAPPED,
-                KEEP_DS, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_D_2, BLOCK_V, BLOCK_V_2, PRECISION,
-            )  # fmt: skip
-        for step in tl.range(0, part * STEPS):
-            tile = step // STEPS
-            if HAS_INTERVAL:
-                tile = tl.load(tile_list + tiles - 1 - tile)
-            if HAS_INTERVAL and KEEP_DS:
-                slot = tl.load(base + tile) + block
-            else:
-                slot = (batch * tiles + tile) * chunk_blocks + block - first_block
-            column = step % STEPS * BLOCK_M
-            dk, dk_2, dv, dv_2 = _visit_rows(
-                dk, dk_2, dv, dv_2, k, k_2, v, v_2, q_desc, q_2_desc, dout_desc, dout_2_desc, ds_desc, terms,
-                rows_start, rows_stop, batch, head, tile * TILE + column, tiles * TILE, key_first,
-                (head * slots + slot) * BLOCK_N, column, seq_kv, scale * _LOG2_E, cap, True, HAS_INTERVAL, CAPPED,
-                KEEP_DS, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_D_2, BLOCK_V, BLOCK_V_2, PRECISION,
-            )  # fmt: skip
-
-        key = key.to(tl.int64)[:, None]
-        dk_rows = dk_ptr + batch.to(tl.int64) * dk_stride_b + head.to(tl.int64) * dk_stride_h + key * dk_stride_s
-        dv_rows = dv_ptr + batch.to(tl.int64) * dv_stride_b + head.to(tl.int64) * dv_stride_h + key * dv_stride_s
-        dk *= scale
-        if ADD:
-            dk += tl.load(dk_rows + dim[None, :], mask=mask, other=0.0)
-            dv += tl.load(dv_rows + dim_v[None, :], mask=mask_v, other=0.0)
-        tl.store(dk_rows + dim[None, :], dk.to(dk_ptr.dtype.element_ty), mask=mask)
-        tl.store(dv_rows + dim_v[None, :], dv.to(dv_ptr.dtype.element_ty), mask=mask_v)
-        if BLOCK_D_2 > 0:
-            dim_2 = BLOCK_D + tl.arange(0, BLOCK_D_2)
-            mask_2 = (key < seq_kv) & (dim_2 < HEAD_DIM)[None, :]
-            dk_2 *= scale
-            if ADD:
-                dk_2 += tl.load(dk_rows + dim_2[None, :], mask=mask_2, other=0.0)
-            tl.store(dk_rows + dim_2[None, :], dk_2, mask=mask_2)
-        if BLOCK_V_2 > 0:
-            dim_v_2 = BLOCK_V + tl.arange(0, BLOCK_V_2)
-            mask_v_2 = (key < seq_kv) & (dim_v_2 < VALUE_DIM)[None, :]
-            if ADD:
-                dv_2 += tl.load(dv_rows + dim_v_2[None, :], mask=mask_v_2, other=0.0)
-            tl.store(dv_rows + dim_v_2[None, :], dv_2, mask=mask_v_2)
+        _key_block_grads(
+            q_desc, q_2_desc, dout_desc, dout_2_desc, k_desc, k_2_desc, v_desc, v_2_desc, ds_desc, terms_ptr,
+            start_ptr, stop_ptr, seen_ptr, count_ptr, base_ptr, k_ptr, v_ptr, dk_ptr, dv_ptr,
+            k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
+            dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s,
+            item // here, first_block + item % here, first_block, batches, heads_kv, seq_kv, tiles, blocks, chunk,
+            chunk_blocks, slots, scale, cap,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_D_2, BLOCK_V, BLOCK_V_2, TILE, BLOCK_M, BLOCK_N,
+            HAS_INTERVAL, CAPPED, KEEP_DS, ADD, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -305,21 +328,20 @@ def _add_query_grads(
     return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["heads_kv", "seq_q", "tiles"])
-def query_grads_again_kernel(
+@triton.jit
+def _query_tile_grads(
     q_desc, dout_desc, k_desc, v_desc, terms_ptr, start_ptr, stop_ptr, bounds_ptr, dq_ptr,
-    dq_stride_b, dq_stride_h, dq_stride_s, dq_stride_d, heads_kv, seq_q, tiles, scale, cap,
+    dq_stride_b, dq_stride_h, dq_stride_s, dq_stride_d, pair, tile, heads_kv, seq_q, tiles, scale, cap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
     BLOCK_N: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``dQ`` of one tile of rows without a workspace, from only the keys that the tile sees."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch = tl.program_id(1) // heads_kv
-    head = tl.program_id(1) % heads_kv
+    """``dQ`` of one tile of rows of a key head, from only the keys that it sees and their scores computed again."""
+    batch = pair // heads_kv
+    head = pair % heads_kv
     rows = tile * TILE + tl.arange(0, TILE)
     q = q_desc.load([batch, head, tile * TILE, 0]).reshape(TILE, BLOCK_D)
     dout = dout_desc.load([batch, head, tile * TILE, 0]).reshape(TILE, BLOCK_V)
-    terms_ptr += tl.program_id(1).to(tl.int64) * 2 * tiles * TILE
+    terms_ptr += pair.to(tl.int64) * 2 * tiles * TILE
     lse = tl.load(terms_ptr + rows)
     delta = tl.load(terms_ptr + tiles * TILE + rows)
     row_start = tl.load(start_ptr + batch.to(tl.int64) * tiles * TILE + rows)
@@ -352,3 +374,58 @@ def query_grads_again_kernel(
     mask = (rows < seq_q * GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
     dq = _query_rows(dq_ptr, dq_stride_b, dq_stride_h, dq_stride_s, batch, head, rows, GROUP)[:, None]
     tl.store(dq + (dim * dq_stride_d)[None, :], (acc * scale).to(dq_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["heads_kv", "seq_q", "tiles"])
+def query_grads_again_kernel(
+    q_desc, dout_desc, k_desc, v_desc, terms_ptr, start_ptr, stop_ptr, bounds_ptr, dq_ptr,
+    dq_stride_b, dq_stride_h, dq_stride_s, dq_stride_d, heads_kv, seq_q, tiles, scale, cap,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``dQ`` without a workspace, one tile of rows a program."""
+    _query_tile_grads(
+        q_desc, dout_desc, k_desc, v_desc, terms_ptr, start_ptr, stop_ptr, bounds_ptr, dq_ptr,
+        dq_stride_b, dq_stride_h, dq_stride_s, dq_stride_d, tl.program_id(1),
+        tl.num_programs(0) - 1 - tl.program_id(0), heads_kv, seq_q, tiles, scale, cap,
+        GROUP, HEAD_DIM, BLOCK_D, BLOCK_V, TILE, BLOCK_N, CAPPED, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["heads_kv", "seq_kv", "seq_q", "tiles", "blocks"])
+def grads_together_kernel(
+    q_desc, dout_desc, k_desc, v_desc, terms_ptr, start_ptr, stop_ptr, bounds_ptr, seen_ptr, count_ptr,
+    k_ptr, v_ptr, dk_ptr, dv_ptr, dq_ptr,
+    k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
+    dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s,
+    dq_stride_b, dq_stride_h, dq_stride_s, dq_stride_d, batches, heads_kv, seq_kv, seq_q, tiles, blocks, scale, cap,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, CAPPED: tl.constexpr, ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All gradients without a workspace in one launch: where ranges are short, reading the keys takes the time.
+
+    Of each key head, programs that own a block of keys and those that own a tile of rows alternate in proportion:
+    those that see each other run at about the same time where ranges move along the keys evenly, and the keys come
+    from device memory once.
+    """
+    of_pair = tiles + blocks
+    pair = tl.program_id(0) // of_pair
+    place = (tl.program_id(0) % of_pair).to(tl.int64)
+    tile = (place * tiles // of_pair).to(tl.int32)
+    if ((place + 1) * tiles // of_pair).to(tl.int32) > tile:
+        _query_tile_grads(
+            q_desc, dout_desc, k_desc, v_desc, terms_ptr, start_ptr, stop_ptr, bounds_ptr, dq_ptr,
+            dq_stride_b, dq_stride_h, dq_stride_s, dq_stride_d, pair, tile, heads_kv, seq_q, tiles, scale, cap,
+            GROUP, HEAD_DIM, BLOCK_D, BLOCK_V, TILE, BLOCK_N, CAPPED, PRECISION,
+        )  # fmt: skip
+    else:
+        _key_block_grads(
+            q_desc, None, dout_desc, None, k_desc, None, v_desc, None, None, terms_ptr,
+            start_ptr, stop_ptr, seen_ptr, count_ptr, None, k_ptr, v_ptr, dk_ptr, dv_ptr,
+            k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
+            dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s,
+            pair, place.to(tl.int32) - tile, 0, batches, heads_kv, seq_kv, tiles, blocks, 0, blocks, 0, scale, cap,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, 0, BLOCK_V, 0, TILE, TILE, BLOCK_N,
+            True, CAPPED, False, ADD, PRECISION,
+        )  # fmt: skip

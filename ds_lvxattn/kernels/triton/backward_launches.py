@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ds_lvxattn.kernels.triton.backward_kernels import (
+    grads_together_kernel,
     key_grads_kernel,
     query_grads_again_kernel,
     query_grads_kernel,
@@ -144,8 +145,14 @@ class RowLaunches:
         self._pairs, self._heads_kv, self._seq_kv, self._tiles, self._blocks = pairs, heads_kv, seq_kv, tiles, blocks
         programs = multiprocessors(device) * config.resident
         self.dense = None if has_interval else plan_dense(blocks, batch, heads_kv, tiles, room, programs)
-        self._again = has_interval and not config.keep_ds
-        if self._again:
+        if has_interval and config.together:
+            self.grads_together = Launch(
+                grads_together_kernel, ((tiles + blocks) * pairs,), GROUP=group, VALUE_DIM=value_dim, BLOCK_V=block_v,
+                CAPPED=capped, ADD=add, num_warps=config.num_warps, num_stages=config.num_stages,
+                maxnreg=config.max_registers, **self._tile,
+            )  # fmt: skip
+            self.together_integers = (*self._key_strides, *of.dq, batch, heads_kv, seq_kv, seq_q, tiles, blocks)
+        elif has_interval and not config.keep_ds:
             self.key_grads = Launch(key_grads_kernel, (blocks * pairs,), KEEP_DS=False, **self._of_keys)
             self.key_integers = (*self._key_strides, pairs, heads_kv, seq_kv, tiles, blocks, 0, blocks, 0)
             self.query_grads_again = Launch(

@@ -163,9 +163,12 @@ def _interval_forward_kernel(
     if clear_last <= clear_first:
         clear_first = first
         clear_last = first
-    enter = clear_first
+    clear_blocks = (clear_last - clear_first) // BLOCK_N
+    blocks_before = (clear_first - first) // BLOCK_N
+    masked_blocks = blocks_before + tl.cdiv(last - clear_last, BLOCK_N)
+    ahead = 0
     if HAS_INTERVAL:
-        enter += lead((clear_last - clear_first) // BLOCK_N, clear_first, BLOCK_N) * BLOCK_N
+        ahead = lead(clear_blocks, clear_first, BLOCK_N)
 
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     acc_2 = 0.0
@@ -174,31 +177,22 @@ def _interval_forward_kernel(
     # Finite, so that a block without one visible key leaves exp2(-inf - row_max) = 0 and not NaN.
     row_max = tl.full([BLOCK_M], -1e30, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for key in tl.range(enter, clear_last, BLOCK_N):
+    for step in tl.range(0, clear_blocks):
+        block = step
+        if HAS_INTERVAL:
+            block = tl.where(step + ahead < clear_blocks, step + ahead, step + ahead - clear_blocks)
         acc, acc_2, row_max, row_sum = _attend(
-            acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, key, row_start,
-            row_stop, seq_kv, scale_log2, cap, False, HAS_INTERVAL, CAPPED, BLOCK_N, BLOCK_D, BLOCK_D_2,
-            BLOCK_V, BLOCK_V_2, PRECISION,
+            acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head,
+            clear_first + block * BLOCK_N, row_start, row_stop, seq_kv, scale_log2, cap, False, HAS_INTERVAL, CAPPED,
+            BLOCK_N, BLOCK_D, BLOCK_D_2, BLOCK_V, BLOCK_V_2, PRECISION,
         )  # fmt: skip
-    for key in tl.range(clear_last, last, BLOCK_N):
+    for step in tl.range(0, masked_blocks):
+        after = clear_last + (step - blocks_before) * BLOCK_N
         acc, acc_2, row_max, row_sum = _attend(
-            acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, key, row_start,
-            row_stop, seq_kv, scale_log2, cap, True, HAS_INTERVAL, CAPPED, BLOCK_N, BLOCK_D, BLOCK_D_2,
-            BLOCK_V, BLOCK_V_2, PRECISION,
+            acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head,
+            tl.where(step < blocks_before, first + step * BLOCK_N, after), row_start, row_stop, seq_kv, scale_log2, cap,
+            True, HAS_INTERVAL, CAPPED, BLOCK_N, BLOCK_D, BLOCK_D_2, BLOCK_V, BLOCK_V_2, PRECISION,
         )  # fmt: skip
-    if HAS_INTERVAL:
-        for key in tl.range(first, clear_first, BLOCK_N):
-            acc, acc_2, row_max, row_sum = _attend(
-                acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, key, row_start,
-                row_stop, seq_kv, scale_log2, cap, True, HAS_INTERVAL, CAPPED, BLOCK_N, BLOCK_D, BLOCK_D_2,
-                BLOCK_V, BLOCK_V_2, PRECISION,
-            )  # fmt: skip
-        for key in tl.range(clear_first, enter, BLOCK_N):
-            acc, acc_2, row_max, row_sum = _attend(
-                acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, key, row_start,
-                row_stop, seq_kv, scale_log2, cap, False, HAS_INTERVAL, CAPPED, BLOCK_N, BLOCK_D, BLOCK_D_2,
-                BLOCK_V, BLOCK_V_2, PRECISION,
-            )  # fmt: skip
 
     sees = sees & (row_sum > 0)
     weight = tl.where(sees, 1.0 / row_sum, 0.0)[:, None]

@@ -34,6 +34,8 @@ class BackwardConfig(NamedTuple):
         query_warps, query_stages: of the kernel that owns rows.
         query_registers: of the same, where ``dQ`` comes from the workspace.
         keep_ds: with a mask, whether ``dQ`` comes from the workspace or from scores computed again.
+        together: of the latter, whether both kernels are one; ``tile`` is ``block_m`` then, and the warps and stages of
+            both are the first's.
     """
 
     tile: int
@@ -47,6 +49,7 @@ class BackwardConfig(NamedTuple):
     max_registers: int | None = None
     query_registers: int | None = None
     keep_ds: bool = True
+    together: bool = False
 
 
 @functools.cache
