@@ -105,17 +105,11 @@ def _forward(case: Case) -> list[tuple[int, ...]]:
 def _backward_of_frames() -> list[BackwardConfig]:
     """Both kernels apart, and as one."""
     found = []
-    for tile, (block_n, warps), stages, query, registers in itertools.product(
-        (16, 32), ((64, 4), (64, 2), (128, 4)), (2, 3), ((4, 3), (2, 3)), (None, 128)
-    ):
-        if registers is None or (block_n == 64 and stages == 3):
-            found.append(BackwardConfig(tile, tile, block_n, warps, stages, 3, *query, registers, keep_ds=False))
-    for tile, block_n, warps, stages, registers in itertools.product(
-        (16, 32), (32, 64, 128), (2, 4), (2, 3, 4), (None, 128)
-    ):
-        if registers is None or block_n == 64:
-            config = BackwardConfig(tile, tile, block_n, warps, stages, 3, warps, stages, registers, False, True)
-            found.append(config)
+    for warps, stages, query in itertools.product((4, 2), (2, 3), ((4, 3), (2, 3))):
+        found.append(BackwardConfig(16, 16, 64, warps, stages, 3, *query, keep_ds=False))
+    for (tile, warps), block_n, stages in itertools.product(((16, 4), (16, 2), (32, 4)), (32, 64, 128), (2, 3)):
+        config = BackwardConfig(tile, tile, block_n, warps, stages, 3, warps, stages, keep_ds=False, together=True)
+        found.append(config)
     return found
 
 
@@ -131,7 +125,8 @@ def _backward_by_workspace(case: Case) -> list[Tiles]:
     for rows, (block_m, block_n, warps, stages, resident), query in itertools.product(tile, keys, queries):
         if block_m > rows:
             continue
-        config = BackwardConfig(rows, block_m, block_n, warps, stages, resident, *query)
+        registers = 128 if query[0] == 8 else None
+        config = BackwardConfig(rows, block_m, block_n, warps, stages, resident, *query, query_registers=registers)
         shares = (1, 2, 4) if small or case.rows < 1024 else (1, 2)
         found += [Tiles(config, WORKSPACE_BYTES // share) for share in shares]
     return found
@@ -145,12 +140,12 @@ def kernels_of(forms: list[Tiles]) -> list[tuple[str, Tiles]]:
         if isinstance(config, ForwardConfig):
             found.setdefault(tuple(config), ("", form))
             continue
-        of_keys = config._replace(resident=0, query_warps=0, query_stages=0)
+        of_keys = config._replace(resident=0, query_warps=0, query_stages=0, query_registers=None)
         if config.together:
             found.setdefault(tuple(of_keys), ("grads_together_kernel", form))
             continue
         name = "query_grads_kernel" if config.keep_ds else "query_grads_again_kernel"
-        of_queries = (name, config.tile, config.block_n, config.query_warps, config.query_stages)
+        of_queries = (name, config.tile, config.block_n, *config[6:8], config.query_registers)
         found.setdefault(tuple(of_keys), ("key_grads_kernel", form))
         found.setdefault(of_queries, (name, form))
     return list(found.values())

@@ -55,7 +55,7 @@ class LocalAttention:
         how = self.scale, self.softcap, self.pattern
         if start is None or stop is None or start.dim() == 2:
             return chosen.forward(q, k, v, start, stop, *how)
-        results = (chosen.forward(q, k, v, *each, *how) for each in _each_range(start, stop))
+        results = (chosen.forward(q, k, v, first, last, *how) for first, last in _each_range(start, stop))
         outs, lses = zip(*results, strict=True)
         return merge_partials(torch.stack(outs), torch.stack(lses))
 
