@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +24,10 @@ import torch.distributed as dist
 
 from ds_lvxattn.calibration.clock import Clock, slowest
 from ds_lvxattn.calibration.collectives import collective_curves, level_curves, with_links
+from ds_lvxattn.calibration.compile_ahead import compile_kernels
 from ds_lvxattn.calibration.dense import layer_host_times, products
 from ds_lvxattn.calibration.extent import CPU, DEFAULT_LAYOUTS, GPU, Extent, HeadLayout
-from ds_lvxattn.calibration.kernels import measured_kernels
+from ds_lvxattn.calibration.kernels import measured_kernels, to_measure
 from ds_lvxattn.calibration.layers import host_times, projections
 from ds_lvxattn.calibration.machine import (
     device_name,
@@ -37,8 +37,9 @@ from ds_lvxattn.calibration.machine import (
     memory,
     multiprocessors,
     small_kernel,
-    triton_version,
+    versions,
 )
+from ds_lvxattn.calibration.progress import Progress
 from ds_lvxattn.exchange.comm import Communicator, communicator
 from ds_lvxattn.plan.dense import GATHER, PARAMETER
 from ds_lvxattn.plan.profile import (
@@ -102,7 +103,7 @@ def cache_path(
     """Where the profile of this machine, group, software and layouts is kept."""
     facts = [
         FORMAT, device_name(device), dist.get_world_size(), dist.get_world_size(group), gpus_per_node(device),
-        torch.__version__, triton_version(), torch.version.cuda, str(dtype), list(layouts), inner_size,
+        versions(device), str(dtype), list(layouts), inner_size,
         sorted((k, v) for k, v in os.environ.items() if k.startswith("NCCL_")), repr((GPU, CPU)),
     ]  # fmt: skip
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -124,43 +125,53 @@ def calibrate(
         extent: how much to measure; by default seconds on a GPU and less on a CPU.
         inner_size: ranks of a node, where the group has two levels; None: those of a host.
     """
-    began = time.perf_counter()
     extent = extent or (GPU if device.type == "cuda" else CPU)
+    progress = Progress(dist.get_rank() == 0)
+    measured = to_measure(layouts, extent, device, dtype)
+    compile_kernels(measured, device, dtype, progress)
     clock = Clock(device, extent.repeats)
     comm = Communicator(group)  # not the group's own one, whose counts belong to the run
     known = profile_for_device("cpu" if device.type == "cpu" else device_name(device))
-    launch = slowest(clock.seconds(small_kernel(device), many=True), device)
-    bandwidth = fastest_copy(clock, device)
-    curves = collective_curves(comm, clock, extent, device)
-    curves += level_curves(communicator(group), clock, extent, device, inner_size)
+    with progress.part("memory and matrix products"):
+        launch = slowest(clock.seconds(small_kernel(device), many=True), device)
+        bandwidth = slowest(fastest_copy(clock, device), device, largest=False)
+        multiplied = slowest(matmul(clock, device, dtype), device, largest=False)
+        dense = products(clock, extent, device, dtype)
+    with progress.part(f"collectives of {comm.ranks} ranks"):
+        curves = collective_curves(comm, clock, extent, device)
+        curves += level_curves(communicator(group), clock, extent, device, inner_size)
+    software = versions(device)
     profile = replace(
         known,
         name=f"{device_name(device)} x {dist.get_world_size()}",
         device=device_name(device),
-        source=f"measured by ds_lvxattn.calibrate on {comm.ranks} ranks of {device_name(device)}, torch "
-        f"{torch.__version__}, Triton {triton_version()}, CUDA {torch.version.cuda}, {dtype}",
+        source=f"measured by ds_lvxattn.calibrate on {comm.ranks} ranks of {device_name(device)}, "
+        f"{', '.join(' '.join(each) for each in software.items())}, {dtype}",
         multiprocessors=multiprocessors(device),
         memory=float(memory(device) or known.memory),
-        memory_bandwidth=slowest(bandwidth, device, largest=False),
-        matmul=slowest(matmul(clock, device, dtype), device, largest=False),
+        memory_bandwidth=bandwidth,
+        matmul=multiplied,
         launch=launch,
         gpus_per_node=gpus_per_node(device),
         curves=curves,
         kernels=(),
         host={},
         host_ranks=comm.ranks,
-        products=products(clock, extent, device, dtype),
+        products=dense,
+        versions=software,
     )
     profile = with_links(profile, known, curves, comm.ranks)
-    profile = replace(profile, projections=projections(profile, layouts, clock, device, dtype))
-    profile = replace(profile, kernels=tuple(measured_kernels(profile, layouts, clock, extent, device, dtype)))
-    exchanges = host_times(group, comm.ranks, layouts[0], device, dtype, inner_size)
-    host = {**layer_host_times(device, dtype), **exchanges}
+    with progress.part("projections"):
+        profile = replace(profile, projections=projections(profile, layouts, clock, device, dtype))
+    kernels = tuple(measured_kernels(profile, measured, clock, device, dtype, progress))
+    profile = replace(profile, kernels=kernels)
+    with progress.part("the host's time"):
+        exchanges = host_times(group, comm.ranks, layouts[0], device, dtype, inner_size)
+        host = {**layer_host_times(device, dtype), **exchanges}
     # What no measurement here covers stays as known.
     kept = {name: time for name, time in known.host.items() if name in (GATHER, PARAMETER)}
     profile = replace(profile, host=kept | host)
-    seconds = time.perf_counter() - began
-    profile = replace(profile, source=f"{profile.source}; {seconds:.1f} s")
+    profile = replace(profile, source=f"{profile.source}; {progress.seconds():.1f} s")
     answer = [profile_to_json(profile)]
     dist.broadcast_object_list(answer, src=0)
     return profile_from_json(answer[0], "calibration")

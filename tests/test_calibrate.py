@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -13,8 +14,13 @@ import torch
 import torch.distributed as dist
 
 from ds_lvxattn.calibrate import cache_path, calibrated
+from ds_lvxattn.calibration.clock import alike
+from ds_lvxattn.calibration.compile_ahead import Item, compile_ahead, items_of
 from ds_lvxattn.calibration.extent import Extent, HeadLayout
+from ds_lvxattn.calibration.kernels import Shape, to_measure
 from ds_lvxattn.exchange.comm import communicator
+from ds_lvxattn.kernels.fa4.kept import ENABLED, FOLDER, keeping_compiled
+from ds_lvxattn.kernels.triton.kernel import TritonKernel
 from ds_lvxattn.plan.cost import Layer
 from ds_lvxattn.plan.dense import ENCODER_LAYER, TEXT_LAYER
 from ds_lvxattn.plan.modes import eligible_modes
@@ -62,7 +68,52 @@ def test_ranks_measure_once_and_agree(tmp_path: Path) -> None:
     assert all(profile["host_ms"][name][0] > 0 for name in (TEXT_LAYER, ENCODER_LAYER))
     assert [product[:3] for product in profile["products"]] == [[8, 16, 32]] and profile["products"][0][3] > 0
     assert "measured by ds_lvxattn.calibrate on 2 ranks" in profile["source"]
+    assert profile["versions"]["torch"] == torch.__version__
     assert 0 <= profile["overlap"] <= 1
+
+
+def test_what_is_measured_is_compiled_once_and_measured_once() -> None:
+    layouts = [HeadLayout(4, 2, 16), HeadLayout(8, 4, 16), HeadLayout(4, 4, 8)]
+    measured = to_measure(layouts, SMALL, device(), torch.float32)
+    assert {(each.masked, each.shapes[0].layout.head_dim) for each in measured} == {
+        (masked, head_dim) for masked in (False, True) for head_dim in (8, 16)
+    }
+    for each in measured:
+        assert len(set(each.shapes)) == len(each.shapes)
+        assert {shape.layout for shape in each.shapes if shape.layout.kv_heads > 1} <= set(layouts)
+    shared = [shape for each in measured for shape in each.shapes if shape.layout == HeadLayout(2, 1, 16)]
+    assert len(shared) == (1 + 4) * len(SMALL.rows), "two layouts with two heads a key head"
+    triton = [each._replace(kernel=TritonKernel()) for each in measured]
+    items = items_of([*measured, *triton])
+    calls = [(item.backward, shape) for item in items for shape in item.shapes]
+    assert len(set(calls)) == len(calls) == 2 * sum(len(each.shapes) for each in measured)
+    assert {item.kernel for item in items} == {"triton"}
+
+
+def test_processes_compile_and_tell_what_they_cannot() -> None:
+    shape = Shape(HeadLayout(4, 2, 16), 8, 16, "growing")
+    items = [Item(kernel, backward, (shape,)) for kernel in ("math", "fa4", "math") for backward in (False, True)]
+    troubles = compile_ahead(items, torch.device("cpu"), torch.float32, processes=1)
+    assert len(troubles) == 2 and all(trouble.startswith("fa4: ValueError: ") for trouble in troubles)
+
+
+def test_measurements_that_are_alike_are_enough() -> None:
+    assert not alike([1.0, 1.0]) and alike([1.0, 1.01, 1.0]) and not alike([1.0, 1.01, 1.5])
+
+
+@pytest.mark.parametrize("unsafe", [False, True])
+def test_compiled_kernels_are_kept_in_a_folder_of_the_user(tmp_path, monkeypatch, unsafe) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv(ENABLED, raising=False)
+    monkeypatch.delenv(FOLDER, raising=False)
+    if unsafe:
+        folder = tmp_path / f"ds_lvxattn-{os.getuid()}"
+        folder.mkdir()
+        folder.chmod(0o777)
+    with keeping_compiled():
+        assert os.environ.get(ENABLED) == (None if unsafe else "1")
+        assert unsafe or Path(os.environ[FOLDER]).is_relative_to(tmp_path)
+    assert ENABLED not in os.environ and FOLDER not in os.environ
 
 
 def modes(plan: Plan) -> list[tuple[str, str]]:

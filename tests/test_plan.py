@@ -89,7 +89,11 @@ def test_kernels_are_the_fastest_measured_for_the_pass() -> None:
         (plan,) = plan_layers(layers, shapes, machine, PlanSettings(), ranks=2)
         assert plan.kernel == "fa4/triton" and "forward fa4" in plan.reason and "backward triton" in plan.reason
         (alone,) = plan_layers(layers, shapes, machine, PlanSettings(), ranks=2, kernels=["triton", "math"])
-        assert alone.kernel == "auto"
+        assert alone.kernel == "auto" and "fa4" not in alone.reason
+        (old,) = plan_layers(
+            layers, shapes, replace(machine, kernels=triton), PlanSettings(), 2, kernels=["fa4", "triton"]
+        )
+        assert old.kernel == "auto" and "fa4 can run here, but" in old.reason, "measured before it was installed"
     assert {kernel.name for kernel in machine.limited_to(["triton"]).kernels} == {"triton"}
     assert {kernel.name for kernel in machine.limited_to(["math"]).kernels} == {"triton", "fa4"}
 

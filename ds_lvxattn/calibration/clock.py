@@ -10,19 +10,47 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
+ENOUGH = 3  # measurements, where they are alike
+SPREAD = 0.02  # of which the longest is so much longer than the shortest, at most
+
+
+def alike(times: Sequence[float]) -> bool:
+    """Whether more measurements would hardly change the median."""
+    return len(times) >= ENOUGH and max(times) - min(times) <= SPREAD * statistics.median(times)
+
 
 class Clock:
-    """Seconds of what runs on a device."""
+    """Seconds of what runs on a device.
+
+    Args:
+        device: the device.
+        repeats: measurements of which the median counts.
+    """
 
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self.repeats = device, repeats
         if device.type == "cuda":
             # What keeps the device busy while the host queues short calls behind it.
             self._ballast = torch.empty(1 << 28, dtype=torch.uint8, device=device)
-            self._ballast_seconds = self._ballast.nbytes / 8e12  # at least: the fastest memory of today
+            self._ballast_seconds = 0.8 * min(self._zero_seconds() for _ in range(3))
 
-    def seconds(self, call: Callable[[], object], many: bool = False) -> float:
-        """Median seconds of ``call``, after two to warm up; ``many`` for calls shorter than their issue by the host."""
+    def _zero_seconds(self) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(10):
+            self._ballast.zero_()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return begin.elapsed_time(end) / 1e4
+
+    def seconds(self, call: Callable[[], object], many: bool = False, apart: bool = False) -> float:
+        """Median seconds of ``call``, after two to warm up.
+
+        Args:
+            call: what is measured.
+            many: it is shorter than its issue by the host.
+            apart: no other rank has a part in it, so that it is measured only as often as this rank needs.
+        """
         for _ in range(2):  # the first opens connections and compiles
             call()
         if self.device.type != "cuda":
@@ -31,8 +59,10 @@ class Clock:
                 began = time.perf_counter()
                 call()
                 times.append(time.perf_counter() - began)
+                if apart and alike(times):
+                    break
             return statistics.median(times)
-        calls = 20 if many else 1
+        calls = 10 if many else 1
         times = []
         torch.cuda.synchronize(self.device)
         began = time.perf_counter()
@@ -50,6 +80,8 @@ class Clock:
             end.record()
             torch.cuda.synchronize(self.device)
             times.append(begin.elapsed_time(end) / 1e3 / calls)
+            if apart and alike(times):
+                break
         return statistics.median(times)
 
 

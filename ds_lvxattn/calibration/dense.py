@@ -32,7 +32,7 @@ def products(clock: Clock, extent: Extent, device: torch.device, dtype: torch.dt
         def call(x: Tensor = x, weights: itertools.cycle[Tensor] = weights) -> Tensor:
             return nn.functional.linear(x, next(weights))
 
-        times.append(clock.seconds(call, many=2.0 * rows * inputs * outputs < 3e11))
+        times.append(clock.seconds(call, many=2.0 * rows * inputs * outputs < 3e11, apart=True))
     measured = slowest_of(times, device)
     return tuple(Product(*sizes, seconds) for sizes, seconds in zip(extent.products, measured, strict=True))
 

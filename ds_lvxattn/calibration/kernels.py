@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,15 +14,36 @@ from torch import Tensor
 
 from ds_lvxattn.calibration.clock import Clock, slowest_of
 from ds_lvxattn.calibration.extent import Extent, HeadLayout
-from ds_lvxattn.kernels.base import Call, Kernel
+from ds_lvxattn.calibration.progress import Progress
+from ds_lvxattn.kernels.base import Call, Kernel, empty_results
 from ds_lvxattn.kernels.dispatch import FEW_TILES, KERNELS, select_kernel
 from ds_lvxattn.kernels.pattern import UNKNOWN, pattern_of
 from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.plan import kernel_time
+from ds_lvxattn.plan.kernel_choice import FUSED
 from ds_lvxattn.plan.profile import KernelPoint, KernelRates, Profile
 
 FRAME_KEYS = 64
-FAST = ("fa4", "cudnn", "triton")  # the others are never the fastest on a GPU
+
+
+class Shape(NamedTuple):
+    """An attention call of one sequence.
+
+    Attributes:
+        layout: its heads.
+        rows, keys: query rows and keys.
+        mask: ``all``, ``growing``, ``sliding`` or ``frame`` intervals; None for no mask.
+    """
+
+    layout: HeadLayout
+    rows: int
+    keys: int
+    mask: str | None
+
+    @property
+    def operations(self) -> float:
+        """Of the forward pass, were every key visible."""
+        return 4.0 * self.layout.heads * self.layout.head_dim * self.rows * self.keys
 
 
 class _KernelCalls(NamedTuple):
@@ -60,34 +82,51 @@ def seen_and_drift(start: Tensor | None, stop: Tensor | None, keys: int) -> tupl
     return float((stop - start).float().mean()), drift
 
 
-def kernel_calls(
-    layout: HeadLayout,
-    rows: int,
-    keys: int,
-    mask: str | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    name: str = "auto",
-) -> _KernelCalls:
-    heads, kv_heads, head_dim = layout
-    # As a projection writes them: sequence first, seen as heads first.
-    q, dout = (torch.randn(1, rows, heads, head_dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(2))
-    k, v = (torch.randn(1, keys, kv_heads, head_dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(2))
-    start, stop = _bounds(mask, rows, keys, device)
-    pattern = UNKNOWN if start is None or stop is None else pattern_of(start.cpu(), stop.cpu())
-    scale = head_dim**-0.5
-    first = select_kernel(name, Call.forward(q, k, v, mask is not None, pattern=pattern))
-    kernel = select_kernel(name, Call.backward(q, k, v, mask is not None, pattern=pattern))
-    how = scale, None, pattern
+def kernel_calls(shape: Shape, device: torch.device, dtype: torch.dtype, name: str) -> _KernelCalls:
+    (q, k, v, dout, start, stop), how = _arguments(shape, device, dtype)
+    first = select_kernel(name, Call.forward(q, k, v, start is not None, pattern=how.pattern))
+    kernel = select_kernel(name, Call.backward(q, k, v, start is not None, pattern=how.pattern))
     out, lse = first.forward(q, k, v, start, stop, *how)
     delta = None if kernel.needs_out else attention_delta(dout, out, None)
-    seen, drift = seen_and_drift(start, stop, keys)
+    seen, drift = seen_and_drift(start, stop, shape.keys)
     return _KernelCalls(
         lambda: first.forward(q, k, v, start, stop, *how),
         lambda: kernel.backward(dout, q, k, v, out, lse, delta, start, stop, *how),
         seen,
         drift,
     )
+
+
+def compile_calls(shape: Shape, name: str, backward: bool, device: torch.device, dtype: torch.dtype) -> None:
+    """One call of one pass, for what it compiles: the backward pass takes results that no forward pass made."""
+    (q, k, v, dout, start, stop), how = _arguments(shape, device, dtype)
+    call = Call.backward if backward else Call.forward
+    kernel = select_kernel(name, call(q, k, v, start is not None, pattern=how.pattern))
+    if backward:
+        out, lse = (x.zero_() for x in empty_results(q, v))
+        delta = None if kernel.needs_out else attention_delta(dout, out, None)
+        kernel.backward(dout, q, k, v, out, lse, delta, start, stop, *how)
+    else:
+        kernel.forward(q, k, v, start, stop, *how)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _How(NamedTuple):
+    scale: float
+    softcap: None
+    pattern: str
+
+
+def _arguments(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], _How]:
+    """``q, k, v, dout, start, stop``, and what else kernels take."""
+    (heads, kv_heads, head_dim), rows, keys, mask = shape
+    # As a projection writes them: sequence first, seen as heads first.
+    q, dout = (torch.randn(1, rows, heads, head_dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(2))
+    k, v = (torch.randn(1, keys, kv_heads, head_dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(2))
+    start, stop = _bounds(mask, rows, keys, device)
+    pattern = UNKNOWN if start is None or stop is None else pattern_of(start.cpu(), stop.cpu())
+    return (q, k, v, dout, start, stop), _How(head_dim**-0.5, None, pattern)
 
 
 def _tile(kernel: Kernel, head_dim: int, dtype: torch.dtype, masked: bool, device: torch.device) -> dict[str, Any]:
@@ -104,70 +143,88 @@ def _tile(kernel: Kernel, head_dim: int, dtype: torch.dtype, masked: bool, devic
     return {"tile_rows": 1, "tile_keys": 1, "packed": False, "splits_below": 0}
 
 
-def measured_kernels(
-    profile: Profile,
-    layouts: Sequence[HeadLayout],
-    clock: Clock,
-    extent: Extent,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Iterable[KernelRates]:
+class Measured(NamedTuple):
+    """What is measured of a kernel at one head size.
+
+    Attributes:
+        kernel: the kernel.
+        masked: with a mask or without.
+        shapes: of the calls.
+    """
+
+    kernel: Kernel
+    masked: bool
+    shapes: tuple[Shape, ...]
+
+
+def to_measure(
+    layouts: Iterable[HeadLayout], extent: Extent, device: torch.device, dtype: torch.dtype
+) -> list[Measured]:
     """The kernels that ``auto`` may take for the layouts, with and without a mask, by head size."""
-    for head_dim in sorted({layout.head_dim for layout in layouts}):
-        chosen = sorted({layout for layout in layouts if layout.head_dim == head_dim})
+    found = []
+    by_size = sorted(set(layouts), key=lambda layout: layout.head_dim)
+    for head_dim, some in itertools.groupby(by_size, key=lambda layout: layout.head_dim):
+        chosen = sorted(some)
         for masked in (False, True):
             masks: tuple[str | None, ...] = ("all", "growing", "sliding", "frame") if masked else (None,)
+            # Layouts that have the same heads a key head share what is measured with one key head.
+            shapes = tuple(
+                dict.fromkeys(s for layout in chosen for mask in masks for s in _shapes(layout, mask, extent))
+            )
             call = Call(device.type, dtype, chosen[0].heads, chosen[0].kv_heads, head_dim, masked)
-            for local in _worth_measuring(call):
-                points: list[KernelPoint] = []
-                for layout in chosen:
-                    for mask in masks:
-                        points += _points(layout, mask, clock, extent, device, dtype, local.name)
-                kernel = KernelRates(
-                    local.name, masked, head_dim, forward=1.0, backward=1.0, points=tuple(points),
-                    **_tile(local, head_dim, dtype, masked, device),
-                )  # fmt: skip
-                yield with_rates(profile, kernel, dtype.itemsize)
+            found += [Measured(kernel, masked, shapes) for kernel in _worth_measuring(call) if shapes]
+    return found
+
+
+def measured_kernels(
+    profile: Profile,
+    measured: Sequence[Measured],
+    clock: Clock,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> Iterator[KernelRates]:
+    """Every one of ``measured``, with its points."""
+    for kernel, masked, shapes in measured:
+        head_dim = shapes[0].layout.head_dim
+        kind = "with intervals" if masked else "without a mask"
+        with progress.part(f"{kernel.name} {kind}, head size {head_dim}: both passes of {len(shapes)} calls"):
+            points = tuple(_point(shape, clock, device, dtype, kernel.name) for shape in shapes)
+        rates = KernelRates(
+            kernel.name, masked, head_dim, forward=1.0, backward=1.0, points=points,
+            **_tile(kernel, head_dim, dtype, masked, device),
+        )  # fmt: skip
+        yield with_rates(profile, rates, dtype.itemsize)
 
 
 def _worth_measuring(call: Call) -> list[Kernel]:
     """What ``auto`` takes for ``call``, and on a GPU every other fused kernel that can do it."""
     chosen = select_kernel("auto", call)
-    others = [kernel for kernel in KERNELS if kernel.name in FAST and kernel.unsupported(call) is None]
+    others = [kernel for kernel in KERNELS if kernel.name in FUSED and kernel.unsupported(call) is None]
     return [chosen, *(kernel for kernel in others if kernel is not chosen)]
 
 
-def _points(
-    layout: HeadLayout,
-    mask: str | None,
-    clock: Clock,
-    extent: Extent,
-    device: torch.device,
-    dtype: torch.dtype,
-    name: str,
-) -> list[KernelPoint]:
-    """Measured calls over the extent; at few rows also with a part of the heads, as head all-to-all has them."""
+def _shapes(layout: HeadLayout, mask: str | None, extent: Extent) -> Iterator[Shape]:
+    """Calls over the extent; with one number of keys also with a part of the heads, as head all-to-all has them."""
     some = HeadLayout(layout.heads // layout.kv_heads, 1, layout.head_dim)
-    points, moves = [], mask in ("sliding", "frame")
-    for rows in extent.rows:
-        for keys in extent.keys:
-            variants = [layout]
-            if some != layout and keys == extent.keys[1]:
-                variants.append(some)
-            for sizes in variants:
-                operations = 4.0 * sizes.heads * sizes.head_dim * rows * keys
-                if operations > extent.operations or (moves and keys == extent.keys[0] and rows > 512):
-                    continue
-                calls = kernel_calls(sizes, rows, keys, mask, device, dtype, name)
-                times = [
-                    clock.seconds(call, many=operations * factor < 3e11)
-                    for call, factor in ((calls.forward, 1.0), (calls.backward, 2.5))
-                ]
-                forward, backward = slowest_of(times, device)
-                points.append(
-                    KernelPoint(rows, keys, sizes.heads, sizes.kv_heads, calls.seen, calls.drift, forward, backward)
-                )
-    return points
+    for rows, keys in itertools.product(extent.rows, extent.keys):
+        for heads in (layout, some) if keys == extent.keys[1] else (layout,):
+            shape = Shape(heads, rows, keys, mask)
+            if mask in ("sliding", "frame") and keys == extent.keys[0] and rows > 512:
+                continue
+            if shape.operations <= extent.operations:
+                yield shape
+
+
+def _point(shape: Shape, clock: Clock, device: torch.device, dtype: torch.dtype, name: str) -> KernelPoint:
+    calls = kernel_calls(shape, device, dtype, name)
+    times = [
+        clock.seconds(call, many=shape.operations * factor < 3e11, apart=True)
+        for call, factor in ((calls.forward, 1.0), (calls.backward, 2.5))
+    ]
+    forward, backward = slowest_of(times, device)
+    sizes = shape.layout
+    return KernelPoint(shape.rows, shape.keys, sizes.heads, sizes.kv_heads, calls.seen, calls.drift, forward, backward)
 
 
 def with_rates(profile: Profile, kernel: KernelRates, element: int) -> KernelRates:

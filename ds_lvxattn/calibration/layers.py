@@ -89,7 +89,7 @@ def projections(
             for leaf in (x, *layer.parameters()):
                 leaf.grad = None
 
-        times = slowest_of([clock.seconds(forward), clock.seconds(both)], device)
+        times = slowest_of([clock.seconds(call, apart=True) for call in (forward, both)], device)
         width = layout.kv_heads * layout.head_dim
         computed = projection_seconds(profile, tokens, features, width, dtype.itemsize)
         ratios = times[0] / computed[0], max(times[1] - times[0], 0.0) / computed[1]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import socket
 from collections.abc import Callable
 
 import torch
@@ -28,12 +31,25 @@ def gpus_per_node(device: torch.device) -> int:
     return launched_ranks_of_host() or there
 
 
-def triton_version() -> str | None:
-    try:
+def versions(device: torch.device) -> dict[str, str]:
+    """Of the software that attention kernels on ``device`` come from, by name; without what is not installed."""
+    found: dict[str, str] = {"torch": torch.__version__}
+    if device.type == "cuda":
+        found |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version())}
+    with contextlib.suppress(ImportError):
         import triton
-    except ImportError:
-        return None
-    return triton.__version__
+
+        found["Triton"] = triton.__version__
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["flash-attn-4"] = importlib.metadata.version("flash-attn-4")
+    return found
+
+
+def first_of_host() -> bool:
+    """Whether this is the first rank of its host; all ranks of the world call it."""
+    hosts = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    return hosts.index(socket.gethostname()) == dist.get_rank()
 
 
 def small_kernel(device: torch.device) -> Callable[[], object]:

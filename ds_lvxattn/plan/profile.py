@@ -170,6 +170,7 @@ class Profile:
             names of ``plan/dense.py`` what else a step's layers and ZeRO take of the host.
         projections: of K and V.
         products: measured matrix products, which correct ``matmul`` by their sizes.
+        versions: of the software that was measured, by name; none in profiles from before they were noted.
     """
 
     name: str
@@ -190,6 +191,7 @@ class Profile:
     host_ranks: int = 1
     projections: tuple[Projection, ...] = ()
     products: tuple[Product, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     def kernel(self, head_dim: int, masked: bool) -> KernelRates:
         """The kernel for a head size: of the nearest size measured, with a mask if asked for and if known."""
@@ -291,6 +293,7 @@ def profile_from_json(data: Any, name: str = "profile") -> Profile:
             products=tuple(
                 Product(rows, inputs, outputs, ms * MS) for rows, inputs, outputs, ms in data.get("products", ())
             ),
+            versions=dict(data.get("versions", {})),
         )
     except KeyError as error:
         raise ProfileError(f"{name}: the key {error} is missing") from error
@@ -370,6 +373,7 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
         "name": profile.name,
         "device": profile.device,
         "source": profile.source,
+        "versions": dict(profile.versions),
         "multiprocessors": profile.multiprocessors,
         "memory_gb": _short(profile.memory / GB),
         "memory_bandwidth_gb_per_s": _short(profile.memory_bandwidth / GB),

@@ -8,16 +8,19 @@ from typing import Any, Optional
 import cutlass
 import cutlass.cute as cute
 import torch
-from flash_attn.cute import utils
-from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch, compute_dq_write_order
-from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 from torch import Tensor
 
 from ds_lvxattn.kernels.base import empty_results
 from ds_lvxattn.kernels.derived import derived_of
 from ds_lvxattn.kernels.fa4.block_lists import as_lists, block_lists, padded_ranges
+from ds_lvxattn.kernels.fa4.kept import keeping_compiled
 from ds_lvxattn.kernels.fa4.shares import forward_in_shares
 from ds_lvxattn.kernels.triton.forward import key_splits, multiprocessors
+
+with keeping_compiled():
+    from flash_attn.cute import utils
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch, compute_dq_write_order
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
 KEYS_OF_BLOCK = 128
 BACKWARD_ROWS = 128  # of a tile; its kernels work on divisors of it
