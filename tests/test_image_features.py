@@ -23,7 +23,7 @@ from ds_lvxattn.families.image_features import ImageFeatures
 from ds_lvxattn.families.processors import ChannelsLast
 from ds_lvxattn.needle.task import IMAGE
 from tests.support.distributed import run
-from tests.support.image_models import IMAGE_MODELS, image_model
+from tests.support.image_models import AROUND, IMAGE_MODELS, image_model
 from tests.support.marks import slow, slow_but
 from tests.support.parity import Gradients, gradients_of, largest_differences, losses_of_steps, sum_over_ranks
 from tests.support.tiny_model import IMAGE_TOKEN, MODES, attach, loss_of, tiny_batches, tiny_sample
@@ -112,6 +112,7 @@ def made_by_transformers(model: Any, seed: int, pattern: str, sizes: Sequence[tu
     """What the model's own processor makes of a row."""
     processor, media = model.own_processor, media_of(seed, sizes)
     text = text_of(model, seed, pattern, sizes)
+    text = text.replace(OF_IMAGE, OF_IMAGE.join(AROUND.get(model.config.model_type, ("", ""))))
     for mark, name in ((OF_IMAGE, "image_token"), (OF_VIDEO, "video_token")):
         text = text.replace(mark, getattr(processor, name, ""))
     images, videos = ([medium for medium in media if medium.ndim == axes] for axes in (3, 4))
@@ -145,7 +146,8 @@ def in_modes(kind: str) -> list[tuple[float, Gradients]]:
 def test_loss_and_gradients_are_those_of_the_model_with_its_own_processor(kind: str, ranks: int) -> None:
     for mode, got in zip(MODES, run(ranks, in_modes, kind)[0], strict=False):
         loss, gradient = largest_differences(got, in_transformers(kind))
-        assert loss < 1e-12 and gradient < 1e-11, (mode, loss, gradient)
+        # Rotary positions of GLM's patches are applied in float32, whatever the model.
+        assert loss < 1e-12 and gradient < (1e-6 if kind == "glm4v" else 1e-11), (mode, loss, gradient)
 
 
 def train(kind: str, ranks: int) -> list[float]:
@@ -196,7 +198,8 @@ def test_the_path_without_exchange_is_exact_too() -> None:
         ("paligemma", {}, "tokens of an image see each other in both directions"),
         ("molmo2", {}, "what its rows see, or where they stand, follows from which are of images"),
         ("gemma4", {}, "what its rows see, or where they stand, follows from which are of images"),
-        ("glm4v", {}, "its rotary positions follow from the places of its images"),
+        ("ernie4_5_vl_moe", {}, "its layers compute rows of images in another way ['moe_mm_token_type_ids']"),
+        ("qwen2_5_omni_thinker", {}, "its rotary positions follow from more than the places of its images"),
         ("lfm2_vl", {"text_config": {"model_type": "lfm2", "layer_types": ["conv"], "num_hidden_layers": 1}},
          "it has layers of the types ['conv']"),
         ("granite4_vision", {"deepstack_layer_map": [[0, 1]], "downsample_rate": "1/2"},

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
+from ds_lvxattn.batches.generation import generate
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import family_of
 from ds_lvxattn.families.text_only import TextOnly
@@ -64,6 +65,32 @@ def test_loss_and_gradients(kind: str) -> None:
         loss, gradient = largest_differences(got, on_one_rank(kind, patterns))
         limits = (1e-7, 1e-5) if kind in SINGLE else (1e-12, 1e-10)
         assert loss < limits[0] and gradient < limits[1], (patterns, loss, gradient)
+
+
+def answers(kind: str) -> list[list[int]]:
+    """Tokens that a model divided over the ranks generates; on one rank, those of the largest logits, without a cache."""
+    model, prompts = text_model(kind, torch.float64), samples_of(TEXT[4])
+    if dist.is_initialized():
+        batches = attach(model, dist.get_world_size(), MODES[0], prompts)
+        return generate(model, batches, prompts, max_new_tokens=3, do_sample=False, eos_token_id=10_000).tolist()
+    made = []
+    for prompt in prompts:
+        ids = torch.tensor(prompt.input_ids)[None]
+        for _ in range(3):
+            ids = torch.cat((ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
+        made.append(ids[0, -3:].tolist())
+    return made
+
+
+# Their caches hold latents, each key once that two heads repeat, and nothing of layers that attend to others' keys.
+@pytest.mark.parametrize("kind", slow_but(("deepseek_v3", "jetmoe", "gemma3n_text"), "deepseek_v3"))
+def test_answers_where_the_cache_is_not_what_is_attended_to(kind: str) -> None:
+    assert run(2, answers, kind)[0] == answers(kind)
+
+
+def test_generation_where_a_module_attends_twice_is_refused() -> None:
+    with pytest.raises(AssertionError, match="DiffLlamaAttention attends twice in a forward"):
+        run(2, answers, "diffllama")
 
 
 def train(kind: str, ranks: int) -> list[float]:

@@ -159,7 +159,7 @@ def _on_all_ranks(model: Any, batches: Batches, samples: Sequence[Sample], setti
     plans = batches.plans(layout)
     padding = [layout.text.total - length for length in layout.lengths]
     if layout.keys_in_text:
-        _keep_divided(cache, divided, plans, layout.text.total)
+        _keep_new_tokens(cache, divided, layout.text.total)
     else:
         _gather_text(cache, parallel.comm, plans, layout.text, padding)
     step = _step(collator, layout, plans, divided)
@@ -188,32 +188,33 @@ def _on_all_ranks(model: Any, batches: Batches, samples: Sequence[Sample], setti
 
 
 def _prefill(model: Any, batches: Batches, loaded: Loaded, together: bool) -> tuple[Cache, KeyCache]:
-    """One forward over the prompts. Returns the model's cache of this rank's rows, and its visual keys and values."""
+    """One forward over the prompts. Returns the model's cache of this rank's rows, and the keys that stay divided."""
     if together:
         most = torch.tensor(loaded.portions, device=batches.collator.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         loaded = replace(loaded, portions=int(most))
     inputs = batches.prepare(loaded).inputs
-    visual: KeyCache = {}
-    batch = replace(inputs["sequence_parallel"], visual=visual)
+    kept: KeyCache = {}
+    role = "self" if loaded.layout.keys_in_text else "cross"
+    batch = replace(inputs["sequence_parallel"], kept=kept, kept_role=role)
     taken = {key: value for key, value in inputs.items() if key not in TRAINING}
     taken |= {"position_ids": inputs["position_ids"], "sequence_parallel": batch}
     # A cache that knows nothing of sliding windows: what lies out of sight of a rank's rows is seen by others'.
     cache = DynamicCache()
     model(**taken, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache, visual
+    return cache, kept
 
 
-def _keep_divided(cache: Cache, divided: KeyCache, plans: Plans, rows: int) -> None:
+def _keep_new_tokens(cache: Cache, divided: KeyCache, rows: int) -> None:
     """The keys and values of the text stay where they are; the model's cache goes on with the new tokens.
 
+    They are those that its layers attend to, not those in the cache, which may hold what keys are made of (latent
+    attention), or each key once that several heads repeat, or nothing of a layer that attends to the keys of another.
     The last token of a prompt is the first step's, so what the prefill left of it is never seen.
     """
-    for module, plan in plans.items():
-        if plan.role == "self":
-            index = int(module.layer_idx)  # type: ignore[arg-type]
-            layer: Any = cache.layers[index]
-            divided[module] = layer.keys, layer.values
+    for module in divided:
+        index = int(module.layer_idx)  # type: ignore[arg-type]
+        if index < len(cache.layers):
             cache.layers[index] = NewTokens(rows - 1)
 
 

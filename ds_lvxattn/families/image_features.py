@@ -45,6 +45,8 @@ from ds_lvxattn.runtime.recompute import Recomputation
 SQUARE = 336  # pixels of a side, where the vision config has no image size
 # Arguments that models read on the host: on the device they would be waited for.
 ON_HOST = ("image_sizes", "batch_num_images")
+# What a model's ``get_rope_index`` is asked with, by name.
+ROPE_INDEX = ("input_ids", "mm_token_type_ids", "image_grid_thw")
 
 
 class ImageFeatures(Concatenation):
@@ -126,14 +128,64 @@ class ImageFeatures(Concatenation):
         return (self._square // _patch(self.config.vision_config)) ** 2
 
     def shape_of(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> FrameShape:
-        """``grid``: rows of pixels, height and width that the processor gets, tiles at most (0: as it has it)."""
+        """``grid``: rows of pixels, height and width that the processor gets, tiles at most (0: as it has it); times,
+        rows and columns of patches, where the model is told."""
         return self.looked_at(size, processor, limits)[0]
 
     def write(self, text: str, sizes: Sequence[FrameSize], processor: Any, limits: FrameLimits) -> str:
         # Some processors have one token for an image in a conversation, and another one for its visual tokens.
         token = self.token_of(processor.tokenizer)
         pictures = (self.looked_at(size, processor, limits)[1] for size in sizes)
-        return written(text.replace(processor.image_token, token), token, pictures)
+        text = text.replace(processor.image_token, token)
+        ends = self._ends(processor.tokenizer) if self._rope_index is not None else None
+        if ends is not None:  # images side by side would be one to the model
+            text = text.replace(token.join(ends), token).replace(token, token.join(ends))
+        return written(text, token, pictures)
+
+    def positions(self, visual: np.ndarray, shapes: Sequence[FrameShape]) -> np.ndarray:
+        """See ``Family``. Of a model whose positions follow from the places of images, those that it gives itself.
+
+        Raises:
+            SampleError: two images stand side by side, which it would take for one.
+        """
+        if self._rope_index is None:
+            return super().positions(visual, shapes)
+        is_image = visual >= 0
+        picture = np.repeat(np.arange(len(shapes)), [shape.tokens for shape in shapes])
+        numbers = np.full_like(visual, -1)
+        numbers[is_image] = picture[visual[is_image]]
+        if (is_image[1:] & is_image[:-1] & (numbers[1:] != numbers[:-1])).any():
+            raise SampleError("two images stand side by side, which the model takes for one: let text stand between")
+        types = torch.zeros(1, max(len(visual), 1), dtype=torch.long)
+        types[0, : len(visual)] = torch.from_numpy(is_image)
+        grids = torch.tensor([shape.grid[4:] for shape in shapes]) if shapes else None
+        made, _ = self._rope_index(torch.zeros_like(types), types, image_grid_thw=grids)
+        return made[:, 0, : len(visual)].numpy()
+
+    def prompt_arguments(self, positions: np.ndarray) -> Mapping[str, Tensor]:
+        """Positions that such a model would make itself; ahead of three, times, rows and columns, places in the text."""
+        if positions.ndim == 2:
+            return {}
+        places = np.broadcast_to(np.arange(positions.shape[-1]), (int(len(positions) == 3), *positions.shape[1:]))
+        return {"position_ids": torch.from_numpy(np.concatenate((places, positions)))}
+
+    def _ends(self, tokenizer: Any) -> tuple[str, str] | None:
+        """The tokens around an image in the text."""
+        for kind in ("image", "vision"):
+            ids = [getattr(self.config, f"{kind}_{end}_token_id", None) for end in ("start", "end")]
+            if None not in ids:
+                start, end = tokenizer.convert_ids_to_tokens(ids)
+                return start, end
+        return None
+
+    @functools.cached_property
+    def _rope_index(self) -> Any:
+        """``get_rope_index`` of the model, which gives the positions of a text and its images; None: it has none."""
+        model_class = _class_of(self.config)
+        if "image_grid_thw" not in inspect.signature(model_class.forward).parameters:
+            return None
+        with torch.device("meta"):
+            return getattr(model_class(self.config).get_submodule("model"), "get_rope_index", None)
 
     def looked_at(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> tuple[FrameShape, str]:
         """The shape of a picture, and how the processor writes it."""
@@ -344,13 +396,17 @@ def _obstacles(model: Any) -> Iterator[str | None]:
         yield "its config has no 'text_config' beside a 'vision_config'"
     if getattr(config, "image_token_id", None) is None and getattr(config, "image_token_index", None) is None:
         yield "its config names no token that stands for an image"
-    if hasattr(inner, "get_rope_index"):
-        yield "its rotary positions follow from the places of its images ('get_rope_index')"
     arguments = inspect.signature(inner.forward).parameters
+    positions = hasattr(inner, "get_rope_index")
+    if positions and not {*ROPE_INDEX} <= {*inspect.signature(inner.get_rope_index).parameters}:
+        yield f"its rotary positions follow from more than the places of its images ('get_rope_index' but by {ROPE_INDEX})"
     if "token_type_ids" in arguments:
         yield "tokens of an image see each other in both directions ('token_type_ids')"
-    if "mm_token_type_ids" in arguments:
+    if "mm_token_type_ids" in arguments and not positions:
         yield "what its rows see, or where they stand, follows from which are of images ('mm_token_type_ids')"
+    of_decoder = [key for key in inspect.signature(inner.get_decoder().forward).parameters if "token_type_ids" in key]
+    if of_decoder:
+        yield f"its layers compute rows of images in another way {of_decoder}"
     if any("deepstack" in key for key in _keys(config.to_dict())):
         yield "visual features go into several of its layers ('deepstack')"
     if hasattr(inner, "get_image_features"):
@@ -418,13 +474,14 @@ def _looked_at(processor: Any, height: int, width: int, most: int, image_id: int
     """What the processor makes of a picture of that size, told from a blank one, and how it writes it."""
     made = made_by(processor, [np.zeros((height, width, 3), np.uint8)], most)
     values = next(x for key, x in made.items() if key.startswith("pixel_values"))
+    of_patches = made["image_grid_thw"][0].tolist() if "image_grid_thw" in made else ()
     tokenizer, text, runs = processor.tokenizer, "", []
     for is_image, ids in itertools.groupby(made["input_ids"], lambda token: token == image_id):
         run = list(ids)
         text += tokenizer.decode(run[:1] if is_image else run, clean_up_tokenization_spaces=False)
         runs += [len(run)] * is_image
-    encoder_tokens = max(values.numel() // (3 * patch**2), 1)
-    grid = (len(values), height, width, most)
+    encoder_tokens = len(values) if of_patches else max(values.numel() // (3 * patch**2), 1)
+    grid = (len(values), height, width, most, *of_patches)
     return FrameShape(sum(runs), encoder_tokens, grid, runs=tuple(runs) if len(runs) > 1 else ()), text
 
 

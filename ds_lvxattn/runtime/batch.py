@@ -99,8 +99,9 @@ class SequenceParallelBatch:
         position_ids: the argument of the model's forward that belongs to the batch; None: not looked at.
         checked: whether the model has looked at what it was called with beside the batch: what its forward hands to a
             model inside is its own.
-        visual: collects the rank's visual keys and values of each cross-attention module, in the prefill of a
-            generation; None in training.
+        kept: collects the rank's keys and values of each module of ``kept_role``, as it attends to them, in the prefill
+            of a generation; None in training.
+        kept_role: role of the modules whose keys then stay divided.
     """
 
     comm: Communicator
@@ -116,7 +117,8 @@ class SequenceParallelBatch:
     visual_rows: VisualRows | None = None
     position_ids: Tensor | None = None
     checked: bool = False
-    visual: KeyCache | None = None
+    kept: KeyCache | None = None
+    kept_role: str = "cross"
 
     brings_frames: ClassVar[bool] = True
 
@@ -145,8 +147,13 @@ class SequenceParallelBatch:
         if plan.role == "cross":
             keys = inputs.layout.kv.lengths[0 if alone else self.comm.rank]
             query, key, value = packed(query), packed(key)[:, :, :keys], packed(value)[:, :, :keys]
-            if self.visual is not None:
-                self.visual[module] = key, value
+        if self.kept is not None and plan.role == self.kept_role:
+            if module in self.kept:
+                raise ValueError(
+                    f"{type(module).__name__} attends twice in a forward, and generation over divided keys keeps one "
+                    "pair of keys and values of it; generate on one rank"
+                )
+            self.kept[module] = key, value
         attend = functools.partial(
             sp_attention,
             query,

@@ -13,6 +13,8 @@ from transformers import (
     AyaVisionConfig,
     AyaVisionProcessor,
     CLIPVisionConfig,
+    Glm4vConfig,
+    Glm4vProcessor,
     InternVLConfig,
     InternVLProcessor,
     LlamaConfig,
@@ -23,6 +25,7 @@ from transformers import (
     Qwen2Config,
     SiglipVisionConfig,
 )
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
@@ -127,13 +130,40 @@ def aya_vision() -> tuple[Any, Any]:
     return config, processor
 
 
+class Glm4v(OwnVideos, Glm4vProcessor):
+    """Without a video processor, whose videos are not asked for."""
+
+
+def glm4v() -> tuple[Any, Any]:
+    """Images of their own proportions, whose places and sizes rotary positions follow from."""
+    tags = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
+    tokenizer, text = tagged(tags, image_token=IMAGE)
+    start, end = tokenizer.convert_tokens_to_ids(list(tags[:2]))
+    heads, patch = TINY.vision_heads, SIZE // 4
+    vision = {
+        "hidden_size": TINY.vision_width, "num_heads": heads, "depth": 2, "patch_size": patch, "image_size": SIZE,
+        "intermediate_size": 32, "out_hidden_size": TINY.width,
+    }  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
+    config = Glm4vConfig(
+        vision_config=vision, text_config={**text, "rope_parameters": rope}, image_token_id=IMAGE_TOKEN,
+        image_start_token_id=start, image_end_token_id=end,
+    )  # fmt: skip
+    size = {"shortest_edge": 2 * SIZE**2, "longest_edge": 8 * SIZE**2}
+    images = Glm4vImageProcessorPil(patch_size=patch, size=size, **PIXELS)
+    return config, Glm4v(images, tokenizer, VideoProcessor({}))
+
+
 # Configs and processors by the model's type.
 IMAGE_MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
     "internvl": internvl,
     "aya_vision": aya_vision,
+    "glm4v": glm4v,
 }
+# What their chat templates write around an image.
+AROUND = {"glm4v": ("<|begin_of_image|>", "<|end_of_image|>")}
 # Those whose whole processor has one for videos, which needs torchvision.
 WITH_VIDEOS: dict[str, Any] = {"llava_onevision": LlavaOnevision, "internvl": InternVL}
 SERVED = ("llava_next", "aya_vision", *WITH_VIDEOS)

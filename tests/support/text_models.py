@@ -56,6 +56,7 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
     "longcat_flash": {**LATENT, "num_layers": 2, "ffn_hidden_size": 48, "n_routed_experts": 4, "zero_expert_num": 2,
                       "moe_topk": 2, "expert_ffn_hidden_size": 16, "experts_implementation": "eager"},
     "glm4_moe_lite": {**LATENT, **ROUTED},
+    "jetmoe": {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},  # two heads repeat each cached key
     "mimo_v2_flash": {**ROUTED, "v_head_dim": 6, "sliding_window": 5, "layer_types": ONE_WINDOW["layer_types"]},
 }  # fmt: skip
 
