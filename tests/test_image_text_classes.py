@@ -32,8 +32,8 @@ TEXT = {
 VISION = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "depth": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "num_heads": 4, "head_dim": 8, "image_size": SIDE, "patch_size": PATCH,
-    "out_hidden_size": 32, "text_hidden_size": 32, "spatial_merge_size": 2, "window_size": 28, "fullatt_block_indexes": [1],
-    "drop_path_rate": 0.0,
+    "out_hidden_size": 32, "text_hidden_size": 32, "spatial_merge_size": 2, "window_size": 28,
+    "fullatt_block_indexes": [1], "drop_path_rate": 0.0,
 }  # fmt: skip
 AROUND = {
     "image_token_id": IMAGE, "image_token_index": IMAGE, "downsample_factor": 2, "alignment_intermediate_size": 64,
@@ -59,10 +59,11 @@ KINDS = (
 )
 # Where rotary positions follow from the places of images: how many numbers of a head each kind of them turns.
 SECTIONS = {
-    **dict.fromkeys(("glm4v_moe", "glm46v", "glm_ocr", "paddleocr_vl", "cosmos3_edge"), [1, 1, 2]),
+    **{kind: [1, 1, 2] for kind in ("glm4v_moe", "glm46v", "glm_ocr", "paddleocr_vl", "cosmos3_edge")},
     "hunyuan_vl": [1, 1, 1, 1],
 }
-SINGLE = ("cohere2_vision", "glm4v_moe", "glm46v", "cosmos3_edge")  # parts compute in float32, whatever the model  # fmt: skip
+# Parts of them compute in float32, whatever the model.
+SINGLE = ("cohere2_vision", "glm4v_moe", "glm46v", "cosmos3_edge")
 TEXT_OF_SAMPLES = ("ttItaatIta", "tItaa", "ttata")
 
 

@@ -68,7 +68,7 @@ def test_loss_and_gradients(kind: str) -> None:
 
 
 def answers(kind: str) -> list[list[int]]:
-    """Tokens that a model divided over the ranks generates; on one rank, those of the largest logits, without a cache."""
+    """Tokens that a divided model generates; on one rank, those of the largest logits, without a cache."""
     model, prompts = text_model(kind, torch.float64), samples_of(TEXT[4])
     if dist.is_initialized():
         batches = attach(model, dist.get_world_size(), MODES[0], prompts)

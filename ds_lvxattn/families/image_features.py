@@ -163,7 +163,7 @@ class ImageFeatures(Concatenation):
         return made[:, 0, : len(visual)].numpy()
 
     def prompt_arguments(self, positions: np.ndarray) -> Mapping[str, Tensor]:
-        """Positions that such a model would make itself; ahead of three, times, rows and columns, places in the text."""
+        """Positions that the model would make itself; ahead of times, rows and columns its places in the text."""
         if positions.ndim == 2:
             return {}
         places = np.broadcast_to(np.arange(positions.shape[-1]), (int(len(positions) == 3), *positions.shape[1:]))
@@ -399,7 +399,7 @@ def _obstacles(model: Any) -> Iterator[str | None]:
     arguments = inspect.signature(inner.forward).parameters
     positions = hasattr(inner, "get_rope_index")
     if positions and not {*ROPE_INDEX} <= {*inspect.signature(inner.get_rope_index).parameters}:
-        yield f"its rotary positions follow from more than the places of its images ('get_rope_index' but by {ROPE_INDEX})"
+        yield f"its rotary positions follow from more than the places of its images, {ROPE_INDEX} of 'get_rope_index'"
     if "token_type_ids" in arguments:
         yield "tokens of an image see each other in both directions ('token_type_ids')"
     if "mm_token_type_ids" in arguments and not positions:
