@@ -58,6 +58,16 @@ ONE_RANK: dict[str, tuple[Callable[[], Any], str]] = {
         r"dtypes torch.float64, torch.float32, torch.float32; give one floating dtype",
     ),
     "integers": (lambda: sp_attention(*qkv(dtype=torch.int32)), r"dtypes torch.int32.*floating"),
+    "no heads": (lambda: sp_attention(*qkv(0, 0)), r"\(1, 0, 5, 8\); give heads, and numbers in each"),
+    "heads of no numbers": (
+        lambda: sp_attention(*(x[..., :0] for x in qkv())),
+        r"\(1, 2, 5, 0\); give heads, and numbers in each",
+    ),
+    "no numbers": (lambda: sp_attention(*(x.to("meta") for x in qkv())), r"device 'meta', which has no numbers"),
+    "devices": (
+        lambda: sp_attention(*qkv(), interval=KVInterval(*[ranges(1, 3).to("meta")] * 2)),
+        r"q, k, v and start and stop of the interval are on the devices c.*, meta, meta; move them to one",
+    ),
     "queries": (
         lambda: sp_attention(*qkv(), queries="split"),
         r"queries is 'split'; choose 'sharded' or 'replicated'",

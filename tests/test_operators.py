@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -76,11 +77,18 @@ def tangent() -> Tensor:
         return sp_attention(forward_ad.make_dual(q, q), k, v)[0]
 
 
+def batch_of_gradients() -> Tensor:
+    q, k, v = qkv()
+    out, _ = sp_attention(q, k, v)
+    return torch.autograd.grad(out, q, out.new_ones((3, *out.shape)), is_grads_batched=True)[0]
+
+
 @pytest.mark.parametrize(
     ("differentiate", "message"),
     [
         (second_derivative, "local_attention was differentiated with create_graph=True"),
-        (tangent, "local_attention was called inside a transform of torch.func .* or forward-mode"),
+        (tangent, "sp_attention was called inside a transform of torch.func .* or forward-mode"),
+        (batch_of_gradients, "local_attention was differentiated with a batch of gradients at once"),
         (lambda: torch.func.grad(lambda q: sp_attention(q, q, q)[0].sum())(qkv()[1]), "inside a transform"),
         (lambda: torch.vmap(lambda q: sp_attention(q, q, q)[0])(qkv()[1][None]), "inside a transform"),
     ],
@@ -133,6 +141,36 @@ def test_an_interval_serves_evaluation_in_inference_mode_and_then_training() -> 
     out, _ = sp_attention(q, k, v, interval=interval)
     out.sum().backward()
     assert torch.equal(out, want) and q.grad is not None
+
+
+def traced_evaluated_and_trained(strategy: str, heads: int) -> float:
+    """The largest difference between what one call gives in evaluation and then in training; of no samples, too.
+
+    Of sizes that no other test has: what is kept of them is made in the trace and in the evaluation.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rows, keys = SequenceShards.striped(11, ranks, 3), SequenceShards.dealt([(2, 1), (5, 0), (7, 1), (3, 0)], ranks)
+    torch.manual_seed(rank)
+    shapes = ((2, heads, rows.lengths[rank], 4), *[(2, heads, keys.lengths[rank], 4)] * 2)
+    plain = [torch.randn(shape, dtype=torch.float64, device=device(), requires_grad=True) for shape in shapes]
+    bounds = torch.zeros_like(plain[0][:, 0, :, 0], dtype=torch.int32)
+    call = functools.partial(sp_attention, group=dist.group.WORLD, strategy=strategy, shards=ShardLayout(rows, keys))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        call(*map(mode.from_tensor, plain), interval=KVInterval(*[mode.from_tensor(bounds)] * 2))
+    interval = KVInterval(bounds, bounds + 13)
+    with torch.inference_mode():
+        want, _ = call(*plain, interval=interval)
+    out, _ = call(*plain, interval=interval)
+    out.sum().backward()
+    none, _ = call(*(x[:0] for x in plain), interval=KVInterval(bounds[:0], bounds[:0]))
+    none.sum().backward()
+    assert none.shape == (0, *out.shape[1:])
+    return (out - want).abs().max().item()
+
+
+@pytest.mark.parametrize(("strategy", "heads"), [("ulysses", 2), ("ulysses", 3), ("lv_xattn", 3)])
+def test_evaluation_in_inference_mode_and_tracing_ahead_of_training(strategy: str, heads: int) -> None:
+    assert max(run(2, traced_evaluated_and_trained, strategy, heads)) == 0.0
 
 
 def opcheck_distributed(name: str, masked: bool, keep_queries: bool) -> dict[str, str]:

@@ -17,6 +17,7 @@ from ds_lvxattn.exchange.routes import Routes
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
 from ds_lvxattn.exchange.strategies import implementation_of
 from ds_lvxattn.kernels.base import Call
+from ds_lvxattn.kernels.differentiable import refuse_transforms
 from ds_lvxattn.kernels.dispatch import select_kernel
 from ds_lvxattn.kernels.operator import as_kernels_take
 from ds_lvxattn.kernels.settled import settled
@@ -52,8 +53,8 @@ def sp_attention(
         q: ``[B, H_q, s_q, D]``, the rank's own rows; float64, float32, bfloat16 or float16, CPU or CUDA.
             Under ``torch.autocast``, ``q``, ``k`` and ``v`` are taken in its dtype, but for float64.
         k, v: ``[B, H_kv, s_kv, D]`` and ``[B, H_kv, s_kv, D_v]``, the rank's own keys and values; ``H_q`` is a
-            multiple of ``H_kv``. Shards may be uneven or empty. Values may have another head size than keys (latent
-            attention of DeepSeek); each travels in its own.
+            multiple of ``H_kv``. Shards may be uneven or empty; their numbers are finite, also where no row sees them.
+            Values may have another head size than keys (latent attention of DeepSeek); each travels in its own.
         group: sequence-parallel process group; None is one rank.
         strategy: ``lv_xattn`` (queries travel), ``ulysses`` (heads are redistributed), ``ring`` (keys and values
             travel), ``hybrid`` (heads are redistributed inside a node; queries, or keys and values, travel between
@@ -88,13 +89,15 @@ def sp_attention(
     Raises:
         ValueError: shapes, dtypes or settings do not fit; the message says what to change.
     """
+    if not torch.compiler.is_compiling():
+        refuse_transforms("sp_attention")
     q, k, v = as_kernels_take(q, k, v)
     if interval is not None and not isinstance(interval, KVInterval):
         interval = KVInterval.several(interval)
     comm = communicator(group)
     mode = _checked_mode(
         modes(), strategy, schedule, queries, gradients, comm.ranks, q.shape, k.shape, v.shape,
-        (q.dtype, k.dtype, v.dtype), q.device, interval is not None, softcap, kernel,
+        (q.dtype, k.dtype, v.dtype), _devices(q, k, v, interval), interval is not None, softcap, kernel,
         None if head_groups is None else tuple(head_groups),
     )  # fmt: skip
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
@@ -109,7 +112,8 @@ def sp_attention(
     _check_layout(mode, q.shape, k.shape, ranges, shards, comm.ranks, comm.rank, queries, inner_size)
     grid = grid_of(comm, inner_size) if mode.two_levels and inner_size is not None else None
     interval = _rows_of_all_ranks(interval, shards, comm, queries)
-    if comm.ranks == 1 or not shards.kv.total:  # one rank, or a batch of text alone: nothing travels
+    # One rank, a batch of text alone, or of no samples: nothing travels.
+    if comm.ranks == 1 or not shards.kv.total or not q.shape[0]:
         mode = LOCAL
     exchange = Exchange(
         comm, shards, interval, scale, kernel, head_groups, keep_queries, routes, grid, softcap,
@@ -121,11 +125,11 @@ def sp_attention(
 @settled
 def _checked_mode(
     known: tuple[Mode, ...], strategy: str, schedule: str, queries: str, gradients: str, ranks: int, q: torch.Size,
-    k: torch.Size, v: torch.Size, dtypes: tuple[torch.dtype, ...], device: torch.device, masked: bool,
+    k: torch.Size, v: torch.Size, dtypes: tuple[torch.dtype, ...], devices: tuple[torch.device, ...], masked: bool,
     softcap: float | None, kernel: str, head_groups: tuple[int, ...] | None,
 ) -> Mode:  # fmt: skip
     """The mode of a call with these shapes and settings, which are right; ``known`` are the modes to choose from."""
-    _check_tensors(q, k, v, dtypes)
+    _check_tensors(q, k, v, dtypes, devices)
     if queries not in ("sharded", "replicated"):
         raise ValueError(f"queries is '{queries}'; choose 'sharded' or 'replicated'")
     if gradients not in ("whole", "parts") or (gradients == "parts" and queries != "replicated"):
@@ -135,24 +139,42 @@ def _checked_mode(
     mode = mode_named(strategy, schedule, queries if ranks > 1 else "sharded")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap is {softcap}; give a positive one, or None for none")
-    select_kernel(kernel, Call.of_shapes(device.type, dtypes[0], q, k, v, masked, softcap is not None, backward=False))
+    select_kernel(
+        kernel, Call.of_shapes(devices[0].type, dtypes[0], q, k, v, masked, softcap is not None, backward=False)
+    )
     if head_groups is not None and any(count < 1 or k[1] % count for count in head_groups):
         raise ValueError(f"head_groups is {head_groups}; give two divisors of the {k[1]} key heads")
     return mode
 
 
-def _check_tensors(q: torch.Size, k: torch.Size, v: torch.Size, dtypes: tuple[torch.dtype, ...]) -> None:
+def _devices(q: Tensor, k: Tensor, v: Tensor, interval: KVInterval | None) -> tuple[torch.device, ...]:
+    ranges = () if interval is None else (interval.start.device, interval.stop.device)
+    return q.device, k.device, v.device, *ranges
+
+
+def _check_tensors(
+    q: torch.Size, k: torch.Size, v: torch.Size, dtypes: tuple[torch.dtype, ...], devices: tuple[torch.device, ...]
+) -> None:
     if not len(q) == len(k) == len(v) == 4 or k[:3] != v[:3]:
         raise ValueError(
             f"q, k, v have shapes {tuple(q)}, {tuple(k)}, {tuple(v)}; "
             "give [B, H_q, s_q, D], [B, H_kv, s_kv, D] and [B, H_kv, s_kv, D_v]"
         )
+    if not (k[1] and q[1] and q[3] and v[3]):
+        raise ValueError(f"q, k, v have shapes {tuple(q)}, {tuple(k)}, {tuple(v)}; give heads, and numbers in each")
     if q[0] != k[0] or q[3] != k[3] or q[1] % k[1]:
         raise ValueError(
             f"q {tuple(q)} does not fit k {tuple(k)}: batch and head size must be equal and H_q a multiple of H_kv"
         )
     if not dtypes[0] == dtypes[1] == dtypes[2] or not dtypes[0].is_floating_point:
         raise ValueError(f"q, k, v have dtypes {', '.join(map(str, dtypes))}; give one floating dtype")
+    if len({*devices}) > 1:
+        raise ValueError(
+            f"q, k, v and start and stop of the interval are on the devices {', '.join(map(str, devices))}; move them "
+            "to one"
+        )
+    if devices[0].type == "meta":
+        raise ValueError("q, k, v are on the device 'meta', which has no numbers; to trace, run under FakeTensorMode")
 
 
 def _ask_for_shards(

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ds_lvxattn.kernels.settled import settled_tables
+
 # Largest unit in which a sequence of queries is dealt: the rows that a kernel takes at once. Rows of one unit see the
 # same keys of every other rank, so that a tile has no partly visible keys but on its own rank.
 TILE = 128
@@ -230,16 +232,13 @@ def _lengths(units: Sequence[tuple[int, int]], ranks: int) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-@functools.lru_cache(maxsize=128)
+@settled_tables
 def _unit_tables(shards: SequenceShards, rank: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For each unit its first position, the tokens of ``rank`` ahead of it, and those in it; int32 each.
-
-    Made once a batch and not once a layer: a copy to the device would wait for it.
-    """
+    """For each unit its first position, the tokens of ``rank`` ahead of it, and those in it; int32 each."""
     tokens = np.array([tokens for tokens, _ in shards.units])
     own = np.where(np.array([owner for _, owner in shards.units]) == rank, tokens, 0)
     tables = np.stack((np.cumsum(tokens) - tokens, np.cumsum(own) - own, own)).astype(np.int32)
-    starts, before, held = torch.from_numpy(tables).to(device).unbind()
+    starts, before, held = torch.tensor(tables, device=device).unbind()
     return starts, before, held
 
 

@@ -6,10 +6,10 @@ several ranks read goes to each of them, and its gradients are added up on the r
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from ds_lvxattn.exchange.arguments import Attend
 from ds_lvxattn.exchange.comm import Communicator, Part
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
 from ds_lvxattn.kernels.base import lse_dtype
+from ds_lvxattn.kernels.settled import settled_tables
 from ds_lvxattn.plan.head_shards import head_shards
 
 
@@ -98,15 +99,14 @@ class _Division:
         return whole.to(like.dtype).transpose(1, 2)
 
 
-@functools.lru_cache(maxsize=128)
+@settled_tables
 def _division(heads: tuple[range, ...], shards: SequenceShards, members: range, device: torch.device) -> _Division:
-    """Made once a batch and not once a layer: a copy to the device would wait for it."""
     lengths = tuple(shards.lengths[rank] for rank in members)
     order = shards.order_from_ranks(members)
     if order is None:
         return _Division(heads, lengths, None, None)
-    to_sequence = torch.from_numpy(order)
-    return _Division(heads, lengths, to_sequence.to(device), to_sequence.argsort().to(device))
+    inverse = np.argsort(order)
+    return _Division(heads, lengths, torch.tensor(order, device=device), torch.tensor(inverse, device=device))
 
 
 class _Redistribution(torch.autograd.Function):

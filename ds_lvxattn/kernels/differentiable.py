@@ -105,6 +105,7 @@ def attention_operator(
 
         @staticmethod
         def backward(ctx, dout, dlse, *_):
+            _refuse_batched(name, dout, dlse)
             q, *more = ctx.saved_tensors
             out = more[2 if kept is None else 3]
             dout = torch.zeros_like(out) if dout is None else dout
@@ -134,7 +135,7 @@ def attention_operator(
     def call(*args: Any) -> tuple[Tensor, ...]:
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            _refuse_transforms(name)
+            refuse_transforms(f"ds_lvxattn::{name}")
         if compiling or _seen(args[:saved]):
             return operator(*args)
         return differentiable(run, args)
@@ -170,16 +171,27 @@ def _like(x: Tensor, pattern: Tensor) -> Tensor:
     return empty_rows(pattern, x.shape[3]).copy_(x)
 
 
-def _refuse_transforms(name: str) -> None:
-    """Raise ``RuntimeError`` inside a transform of ``torch.func`` or forward-mode differentiation.
+def refuse_transforms(name: str) -> None:
+    """Raise ``RuntimeError`` inside a transform of ``torch.func`` or forward-mode differentiation; ``name`` is told.
 
     A tangent would end at the operator, silently, and a batched operator call its collectives once for each entry.
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise RuntimeError(
-            f"ds_lvxattn::{name} was called inside a transform of torch.func (grad, vmap, jvp, ...) or forward-mode "
+            f"{name} was called inside a transform of torch.func (grad, vmap, jvp, ...) or forward-mode "
             "differentiation, which it does not take part in; call backward or torch.autograd.grad instead"
         )
+
+
+def _refuse_batched(name: str, *gradients: Tensor | None) -> None:
+    """Raise ``RuntimeError`` where gradients are batches of them, ahead of a collective that would fail on those."""
+    functorch = torch._C._functorch
+    for x in gradients:
+        if x is not None and (functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)):
+            raise RuntimeError(
+                f"ds_lvxattn::{name} was differentiated with a batch of gradients at once (is_grads_batched, "
+                "vectorize, vmap), which it does not take; leave that out, and go through them one by one"
+            )
 
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))

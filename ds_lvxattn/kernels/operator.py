@@ -28,7 +28,7 @@ def as_kernels_take(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     and keys in float32 there, as their rotary tables are, and values in low precision.
     """
     device = q.device.type
-    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if q.dim() == k.dim() == v.dim() == 4:  # else they are refused

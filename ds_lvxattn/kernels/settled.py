@@ -29,3 +29,24 @@ def settled(function: Function) -> Function:
         return function(*args) if torch.compiler.is_compiling() else kept(*args)
 
     return call  # type: ignore[return-value]
+
+
+def settled_tables(function: Function) -> Function:
+    """The same of a function that makes tables, tensors on a device: once a batch and not once a layer, as a copy to
+    the device would wait for it.
+
+    They are no inference tensors, which the backward pass of a later step could not save, and those made under a mode
+    (``FakeTensorMode``, tracing) are not kept, as they are the mode's.
+    """
+
+    @functools.lru_cache(maxsize=KEPT)
+    def kept(*args: object) -> object:
+        with torch.inference_mode(False):
+            return function(*args)
+
+    @functools.wraps(function)
+    def call(*args: object) -> object:
+        looks_on = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        return function(*args) if looks_on else kept(*args)
+
+    return call  # type: ignore[return-value]

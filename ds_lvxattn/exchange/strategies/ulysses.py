@@ -17,6 +17,7 @@ from ds_lvxattn.exchange.comm import Communicator
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
 from ds_lvxattn.exchange.uneven_heads import redistributed_uneven_heads
 from ds_lvxattn.kernels.operator import local_attention
+from ds_lvxattn.kernels.settled import settled_tables
 from ds_lvxattn.plan.head_shards import divides_heads
 
 
@@ -143,14 +144,11 @@ def _padded(x: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
 
 
-@functools.lru_cache(maxsize=128)
+@settled_tables
 def padded_order(shards: SequenceShards, members: range, device: torch.device) -> Tensor | None:
-    """Where the tokens of ``members`` lie in their rank-major sequence, padded to the longest; None: in place.
-
-    Made once a batch and not once a layer: a copy to the device would wait for it.
-    """
+    """Where the tokens of ``members`` lie in their rank-major sequence, padded to the longest; None: in place."""
     order = shards.order_from_padded(members, _longest(shards, members))
-    return None if order is None else torch.from_numpy(order).to(device)
+    return None if order is None else torch.tensor(order, device=device)
 
 
 def _select(x: Tensor, order: Tensor | None) -> Tensor:
