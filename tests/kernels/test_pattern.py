@@ -73,8 +73,6 @@ def test_tiles_of_every_pattern_give_the_same(make_problem, error, dtype, head_d
         out, _ = interval_forward(p.q, p.k, p.v, p.start, p.stop, p.scale, config)
         assert error(out, exact["out"]) <= 1.5 * error(theirs["out"], exact["out"]), config
     configs = {backward_config(heads, 2, pattern, True) for pattern in PATTERNS}
-    if head_dim == 64:
-        configs.add(backward_config(heads, 2, FRAME, True)._replace(together=True))
     for config in configs:
         grads = interval_backward(
             p.dout, p.q, p.k, p.v, lse, delta, p.start, p.stop, p.scale, workspace_bytes=2**22, config=config
@@ -88,4 +86,4 @@ def test_few_tiles_depend_on_the_pattern():
     of = {pattern: (forward_config((128, 128), 2, pattern, True), backward_config((64, 64), 2, pattern, True))
           for pattern in PATTERNS}  # fmt: skip
     assert of[UNKNOWN] == of[ALIKE] == of[GROWING] != of[SLIDING] != of[FRAME]
-    assert of[SLIDING][0].block_m < of[GROWING][0].block_m and of[FRAME][1].tile < of[SLIDING][1].tile
+    assert of[FRAME][0].block_m < of[GROWING][0].block_m and of[FRAME][1].tile < of[SLIDING][1].tile

@@ -91,7 +91,9 @@ def forward_config(head_dims: tuple[int, int], itemsize: int, pattern: str | Non
     if head_dim <= 96:
         return ForwardConfig(128, 64, 4, 3, 3)
     if head_dim <= 128:
-        return ForwardConfig(64, 64, 4, 3, 2) if pattern in (SLIDING, FRAME) else ForwardConfig(128, 64, 4, 2, 2)
+        if pattern == SLIDING:
+            return ForwardConfig(128, 64, 8, 3, 2)
+        return ForwardConfig(64, 64, 4, 3, 2) if pattern == FRAME else ForwardConfig(128, 64, 4, 2, 2)
     if head_dims[0] <= 192 and head_dims[1] <= 128:  # 128 KiB of shared memory: Q, and two stages of K and V
         return ForwardConfig(128, 64, 8, 2, 1)
     return ForwardConfig(128, 32, 8, 2, 1)
@@ -110,7 +112,7 @@ def backward_config(head_dims: tuple[int, int], itemsize: int, pattern: str | No
         return BackwardConfig(32, 32, 32, 8, 1, 1, 8, 1)
     if head_dim <= 64:
         if pattern == FRAME:  # too small for Hopper's matrix units, whose tiles would compute far more that is hidden
-            return BackwardConfig(16, 16, 64, 4, 3, 3, 4, 3, keep_ds=False)
+            return BackwardConfig(16, 16, 64, 4, 3, 3, 4, 3, keep_ds=False, together=True)
         if pattern is not None:
             # 168 registers let three programs share a multiprocessor, which hides the start of short visits.
             return BackwardConfig(64, 64, 64, 4, 2, 3, 4, 3, max_registers=168, keep_ds=False)
