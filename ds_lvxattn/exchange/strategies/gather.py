@@ -23,7 +23,7 @@ from ds_lvxattn.kernels.differentiable import attention_operator
 from ds_lvxattn.kernels.local import BackwardPass, LocalAttention
 from ds_lvxattn.kernels.settled import settled
 from ds_lvxattn.kernels.triton.merge import merge_partials
-from ds_lvxattn.plan.pipeline import head_groups, keeps_queries, mean_head_dim
+from ds_lvxattn.plan.pipeline import head_groups, keeps_keys, keeps_queries, key_groups, mean_head_dim
 
 
 def gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def _gathered(
     first: Tensor | None, last: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     layout = exchange.layout
-    groups, keep = _cut(q.shape, k.shape, v.shape[3], q.element_size(), layout, first is not None)
+    groups, keep = cut(q.shape, k.shape, v.shape[3], q.element_size(), layout, first is not None, False)
     if exchange.keep_queries is not None:
         keep = exchange.keep_queries
     out, lse, _ = _operator(
@@ -71,14 +71,24 @@ def _gathered(
 
 
 @settled
-def _cut(
-    q: torch.Size, k: torch.Size, value_dim: int, element: int, layout: ShardLayout, masked: bool
+def cut(
+    q: torch.Size, k: torch.Size, value_dim: int, element: int, layout: ShardLayout, masked: bool, keys_travel: bool
 ) -> tuple[tuple[int, int], bool]:
-    """Groups of key heads of either pass, and whether queries are kept, where nobody says; see ``plan.pipeline``."""
+    """Groups of key heads of either pass where nobody says, and whether what travels is kept; see ``plan.pipeline``.
+
+    Args:
+        q, k: shapes of the rank's own queries and keys.
+        value_dim, element: head size of the values, bytes of an element.
+        layout: the shards.
+        masked: whether rows see intervals, which counts where queries travel.
+        keys_travel: keys and values are gathered, not queries.
+    """
     (batch, heads, _, head_dim), kv_heads = q, k[1]
     lengths = layout.q.lengths, layout.kv.lengths
-    groups = head_groups(batch, heads, kv_heads, mean_head_dim(head_dim, value_dim), element, *lengths, masked=masked)
-    return groups, keeps_queries(heads, kv_heads, *lengths)
+    sizes = batch, heads, kv_heads, mean_head_dim(head_dim, value_dim), element, *lengths
+    if keys_travel:
+        return key_groups(*sizes), keeps_keys(heads, kv_heads, *lengths)
+    return head_groups(*sizes, masked=masked), keeps_queries(heads, kv_heads, *lengths)
 
 
 InFlight = tuple[list[Tensor], Waiting]

@@ -13,14 +13,11 @@ from torch import Tensor
 from ds_lvxattn.exchange.arguments import Exchange
 from ds_lvxattn.exchange.comm import communicator_by_name
 from ds_lvxattn.exchange.query_rows import attention_layout, start_gather, start_return
-from ds_lvxattn.exchange.shards import ShardLayout
-from ds_lvxattn.exchange.strategies.gather import InFlight, heads_of_group, pipelined, rows_of_group
+from ds_lvxattn.exchange.strategies.gather import InFlight, cut, heads_of_group, pipelined, rows_of_group
 from ds_lvxattn.exchange.strategies.ulysses import padded_order
 from ds_lvxattn.kernels.base import empty_results
 from ds_lvxattn.kernels.differentiable import attention_operator
 from ds_lvxattn.kernels.local import BackwardPass, LocalAttention
-from ds_lvxattn.kernels.settled import settled
-from ds_lvxattn.plan.pipeline import keeps_keys, key_groups, mean_head_dim
 
 
 def kv_gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
@@ -28,23 +25,12 @@ def kv_gather_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> 
     layout, comm = exchange.layout, exchange.comm
     start, stop = exchange.own_ranges(q.shape[2])
     places = padded_order(layout.kv, range(comm.ranks), q.device)
-    groups, keep = _cut(q.shape, k.shape, v.shape[3], q.element_size(), layout)
+    groups, keep = cut(q.shape, k.shape, v.shape[3], q.element_size(), layout, start is not None, True)
     out, lse, _ = _operator(
         q, k, v, start, stop, places, *exchange.settings, comm.name, layout.kv.lengths,
         exchange.head_groups or groups, keep,
     )  # fmt: skip
     return out, lse
-
-
-@settled
-def _cut(
-    q: torch.Size, k: torch.Size, value_dim: int, element: int, layout: ShardLayout
-) -> tuple[tuple[int, int], bool]:
-    """Groups of key heads of either pass, where nobody says, and whether keys are kept; see ``plan.pipeline``."""
-    (batch, heads, _, head_dim), kv_heads = q, k[1]
-    lengths = layout.q.lengths, layout.kv.lengths
-    groups = key_groups(batch, heads, kv_heads, mean_head_dim(head_dim, value_dim), element, *lengths)
-    return groups, keeps_keys(heads, kv_heads, *lengths)
 
 
 class _Arrived:
