@@ -21,6 +21,7 @@ from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.plan.modes import eligible_modes
 from ds_lvxattn.runtime.compiled import compile_layers
+from ds_lvxattn.runtime.norms import fuse_norms
 from ds_lvxattn.runtime.recompute import Recomputation
 from ds_lvxattn.runtime.registration import (
     IMPLEMENTATION,
@@ -88,6 +89,7 @@ class SequenceParallel:
             part.register_forward_pre_hook(refuse_other_masks, with_kwargs=True)
         refuse = functools.partial(refuse_other_arguments, text, registered)
         model.register_forward_pre_hook(refuse, with_kwargs=True)
+        fuse_norms(model)
         self.family.reach_attention(model)
         self.recomputation = Recomputation(
             model,

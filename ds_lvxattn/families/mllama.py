@@ -14,7 +14,6 @@ the memory of the frames for the few tokens of a conversation ahead of its video
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,13 +39,9 @@ from ds_lvxattn.families.family import TILE_LIMITS, FrameLimits, VisualFamily, d
 from ds_lvxattn.families.frames import encode_in_portions, in_samples, refuse_mask
 from ds_lvxattn.families.mllama_encoder import install_encoder
 from ds_lvxattn.runtime.batch import Exchanging, SequenceParallelBatch
-from ds_lvxattn.runtime.recompute import Recomputation, recompute
+from ds_lvxattn.runtime.recompute import Recomputation
 
 ROLES = {MllamaTextCrossAttention: "cross", MllamaTextSelfAttention: "self", MllamaVisionAttention: "local"}
-
-# Keys that the norm of the keys takes at once: its float32 intermediates, for all keys at once, would be the peak of
-# the backward pass. Under every policy, so that all sum the gradient of its weight alike.
-KEYS_AT_ONCE = 1 << 16
 
 PIXELS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
@@ -69,12 +64,6 @@ class Mllama(VisualFamily):
         encode = functools.partial(encode_frames, recomputation)
         model.get_submodule("model").register_forward_pre_hook(encode, with_kwargs=True)
         model.get_submodule("model.language_model").register_forward_pre_hook(mask_rows, with_kwargs=True)
-        for module in model.modules():
-            if isinstance(module, MllamaTextCrossAttention):
-                norm: Any = module.k_norm
-                # A method, not a partial object: torch.compile then takes the norms of all layers for one.
-                vars(norm).update(recomputation=recomputation, of_keys=norm.forward)
-                norm.forward = types.MethodType(_norm_keys, norm)
 
     def frame_tokens(self) -> int:
         vision = self.config.vision_config
@@ -231,16 +220,6 @@ def _fitted(frame: np.ndarray, grid: tuple[int, ...], most: int, tile: int, proc
         return frame
     height, width = _fit(height, width, grid, tile)
     return np.asarray(Image.fromarray(frame).resize((width, height), processor.resample))
-
-
-def _norm_keys(norm: Any, k: Tensor) -> Tensor:
-    """The norm of keys ``k [B, H_kv, S_kv, D]``, in portions; recomputed, they keep nothing but ``k``."""
-    forward = norm.of_keys
-    if not norm.training or k.shape[2] <= KEYS_AT_ONCE:
-        return forward(k)
-    if norm.recomputation.policy != "none":
-        forward = functools.partial(recompute, norm, forward)
-    return torch.cat([forward(portion) for portion in k.split(KEYS_AT_ONCE, dim=2)], dim=2)
 
 
 def mask_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -104,5 +104,5 @@ class LayerSizes:
         return self.batch * rows * self.heads * self.statistic
 
     def norm_bytes(self, rows: int, width: int) -> int:
-        """An RMS norm over vectors of ``width``: the float32 input, its inverse norm, the normalised input."""
-        return self.batch * rows * (width * (FLOAT32 + self.element) + FLOAT32)
+        """An RMS norm over vectors of ``width``: its input, and their inverse norms in float32."""
+        return self.batch * rows * (width * self.element + FLOAT32)

@@ -1,6 +1,6 @@
 """Memory of one rank: what each layer keeps for its backward pass, model states, and the frames that fit.
 
-Pure functions of sizes; no torch. A layer is a whole decoder layer as in Llama: RMS norms computed in float32, one
+Pure functions of sizes; no torch. A layer is a whole decoder layer as in Llama: RMS norms (``runtime.norms``), one
 attention (cross: queries and keys normalised too; self: rotary positions), a feed-forward part with a gate. For such
 layers ``kept_bytes`` is exact when all parameters train, and tests hold it to what autograd saves; frozen parameters
 keep less. Parameters, and what all layers share (visual features, rotary factors, intervals), are not in it.
@@ -63,9 +63,8 @@ def _attention_bytes(sizes: LayerSizes) -> int:
 
 
 def _second_attention_bytes(sizes: LayerSizes) -> int:
-    """Keys and values; of the features, what their norm keeps and its output, which is the input of the projection."""
-    normed = sizes.norm_bytes(sizes.keys, sizes.width) + sizes.batch * sizes.keys * sizes.width * sizes.element
-    return sizes.kv_bytes + normed
+    """Keys and values, and of the features, which all layers share, their norm's output: the projection's input."""
+    return sizes.kv_bytes + sizes.norm_bytes(sizes.keys, sizes.width)
 
 
 def _feed_forward_bytes(sizes: LayerSizes) -> int:

@@ -27,7 +27,7 @@ from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.data.sample import IGNORE, Sample
 from ds_lvxattn.families import family as encoding
-from ds_lvxattn.families import family_of, mllama
+from ds_lvxattn.families import family_of
 from ds_lvxattn.families.aria import Aria
 from ds_lvxattn.families.blip2 import Blip2
 from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingo
@@ -101,14 +101,13 @@ def tiny_model(config: MllamaConfig | None = None, dtype: torch.dtype = torch.fl
 
 @contextlib.contextmanager
 def frames_in_portions(frames: int, config: MllamaConfig) -> Iterator[None]:
-    """The vision encoder takes at most ``frames`` frames at once, the norm of the keys seven keys."""
-    usual, usual_keys = encoding.TOKENS_AT_ONCE, mllama.KEYS_AT_ONCE
+    """The vision encoder takes at most ``frames`` frames at once."""
+    usual = encoding.TOKENS_AT_ONCE
     encoding.TOKENS_AT_ONCE = Mllama(config).encoder_tokens() * frames
-    mllama.KEYS_AT_ONCE = 7
     try:
         yield
     finally:
-        encoding.TOKENS_AT_ONCE, mllama.KEYS_AT_ONCE = usual, usual_keys
+        encoding.TOKENS_AT_ONCE = usual
 
 
 def tiny_processor() -> Any:

@@ -29,7 +29,7 @@ from ds_lvxattn.families.frames import encode_in_portions
 from ds_lvxattn.families.owl import checkpoint_names, hyper_qwen2, processing, published
 from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.runtime.batch import Exchanging, SequenceParallelBatch
-from ds_lvxattn.runtime.recompute import Recomputation, recompute
+from ds_lvxattn.runtime.recompute import Recomputation
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,9 @@ class VisualFeatures:
 
     Attributes:
         states: ``[frames, L, d]``, before the norm of a layer; in a decoding step ``[0, d]``.
-        batch: the micro-batch.
-        recomputation: how layers recompute.
     """
 
     states: Tensor
-    batch: Exchanging
-    recomputation: Recomputation
 
 
 class MPlugOwl3(Crops):
@@ -176,13 +172,13 @@ def encode_frames(
         rest.pop("attention_mask", None)  # of the padding ahead of the prompts, which the step knows
         model: Any = module
         no_states = model.get_input_embeddings().weight.new_empty(0, model.config.hidden_size)
-        return args, {**rest, "media_offset": VisualFeatures(no_states, batch, recomputation)}
+        return args, {**rest, "media_offset": VisualFeatures(no_states)}
     vision, projector = module.get_submodule("vision_model"), module.get_submodule("vision2text_model")
     known = isinstance(vision, SiglipPreTrainedModel)
     encode = functools.partial(hyper_qwen2.vision_states if known else published.vision_states, vision)
     pixels = rest.pop("pixel_values")[0]
     states = projector(encode_in_portions(vision, encode, [pixels], batch, recomputation))
-    return args, {**rest, "media_offset": VisualFeatures(states, batch, recomputation)}
+    return args, {**rest, "media_offset": VisualFeatures(states)}
 
 
 def give_features(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -241,7 +237,7 @@ def exchanged_hyper_attention(
         return module.o_proj(out.transpose(1, 2).flatten(2)), None, None
     visual_k, visual_v = k, v  # which a decoding step does not read: it has those of the prefill
     if isinstance(sequence_parallel, SequenceParallelBatch):
-        projected = module.v_kv_proj(_normalised(norm, media_offset))
+        projected = module.v_kv_proj(norm(media_offset.states))
         places = hyper_qwen2.rotary(sequence_parallel.places, module, projected.dtype)
         visual_k, visual_v = hyper_qwen2.visual_keys(module, projected, places)
     visual, visual_lse = sequence_parallel.attend(module.v_kv_proj, q, visual_k, visual_v)
@@ -254,21 +250,6 @@ def exchanged_hyper_attention(
         sees = sequence_parallel.sees_frame.transpose(1, 2).bool()
         context = torch.where(sees, hyper_qwen2.gated(module, text, visual.transpose(1, 2)), text)
     return module.o_proj(context.flatten(2)), None, None
-
-
-def _normalised(norm: nn.Module, features: Any) -> Tensor:
-    """The features behind ``norm``, in portions, which are as many on all ranks; recomputed, they keep nothing.
-
-    The float32 intermediates of a norm of all keys at once would be the peak of the backward pass. Under every policy,
-    so that all sum the gradient of its weight alike.
-    """
-    if not norm.training:
-        return norm(features.states)
-    again: Callable[[Tensor], Tensor] = norm
-    if features.recomputation.policy != "none":
-        again = functools.partial(recompute, norm, norm)
-    portions = [again(portion) for portion in features.states.tensor_split(features.batch.portions)]
-    return torch.cat(portions) if len(portions) > 1 else portions[0]
 
 
 def _is_hyper_qwen2(module: Any) -> bool:
