@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
 from tests.support.distributed import run
 from tests.support.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
 from tests.support.tiny_families import tiny
-from tests.support.tiny_model import IMAGE_TOKEN, SIZE, attach, loss_of
+from tests.support.tiny_model import IMAGE_TOKEN, SIZE, attach, loss_of, tiny_sample
 
 GATHER = ("lv_xattn", "gather", "contiguous")
 PATTERNS = ("tItIItttaaItaIIIta", "tta")
@@ -103,6 +104,12 @@ def test_what_text_sees_and_where_images_stand() -> None:
     ranges = MPlugOwl3(config).frame_ranges(ids, IMAGE_TOKEN)
     assert ranges == [(0, 0), (0, 0), (0, 1), (0, 2)]
     assert MPlugOwl3(config).dense_mask([ranges], [])["media_offset"][0].tolist() == [2, 3]
+
+
+def test_an_image_that_no_text_comes_behind_is_not_encoded() -> None:
+    model, sample = tiny("mplug_owl3, gate"), tiny_sample("taI")
+    text = replace(sample, input_ids=sample.input_ids[:2], labels=sample.labels[:2], num_frames=0)
+    torch.testing.assert_close(loss_of(model, [sample]), loss_of(model, [text]))
 
 
 # Published checkpoints

@@ -216,7 +216,7 @@ class Attached:
     ) -> Iterator[MicroBatch]:
         assert self.groups is not None
         while step := list(itertools.islice(loaded, accumulation)):
-            for each in step_of(step, self.groups, everyone)[0]:
+            for each in step_of(step, self.groups, everyone, self.calls_alike)[0]:
                 yield self._prepared(each)
         self._end(made)
 
@@ -243,6 +243,14 @@ class Attached:
             comm.group, layouts, self.device, self.batches.collator.dtype, inner_size=comm.node_size
         )
         self._calibrated = True
+
+    @property
+    def calls_alike(self) -> bool:
+        """Whether all ranks must have images in the same micro-batches: ZeRO-3 gathers a module's parameters on all of
+        them together, and an unmodified model calls its vision encoder only where there are images."""
+        family = self.batches.collator.family
+        skips = self.parallel is None and isinstance(family, VisualFamily) and not family.needs_frames
+        return skips and self.ds_config.get("zero_optimization", {}).get("stage") == 3
 
     def plan_memory(self, first: Loaded) -> MemoryPlan | None:
         """The memory plan for micro-batches like ``first``, by which ZeRO-3 keeps parameters that do not train; all

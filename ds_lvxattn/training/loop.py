@@ -252,7 +252,8 @@ class Trainer:
         text_tokens = frames = 0
         rate = self.engine.get_lr()[0]
         # All micro-batches of the step: their tokens are counted ahead of it.
-        micro_batches, counts = step_of([self._next(batches) for _ in range(accumulation)], self.groups, self.everyone)
+        loaded_now = [self._next(batches) for _ in range(accumulation)]
+        micro_batches, counts = step_of(loaded_now, self.groups, self.everyone, self.attached.calls_alike)
         waited = time.perf_counter() - began
         self.learning.note_samples(counts)
         self.skipped += sum(loaded.skipped for loaded in micro_batches)

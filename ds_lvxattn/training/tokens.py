@@ -35,24 +35,37 @@ class StepCounts:
 
 
 def step_of(
-    micro_batches: Sequence[Loaded], groups: SequenceParallelGroups, everyone: dist.ProcessGroup
+    micro_batches: Sequence[Loaded], groups: SequenceParallelGroups, everyone: dist.ProcessGroup, alike: bool = False
 ) -> tuple[list[Loaded], StepCounts]:
     """The micro-batches of one optimizer step with what their losses are divided by; all ranks call it.
 
     Args:
         everyone: all ranks, for host messages.
+        alike: see ``Attached.calls_alike``.
+
+    Raises:
+        ConfigError: on all ranks, where they are to be alike and only some have images in a micro-batch.
     """
     mine = (
         sum(loaded.layout.supervised_tokens for loaded in micro_batches),
         sum(len(loaded.layout.frames) for loaded in micro_batches),
         sum(loaded.skipped for loaded in micro_batches),
+        *(any(loaded.layout.frames) for loaded in micro_batches),
     )
     data_ranks = groups.get_data_parallel_world_size()
     if data_ranks > 1:
         of_all = torch.tensor(mine)
         dist.all_reduce(of_all, group=everyone)
         mine = tuple(of_all.div(groups.size, rounding_mode="floor").tolist())  # the ranks of a group count alike
-    counts = StepCounts(*mine)
+    counts, with_images = StepCounts(*mine[:3]), mine[3:]
+    if alike and any(0 < ranks < data_ranks for ranks in with_images):
+        raise ConfigError(
+            f"of the {data_ranks} ranks only {next(n for n in with_images if 0 < n < data_ranks)} have images in a "
+            "micro-batch: the unmodified model does not call its vision encoder for text alone, and ZeRO-3, which "
+            "gathers a module on all ranks together, would wait for ever. Set 'finetuning.packing' or "
+            "'sequence_parallel_size' (above 1), with which such a rank encodes a blank image, take ZeRO stage 2, or "
+            "leave rows of text out"
+        )
     tokens = max(counts.tokens, 1) / (len(micro_batches) * data_ranks)
     return [replace(loaded, tokens=tokens) for loaded in micro_batches], counts
 

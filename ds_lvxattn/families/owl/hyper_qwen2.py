@@ -413,7 +413,8 @@ class mPLUGOwl3Model(PreTrainedModel, GenerationMixin):
             if pixel_values.dim() == 5:
                 samples = zip(pixel_values, media_offset, strict=True)
                 pixel_values = torch.cat([images[: len(places)] for images, places in samples])
-            image_embeds = self.forward_image(pixel_values)
+            if len(pixel_values):  # none where no token comes behind them: in most kinds those see an image
+                image_embeds = self.forward_image(pixel_values)
         cached = {"attention_mask": attention_mask, "past_key_values": past_key_values, "visual_cache": visual_cache}
         output = self.language_model(
             input_ids, image_embeds=image_embeds, media_offset=media_offset, position_ids=position_ids,
