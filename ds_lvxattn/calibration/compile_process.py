@@ -25,6 +25,8 @@ def serve(device: torch.device, dtype: torch.dtype, items: IO[str], answers: IO[
                 compile_calls(Shape(HeadLayout(*layout), *rest), kernel, backward, device, dtype)
         except Exception as error:  # whoever measures meets it again, and says more
             trouble = f"{type(error).__name__}: {error}"
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the processes share the device
         answers.write(json.dumps(trouble) + "\n")
         answers.flush()
 

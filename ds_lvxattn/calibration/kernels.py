@@ -218,8 +218,9 @@ def _shapes(layout: HeadLayout, mask: str | None, extent: Extent) -> Iterator[Sh
 
 def _point(shape: Shape, clock: Clock, device: torch.device, dtype: torch.dtype, name: str) -> KernelPoint:
     calls = kernel_calls(shape, device, dtype, name)
+    visible = shape.operations * calls.seen / shape.keys
     times = [
-        clock.seconds(call, many=shape.operations * factor < 3e11, apart=True)
+        clock.seconds(call, many=visible * factor < 3e11, apart=True)
         for call, factor in ((calls.forward, 1.0), (calls.backward, 2.5))
     ]
     forward, backward = slowest_of(times, device)
