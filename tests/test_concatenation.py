@@ -20,8 +20,10 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.comm import communicator
 from ds_lvxattn.exchange.routes import visible_work
 from ds_lvxattn.families import family as encoding
+from ds_lvxattn.families import family_of, family_of_config
 from ds_lvxattn.families.concatenation import _embed
 from ds_lvxattn.families.family import ANY_SIZE, VisualFamily
+from ds_lvxattn.families.image_features import ImageFeatures
 from ds_lvxattn.families.llava import Llava
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.runtime.visual_rows import VisualRows
@@ -193,11 +195,11 @@ def test_balanced_shards_share_causal_work(total: int, ranks: int) -> None:
 # Errors
 
 
-def test_a_tower_without_a_fixed_number_of_tokens_is_refused() -> None:
+def test_a_tower_without_a_fixed_number_of_tokens_is_of_the_general_family() -> None:
     model: Any = tiny("llava")
+    assert type(family_of(model)) is type(family_of_config(model.config)) is Llava
     model.config.vision_config.model_type = "pixtral"
-    with pytest.raises(ConfigError, match="'pixtral'.*'clip_vision_model'.*'sequence_parallel_size' to 1"):
-        Llava(model.config).frame_tokens()
+    assert type(family_of(model)) is type(family_of_config(model.config)) is ImageFeatures
 
 
 def test_frames_that_do_not_divide_into_tokens_are_refused() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, interpolate
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from ds_lvxattn.data.sample import IGNORE, FrameSize, Sample
@@ -40,23 +40,30 @@ AROUND = {
     "vision_feature_layer": -1,
 }  # fmt: skip
 KINDS = (
-    "cohere2_vision",
-    "mistral3",
-    "lighton_ocr",
-    "vipllava",
-    "video_llava",
-    "qianfan_ocr",
-    "exaone4_5",
-    "hyperclovax_vision_v2",
-    "video_llama_3",
-    "got_ocr2",
-    "glm4v_moe",
-    "glm46v",
-    "glm_ocr",
-    "paddleocr_vl",
-    "hunyuan_vl",
-    "cosmos3_edge",
-)
+    "cohere2_vision", "mistral3", "lighton_ocr", "vipllava", "video_llava", "qianfan_ocr", "exaone4_5",
+    "hyperclovax_vision_v2", "video_llama_3", "got_ocr2", "glm4v_moe", "glm46v", "glm_ocr", "paddleocr_vl",
+    "hunyuan_vl", "cosmos3_edge", "llava", "deepseek_vl", "deepseek_vl_hybrid", "janus",
+)  # fmt: skip
+# What a config is made with, beside those sizes.
+GIVEN: dict[str, dict[str, Any]] = {
+    "llava": {"vision_config": {"model_type": "pixtral"}, "vision_feature_select_strategy": "full"},
+    "deepseek_vl": {"vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False}},
+    "deepseek_vl_hybrid": {  # two encoders, each with pixels of its own
+        "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False},
+        "high_res_vision_config": {
+            "model_type": "sam_vision_model", "hidden_size": 32, "output_channels": 8, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "image_size": 64, "patch_size": 16, "window_size": 2, "global_attn_indexes": [1],
+            "mlp_dim": 48, "num_pos_feats": 16,
+        },
+    },
+    "janus": {
+        "vision_config": {"projection_dim": 32},
+        "vq_config": {
+            "base_channels": 32, "channel_multiplier": [1], "num_embeddings": 16, "latent_channels": 32,
+            "projection_dim": 32, "image_token_embed_dim": 32, "num_res_blocks": 1,
+        },
+    },
+}  # fmt: skip
 # Where rotary positions follow from the places of images: how many numbers of a head each kind of them turns.
 SECTIONS = {
     **{kind: [1, 1, 2] for kind in ("glm4v_moe", "glm46v", "glm_ocr", "paddleocr_vl", "cosmos3_edge")},
@@ -87,6 +94,7 @@ class StandIn:
         """The model's arguments for one picture."""
         pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].double() / 127.5 - 1
         made = {"pixel_values": pixels, "image_sizes": torch.tensor([[SIDE, SIDE]])}
+        made["high_res_pixel_values"] = interpolate(pixels, (64, 64))
         if "image_grid_thw" in self.names:
             rows, times = SIDE // PATCH, getattr(self.vision, "temporal_patch_size", 1)
             patches = pixels[0].unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).permute(1, 2, 0, 3, 4)
@@ -114,7 +122,7 @@ def picture(seed: int) -> np.ndarray:
 
 
 def small(kind: str) -> Any:
-    config = CONFIG_MAPPING[kind]()
+    config = CONFIG_MAPPING[kind](**GIVEN.get(kind, {}))
     for part, sizes in ((config.text_config, TEXT), (config.vision_config, VISION), (config, AROUND)):
         for name, value in sizes.items():
             if hasattr(part, name):

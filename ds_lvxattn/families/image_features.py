@@ -45,6 +45,8 @@ from ds_lvxattn.runtime.recompute import Recomputation
 SQUARE = 336  # pixels of a side, where the vision config has no image size
 # Arguments that models read on the host: on the device they would be waited for.
 ON_HOST = ("image_sizes", "batch_num_images")
+# Ends of names of what models give of their encoders, and no forward asks for.
+STATES = ("hidden_state", "hidden_states", "attentions")
 # What a model's ``get_rope_index`` is asked with, by name.
 ROPE_INDEX = ("input_ids", "mm_token_type_ids", "image_grid_thw")
 
@@ -74,7 +76,8 @@ class ImageFeatures(Concatenation):
         if cls.model_class is not PreTrainedModel:
             return super().has_config(config)
         known = isinstance(config, PreTrainedConfig) and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        return known and hasattr(_class_of(config), "get_image_features")
+        # A class without pixels is one of text alone; what cannot be taken of the others is refused with the reason.
+        return known and "pixel_values" in inspect.signature(_class_of(config).forward).parameters
 
     # Modules
 
@@ -263,9 +266,10 @@ class ImageFeatures(Concatenation):
 
     def pixels(self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any) -> Mapping[str, Any]:
         model_class = _class_of(self.config)
-        names = set(inspect.signature(model_class.get_image_features).parameters)
-        # Some take further ones by the forward alone.
-        names |= {key for key in inspect.signature(model_class.forward).parameters if key.startswith("image_")}
+        names = set(inspect.signature(getattr(model_class, "get_image_features", lambda: None)).parameters)
+        # Some take further ones, or all, by the forward alone.
+        taken = inspect.signature(model_class.forward).parameters
+        names |= {key for key in taken if key.startswith("image_") or "pixel_values" in key}
         made = [self.made(frame, shape, processor, shape.grid[3]) for frame, shape in zip(frames, shapes, strict=True)]
         return on_host({key: _joined([of[key] for of in made])[None] for key in made[0] if key in names})
 
@@ -414,7 +418,11 @@ def _obstacles(model: Any) -> Iterator[str | None]:
         pixels = [key for key in asked.parameters if key.startswith("pixel_values") and key in arguments]
         if len(pixels) > 1:
             yield f"its images come in several arguments {pixels}"
-        more = sorted(_fields(asked.return_annotation) - _fields(BaseModelOutputWithPooling))
+        more = sorted(
+            key
+            for key in _fields(asked.return_annotation) - _fields(BaseModelOutputWithPooling)
+            if not key.endswith(STATES)
+        )
         if more:
             yield f"its 'get_image_features' gives more than visual tokens {more}"
     for of_text in OBSTACLES:

@@ -12,7 +12,6 @@ from transformers import LlavaForConditionalGeneration
 from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
-from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.frames import encode_in_portions
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
@@ -29,6 +28,15 @@ class Llava(Concatenation):
     model_class = LlavaForConditionalGeneration
     image_token = "<image>"
     pixels_apart = True
+
+    @classmethod
+    def has_config(cls, config: Any) -> bool:
+        # Other towers (Pixtral's) have no fixed number of tokens: ``ImageFeatures`` takes them.
+        return super().has_config(config) and config.vision_config.model_type in CLASS_TOKENS
+
+    @classmethod
+    def has_model(cls, model: nn.Module) -> bool:
+        return super().has_model(model) and cls.has_config(model.config)
 
     def is_local(self, module: nn.Module) -> bool:
         # The last stands in a head that is left out.
@@ -80,9 +88,4 @@ def _dropped(config: Any) -> int:
 
 
 def _vision_tokens(vision: Any) -> int:
-    if vision.model_type not in CLASS_TOKENS:
-        raise ConfigError(
-            f"the vision tower of LLaVA is a {vision.model_type!r}, whose frames have no fixed number of tokens here; "
-            f"choose a model with one of {list(CLASS_TOKENS)}, or set 'sequence_parallel_size' to 1"
-        )
     return (vision.image_size // vision.patch_size) ** 2 + CLASS_TOKENS[vision.model_type]
