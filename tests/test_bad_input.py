@@ -108,10 +108,13 @@ def test_datasets(content: str | None, part: str, tmp_path: Path) -> None:
 def test_models_parameters_and_checkpoints_that_are_not_there(tmp_path: Path) -> None:
     config = ds_config(1, 2, 2)
     nowhere = tmp_path / "nowhere"
-    assert f"--model {nowhere}: cannot be loaded" in refused(tmp_path, config, "--model", nowhere)
+    assert f"--model {nowhere}: cannot be loaded (no such folder)" in refused(tmp_path, config, "--model", nowhere)
     rows = f"{nowhere}.jsonl"  # which is told ahead of the model, which may take minutes to load
     assert f"--data {rows}: {rows}: no such file" in refused(tmp_path, config, "--model", nowhere, "--data", rows)
-    assert f"{rows}: no such file" in refused(tmp_path, config, "--model", nowhere, eval_data=rows)
+    setting = f"'finetuning.eval_data': {rows}: no such file"
+    assert setting in refused(tmp_path, config, "--model", nowhere, eval_data=rows)
+    folder = f"'finetuning.media_root': media_root is '{nowhere}': no such folder"
+    assert folder in refused(tmp_path, config, "--model", nowhere, media_root=str(nowhere))
     assert "'*.no_such.*', which matches no parameter" in refused(tmp_path, config, trainable=["*.no_such.*"])
     assert "holds no checkpoint" in refused(tmp_path, config, "--resume")
 

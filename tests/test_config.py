@@ -72,6 +72,11 @@ def test_the_size_divides_the_ranks() -> None:
         ({"step": 3}, ("'finetuning.step'", "3", "steps", "on_bad_sample")),
         ({"steps": 0}, ("'finetuning.steps'", "0", "greater than or equal to 1")),
         ({"on_bad_sample": "ignore"}, ("'finetuning.on_bad_sample'", "'ignore'", "'skip' or 'fail'")),
+        (
+            {"trainable": "*.gate"},
+            ("'finetuning.trainable' is '*.gate'", "'default' or 'all'; Input should be a valid list"),
+        ),
+        ({"trainable": []}, ("'finetuning.trainable' is []", "at least 1 item")),
         (7, ("'finetuning' is 7", "object")),
     ],
     ids=str,

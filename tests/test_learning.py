@@ -57,6 +57,8 @@ def test_bad_samples_alone_end_a_run() -> None:
         learning.note_samples(StepCounts(0, 4, 4))
     with pytest.raises(SampleError, match="nothing to learn from in 3 steps: 12 of their 12 samples were bad"):
         learning.note_samples(StepCounts(0, 4, 4))
+    with pytest.raises(SampleError, match="nothing to learn from in 1 steps"):
+        Learning(0.5, steps=1).note_samples(StepCounts(0, 4, 4))
 
 
 def test_a_large_share_of_bad_samples_ends_a_run() -> None:

@@ -29,7 +29,7 @@ from ds_lvxattn.data.media import (
 )
 from ds_lvxattn.data.rows import MediaRef, Turn, read_row, unknown_keys
 from ds_lvxattn.data.sample import FrameSize, Sample, SampleError, as_it_is, in_one_row, one_row
-from ds_lvxattn.data.table import Data, open_table
+from ds_lvxattn.data.table import Data, check_folder, open_table
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ class ConversationSource:
         self.max_frames, self.max_text_tokens, self.seed = max_frames, max_text_tokens, seed
         self.pixels, self.upright, self.fps = pixels, upright, fps
 
+        check_folder(media_root)
         separate = eval_data is not None
         self.table = open_table(eval_data if eval_data is not None and split == "eval" else data)
         self.media_root = self.table.folder if media_root is None else os.fspath(media_root)

@@ -135,6 +135,16 @@ def check_file(data: str | os.PathLike[str]) -> None:
         raise ValueError(f"{os.fspath(data)}: no such file")
 
 
+def check_folder(media_root: str | os.PathLike[str] | None) -> None:
+    """Refuse a folder of media that is not there.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    if media_root is not None and not os.path.isdir(media_root):
+        raise ValueError(f"media_root is {os.fspath(media_root)!r}: no such folder")
+
+
 def check_has_rows(data: object) -> None:
     """Refuse what ``datasets`` has loaded and what is no table of rows.
 
@@ -159,7 +169,8 @@ def _load(data: str, *where: str, **what: str) -> datasets.Dataset:
     try:
         return datasets.load_dataset(*where, **what).with_format("arrow")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{data}: neither a file nor a dataset that can be loaded: {error}") from error
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise ValueError(f"{data}: neither a file nor a dataset that can be loaded: {error}{cause}") from error
 
 
 def _read_json(path: str) -> tuple[datasets.Dataset, Literal["line", "row"]]:

@@ -29,7 +29,7 @@ from ds_lvxattn.data.conversations import messages_of, videos_of
 from ds_lvxattn.data.media import Media
 from ds_lvxattn.data.rows import Turn
 from ds_lvxattn.data.sample import IGNORE, FrameSize, SampleError, as_it_is, in_one_row, one_row
-from ds_lvxattn.data.table import open_table
+from ds_lvxattn.data.table import check_folder, open_table
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of_config
 from ds_lvxattn.families.family import ANY_SIZE
@@ -82,6 +82,7 @@ def check(asked: argparse.Namespace) -> Findings:
     Raises:
         ValueError: the data cannot be read, or no model loads under the name.
     """
+    check_folder(asked.media_root)
     table = open_table(asked.data)
     if asked.save is not None:
         asked.save.mkdir(parents=True, exist_ok=True)

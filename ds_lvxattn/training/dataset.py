@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -12,7 +13,7 @@ from ds_lvxattn.data.chat import VideoText
 from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.data.media import PixelLimits
 from ds_lvxattn.data.sample import FrameSize, SampleSource
-from ds_lvxattn.data.table import check_file
+from ds_lvxattn.data.table import check_file, check_folder
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
@@ -26,16 +27,26 @@ NEEDLE = "needle"
 
 
 def check_files(data: str, finetuning: FinetuningConfig) -> None:
-    """Refuse files of rows that are not there; ahead of the model, which may take minutes to load.
+    """Refuse files and folders that are not there; ahead of the model, which may take minutes to load.
 
     Raises:
-        ConfigError: naming the file.
+        ConfigError: naming the setting and the file.
     """
+    with _read_from(f"--data {data}"):
+        check_file(data)
+    with _read_from("'finetuning.eval_data'"):
+        check_file(finetuning.eval_data or data)
+    with _read_from("'finetuning.media_root'"):
+        check_folder(finetuning.media_root)
+
+
+@contextlib.contextmanager
+def _read_from(setting: str) -> Iterator[None]:
+    """What is wrong with a dataset as a mistake in the setting that names it."""
     try:
-        for file in filter(None, (data, finetuning.eval_data)):
-            check_file(file)
+        yield
     except ValueError as error:
-        raise ConfigError(f"--data {data}: {error}") from error
+        raise ConfigError(f"{setting}: {error}") from error
 
 
 def load_sources(
@@ -74,18 +85,17 @@ def load_sources(
         fps=finetuning.fps,
         seed=seed,
     )
-    try:
+    with _read_from(f"--data {data}"):
         train = conversations(split="train")
         if not set(loaded.tokenizer.get_vocab()) - set(VOCABULARY):
             raise ConfigError(
                 f"the model's tokenizer knows the {len(VOCABULARY)} words of the needle task alone, so "
                 "it would read every word of your rows as unknown; give --model a pretrained model"
             )
-        if not finetuning.eval_examples:
-            return train, None
+    if not finetuning.eval_examples:
+        return train, None
+    with _read_from("'finetuning.eval_data'" if finetuning.eval_data else f"--data {data}"):
         return train, conversations(split="eval", limit=finetuning.eval_examples)
-    except ValueError as error:
-        raise ConfigError(f"--data {data}: {error}") from error
 
 
 def frames_in_text(loaded: LoadedModel, limits: FrameLimits = ANY_SIZE) -> dict[str, Any]:

@@ -17,10 +17,12 @@ class Learning:
 
     Args:
         max_bad_share: share of bad samples above which a run ends.
+        steps: of the run, which may have fewer than are looked at.
     """
 
-    def __init__(self, max_bad_share: float) -> None:
+    def __init__(self, max_bad_share: float, steps: int = FIRST_STEPS) -> None:
         self.max_bad_share = max_bad_share
+        self.first_steps = min(FIRST_STEPS, steps)
         self._steps = self._tokens = self._samples = self._skipped = 0
         self._moved = False
 
@@ -34,7 +36,7 @@ class Learning:
         self._tokens += counts.tokens
         self._samples += counts.samples
         self._skipped += counts.skipped
-        if self._steps >= FIRST_STEPS and not self._tokens:
+        if self._steps >= self.first_steps and not self._tokens:
             raise SampleError(
                 f"nothing to learn from in {self._steps} steps: {self._skipped} of their {self._samples} samples were "
                 "bad (the warnings above say why), the others have no answer; `ds-lvxattn data FILE` lists all bad rows"
@@ -52,7 +54,7 @@ class Learning:
             ConfigError: none of the first steps had a gradient.
         """
         self._moved = self._moved or norm is None or norm != 0.0
-        if not self._moved and self._steps >= FIRST_STEPS:
+        if not self._moved and self._steps >= self.first_steps:
             raise ConfigError(
                 f"no parameter got a gradient in the steps up to {step}: what trains ('finetuning.trainable') is not "
                 "reached by the data, as with rows of text alone where only cross-attention trains"

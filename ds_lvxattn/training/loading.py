@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -105,6 +106,8 @@ def config_of(name: str) -> PreTrainedConfig:
         ConfigError: it takes code of its repository.
         OSError, ValueError: as of transformers.
     """
+    if (os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1) and not os.path.isdir(name):
+        raise FileNotFoundError("no such folder")
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except ValueError as error:  # transformers asks for an argument that nobody can give here

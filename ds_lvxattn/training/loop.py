@@ -133,7 +133,7 @@ class Trainer:
             job.train, self.engine.train_micro_batch_size_per_gpu(),
             self.groups.get_data_parallel_rank(), self.groups.get_data_parallel_world_size(),
         )  # fmt: skip
-        self.learning = Learning(job.finetuning.max_bad_share)
+        self.learning = Learning(job.finetuning.max_bad_share, job.steps)
         self.skipped = 0  # broken samples of this rank's group, since the start
         self.loader = self._loader(job.train)
         self.evaluation_loader = None if job.evaluation is None else self._loader(job.evaluation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from pydantic import ConfigDict, Field, ValidationError
@@ -84,7 +84,7 @@ class FinetuningConfig(DeepSpeedConfigModel):
 
     steps: int = Field(200, ge=1, lt=1 << 31)
     epochs: float | None = Field(None, gt=0, le=1e6)
-    trainable: Literal["default", "all"] | list[str] = "default"
+    trainable: Literal["default", "all"] | Annotated[list[str], Field(min_length=1)] = "default"
     frames: int = Field(64, ge=1)
     image_tiles: int | None = Field(None, ge=1)
     frame_tiles: int | None = Field(1, ge=1)
@@ -134,11 +134,15 @@ def finetuning_config(ds_config: dict[str, Any]) -> FinetuningConfig:
     try:
         config = FinetuningConfig(strict=True, **block)
     except ValidationError as error:
-        problem = error.errors()[0]
+        problem, *others = error.errors()
         inside = problem["loc"][0] == "lora" and len(problem["loc"]) > 1
-        key = ".".join([BLOCK_KEY, *map(str, problem["loc"][: 2 if inside else 1])])
-        keys = list((LoraSettings if inside else FinetuningConfig).model_fields)
-        raise ConfigError(f"'{key}' is {problem['input']!r}: {problem['msg']}; the keys are {keys}") from None
+        path = problem["loc"][: 2 if inside else 1]
+        # Of a setting of several types, what each of them says.
+        words = [problem["msg"], *(other["msg"] for other in others if other["loc"][: len(path)] == path)]
+        if problem["type"] == "extra_forbidden":
+            words.append(f"the keys are {list((LoraSettings if inside else FinetuningConfig).model_fields)}")
+        key = ".".join([BLOCK_KEY, *map(str, path)])
+        raise ConfigError(f"'{key}' is {problem['input']!r}: {'; '.join(dict.fromkeys(words))}") from None
     _check_together(config)
     return config
 
