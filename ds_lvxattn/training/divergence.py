@@ -36,8 +36,8 @@ class FiniteLoss:
         if self.count >= self.steps or (last and self.count):
             raise RunError(
                 f"the loss is {loss} and the gradient norm {norm} at step {step}, and one of them has not been finite "
-                f"since step {step - self.count + 1}: the run has diverged; {self.newest()}, saved before. Resume from "
-                "it with a lower learning rate or with 'gradient_clipping'"
+                f"since step {step - self.count + 1}: the run has diverged; {self.newest()}. Go on from there with a "
+                "lower learning rate or with 'gradient_clipping'"
             )
 
     @property

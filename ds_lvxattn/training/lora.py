@@ -7,6 +7,7 @@ are; the folder ``adapter`` that a run writes is what ``PeftModel.from_pretraine
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings, name: str, zero
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch.initial_seed())
             inject_adapter_in_model(config, model, ADAPTER)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise ConfigError(f"'finetuning.lora.target_modules' is {targets!r}: {error}") from error
     for module_name, module in model.named_modules():
         if hasattr(module, "lora_A") and not isinstance(module.get_base_layer(), nn.Linear):

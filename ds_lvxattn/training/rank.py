@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -14,6 +15,8 @@ from ds_lvxattn.data.sample import SampleError
 from ds_lvxattn.errors import ConfigError, RunError
 from ds_lvxattn.training.watchdog import Watchdog
 
+INTERRUPTED = 128 + signal.SIGINT  # as a shell has it
+
 
 def run_rank(command: str, body: Callable[[Watchdog], None]) -> int:
     """Run the body of a command on this rank.
@@ -21,7 +24,7 @@ def run_rank(command: str, body: Callable[[Watchdog], None]) -> int:
     Returns:
         The exit code: 0; 2 for a mistake of the user's, told by one message that is the same on every rank; 1 for a
         run that cannot go on, told by one message. Anything else does not return: a fault leaves with a traceback and
-        code 1 at once, since cleaning up could wait for ranks that are gone.
+        code 1 at once, since cleaning up could wait for ranks that are gone, and Ctrl-C with one line and 130.
     """
     # DeepSpeed calls collectives by names that torch has renamed since, and every rank would tell the user so.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -38,6 +41,11 @@ def run_rank(command: str, body: Callable[[Watchdog], None]) -> int:
         print(f"{command}: {error}", file=sys.stderr, flush=True)
         watchdog.failed(error)
         _leave(1)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":  # a terminal interrupts all of them
+            print(f"{command}: interrupted in the phase '{watchdog.phase}'", file=sys.stderr, flush=True)
+        watchdog.failed(KeyboardInterrupt("interrupted"), INTERRUPTED)
+        _leave(INTERRUPTED)
     except BaseException as error:
         if (ended := watchdog.end_of_others()) is not None:
             # The collective that another rank has left. What matters is why, which that rank has told.

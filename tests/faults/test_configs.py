@@ -46,6 +46,8 @@ def test_the_configs_that_come_along(file: Path) -> None:
         ("checkpoint.tag", 1, ("'checkpoint.tag'",)),
         ("aio.blok", 1, ("'aio.blok'",)),
         ("optimizer.type", "AdamX", ("'AdamX'", "did you mean")),
+        ("optimizer", {"type": "SparseAdam", "params": {"lr": 1e-3}}, ("'SparseAdam', which makes no step", "'AdamW'")),
+        ("optimizer", {"type": "LBFGS", "params": {"lr": 1e-3}}, ("'LBFGS', which makes no step", "closure")),
         ("scheduler.type", "WarmupCosinLR", ("did you mean 'WarmupCosineLR'",)),
         ("bf16.enabled", "false", ("'bf16.enabled' is the text 'false'", "write false without quotes")),
         ("bf16.enabled", 1, ("'bf16.enabled' is 1; give true or false",)),
@@ -102,6 +104,13 @@ def test_what_is_refused_and_how(path: str, value: Any, parts: tuple[str, ...], 
     with pytest.raises(ConfigError) as error:
         read(tmp_path, put(config, tuple(path.split(".")), value))
     assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+def test_optimizers_that_zero_cannot_divide(tmp_path: Path) -> None:
+    config = {**BASE, "optimizer": {"type": "Adagrad", "params": {"lr": 1e-3}}}
+    assert read(tmp_path, config).ds_config["optimizer"]["type"] == "Adagrad"  # offloaded
+    with pytest.raises(ConfigError, match="'Adagrad', which .* one group of parameters alone.* offload the optimizer"):
+        read(tmp_path, {**config, "zero_optimization": {"stage": 2}})
 
 
 @pytest.mark.parametrize("steps_and_seed", [(0, 0), (5, -1), (5, 1 << 40)])

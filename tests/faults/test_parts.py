@@ -19,7 +19,7 @@ import wandb
 from safetensors.torch import save_file
 
 from ds_lvxattn.errors import ConfigError, RunError
-from ds_lvxattn.training import run_log
+from ds_lvxattn.training import rank, run_log, runner
 from ds_lvxattn.training.build_locks import OwnedBaton, _remove_if_left, await_builds
 from ds_lvxattn.training.checkpoint import CheckpointFiles, export
 from ds_lvxattn.training.compare.report import unfinished
@@ -30,6 +30,7 @@ from ds_lvxattn.training.run_folder import RunFolder
 from ds_lvxattn.training.runner import _Launcher
 from ds_lvxattn.training.secrets import without_secrets
 from ds_lvxattn.training.trackers import start_tracker
+from ds_lvxattn.training.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[2]
 
@@ -299,6 +300,35 @@ def test_a_launcher_that_is_killed_is_a_failure() -> None:
     launcher = _Launcher([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
     assert launcher.wait() == launcher.returncode == 128 + signal.SIGKILL
     assert _Launcher([sys.executable, "-c", "raise SystemExit(2)"]).wait() == 2
+
+
+def test_ctrl_c_is_one_line_and_a_code_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(watchdog: Watchdog) -> None:
+        watchdog.enter("step 3")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rank, "_leave", sys.exit)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit, match="130"):
+        rank.run_rank("finetune", interrupted)
+    assert capsys.readouterr().err == "finetune: interrupted in the phase 'step 3'\n"
+
+
+def test_a_launcher_that_an_interrupt_left_out_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher, wait, calls = _Launcher(["sleep", "99"]), subprocess.Popen.wait, []
+
+    def interrupted_once(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        calls.append(timeout)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return wait(process, timeout)
+
+    monkeypatch.setattr(runner, "SECONDS_TO_END", 0.1)
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted_once)
+    assert launcher.wait() == launcher.returncode == 128 + signal.SIGINT
+    assert calls == [None, 0.1, None]
 
 
 # A rank below the two processes of ``deepspeed``, which are told by their command lines.

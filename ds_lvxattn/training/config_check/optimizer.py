@@ -73,6 +73,10 @@ def optimizer_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
     judge = makers[0] if makers[0].__module__.startswith("torch.") else torch.optim.AdamW
     if not problems:
         problems += _made("optimizer", lambda: _call(judge, params))
+    if not problems and name.lower() not in OPTIMIZERS:
+        problems += _cannot_step(name, judge, params)
+    if name.lower() == "adagrad":
+        problems += _adagrad_in_groups(name, ds_config.get("zero_optimization") or {})
     yield from problems
 
 
@@ -109,6 +113,28 @@ def scheduler_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
     yield from problems
 
 
+def _cannot_step(name: str, maker: Callable[..., Any], params: Mapping[str, Any]) -> list[str]:
+    """An optimizer that does not take dense gradients, or wants the loss computed again inside its step."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    on_cpu = {key: value for key, value in params.items() if key not in ("capturable", "fused")}
+    try:
+        _call(maker, on_cpu, [parameter]).step()
+    except Exception as error:  # steps raise whatever an optimizer asks for
+        return [f"'optimizer.type' is {name!r}, which makes no step here: {error}; choose another, such as 'AdamW'"]
+    return []
+
+
+def _adagrad_in_groups(name: str, zero: Mapping[str, Any]) -> list[str]:
+    """DeepSpeed 0.19.8 makes torch's Adagrad anew with one group of parameters under ZeRO, and asks for each of two."""
+    if not zero.get("stage") or (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        return []
+    return [
+        f"'optimizer.type' is {name!r}, which DeepSpeed's ZeRO runs with one group of parameters alone, and here those "
+        "that decay are one and the others another; choose 'AdamW', or offload the optimizer"
+    ]
+
+
 def _arguments(path: str, makers: Iterable[Callable[..., Any]], params: Mapping[str, Any]) -> list[str]:
     """Arguments whose type is not that of the default, and numbers below 0."""
     problems: list[str] = []
@@ -123,6 +149,8 @@ def _arguments(path: str, makers: Iterable[Callable[..., Any]], params: Mapping[
             kinds = {bool}
         if not kinds or type(None) in kinds or not kinds <= {bool, int, float, str}:
             kinds = {object}
+        if kinds == {int} and key in NUMBERS:
+            kinds = {float}  # a default without a fraction, as LBFGS has for its rate
         below = any(isinstance(default, (int, float)) and default < 0 for default in defaults)
         if isinstance(value, (dict, list)) and kinds <= SCALARS:
             problems += of_kind(f"{path}.{key}", value, kinds, below)
