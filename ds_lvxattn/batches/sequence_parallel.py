@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NoReturn
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,6 +21,7 @@ from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.plan.modes import eligible_modes
 from ds_lvxattn.runtime.compiled import compile_layers
 from ds_lvxattn.runtime.norms import fuse_norms
+from ds_lvxattn.runtime.copies import refuse_copies
 from ds_lvxattn.runtime.recompute import Recomputation
 from ds_lvxattn.runtime.registration import (
     IMPLEMENTATION,
@@ -80,10 +80,10 @@ class SequenceParallel:
                 "in the model's config"
             )
         check_positions(text)
-        vars(model)["__reduce_ex__"] = _refuse_copies
         register_with_transformers()
         if self.family.attention_config is not None:
             model.set_attn_implementation({self.family.attention_config: IMPLEMENTATION})
+            self._reach_copies()
         registered = self.family.attention_config is not None
         for part in self._around_exchanged:
             part.register_forward_pre_hook(refuse_other_masks, with_kwargs=True)
@@ -101,12 +101,25 @@ class SequenceParallel:
         )
         self.family.install_hooks(model, self.recomputation)
         self.tiled_logits = tile_rows(model, self.layers, config)
+        refuse_copies([model, *self._exchanged])
         if config.compile:
             compile_layers(self.compilable)
 
     def close(self) -> None:
         """End the groups of its grids, not those that it was given; after their last use, on every rank."""
         close_levels(self.comm)
+
+    def _reach_copies(self) -> None:
+        """Set the implementation where parts were copied ahead of attaching, as PEFT's ``modules_to_save`` does.
+
+        Such a part has a copy of the config too, by which it would attend to the rank's own rows alone.
+        """
+        key, text = self.family.attention_config, self.family.text_config
+        for part in (*self._exchanged, *self._around_exchanged):
+            config = getattr(part, "config", None)
+            config = getattr(config, key, config) if key else config
+            if isinstance(config, type(text)):
+                config._attn_implementation = IMPLEMENTATION
 
     @property
     def _exchanged(self) -> list[nn.Module]:
@@ -141,19 +154,6 @@ class SequenceParallel:
     def windows(self) -> list[int]:
         """Sliding windows of self-attention layers, each once."""
         return sorted({layer.window for layer in self.layers.values() if layer.window is not None})
-
-
-def _refuse_copies(protocol: object) -> NoReturn:
-    """``__reduce_ex__`` of an attached model, by which ``copy`` and ``pickle`` take it apart.
-
-    Raises:
-        ConfigError: always: hooks and wrapped methods of the copy would be those of the model itself, with its weights.
-    """
-    raise ConfigError(
-        "a model that is attached was to be copied or pickled (copy.deepcopy, torch.save of a whole model, an average "
-        "of weights), and the copy would compute with this model's process groups and weights; copy it ahead of "
-        "attach, or take its state_dict()"
-    )
 
 
 def decoder_layers(model: nn.Module, layers: Mapping[nn.Module, AttentionLayer]) -> list[GradientCheckpointingLayer]:

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.plan.tiling import FEED_FORWARD_VALUES, LOGITS_VALUES, Tiles, rows_of_tile
+from ds_lvxattn.runtime.copies import refuse_copies
 from ds_lvxattn.runtime.zero3 import at_hand, gather_for
 
 IGNORE = -100
@@ -175,6 +176,7 @@ def tile_feed_forward(layers: Iterable[nn.Module], tiles: Tiles) -> None:
             )
         part.register_forward_pre_hook(gather_for)
         vars(part)["forward"] = _in_tiles(part, tiles)
+        refuse_copies([part])
 
 
 def _in_tiles(part: nn.Module, tiles: Tiles) -> Callable[[Tensor], Tensor]:
@@ -222,6 +224,7 @@ class TiledLogits:
         self._added = False
         head.register_forward_pre_hook(gather_for)
         vars(head)["forward"] = self._row_losses
+        refuse_copies([head])
         model.loss_function = self._loss
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
         model.register_forward_hook(self._end)

@@ -46,6 +46,7 @@ from ds_lvxattn.training.loading import (
 )
 from ds_lvxattn.training.memory_plan import MemoryPlan, memory_plan, model_states
 from ds_lvxattn.training.order import Order
+from ds_lvxattn.training.peft_methods import refuse_methods
 from ds_lvxattn.training.tokens import step_of
 from ds_lvxattn.training.zero3 import frozen_of, keep, may_keep_trained
 
@@ -99,6 +100,7 @@ class Attached:
         self.tiled_logits: TiledLogits | None = None
         if config.size > 1 or packing is not None:
             assert groups is not None
+            refuse_methods(loaded.model)
             self.parallel = _attached(model, config, groups)
             self.tiled_logits = self.parallel.tiled_logits
         elif config.tiled_mlp is not None or config.tiled_logits is not None:
@@ -295,7 +297,8 @@ class Attached:
             model: the attached model inside another, by ``peft.get_peft_model`` after it was attached.
 
         Raises:
-            ConfigError: ``model`` does not hold the attached one, or ZeRO-3 has partitioned it over other ranks.
+            ConfigError: ``model`` does not hold the attached one, has adapters of a method that divided text does not
+                allow, or ZeRO-3 has partitioned it over other ranks.
         """
         model = self.loaded.model if model is None else model
         if unwrapped(model) is not unwrapped(self.loaded.model):
@@ -303,6 +306,8 @@ class Attached:
                 f"engine_arguments was given a {type(model).__name__} that does not hold the model that was attached; "
                 "attach the model that you train"
             )
+        if self.parallel is not None:
+            refuse_methods(model)
         arguments = {"model": model, "model_parameters": parameter_groups(model)}
         if self.groups is not None:
             partition_over_all_ranks(model, self.ds_config, self.groups)

@@ -90,8 +90,10 @@ class MPlugOwl3(Crops):
         for layer in model.modules():
             attention: Any = getattr(layer, "self_attn", None)
             if _is_hyper_qwen2(attention):
-                norm = layer.get_submodule("input_layernorm")
-                attention.forward = functools.partial(exchanged_hyper_attention, attention, attention.forward, norm)
+                planned = getattr(attention, "v_kv_proj", None)  # adapters may take its place in the layer
+                attention.forward = functools.partial(
+                    exchanged_hyper_attention, attention, attention.forward, layer, planned
+                )
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         language_model = model.get_submodule("language_model")
@@ -195,7 +197,8 @@ def give_features(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 def exchanged_hyper_attention(
     module: Any,
     forward: Callable[..., Any],
-    norm: nn.Module,
+    layer: Any,
+    planned: nn.Module | None,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Any = None,
@@ -210,7 +213,8 @@ def exchanged_hyper_attention(
 
     Args:
         forward: the module's own, for whole samples.
-        norm: the layer's input norm.
+        layer: the decoder layer, whose input norm the visual tokens go through.
+        planned: the module by which attention to visual tokens is planned; None in layers without it.
         hidden_states: ``[B, s_q, d]``, the rank's rows.
         position_ids: int64 ``[B, s_q]``, their positions in the whole text; or ``position_embeddings``.
         media_offset: the rank's ``VisualFeatures`` in a hyper layer, None in others.
@@ -237,10 +241,10 @@ def exchanged_hyper_attention(
         return module.o_proj(out.transpose(1, 2).flatten(2)), None, None
     visual_k, visual_v = k, v  # which a decoding step does not read: it has those of the prefill
     if isinstance(sequence_parallel, SequenceParallelBatch):
-        projected = module.v_kv_proj(norm(media_offset.states))
+        projected = module.v_kv_proj(layer.input_layernorm(media_offset.states))
         places = hyper_qwen2.rotary(sequence_parallel.places, module, projected.dtype)
         visual_k, visual_v = hyper_qwen2.visual_keys(module, projected, places)
-    visual, visual_lse = sequence_parallel.attend(module.v_kv_proj, q, visual_k, visual_v)
+    visual, visual_lse = sequence_parallel.attend(planned, q, visual_k, visual_v)
     if hyper_qwen2.is_fused(module):
         out, _ = merge_attention([(out, lse), (visual, visual_lse)])
         context = out.transpose(1, 2)
