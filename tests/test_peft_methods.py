@@ -17,7 +17,14 @@ from ds_lvxattn.needle.task import build_tokenizer
 from tests.support.distributed import run
 from tests.support.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
 from tests.support.tiny_families import tiny
-from tests.support.tiny_model import attach, ds_config, loss_of, start_deepspeed, tiny_batches, tiny_model, tiny_processor
+from tests.support.tiny_model import (
+    attach,
+    ds_config,
+    loss_of,
+    start_deepspeed,
+    tiny_model,
+    tiny_processor,
+)
 
 MODE = ("lv_xattn", "gather", "contiguous")
 BATCHES: tuple[tuple[str, ...], ...] = (("ItItIIttaaItaIIta",), ("IItaIta", "ItIa"))

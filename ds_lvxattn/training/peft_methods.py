@@ -6,15 +6,13 @@ into it or adds a term to the loss would do so on each rank's part.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from ds_lvxattn.errors import ConfigError
 
 # By PEFT's name of the method: what it does.
 _WHY = {
-    "ADALORA": "adds a term to each rank's part of the loss, and ranks its adapters by whole gradients, which ZeRO divides",
+    "ADALORA": "adds a term to each rank's part of the loss, and ranks adapters by whole gradients, which ZeRO divides",
     "ADAPTION_PROMPT": "lets each rank's rows attend to tokens of its own",
     "LILY": "mixes its adapters by a mean over all rows, of which a rank has its own",
     "PVERA": "draws noise in the adapters, another on each rank",
