@@ -198,7 +198,7 @@ def exchanged_hyper_attention(
     module: Any,
     forward: Callable[..., Any],
     layer: Any,
-    planned: nn.Module | None,
+    planned: Any,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Any = None,
