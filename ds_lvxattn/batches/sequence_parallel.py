@@ -20,8 +20,8 @@ from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.plan.modes import eligible_modes
 from ds_lvxattn.runtime.compiled import compile_layers
-from ds_lvxattn.runtime.norms import fuse_norms
 from ds_lvxattn.runtime.copies import refuse_copies
+from ds_lvxattn.runtime.norms import fuse_norms
 from ds_lvxattn.runtime.recompute import Recomputation
 from ds_lvxattn.runtime.registration import (
     IMPLEMENTATION,
