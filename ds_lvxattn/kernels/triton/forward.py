@@ -163,12 +163,9 @@ def _interval_forward_kernel(
     if clear_last <= clear_first:
         clear_first = first
         clear_last = first
-    clear = clear_last - clear_first
-    ahead = 0
-    masked_first = clear_last
+    enter = clear_first
     if HAS_INTERVAL:
-        ahead = lead(clear // BLOCK_N, clear_first, BLOCK_N) * BLOCK_N
-        masked_first -= clear_first - first  # those before as if they came right ahead of those behind
+        enter += lead((clear_last - clear_first) // BLOCK_N, clear_first, BLOCK_N) * BLOCK_N
 
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     acc_2 = 0.0
@@ -177,24 +174,31 @@ def _interval_forward_kernel(
     # Finite, so that a block without one visible key leaves exp2(-inf - row_max) = 0 and not NaN.
     row_max = tl.full([BLOCK_M], -1e30, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for key in tl.range(clear_first, clear_last, BLOCK_N):
-        here = key
-        if HAS_INTERVAL:
-            here = tl.where(key + ahead < clear_last, key + ahead, key + ahead - clear)
+    for key in tl.range(enter, clear_last, BLOCK_N):
         acc, acc_2, row_max, row_sum = _attend(
-            acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, here, row_start,
+            acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, key, row_start,
             row_stop, seq_kv, scale_log2, cap, False, HAS_INTERVAL, CAPPED, BLOCK_N, BLOCK_D, BLOCK_D_2,
             BLOCK_V, BLOCK_V_2, PRECISION,
         )  # fmt: skip
-    for key in tl.range(masked_first, last, BLOCK_N):  # in one loop: each fills the pipeline anew
-        here = key
-        if HAS_INTERVAL:
-            here = tl.where(key < clear_last, key - clear, key)
+    for key in tl.range(clear_last, last, BLOCK_N):
         acc, acc_2, row_max, row_sum = _attend(
-            acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, here, row_start,
+            acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, key, row_start,
             row_stop, seq_kv, scale_log2, cap, True, HAS_INTERVAL, CAPPED, BLOCK_N, BLOCK_D, BLOCK_D_2,
             BLOCK_V, BLOCK_V_2, PRECISION,
         )  # fmt: skip
+    if HAS_INTERVAL:
+        for key in tl.range(first, clear_first, BLOCK_N):
+            acc, acc_2, row_max, row_sum = _attend(
+                acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, key, row_start,
+                row_stop, seq_kv, scale_log2, cap, True, HAS_INTERVAL, CAPPED, BLOCK_N, BLOCK_D, BLOCK_D_2,
+                BLOCK_V, BLOCK_V_2, PRECISION,
+            )  # fmt: skip
+        for key in tl.range(clear_first, enter, BLOCK_N):
+            acc, acc_2, row_max, row_sum = _attend(
+                acc, acc_2, row_max, row_sum, q, q_2, k_desc, k_2_desc, v_desc, v_2_desc, batch, head, key, row_start,
+                row_stop, seq_kv, scale_log2, cap, False, HAS_INTERVAL, CAPPED, BLOCK_N, BLOCK_D, BLOCK_D_2,
+                BLOCK_V, BLOCK_V_2, PRECISION,
+            )  # fmt: skip
 
     sees = sees & (row_sum > 0)
     weight = tl.where(sees, 1.0 / row_sum, 0.0)[:, None]

@@ -91,9 +91,7 @@ def forward_config(head_dims: tuple[int, int], itemsize: int, pattern: str | Non
     if head_dim <= 96:
         return ForwardConfig(128, 64, 4, 3, 3)
     if head_dim <= 128:
-        if pattern == SLIDING:
-            return ForwardConfig(128, 64, 8, 3, 2)
-        return ForwardConfig(64, 64, 4, 3, 2) if pattern == FRAME else ForwardConfig(128, 64, 4, 2, 2)
+        return ForwardConfig(64, 64, 4, 3, 2) if pattern in (SLIDING, FRAME) else ForwardConfig(128, 64, 4, 2, 2)
     if head_dims[0] <= 192 and head_dims[1] <= 128:  # 128 KiB of shared memory: Q, and two stages of K and V
         return ForwardConfig(128, 64, 8, 2, 1)
     return ForwardConfig(128, 32, 8, 2, 1)
