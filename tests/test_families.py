@@ -37,8 +37,9 @@ from transformers.models.idefics.processing_idefics import (
 from transformers.models.opt.modeling_opt import OPTAttention
 
 from ds_lvxattn import merge_attention, sp_attention
+from ds_lvxattn.batches.prepare import Batches
 from ds_lvxattn.batches.sequence_parallel import attention_dropout
-from ds_lvxattn.data.sample import FrameShape, FrameSize, Sample, SampleError
+from ds_lvxattn.data.sample import IGNORE, FrameShape, FrameSize, Sample, SampleError
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.families import FAMILIES, VisualFamily, family_of, family_of_config, idefics, mllama
@@ -56,7 +57,7 @@ from ds_lvxattn.training.check_data import encode_for
 from ds_lvxattn.training.loading import load_model
 from tests.support.tiny_families import CUTTING, tiny
 from tests.support.tiny_families import FAMILIES as SMALL_FAMILIES
-from tests.support.tiny_model import IMAGE_TOKEN, tiny_batches, tiny_model, tiny_sample
+from tests.support.tiny_model import CPU, IMAGE_TOKEN, tiny_batches, tiny_model, tiny_processor, tiny_sample
 
 # Masks
 
@@ -277,6 +278,25 @@ def test_image_tokens_and_frames_must_match(pattern: str, frames: int) -> None:
     sample = Sample(whole.input_ids, whole.labels, frames, name="clip 7")
     with pytest.raises(SampleError, match=rf"clip 7: {pattern.count('I')} image tokens .* for {frames} frames"):
         tiny_batches(tiny_model()).collator.check(sample)
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "message"),
+    [
+        ([], [], "clip 7: no tokens"),
+        ([3, 25], [IGNORE, 3], "clip 7: token 25, and the model has 25 embeddings; .*another model's tokenizer"),
+        ([3, -1], [IGNORE, 3], "clip 7: token -1, and the model has 25 embeddings"),
+        ([3, 4], [IGNORE, IMAGE_TOKEN], f"clip 7: label {IMAGE_TOKEN}, and the model has {IMAGE_TOKEN} logits"),
+    ],
+)
+def test_tokens_that_the_model_does_not_know_are_named(ids: list[int], labels: list[int], message: str) -> None:
+    with pytest.raises(SampleError, match=message):
+        tiny_batches(tiny_model()).collator.check(Sample(ids, labels, name="clip 7"))
+
+
+def test_a_padding_token_without_an_embedding_is_refused() -> None:
+    with pytest.raises(ConfigError, match="padding token has the id 25, and the model 25 embeddings.*resize_token"):
+        Batches(tiny_model(), tiny_processor(), 25, IMAGE_TOKEN, CPU, torch.float32, None)
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL_FAMILIES if name != "text only"])

@@ -54,6 +54,49 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """How many tokens a model knows; None where it does not say.
+
+    Attributes:
+        embeddings: that it embeds.
+        logits: that it predicts.
+    """
+
+    embeddings: int | None = None
+    logits: int | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> Vocabulary:
+        found = []
+        layers = model.get_input_embeddings(), model.get_output_embeddings()
+        for layer, size, more in zip(
+            layers, ("num_embeddings", "out_features"), ("num_additional_embeddings", "out_additional_features"),
+            strict=True,
+        ):  # fmt: skip
+            rows = getattr(layer, size, None)
+            found.append(None if rows is None else rows + getattr(layer, more, 0))
+        return cls(*found)
+
+    def check(self, sample: Sample, image_id: int) -> None:
+        """Raise ``SampleError`` where ``sample`` is empty or has tokens that the model does not know, at which only the
+        rank that has them would fail."""
+        if not len(sample.input_ids):
+            raise SampleError(f"{sample.name}: no tokens")
+        rows = (
+            ("token", sample.input_ids, image_id, self.embeddings, "embeddings"),
+            ("label", sample.labels, IGNORE, self.logits, "logits"),
+        )
+        for what, listed, other, known, ofs in rows:
+            ids = np.asarray(listed)
+            wrong = (ids != other) & ((ids < 0) | (ids >= (np.inf if known is None else known)))
+            if known is not None and wrong.any():
+                raise SampleError(
+                    f"{sample.name}: {what} {int(ids[wrong][0])}, and the model has {known} {ofs}; is its text of "
+                    "another model's tokenizer, or the model to be resized (resize_token_embeddings)?"
+                )
+
+
+@dataclass(frozen=True)
 class Division:
     """How a sequence-parallel group divides its batches.
 
@@ -83,6 +126,7 @@ class Collator:
         dtype: dtype of pixel values.
         limits: how large frames may be.
         division: how the group of the attached model divides batches; None: the unmodified model with its own mask.
+        vocabulary: tokens that samples may have.
     """
 
     family: Family
@@ -93,6 +137,7 @@ class Collator:
     dtype: torch.dtype
     division: Division | None
     limits: FrameLimits
+    vocabulary: Vocabulary = Vocabulary()
 
     def layout(self, samples: Sequence[Sample], packing: int | None = None) -> BatchLayout:
         """Layout of ``samples`` over the ranks of the group, the same on each of them.
@@ -140,7 +185,12 @@ class Collator:
         return self.division.comm.rank if self.division and layout.keys.ranks > 1 else 0
 
     def check(self, sample: Sample) -> Sample:
-        """``sample``, if its text has the image tokens of its frames. Raises ``SampleError`` otherwise."""
+        """``sample``, if the model knows its tokens and it has the image tokens of its frames.
+
+        Raises:
+            SampleError: otherwise.
+        """
+        self.vocabulary.check(sample, self.image_id)
         if not isinstance(self.family, VisualFamily):
             if sample.num_frames:
                 raise SampleError(f"{sample.name}: {sample.num_frames} frames, and {self.family.name} takes text alone")

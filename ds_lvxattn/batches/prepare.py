@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_lvxattn.batches.collate import Collator, Division, MicroBatch, Pixels
+from ds_lvxattn.batches.collate import Collator, Division, MicroBatch, Pixels, Vocabulary
 from ds_lvxattn.batches.layout import BatchLayout
 from ds_lvxattn.batches.planning import planner_for
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.data.sample import Sample
+from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of, unwrapped
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
 from ds_lvxattn.families.processors import ChannelsLast
@@ -57,7 +58,7 @@ class Batches:
 
     Raises:
         ConfigError: on every rank, when the kernel that is set cannot run a layer, or the model does not follow what
-            ``limits`` sets.
+            ``limits`` sets, or has no embedding of the padding token.
         ValueError: packing of the unmodified model, whose attention would not keep samples apart.
     """
 
@@ -88,7 +89,14 @@ class Batches:
             self.planner = planner_for(parallel, device, dtype)
             config = parallel.config
             division = Division(parallel.comm, config.placement, parallel.windows, config.kernel)
-        self.collator = Collator(family, processor, pad_token, image_id, device, dtype, division, limits)
+        vocabulary = Vocabulary.of(unwrapped(model))
+        if vocabulary.embeddings is not None and pad_token >= vocabulary.embeddings:
+            raise ConfigError(
+                f"the tokenizer's padding token has the id {pad_token}, and the model {vocabulary.embeddings} "
+                "embeddings, so a rank with a row that is padded would fail alone: call "
+                "model.resize_token_embeddings(len(tokenizer)), or set tokenizer.pad_token to one that the model knows"
+            )
+        self.collator = Collator(family, processor, pad_token, image_id, device, dtype, division, limits, vocabulary)
         self._plan: Plan = ()
         self._plans: Mapping[nn.Module, LayerPlan] = {}
 
