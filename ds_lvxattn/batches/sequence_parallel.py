@@ -22,6 +22,7 @@ from ds_lvxattn.plan.modes import eligible_modes
 from ds_lvxattn.runtime.compiled import compile_layers
 from ds_lvxattn.runtime.copies import refuse_copies
 from ds_lvxattn.runtime.norms import fuse_norms
+from ds_lvxattn.runtime.projections import fuse_patches
 from ds_lvxattn.runtime.recompute import Recomputation
 from ds_lvxattn.runtime.registration import (
     IMPLEMENTATION,
@@ -90,6 +91,7 @@ class SequenceParallel:
         refuse = functools.partial(refuse_other_arguments, text, registered)
         model.register_forward_pre_hook(refuse, with_kwargs=True)
         fuse_norms(model)
+        fuse_patches(model)
         self.family.reach_attention(model)
         self.recomputation = Recomputation(
             model,

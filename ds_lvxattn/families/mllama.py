@@ -14,7 +14,7 @@ the memory of the frames for the few tokens of a conversation ahead of its video
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import MllamaForConditionalGeneration
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mllama.image_processing_pil_mllama import (
     MllamaImageProcessorPil,
     get_image_size_fit_to_canvas,
@@ -39,6 +40,7 @@ from ds_lvxattn.families.family import TILE_LIMITS, FrameLimits, VisualFamily, d
 from ds_lvxattn.families.frames import encode_in_portions, in_samples, refuse_mask
 from ds_lvxattn.families.mllama_encoder import install_encoder
 from ds_lvxattn.runtime.batch import Exchanging, SequenceParallelBatch
+from ds_lvxattn.runtime.projections import both_products
 from ds_lvxattn.runtime.recompute import Recomputation
 
 ROLES = {MllamaTextCrossAttention: "cross", MllamaTextSelfAttention: "self", MllamaVisionAttention: "local"}
@@ -58,6 +60,11 @@ class Mllama(VisualFamily):
 
     def role_of(self, module: nn.Module) -> str | None:
         return ROLES.get(type(module))
+
+    def reach_attention(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, MllamaTextCrossAttention):
+                vars(module)["forward"] = functools.partial(cross_attention, module, module.forward)
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         install_encoder(model.get_submodule("model.vision_model"))
@@ -220,6 +227,36 @@ def _fitted(frame: np.ndarray, grid: tuple[int, ...], most: int, tile: int, proc
         return frame
     height, width = _fit(height, width, grid, tile)
     return np.asarray(Image.fromarray(frame).resize((width, height), processor.resample))
+
+
+def cross_attention(
+    module: Any,
+    forward: Callable[..., Any],
+    hidden_states: Tensor,
+    cross_attention_states: Tensor | None = None,
+    past_key_values: Any = None,
+    attention_mask: Tensor | None = None,
+    **others: Any,
+) -> Any:
+    """``forward`` of ``module``; where it trains, keys and values of the features by ``both_products``.
+
+    Args:
+        forward: the module's own.
+        hidden_states: ``[B, s_q, d]``, the rank's rows.
+        cross_attention_states: ``[B, s_kv, d]``, its features.
+    """
+    if cross_attention_states is None or past_key_values is not None or "sequence_parallel" not in others:
+        return forward(
+            hidden_states, cross_attention_states=cross_attention_states, past_key_values=past_key_values,
+            attention_mask=attention_mask, **others,
+        )  # fmt: skip
+    rows = (module.q_proj(hidden_states), *both_products(cross_attention_states, module.k_proj, module.v_proj))
+    q, k, v = (x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for x in rows)
+    q, k = module.q_norm(q), module.k_norm(k)
+    attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+    dropout = module.dropout if module.training else 0.0
+    out, weights = attend(module, q, k, v, attention_mask, dropout=dropout, scaling=module.scaling, **others)
+    return module.o_proj(out.flatten(2)), weights
 
 
 def mask_rows(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

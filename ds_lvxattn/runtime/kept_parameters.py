@@ -266,6 +266,13 @@ def _linear(module: nn.Module, x: Tensor) -> Tensor:
     return product
 
 
+def plain_linear(module: nn.Module) -> bool:
+    """Whether a call of ``module`` is a matrix product and nothing else: no adapter, no hook."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    own = getattr(vars(module).get("forward", functools.partial(_linear)), "func", None) is _linear
+    return type(module) is nn.Linear and own and not any(hooks)
+
+
 def _only_in_layers(model: Any, parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:
     """Those of ``parameters`` that are used by calls of layers alone."""
     inside = {m for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer) for m in layer.modules()}
