@@ -243,7 +243,7 @@ def cross_attention(
     Args:
         forward: the module's own.
         hidden_states: ``[B, s_q, d]``, the rank's rows.
-        cross_attention_states: ``[B, s_kv, d]``, its features.
+        cross_attention_states: ``[B * s_kv, d]``, its features.
     """
     if cross_attention_states is None or past_key_values is not None or "sequence_parallel" not in others:
         return forward(
@@ -251,7 +251,8 @@ def cross_attention(
             attention_mask=attention_mask, **others,
         )  # fmt: skip
     rows = (module.q_proj(hidden_states), *both_products(cross_attention_states, module.k_proj, module.v_proj))
-    q, k, v = (x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for x in rows)
+    batch, size = len(hidden_states), module.head_dim
+    q, k, v = (x.view(batch, -1, x.shape[-1] // size, size).transpose(1, 2) for x in rows)
     q, k = module.q_norm(q), module.k_norm(k)
     attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
     dropout = module.dropout if module.training else 0.0
