@@ -61,6 +61,13 @@ def test_the_report_counts_tokens_by_a_model(data: Path, capsys: pytest.CaptureF
     assert "key 'colour' is not read (first in row 1)" in said
 
 
+def test_rows_that_a_run_would_skip_are_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row(), {"prompt": "what ?", "completion": "<|image|> red"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main([str(tmp_path / "rows.jsonl"), "--model", str(write_model(tmp_path / "model"))]) == 1
+    assert "row 1: 1 image tokens for 0 frames; the text holds '<|image|>' outside" in capsys.readouterr().out
+
+
 def test_what_cannot_be_read_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "nowhere.jsonl")]) == 2
     assert "nowhere.jsonl: no such file" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -168,31 +169,71 @@ class ConversationSource:
             raise SampleError(f"{len(found)} images and videos, and the model takes text alone")
         merged = self.videos.merged if self.videos else 0
         media = open_media(found, self.max_frames, self.media_root, self.pixels, self.upright, self.fps, merged)
-        videos = videos_of(media, self.videos)
-        messages = messages_of(turns, media, self.frame_text, videos)
-        sizes = in_one_row(size for m in media for size in m.frame_sizes)
-
-        def write(text: str) -> str:
-            return self.write(text, sizes)
-
-        input_ids, labels = encode(messages, self.tokenizer, self.frame_text, videos, write)
-        check_tokens(input_ids, self.tokenizer, self.embeddings, self.image_token)
-        frames, rows_of = len(sizes), [rows for size in sizes for rows in self.frame_tokens(size)]
-        image_tokens = input_ids.count(self.image_id)
-        if image_tokens != len(rows_of):
+        made = tokenised(
+            turns, media, self.tokenizer, image_token=self.image_token, frame_text=self.frame_text,
+            frame_tokens=self.frame_tokens, videos=self.videos, write=self.write, embeddings=self.embeddings,
+        )  # fmt: skip
+        if self.max_text_tokens is not None and made.rows > self.max_text_tokens:
             raise SampleError(
-                f"{image_tokens} image tokens for {len(rows_of)} frames; the text holds "
-                f"{self.image_token!r} outside the user's turns, or the chat template drops turns"
-            )
-        of_frames = sum(rows_of)
-        rows = len(input_ids) - image_tokens + of_frames
-        if self.max_text_tokens is not None and rows > self.max_text_tokens:
-            raise SampleError(
-                f"{rows} tokens, {of_frames} of them for frames, but max_text_tokens is "
+                f"{made.rows} tokens, {made.of_frames} of them for frames, but max_text_tokens is "
                 f"{self.max_text_tokens}; shorten the conversation or raise the limit, if the model has room"
             )
         load, groups = functools.partial(load_frames, media), functools.partial(frame_groups, media)
-        return Sample(input_ids, labels, frames, load, name, sizes, groups)
+        return Sample(made.input_ids, made.labels, len(made.sizes), load, name, made.sizes, groups)
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """A conversation in tokens.
+
+    Attributes:
+        input_ids, labels: as of ``Sample``.
+        sizes: of its frames.
+        of_frames: rows that the model makes of its image tokens.
+        rows: rows of the language model: its other tokens, and those.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    sizes: list[FrameSize]
+    of_frames: int
+    rows: int
+
+
+def tokenised(
+    turns: Sequence[Turn],
+    media: Sequence[Media],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    image_token: str | None,
+    frame_text: str = "",
+    frame_tokens: Callable[[FrameSize], Sequence[int]] = one_row,
+    videos: VideoText | None = None,
+    write: Callable[[str, Sequence[FrameSize]], str] = as_it_is,
+    embeddings: int | None = None,
+) -> Tokenised:
+    """Turns with their media as the model reads them; the other arguments are those of ``ConversationSource``.
+
+    Raises:
+        SampleError: a chat template that rewrites turns or leaves words out, a token without an embedding, image tokens
+            that are not those of the frames.
+    """
+    written = videos_of(media, videos)
+    frame_text = frame_text or image_token or ""
+    sizes = in_one_row(size for medium in media for size in medium.frame_sizes)
+    messages = messages_of(turns, media, frame_text, written)
+    input_ids, labels = encode(messages, tokenizer, frame_text, written, lambda text: write(text, sizes))
+    check_tokens(input_ids, tokenizer, embeddings, image_token)
+    rows_of = [rows for size in sizes for rows in frame_tokens(size)]
+    image_id = None if image_token is None else tokenizer.convert_tokens_to_ids(image_token)
+    image_tokens = input_ids.count(image_id) if isinstance(image_id, int) else 0
+    if image_tokens != len(rows_of):
+        raise SampleError(
+            f"{image_tokens} image tokens for {len(rows_of)} frames; the text holds "
+            f"{image_token!r} outside the user's turns, or the chat template drops turns"
+        )
+    of_frames = sum(rows_of)
+    return Tokenised(input_ids, labels, sizes, of_frames, len(input_ids) - image_tokens + of_frames)
 
 
 def open_media(

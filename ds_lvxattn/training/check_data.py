@@ -15,7 +15,7 @@ import logging
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,11 @@ from typing import Any
 import datasets
 from transformers import AutoTokenizer
 
-from ds_lvxattn.data.chat import encode
 from ds_lvxattn.data.check import Encode, Findings, check_rows
-from ds_lvxattn.data.conversations import messages_of, videos_of
+from ds_lvxattn.data.conversations import tokenised
 from ds_lvxattn.data.media import Media
 from ds_lvxattn.data.rows import Turn
-from ds_lvxattn.data.sample import IGNORE, FrameSize, SampleError, as_it_is, in_one_row, one_row
+from ds_lvxattn.data.sample import IGNORE, SampleError
 from ds_lvxattn.data.table import check_folder, open_table
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of_config
@@ -116,29 +115,26 @@ def encode_for(name: str) -> tuple[Encode, int]:
         raise ConfigError(f"--model {name}: {error}") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"--model {name}: cannot be loaded ({error})") from error
-    rows_of: Callable[[FrameSize], Sequence[int]] = one_row
-    write: Callable[..., str] = as_it_is
-    if visual is not None:
-        rows_of = rows_of_frames(visual, processor, ANY_SIZE)
-        write = functools.partial(visual.write, processor=processor, limits=ANY_SIZE)
     most = family.text_config.max_position_embeddings
-    videos = None if visual is None else videos_in_text(visual, tokenizer)
+    how: dict[str, Any] = {"image_token": None}
+    if visual is not None:
+        how = {
+            "image_token": visual.token_of(tokenizer),
+            "frame_text": visual.frame_text,
+            "frame_tokens": rows_of_frames(visual, processor, ANY_SIZE),
+            "videos": videos_in_text(visual, tokenizer),
+            "write": functools.partial(visual.write, processor=processor, limits=ANY_SIZE),
+        }
 
     def count(turns: Sequence[Turn], media: Sequence[Media]) -> tuple[int, int]:
         if visual is None and media:
             raise SampleError(f"{len(media)} images and videos, and the model takes text alone")
-        text = "" if visual is None else visual.frame_text or visual.token_of(tokenizer)
-        written = videos_of(media, videos)
-        sizes = in_one_row(size for medium in media for size in medium.frame_sizes)
-        ids, labels = encode(
-            messages_of(turns, media, text, written), tokenizer, text, written, functools.partial(write, sizes=sizes)
-        )
-        found = [rows for size in sizes for rows in rows_of(size)]
-        rows = len(ids) - len(found) + sum(found)
-        if rows > most:
-            raise SampleError(f"{rows} tokens, and the model's positions reach {most}")
-        return rows, sum(label != IGNORE for label in labels)
+        made = tokenised(turns, media, tokenizer, **how)
+        if made.rows > most:
+            raise SampleError(f"{made.rows} tokens, and the model's positions reach {most}")
+        return made.rows, sum(label != IGNORE for label in made.labels)
 
+    videos = how.get("videos")
     return count, videos.merged if videos else 0
 
 
