@@ -110,6 +110,29 @@ def refusals() -> dict[str, str]:
     return said
 
 
+def layouts(rate: float) -> list[int | str]:
+    """Over how many ranks text is divided that would be copied, where adapters drop out: as planned, as the config says."""
+    samples, found = samples_of(BATCHES[0]), []
+    for text in ("auto", "replicated"):
+        how = {"r": 2, "target_modules": ["q_proj"], "lora_dropout": rate}
+        batches = attach(
+            adapted(tiny_model(), how).get_base_model(), 2, ("auto", "auto", "contiguous"), samples, text=text
+        )
+        planner: Any = batches.planner
+        planner.undivided, planner.copies_text = (lambda sizes: False), (lambda sizes: True)
+        try:
+            found.append(batches.layout(samples).text.ranks)
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
+def test_copies_of_a_row_do_not_drop_out_differently() -> None:
+    assert run(2, layouts, 0.0) == [[1, 1]] * 2
+    for planned, asked in run(2, layouts, 0.1):
+        assert planned == 2 and "the text has dropout of 0.1 in " in asked
+
+
 def test_what_reads_or_changes_a_whole_text_is_refused() -> None:
     for said in run(2, refusals):
         for name, (_, part) in REFUSED.items():

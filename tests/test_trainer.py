@@ -316,6 +316,13 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "smoothing": ({}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
     "parallelism": ({}, {"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen"),
     "sampling": ({}, {"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
+    "liger": ({}, {"use_liger_kernel": True}, "use_liger_kernel is True"),
+    "evaluation in bf16": ({}, {"bf16_full_eval": True}, "bf16_full_eval is True"),
+    "accumulation": (
+        {},
+        {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}},
+        "num_steps is 2",
+    ),
     "iterable": ({"train_dataset": iter([])}, {}, "without a length"),
     "bad samples": ({"on_bad_sample": "drop"}, {}, "'skip' or 'fail'"),
 }
@@ -328,6 +335,16 @@ def test_what_divided_text_has_no_room_for_is_refused(
     with clean_state(), pytest.raises(ConfigError, match=re.escape(part)):
         args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **arguments)
         SequenceParallelTrainer(tiny_model(), args, **given)
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
+    with (
+        clean_state(),
+        pytest.raises(ConfigError, match=r"one process has 2 GPUs, .*; start the script with deepspeed"),
+    ):
+        args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+        args._n_gpu = 2
+        SequenceParallelTrainer(tiny_model(), args)
 
 
 def test_other_datasets_are_told_from_samples(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from ds_lvxattn.families import VisualFamily, family_of, unwrapped
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
 from ds_lvxattn.families.processors import ChannelsLast
 from ds_lvxattn.plan.layer_plan import LayerPlan
-from ds_lvxattn.plan.planner import Plan, Planner
+from ds_lvxattn.plan.planner import BatchSizes, Plan, Planner
 from ds_lvxattn.runtime.layer_times import LayerTimes
 
 
@@ -102,14 +102,35 @@ class Batches:
 
     def layout(self, samples: Sequence[Sample]) -> BatchLayout:
         """Where ``samples`` lie; a small batch, or the text alone, on a single rank, where every rank is to compute all
-        of it."""
+        of it.
+
+        Raises:
+            ConfigError: the text is to be copied, and copies would drop out differently.
+        """
         divided = self.collator.layout(samples, self.packing)
         if self.planner is None or divided.text.ranks == 1:
             return divided
         sizes = self.collator.sizes(divided)
         if self.planner.undivided(sizes):
             return self.collator.undivided_layout(samples, self.packing)
-        return self.collator.frames_layout(samples, self.packing) if self.planner.copies_text(sizes) else divided
+        return self.collator.frames_layout(samples, self.packing) if self._copies_text(sizes) else divided
+
+    def _copies_text(self, sizes: BatchSizes) -> bool:
+        """Whether every rank is to have all of the text: not where copies of a row would drop out differently, whose
+        partial attentions would then be of different queries.
+
+        Raises:
+            ConfigError: the config wants them.
+        """
+        assert self.parallel is not None and self.planner is not None
+        if not self.planner.copies_text(sizes):
+            return False
+        if self.parallel.draws is not None and self.parallel.config.text == "replicated":
+            raise ConfigError(
+                f"'sequence_parallel.text' is 'replicated', and the text has {self.parallel.draws}, another one on each "
+                "rank, whose copies of a row would no longer be the same: set it to 'auto' or 'divided', or the rate to 0"
+            )
+        return self.parallel.draws is None
 
     def plans(self, layout: BatchLayout) -> Mapping[nn.Module, LayerPlan]:
         """What each attention module runs a batch with, planned now if it is of a class of sizes without a plan.

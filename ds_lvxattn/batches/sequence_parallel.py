@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -139,6 +140,19 @@ class SequenceParallel:
     def decoder_layers(self) -> list[GradientCheckpointingLayer]:
         """The layers around exchanged attention, which transformers can checkpoint."""
         return decoder_layers(self.model, self.layers)
+
+    @functools.cached_property
+    def draws(self) -> str | None:
+        """What draws numbers at random in the layers of the text, adapters put in by then included; None: nothing.
+
+        Ranks whose frames differ in number are at different places of their generators.
+        """
+        for layer in self.decoder_layers:
+            for name, module in layer.named_modules():
+                rate = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
+                if isinstance(rate, (int, float)) and rate > 0:
+                    return f"dropout of {rate} in {name or type(layer).__name__}"
+        return None
 
     @property
     def compilable(self) -> list[nn.Module]:

@@ -411,6 +411,11 @@ def _check_arguments(args: TrainingArguments) -> None:
         "auto_find_batch_size": args.auto_find_batch_size,
         # Its noise follows from the number of rows, of which a rank has a part.
         "neftune_noise_alpha": args.neftune_noise_alpha is not None,
+        # It replaces forwards of a model that is attached by then.
+        "use_liger_kernel": args.use_liger_kernel,
+        # Evaluation computes in the dtype that trains.
+        "bf16_full_eval": args.bf16_full_eval,
+        "fp16_full_eval": args.fp16_full_eval,
     }
     for name, given in refused.items():
         if given:
@@ -418,6 +423,23 @@ def _check_arguments(args: TrainingArguments) -> None:
                 f"TrainingArguments.{name} is {getattr(args, name)!r}, which SequenceParallelTrainer does not do; "
                 "leave it out"
             )
+    accumulation = getattr(args.accelerator_config, "gradient_accumulation_kwargs", None) or {}
+    if "num_steps" in accumulation:
+        raise ConfigError(
+            f"accelerator_config.gradient_accumulation_kwargs.num_steps is {accumulation['num_steps']}, which comes "
+            "after the DeepSpeed config has been filled in; set TrainingArguments.gradient_accumulation_steps"
+        )
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"one process has {args.n_gpu} GPUs, over which the Trainer would copy the model (DataParallel) and divide "
+            "samples that ranks divide here; start the script with deepspeed or torchrun, or show it one GPU "
+            "(CUDA_VISIBLE_DEVICES=0)"
+        )
+    if args.optim == "adagrad" and args.deepspeed is not None:
+        raise ConfigError(
+            "TrainingArguments.optim is 'adagrad', which DeepSpeed's ZeRO makes anew with one group of parameters, and "
+            "then fails on the others; choose adamw_torch or another optimizer"
+        )
 
 
 def _packing(ds_config: dict[str, Any]) -> int | None:
