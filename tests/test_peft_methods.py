@@ -111,7 +111,7 @@ def refusals() -> dict[str, str]:
 
 
 def layouts(rate: float) -> list[int | str]:
-    """Over how many ranks text is divided that would be copied, where adapters drop out: as planned, as the config says."""
+    """Over how many ranks text is divided that would be copied, where adapters drop out: as planned, as asked for."""
     samples, found = samples_of(BATCHES[0]), []
     for text in ("auto", "replicated"):
         how = {"r": 2, "target_modules": ["q_proj"], "lora_dropout": rate}
