@@ -127,7 +127,7 @@ class Batches:
             return False
         if self.parallel.draws is not None and self.parallel.config.text == "replicated":
             raise ConfigError(
-                f"'sequence_parallel.text' is 'replicated', and the text has {self.parallel.draws}, by which the ranks' "
+                f"'sequence_parallel.text' is 'replicated', and the text has {self.parallel.draws}, so that the "
                 "copies of a row would no longer be the same: set it to 'auto' or 'divided', or the rate to 0"
             )
         return self.parallel.draws is None
