@@ -36,7 +36,7 @@ from tests.support.tiny_model import attach, loss_of
 # Their norms, or their routers of experts, compute in float32, whatever the model.
 SINGLE = (
     "gemma2", "gemma3_text", "gpt_oss", "cohere2", "deepseek_v3", "deepseek_v2", "longcat_flash", "glm4_moe_lite",
-    "mimo_v2_flash", "gemma3n_text",
+    "mimo_v2_flash", "gemma3n_text", "gemma4_text",
 )  # fmt: skip
 KINDS = tuple(kind for kind in TEXT_MODELS if kind in CONFIG_MAPPING)  # of this release of transformers
 MODES = (("lv_xattn", "gather", "contiguous"), ("ulysses", "auto", "striped"), ("ring", "ring", "contiguous"))
@@ -83,7 +83,7 @@ def answers(kind: str) -> list[list[int]]:
 
 
 # Their caches hold latents, each key once that two heads repeat, and nothing of layers that attend to others' keys.
-@pytest.mark.parametrize("kind", slow_but(("deepseek_v3", "jetmoe", "gemma3n_text"), "deepseek_v3"))
+@pytest.mark.parametrize("kind", slow_but(("deepseek_v3", "jetmoe", "gemma3n_text", "gemma4_text"), "deepseek_v3"))
 def test_answers_where_the_cache_is_not_what_is_attended_to(kind: str) -> None:
     assert run(2, answers, kind)[0] == answers(kind)
 

@@ -201,7 +201,12 @@ def _prefill(model: Any, batches: Batches, loaded: Loaded, together: bool) -> tu
     taken |= {"position_ids": inputs["position_ids"], "sequence_parallel": batch}
     # A cache that knows nothing of sliding windows: what lies out of sight of a rank's rows is seen by others'.
     cache = DynamicCache()
-    model(**taken, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    last: int | Tensor = 1
+    if getattr(batches.collator.family.text_config, "num_kv_shared_layers", 0):
+        # By its number: asked for one row of logits, Gemma 4 leaves the others out of its last layers too.
+        rows = inputs["position_ids"].shape[-1]
+        last = torch.arange(max(rows - 1, 0), rows, device=inputs["position_ids"].device)
+    model(**taken, past_key_values=cache, use_cache=True, logits_to_keep=last)
     return cache, kept
 
 

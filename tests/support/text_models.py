@@ -49,6 +49,11 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 4, "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    "gemma4_text": {  # likewise, with heads of two sizes
+        "vocab_size_per_layer_input": IMAGE_TOKEN, "hidden_size_per_layer_input": 8, "global_head_dim": 16,
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "exaone4": ONE_WINDOW,  # every layer names the window, and full ones have no rotary positions
     "gpt_neox": {"attention_bias": True},  # one projection of all heads, in turn
     "deepseek_v3": {**LATENT, **ROUTED},
