@@ -100,7 +100,6 @@ class ConversationSource:
         image_id = -1 if image_token is None else tokenizer.convert_tokens_to_ids(image_token)
         if not isinstance(image_id, int) or image_id == tokenizer.unk_token_id:
             raise ValueError(f"the tokenizer has no token {image_token!r}; give the image token of the model")
-        self.image_id = image_id
         self.tokenizer, self.image_token = tokenizer, image_token
         self.frame_text, self.frame_tokens, self.videos = frame_text or image_token or "", frame_tokens, videos
         self.write, self.embeddings = write, embeddings

@@ -33,7 +33,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of_config
 from ds_lvxattn.families.family import ANY_SIZE
 from ds_lvxattn.training.dataset import rows_of_frames, videos_in_text
-from ds_lvxattn.training.loading import config_of
+from ds_lvxattn.training.loading import at_revision, config_of
 from ds_lvxattn.training.settings import FinetuningConfig
 
 SHOWN = 20  # bad rows that the report for people lists
@@ -107,6 +107,7 @@ def encode_for(name: str) -> tuple[Encode, int]:
         ConfigError: nothing loads under the name, or no family knows it.
     """
     try:
+        name = at_revision(name, weights=False)
         family = family_of_config(config_of(name))
         tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         visual = family if isinstance(family, VisualFamily) else None

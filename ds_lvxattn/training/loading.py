@@ -39,6 +39,7 @@ from ds_lvxattn.training.zero3 import take_as_wholes
 QUICKSTART = "quickstart"
 # Weights in formats of other libraries, which a repository may hold besides.
 OTHER_FORMATS = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "original/*"]
+WEIGHTS = ["*.safetensors", "*.bin"]
 
 logger = logging.getLogger(__name__)
 
@@ -193,8 +194,9 @@ def whole_processor(name: str) -> Any:
     return found if isinstance(found, ProcessorMixin) else None
 
 
-def at_revision(name: str) -> str:
-    """A folder with the files of ``REPOSITORY@REVISION``; any other name as it is.
+def at_revision(name: str, weights: bool = True) -> str:
+    """A folder with the files of ``REPOSITORY@REVISION``, without its weights where none are asked for; any other name
+    as it is.
 
     Raises:
         OSError, ValueError: the hub does not have it, or cannot be reached.
@@ -202,7 +204,9 @@ def at_revision(name: str) -> str:
     repository, at, revision = name.rpartition("@")
     if not at or Path(name).exists():
         return name
-    return str(snapshot_download(repository, revision=revision, ignore_patterns=OTHER_FORMATS))
+    return str(
+        snapshot_download(repository, revision=revision, ignore_patterns=OTHER_FORMATS + WEIGHTS * (not weights))
+    )
 
 
 def model_dtype(ds_config: dict[str, Any]) -> torch.dtype:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from ds_lvxattn.errors import ConfigError, RunError
 from ds_lvxattn.training import rank, run_log, runner
 from ds_lvxattn.training.build_locks import OwnedBaton, _remove_if_left, await_builds
+from ds_lvxattn.training.check_data import encode_for
 from ds_lvxattn.training.checkpoint import CheckpointFiles, export
 from ds_lvxattn.training.compare.report import unfinished
 from ds_lvxattn.training.divergence import FiniteLoss
@@ -255,6 +256,9 @@ def test_a_revision_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("ds_lvxattn.training.loading.snapshot_download", download)
     assert at_revision("org/name@0a1b") == str(tmp_path)
     assert (asked["repository"], asked["revision"]) == ("org/name", "0a1b")
+    with pytest.raises(ConfigError, match="org/name@0a1b|Unrecognized model"):  # the folder is empty
+        encode_for("org/name@0a1b")
+    assert "*.safetensors" in asked["ignore_patterns"]
     (tmp_path / "a@b").mkdir()
     assert at_revision(str(tmp_path / "a@b")) == str(tmp_path / "a@b") and at_revision("org/name") == "org/name"
 
