@@ -121,8 +121,8 @@ class SequenceParallel:
         for part in (*self._exchanged, *self._around_exchanged):
             config = getattr(part, "config", None)
             config = getattr(config, key, config) if key else config
-            if isinstance(config, type(text)):
-                config._attn_implementation = IMPLEMENTATION
+            if isinstance(config, type(text)) and config._attn_implementation != IMPLEMENTATION:
+                config._attn_implementation = IMPLEMENTATION  # of the configs inside too, the encoder's among them
 
     @property
     def _exchanged(self) -> list[nn.Module]:
