@@ -17,6 +17,7 @@ from ds_lvxattn.calibration.clock import Clock, host_seconds, slowest_of
 from ds_lvxattn.calibration.extent import Extent
 from ds_lvxattn.plan.dense import ENCODER_LAYER, LINEAR, TEXT_LAYER
 from ds_lvxattn.plan.profile import HostTime, Product
+from ds_lvxattn.runtime.norms import fuse_norms
 
 WEIGHTS = 1 << 28  # bytes of weights that calls take turns with: a step's weights are in no cache
 
@@ -48,6 +49,7 @@ class TextLayer(nn.Module):
         self.queries, self.output = (nn.Linear(width, width, bias=False) for _ in range(2))
         self.feed_forward = LlamaMLP(config)
         self.to(**make).requires_grad_(False)
+        fuse_norms(self)  # as in a model that trains
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """``[1, s, width]`` rows with rotary factors ``[1, s, head_dim]``."""

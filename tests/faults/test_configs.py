@@ -62,6 +62,7 @@ def test_the_configs_that_come_along(file: Path) -> None:
         ("zero_optimization", True, ("'zero_optimization' is True; give an object",)),
         ("zero_optimization.stage", 5, ("'zero_optimization.stage' is 5", "0, 1, 2")),
         ("zero_optimization.stage", True, ("'zero_optimization.stage' is True; give a number",)),
+        ("zero_optimization.offload_optimizer", {"device": "nvme"}, ("offload_optimizer.nvme_path' is not set",)),
         ("zero_optimization.overlap_comm", "auto", ("'zero_optimization.overlap_comm' is 'auto'",)),
         ("optimizer.params.lr", "1e-5", ("without quotes",)),
         ("optimizer.params.lr", -1, ("'optimizer.params.lr' is -1",)),

@@ -64,7 +64,10 @@ def check_ds_config(ds_config: Mapping[str, Any], trains: bool = True) -> None:
             names each with its value and the remedy.
     """
     block = WatchedBlock({key: value for key, value in ds_config.items() if key not in OURS})
-    problems = [*_objects(ds_config), *forms(ds_config), *_not_done(block), *impossible_values(block, "")]
+    problems = [
+        *_objects(ds_config), *forms(ds_config), *_not_done(block), *_without_a_folder(block),
+        *impossible_values(block, ""),
+    ]  # fmt: skip
     if not problems:
         problems = _deepspeed_says(block) or [*_unread(block), *wrong_types(block)]
     if not problems and trains:
@@ -154,6 +157,16 @@ def _not_done(block: WatchedBlock) -> Iterator[str]:
             value = dict.get(value, key, idle) if isinstance(value, dict) else idle
         if value is not idle and value not in idle:
             yield f"'{path}' is {value!r}, which this loop does not do: {remedy}"
+
+
+def _without_a_folder(block: WatchedBlock) -> Iterator[str]:
+    """Offloading to disk that does not say where, which DeepSpeed meets when the model is there."""
+    zero = dict.get(block, "zero_optimization")
+    for key in ("offload_optimizer", "offload_param"):
+        offload = dict.get(zero, key) if isinstance(zero, dict) else None
+        if isinstance(offload, dict) and dict.get(offload, "device") == "nvme" and not dict.get(offload, "nvme_path"):
+            path = f"zero_optimization.{key}"
+            yield f"'{path}.device' is 'nvme' and '{path}.nvme_path' is not set; name a folder, or offload to 'cpu'"
 
 
 def _unread(block: WatchedBlock) -> Iterator[str]:
