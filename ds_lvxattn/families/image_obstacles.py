@@ -1,0 +1,71 @@
+"""What ``image_features`` would compute wrongly of a model: read off its config and signatures."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, cast, get_args
+
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ds_lvxattn.families.text_only import OBSTACLES
+
+# Ends of names of what models give of their encoders, and no forward asks for.
+STATES = ("hidden_state", "hidden_states", "attentions")
+# What a model's ``get_rope_index`` is asked with, by name.
+ROPE_INDEX = ("input_ids", "mm_token_type_ids", "image_grid_thw")
+
+
+def image_obstacles(model: Any) -> Iterator[str | None]:
+    """Why ``model`` would be computed wrongly; None for what it has no trouble with."""
+    config, inner = model.config, cast(Any, getattr(model, "model", None))
+    if not hasattr(inner, "get_image_features") or not hasattr(inner, "get_placeholder_mask"):
+        yield "there is no module 'model' that puts the tokens of its 'get_image_features' into the text"
+    if config.is_encoder_decoder:
+        yield "it is an encoder and a decoder"
+    if "text_config" not in config.sub_configs or "vision_config" not in config.sub_configs:
+        yield "its config has no 'text_config' beside a 'vision_config'"
+    if getattr(config, "image_token_id", None) is None and getattr(config, "image_token_index", None) is None:
+        yield "its config names no token that stands for an image"
+    arguments = inspect.signature(inner.forward).parameters
+    positions = hasattr(inner, "get_rope_index")
+    if positions and not {*ROPE_INDEX} <= {*inspect.signature(inner.get_rope_index).parameters}:
+        yield f"its rotary positions follow from more than the places of its images, {ROPE_INDEX} of 'get_rope_index'"
+    if "token_type_ids" in arguments:
+        yield "tokens of an image see each other in both directions ('token_type_ids')"
+    if "mm_token_type_ids" in arguments and not positions:
+        yield "what its rows see, or where they stand, follows from which are of images ('mm_token_type_ids')"
+    of_decoder = [key for key in inspect.signature(inner.get_decoder().forward).parameters if "token_type_ids" in key]
+    if of_decoder:
+        yield f"its layers compute rows of images in another way {of_decoder}"
+    if any("deepstack" in key for key in _keys(config.to_dict())):
+        yield "visual features go into several of its layers ('deepstack')"
+    if hasattr(inner, "get_image_features"):
+        asked = inspect.signature(inner.get_image_features)
+        pixels = [key for key in asked.parameters if key.startswith("pixel_values") and key in arguments]
+        if len(pixels) > 1:
+            yield f"its images come in several arguments {pixels}"
+        more = sorted(
+            key
+            for key in _fields(asked.return_annotation) - _fields(BaseModelOutputWithPooling)
+            if not key.endswith(STATES)
+        )
+        if more:
+            yield f"its 'get_image_features' gives more than visual tokens {more}"
+    for of_text in OBSTACLES:
+        yield of_text(model.get_decoder())
+
+
+def _fields(annotation: Any) -> set[str]:
+    """Fields of the dataclass, or of those in the union, that an annotation names."""
+    classes = [x for x in (annotation, *get_args(annotation)) if dataclasses.is_dataclass(x)]
+    return {field.name for x in classes for field in dataclasses.fields(x)}
+
+
+def _keys(tree: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of nested dicts."""
+    for key, value in tree.items():
+        yield str(key)
+        if isinstance(value, dict):
+            yield from _keys(value)
