@@ -18,6 +18,7 @@ import pytest
 
 from ds_lvxattn.batches.loader import ControlGroups, Loader
 from ds_lvxattn.data.conversations import ConversationSource
+from ds_lvxattn.data.model_text import ModelText
 from ds_lvxattn.data.sample import Sample, SampleError
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.needle.task import IMAGE, build_tokenizer
@@ -172,7 +173,7 @@ def load_rows(folder: Path, size: int, skip: bool) -> tuple[str, Any, list[str]]
     logger.addHandler(handler)
     try:
         source = ConversationSource(
-            folder / "data.jsonl", build_tokenizer(), image_token=IMAGE, max_frames=8, max_text_tokens=100,
+            folder / "data.jsonl", build_tokenizer(), ModelText(IMAGE), max_frames=8, max_text_tokens=100,
             eval_share=0.0,
         )  # fmt: skip
         model = tiny_model()

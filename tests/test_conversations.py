@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.data.media import MediaError, decode_frames, sample_indices
+from ds_lvxattn.data.model_text import ModelText
 from ds_lvxattn.data.sample import IGNORE, SampleError
 from ds_lvxattn.needle.task import clip_path
 from tests.support.conversations import END, IMAGE, LLAMA_3, TOKENIZER, make_tokenizer, write_video
@@ -64,7 +65,7 @@ def source_of(folder: Path) -> Callable[..., ConversationSource]:
 
     def make(*rows: Row, tokenizer: PreTrainedTokenizerFast = TOKENIZER, **options: Any) -> ConversationSource:
         path = write_rows(folder / "data.jsonl", list(rows))
-        options = {"image_token": IMAGE, "max_frames": 8, "eval_share": 0.0, **options}
+        options = {"text": ModelText(IMAGE), "max_frames": 8, "eval_share": 0.0, **options}
         return ConversationSource(path, tokenizer, **options)
 
     return make
@@ -113,8 +114,8 @@ def test_tokens_that_the_model_has_no_embedding_of(source_of):
     row = chat("what ?", video="media/long.mp4")
     for embeddings in (image, header):
         with pytest.raises(SampleError, match=rf"{header}, '<\|start_header_id\|>'.* embeddings of {embeddings} "):
-            source_of(row, embeddings=embeddings).sample(0)
-    assert image in source_of(row, embeddings=len(TOKENIZER)).sample(0).input_ids
+            source_of(row, text=ModelText(IMAGE, embeddings=embeddings)).sample(0)
+    assert image in source_of(row, text=ModelText(IMAGE, embeddings=len(TOKENIZER))).sample(0).input_ids
 
 
 def test_real_clip(source_of):
@@ -225,14 +226,12 @@ def test_text_limit_names_row_length_and_limit(source_of):
 
 
 def test_a_frame_is_written_and_counted_as_the_model_has_it(source_of):
-    row, options = (
-        chat("<image>what ?", image="red.png"),
-        {"frame_text": f"[{IMAGE}]", "frame_tokens": lambda size: (200,)},
-    )
-    sample = source_of(row, **options).sample(0)
+    row = chat("<image>what ?", image="red.png")
+    text = ModelText(IMAGE, frame_text=f"[{IMAGE}]", frame_tokens=lambda size: (200,))
+    sample = source_of(row, text=text).sample(0)
     assert f"[{IMAGE}]what ?" in text_of(sample) and len(sample.input_ids) < 100
     with pytest.raises(SampleError, match=r"2\d\d tokens, 200 of them for frames, but max_text_tokens is 200"):
-        source_of(row, max_text_tokens=200, **options).sample(0)
+        source_of(row, max_text_tokens=200, text=text).sample(0)
 
 
 # Splits and order
@@ -278,7 +277,7 @@ def test_loading_touches_no_media(source_of):
 
 
 def test_json_list_and_blank_lines(folder):
-    options = {"image_token": IMAGE, "max_frames": 8, "eval_share": 0.0}
+    options = {"text": ModelText(IMAGE), "max_frames": 8, "eval_share": 0.0}
     as_list = folder / "list.json"
     as_list.write_text(json.dumps([chat(), chat(image="red.png")], indent=2))
     lines = folder / "lines.jsonl"
@@ -299,7 +298,7 @@ def test_hub_dataset_with_paths(folder):
     rows = [{"video": None, **chat()}, chat(video="media/short.mp4"), chat(video="media/long.mp4")]
     (folder / "hub").mkdir()
     datasets.Dataset.from_list(rows).to_parquet(str(folder / "hub" / "train.parquet"))
-    options = {"image_token": IMAGE, "max_frames": 4, "media_root": folder, "eval_share": 0.34}
+    options = {"text": ModelText(IMAGE), "max_frames": 4, "media_root": folder, "eval_share": 0.34}
     train, held_out = (
         ConversationSource(str(folder / "hub"), TOKENIZER, split=split, **options) for split in ("train", "eval")
     )
@@ -321,7 +320,7 @@ def test_hub_dataset_with_embedded_images(folder):
     rows = {"image": embedded, "conversations": [chat()["conversations"]] * 2}
     (folder / "hub").mkdir()
     datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / "hub" / "train.parquet"))
-    source = ConversationSource(f"{folder / 'hub'}:train", TOKENIZER, image_token=IMAGE, max_frames=4, eval_share=0.0)
+    source = ConversationSource(f"{folder / 'hub'}:train", TOKENIZER, ModelText(IMAGE), max_frames=4, eval_share=0.0)
     assert source.sample(0).load_frames([0])[0][0, 0].tolist() == [255, 0, 0]
     with pytest.raises(SampleError, match="embedded image cannot be decoded"):
         source.sample(1).load_frames([0])
@@ -397,13 +396,13 @@ def test_unusable_files(tmp_path, content, message):
     path = tmp_path / "data.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
-        ConversationSource(path, TOKENIZER, image_token=IMAGE, max_frames=8)
+        ConversationSource(path, TOKENIZER, ModelText(IMAGE), max_frames=8)
     assert not isinstance(caught.value, SampleError) and str(path) in str(caught.value)
 
 
 def test_unusable_settings(folder, source_of):
     with pytest.raises(ValueError, match="nowhere.jsonl: no such file"):
-        ConversationSource(folder / "nowhere.jsonl", TOKENIZER, image_token=IMAGE, max_frames=8)
+        ConversationSource(folder / "nowhere.jsonl", TOKENIZER, ModelText(IMAGE), max_frames=8)
     with pytest.raises(ValueError, match="eval_share is 1"):
         source_of(chat(), eval_share=1)
     with pytest.raises(ValueError, match="the train split is empty: eval_share 0.5 holds out 1 of 1 videos"):
@@ -411,11 +410,11 @@ def test_unusable_settings(folder, source_of):
     with pytest.raises(ValueError, match="the eval split is empty"):
         source_of(chat(), split="eval", eval_share=0.0)
     with pytest.raises(ValueError, match="no token '<frame>'"):
-        source_of(chat(), image_token="<frame>")
+        source_of(chat(), text=ModelText("<frame>"))
 
 
 def test_a_model_without_frames_takes_rows_without_media(source_of):
-    source = source_of(chat(), chat(image="red.png"), image_token=None)
+    source = source_of(chat(), chat(image="red.png"), text=ModelText(None))
     assert source.sample(0).num_frames == 0
     with pytest.raises(SampleError, match="line 2: 1 images and videos, and the model takes text alone"):
         source.sample(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +35,7 @@ from ds_lvxattn.families.family import ANY_SIZE
 from ds_lvxattn.families.idefics3 import in_words
 from ds_lvxattn.families.owl.processing import mPLUGOwl3Processor
 from ds_lvxattn.families.processors import ChannelsLast
-from ds_lvxattn.training.dataset import frames_in_text
+from ds_lvxattn.training.dataset import text_of_model
 from ds_lvxattn.training.loading import LoadedModel
 from tests.support.conversations import write_video
 from tests.support.distributed import run
@@ -245,15 +246,15 @@ def test_a_video_of_smolvlm_is_written_as_by_its_processor(tmp_path: Path, monke
     )
     loaded = LoadedModel(model, tokenizer, processor, "<image>")
     texts: list[str] = []
-    how = frames_in_text(loaded)
+    whole = text_of_model(loaded)
 
     def write(text: str, sizes: Sequence[FrameSize]) -> str:
-        texts.append(how["write"](text, sizes))
+        texts.append(whole.write(text, sizes))
         return texts[-1]
 
     rows = tmp_path / "rows.jsonl"
     source = ConversationSource(
-        rows, tokenizer, **{**how, "write": write}, max_frames=4, eval_share=0.0, media_root=str(tmp_path)
+        rows, tokenizer, replace(whole, write=write), max_frames=4, eval_share=0.0, media_root=str(tmp_path)
     )
     sample = source.sample(0)
 

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor
 from ds_lvxattn.batches.generation import generate
 from ds_lvxattn.data.chat import encode
 from ds_lvxattn.data.media import MediaError
+from ds_lvxattn.data.model_text import ModelText
 from ds_lvxattn.data.question import question_sample
 from ds_lvxattn.data.sample import Sample, SampleError
 from ds_lvxattn.runtime.decoding import DecodingStep
@@ -294,9 +295,9 @@ def test_errors_come_on_every_rank(case: str, message: str) -> None:
 # The prompt of a question, and the command
 
 
-def question(text: str, video: Path | None, **changes: Any) -> Sample:
-    changes = {"image_token": IMAGE, "max_frames": 4, "max_text_tokens": 100, **changes}
-    return question_sample(text, video, TOKENIZER, **changes)
+def question(asked: str, video: Path | None, **changes: Any) -> Sample:
+    changes = {"text": ModelText(IMAGE), "max_frames": 4, "max_text_tokens": 100, **changes}
+    return question_sample(asked, video, TOKENIZER, **changes)
 
 
 def test_a_question_is_rendered_as_a_row_of_training(tmp_path: Path) -> None:
@@ -318,7 +319,7 @@ def test_questions_that_cannot_be_asked(tmp_path: Path) -> None:
     write_video(video, 3)
     for message, text, path, changes in (
         ("no such file|No such file", "Why?", tmp_path / "b.mp4", {}),
-        ("takes text alone", "Why?", video, {"image_token": None}),
+        ("takes text alone", "Why?", video, {"text": ModelText(None)}),
         ("2 placeholders", "<video> or <video>?", video, {}),
         ("room for 5", "Which colour has it?", video, {"max_text_tokens": 5}),
     ):

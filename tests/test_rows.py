@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_lvxattn.data.conversations import ConversationSource
+from ds_lvxattn.data.model_text import ModelText
 from ds_lvxattn.data.rows import MediaRef, read_row, unknown_keys
 from ds_lvxattn.data.sample import SampleError
 from ds_lvxattn.data.table import open_table
@@ -212,7 +213,7 @@ def test_a_byte_order_mark_and_keys_that_nothing_reads(tmp_path, caplog):
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": "hi", "completion": "red", "vidoe": "a.mp4"}] * 2
     path.write_text("\ufeff" + "\n".join(map(json.dumps, rows)))
-    source = ConversationSource(path, TOKENIZER, image_token=IMAGE, max_frames=8, eval_share=0.0)
+    source = ConversationSource(path, TOKENIZER, ModelText(IMAGE), max_frames=8, eval_share=0.0)
     with caplog.at_level(logging.WARNING):
         assert [source.sample(i).num_frames for i in (0, 1)] == [0, 0]
     assert [record.message for record in caplog.records] == [f"{path}, line 1: the keys ['vidoe'] are not read"]
@@ -240,7 +241,7 @@ def test_keys_that_nothing_reads_wherever_they_stand(row, unread):
 def test_rows_that_python_itself_gives_up_on_are_bad_samples(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "hi", "completion": "red"}\n{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
-    source = ConversationSource(path, TOKENIZER, image_token=IMAGE, max_frames=8, eval_share=0.0)
+    source = ConversationSource(path, TOKENIZER, ModelText(IMAGE), max_frames=8, eval_share=0.0)
     assert len(source) == 2 and source.sample(0).num_frames == 0
     with pytest.raises((SampleError, RecursionError)):
         source.sample(1)

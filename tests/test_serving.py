@@ -25,7 +25,7 @@ from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.needle.small_models import SMALL_MODELS
 from ds_lvxattn.needle.task import build_tokenizer
-from ds_lvxattn.training.dataset import frames_in_text
+from ds_lvxattn.training.dataset import text_of_model
 from ds_lvxattn.training.loading import LoadedModel, image_token_of, load_model
 from tests.support import qwen_videos
 from tests.support.distributed import run
@@ -81,7 +81,7 @@ def trained(folder: str, export: str, rows: str, max_frames: int = 4) -> Tensor:
     model: Any = loaded.model
     parallel = SequenceParallel(model, SequenceParallelConfig(size=ranks, strategy="lv_xattn"), groups_of(ranks))
     batches = Batches(model, loaded.processor, loaded.pad_token, loaded.image_id, CPU, torch.float32, parallel)
-    source = ConversationSource(rows, loaded.tokenizer, **frames_in_text(loaded), max_frames=max_frames, eval_share=0.0)
+    source = ConversationSource(rows, loaded.tokenizer, text_of_model(loaded), max_frames=max_frames, eval_share=0.0)
     samples = [source.sample(row) for row in range(len(source))]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for _ in range(2):

@@ -6,15 +6,13 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ds_lvxattn.data.chat import NO_VIDEOS, Message, VideoText, WrittenVideos, check_tokens, encode
 from ds_lvxattn.data.media import (
     FRAMES_A_SECOND,
     NO_LIMITS,
@@ -28,8 +26,9 @@ from ds_lvxattn.data.media import (
     sample_indices,
     sample_times,
 )
+from ds_lvxattn.data.model_text import ModelText, tokenised
 from ds_lvxattn.data.rows import MediaRef, Turn, read_row, unknown_keys
-from ds_lvxattn.data.sample import FrameSize, Sample, SampleError, as_it_is, in_one_row, one_row
+from ds_lvxattn.data.sample import Sample, SampleError
 from ds_lvxattn.data.table import Data, check_folder, open_table
 
 logger = logging.getLogger(__name__)
@@ -46,12 +45,7 @@ class ConversationSource:
             finds, as ``NAME``, ``NAME:SPLIT`` or ``NAME:CONFIG:SPLIT``; or what it has loaded. Its rows have the
             layouts of ``ds_lvxattn.data.rows``.
         tokenizer: a fast tokenizer; its chat template renders the text, ``PLAIN_TEMPLATE`` if it has none.
-        image_token: the token that stands for a frame; None for a model that takes none.
-        frame_text: how a frame is written, with that token in it; by default the token alone.
-        frame_tokens: rows that the model makes of each image token of a frame, by the size of its picture.
-        videos: how the model has videos in its text; None: frame by frame.
-        write: what the model's processor makes of a rendered conversation, by the sizes of its frames.
-        embeddings: tokens that the model has an embedding of; None: all of the tokenizer's.
+        text: how the model's text has frames and videos.
         max_frames: frames of a row; its videos share what its images leave.
         max_text_tokens: longest sample in tokens, image tokens included with the rows that the model makes of them;
             None for no limit.
@@ -74,13 +68,8 @@ class ConversationSource:
         self,
         data: Data,
         tokenizer: PreTrainedTokenizerBase,
+        text: ModelText,
         *,
-        image_token: str | None,
-        frame_text: str = "",
-        frame_tokens: Callable[[FrameSize], Sequence[int]] = one_row,
-        videos: VideoText | None = None,
-        write: Callable[[str, Sequence[FrameSize]], str] = as_it_is,
-        embeddings: int | None = None,
         max_frames: int,
         max_text_tokens: int | None = None,
         split: Literal["train", "eval"] = "train",
@@ -97,12 +86,10 @@ class ConversationSource:
             raise ValueError(f"eval_share is {eval_share}; give a share in [0, 1)")
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; load the fast tokenizer")
-        image_id = -1 if image_token is None else tokenizer.convert_tokens_to_ids(image_token)
+        image_id = -1 if text.image_token is None else tokenizer.convert_tokens_to_ids(text.image_token)
         if not isinstance(image_id, int) or image_id == tokenizer.unk_token_id:
-            raise ValueError(f"the tokenizer has no token {image_token!r}; give the image token of the model")
-        self.tokenizer, self.image_token = tokenizer, image_token
-        self.frame_text, self.frame_tokens, self.videos = frame_text or image_token or "", frame_tokens, videos
-        self.write, self.embeddings = write, embeddings
+            raise ValueError(f"the tokenizer has no token {text.image_token!r}; give the image token of the model")
+        self.tokenizer, self.text = tokenizer, text
         self.max_frames, self.max_text_tokens, self.seed = max_frames, max_text_tokens, seed
         self.pixels, self.upright, self.fps = pixels, upright, fps
 
@@ -164,14 +151,12 @@ class ConversationSource:
 
     def _sample(self, turns: Sequence[Turn], name: str) -> Sample:
         found = [part for turn in turns for part in turn.parts if isinstance(part, MediaRef)]
-        if self.image_token is None and found:
+        if self.text.image_token is None and found:
             raise SampleError(f"{len(found)} images and videos, and the model takes text alone")
-        merged = self.videos.merged if self.videos else 0
-        media = open_media(found, self.max_frames, self.media_root, self.pixels, self.upright, self.fps, merged)
-        made = tokenised(
-            turns, media, self.tokenizer, image_token=self.image_token, frame_text=self.frame_text,
-            frame_tokens=self.frame_tokens, videos=self.videos, write=self.write, embeddings=self.embeddings,
-        )  # fmt: skip
+        media = open_media(
+            found, self.max_frames, self.media_root, self.pixels, self.upright, self.fps, self.text.merged
+        )
+        made = tokenised(turns, media, self.tokenizer, self.text)
         if self.max_text_tokens is not None and made.rows > self.max_text_tokens:
             raise SampleError(
                 f"{made.rows} tokens, {made.of_frames} of them for frames, but max_text_tokens is "
@@ -179,60 +164,6 @@ class ConversationSource:
             )
         load, groups = functools.partial(load_frames, media), functools.partial(frame_groups, media)
         return Sample(made.input_ids, made.labels, len(made.sizes), load, name, made.sizes, groups)
-
-
-@dataclass(frozen=True)
-class Tokenised:
-    """A conversation in tokens.
-
-    Attributes:
-        input_ids, labels: as of ``Sample``.
-        sizes: of its frames.
-        of_frames: rows that the model makes of its image tokens.
-        rows: rows of the language model: its other tokens, and those.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    sizes: list[FrameSize]
-    of_frames: int
-    rows: int
-
-
-def tokenised(
-    turns: Sequence[Turn],
-    media: Sequence[Media],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    image_token: str | None,
-    frame_text: str = "",
-    frame_tokens: Callable[[FrameSize], Sequence[int]] = one_row,
-    videos: VideoText | None = None,
-    write: Callable[[str, Sequence[FrameSize]], str] = as_it_is,
-    embeddings: int | None = None,
-) -> Tokenised:
-    """Turns with their media as the model reads them; the other arguments are those of ``ConversationSource``.
-
-    Raises:
-        SampleError: a chat template that rewrites turns or leaves words out, a token without an embedding, image tokens
-            that are not those of the frames.
-    """
-    written = videos_of(media, videos)
-    frame_text = frame_text or image_token or ""
-    sizes = in_one_row(size for medium in media for size in medium.frame_sizes)
-    messages = messages_of(turns, media, frame_text, written)
-    input_ids, labels = encode(messages, tokenizer, frame_text, written, lambda text: write(text, sizes))
-    check_tokens(input_ids, tokenizer, embeddings, image_token)
-    rows_of = [rows for size in sizes for rows in frame_tokens(size)]
-    image_id = None if image_token is None else tokenizer.convert_tokens_to_ids(image_token)
-    image_tokens = input_ids.count(image_id) if isinstance(image_id, int) else 0
-    if image_tokens != len(rows_of):
-        raise SampleError(
-            f"{image_tokens} image tokens for {len(rows_of)} frames; the text holds "
-            f"{image_token!r} outside the user's turns, or the chat template drops turns"
-        )
-    of_frames = sum(rows_of)
-    return Tokenised(input_ids, labels, sizes, of_frames, len(input_ids) - image_tokens + of_frames)
 
 
 def open_media(
@@ -304,38 +235,6 @@ def open_media(
 
 def _multiple(frames: int, merged: int) -> int:
     return frames - frames % merged if frames > merged > 1 else frames
-
-
-def videos_of(media: Sequence[Media], how: VideoText | None) -> WrittenVideos:
-    """The text of the videos among ``media``; none where they go in frame by frame."""
-    if how is None:
-        return NO_VIDEOS
-    order = [medium.is_video for medium in media for _ in range(1 if medium.is_video else len(medium.frames))]
-    return how.of([(medium.part_times, medium.seconds) for medium in media if medium.is_video], order)
-
-
-def messages_of(
-    turns: Sequence[Turn], media: Sequence[Media], frame_text: str, videos: WrittenVideos = NO_VIDEOS
-) -> list[Message]:
-    """The turns as chat templates take them, each medium as ``frame_text`` for each of its frames.
-
-    Args:
-        media: those of ``turns``, in the same order.
-        videos: those among them that are taken as such.
-    """
-
-    def written(medium: Media) -> str:
-        return videos.text if medium.is_video else frame_text * len(medium.frames)
-
-    waiting = iter(media)
-    messages: list[Message] = []
-    for turn in turns:
-        content = "".join(part if isinstance(part, str) else written(next(waiting)) for part in turn.parts)
-        message: Message = {"role": turn.role, "content": content}
-        if turn.tool_calls:
-            message["tool_calls"] = list(turn.tool_calls)
-        messages.append(message)
-    return messages
 
 
 def _held_out(keys: set[str], share: float) -> set[str]:

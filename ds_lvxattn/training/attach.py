@@ -32,7 +32,7 @@ from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
 from ds_lvxattn.runtime.kept_parameters import KeptParameters
 from ds_lvxattn.runtime.tiled import TiledLogits
-from ds_lvxattn.training.dataset import frames_in_text, text_limit
+from ds_lvxattn.training.dataset import text_limit, text_of_model
 from ds_lvxattn.training.ds_config import batch_sizes, with_fused_adam
 from ds_lvxattn.training.loading import (
     LoadedModel,
@@ -156,10 +156,10 @@ class Attached:
             ConfigError: the dataset cannot be read or is empty.
         """
         limit = text_limit(unwrapped(self.loaded.model))
-        in_text = frames_in_text(self.loaded, self.batches.collator.limits)
-        how = {"eval_share": 0.0, "max_text_tokens": limit, **in_text, **how}
+        text = text_of_model(self.loaded, self.batches.collator.limits)
+        how = {"eval_share": 0.0, "max_text_tokens": limit, **how}
         try:
-            return ConversationSource(data, self.loaded.tokenizer, max_frames=max_frames, **how)
+            return ConversationSource(data, self.loaded.tokenizer, text, max_frames=max_frames, **how)
         except ValueError as error:
             raise ConfigError(f"{name_of(data)}: {error}") from error
 

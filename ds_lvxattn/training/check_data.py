@@ -9,7 +9,6 @@ Exit code 0: every row is good; 1: some are bad; 2: the data cannot be read.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import logging
 import statistics
@@ -24,15 +23,14 @@ import datasets
 from transformers import AutoTokenizer
 
 from ds_lvxattn.data.check import Encode, Findings, check_rows
-from ds_lvxattn.data.conversations import tokenised
 from ds_lvxattn.data.media import Media
+from ds_lvxattn.data.model_text import ModelText, tokenised
 from ds_lvxattn.data.rows import Turn
 from ds_lvxattn.data.sample import IGNORE, SampleError
 from ds_lvxattn.data.table import check_folder, open_table
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of_config
-from ds_lvxattn.families.family import ANY_SIZE
-from ds_lvxattn.training.dataset import rows_of_frames, videos_in_text
+from ds_lvxattn.training.dataset import text_of_family
 from ds_lvxattn.training.loading import at_revision, config_of
 from ds_lvxattn.training.settings import FinetuningConfig
 
@@ -117,26 +115,17 @@ def encode_for(name: str) -> tuple[Encode, int]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"--model {name}: cannot be loaded ({error})") from error
     most = family.text_config.max_position_embeddings
-    how: dict[str, Any] = {"image_token": None}
-    if visual is not None:
-        how = {
-            "image_token": visual.token_of(tokenizer),
-            "frame_text": visual.frame_text,
-            "frame_tokens": rows_of_frames(visual, processor, ANY_SIZE),
-            "videos": videos_in_text(visual, tokenizer),
-            "write": functools.partial(visual.write, processor=processor, limits=ANY_SIZE),
-        }
+    text = ModelText(None) if visual is None else text_of_family(visual, tokenizer, processor)
 
     def count(turns: Sequence[Turn], media: Sequence[Media]) -> tuple[int, int]:
         if visual is None and media:
             raise SampleError(f"{len(media)} images and videos, and the model takes text alone")
-        made = tokenised(turns, media, tokenizer, **how)
+        made = tokenised(turns, media, tokenizer, text)
         if made.rows > most:
             raise SampleError(f"{made.rows} tokens, and the model's positions reach {most}")
         return made.rows, sum(label != IGNORE for label in made.labels)
 
-    videos = how.get("videos")
-    return count, videos.merged if videos else 0
+    return count, text.merged
 
 
 def report(data: str, findings: Findings) -> str:

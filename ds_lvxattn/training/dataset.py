@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from ds_lvxattn.data.chat import VideoText
 from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.data.media import PixelLimits
+from ds_lvxattn.data.model_text import ModelText
 from ds_lvxattn.data.sample import FrameSize, SampleSource
 from ds_lvxattn.data.table import check_file, check_folder
 from ds_lvxattn.errors import ConfigError
@@ -74,7 +76,7 @@ def load_sources(
         ConversationSource,
         data,
         loaded.tokenizer,
-        **frames_in_text(loaded, finetuning.frame_limits),
+        text_of_model(loaded, finetuning.frame_limits),
         max_frames=finetuning.frames,
         max_text_tokens=finetuning.max_text_tokens or text_limit(loaded.model),
         eval_data=finetuning.eval_data,
@@ -98,24 +100,30 @@ def load_sources(
         return train, conversations(split="eval", limit=finetuning.eval_examples)
 
 
-def frames_in_text(loaded: LoadedModel, limits: FrameLimits = ANY_SIZE) -> dict[str, Any]:
-    """How the model's text has a frame, as arguments of ``ConversationSource`` and ``question_sample``."""
+def text_of_model(loaded: LoadedModel, limits: FrameLimits = ANY_SIZE) -> ModelText:
+    """How the model's text has frames and videos."""
     family = family_of(loaded.model)
     embeddings = embedded_tokens(loaded.model)
     if not isinstance(family, VisualFamily):
-        return {"image_token": None, "embeddings": embeddings}
-    rows = rows_of_frames(family, loaded.processor, limits)
-    how: dict[str, Any] = {
-        "image_token": loaded.image_token,
-        "frame_tokens": rows,
-        "videos": videos_in_text(family, loaded.tokenizer),
-        "embeddings": embeddings,
-    }
+        return ModelText(None, embeddings=embeddings)
+    text = text_of_family(family, loaded.tokenizer, loaded.processor, limits)
+    text = replace(text, image_token=loaded.image_token, embeddings=embeddings)
     # The tokenizer of a small model has the token alone.
     if loaded.image_token is not None and loaded.image_token != family.token_of(loaded.tokenizer):
-        return {**how, "write": functools.partial(write_crops, rows, loaded.image_token)}
-    write = functools.partial(family.write, processor=loaded.processor, limits=limits)
-    return {**how, "frame_text": family.frame_text, "write": write}
+        write = functools.partial(write_crops, text.frame_tokens, loaded.image_token)
+        return replace(text, frame_text="", write=write)
+    return text
+
+
+def text_of_family(family: VisualFamily, tokenizer: Any, processor: Any, limits: FrameLimits = ANY_SIZE) -> ModelText:
+    """How the text of the models of a family has frames and videos."""
+    return ModelText(
+        image_token=family.token_of(tokenizer),
+        frame_text=family.frame_text,
+        frame_tokens=rows_of_frames(family, processor, limits),
+        videos=videos_in_text(family, tokenizer),
+        write=functools.partial(family.write, processor=processor, limits=limits),
+    )
 
 
 def embedded_tokens(model: PreTrainedModel) -> int | None:

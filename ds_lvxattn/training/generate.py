@@ -31,7 +31,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.groups import SequenceParallelGroups, launched_ranks, start_distributed
 from ds_lvxattn.training.build_locks import await_builds
 from ds_lvxattn.training.config_check import check_ds_config, check_names
-from ds_lvxattn.training.dataset import frames_in_text, text_limit
+from ds_lvxattn.training.dataset import text_limit, text_of_model
 from ds_lvxattn.training.ds_config import fill_model_sizes
 from ds_lvxattn.training.engine import start_engine
 from ds_lvxattn.training.launcher import follow_launcher
@@ -90,7 +90,7 @@ def answer(args: argparse.Namespace, watchdog: Watchdog | None = None) -> str:
             args.question,
             args.video,
             loaded.tokenizer,
-            **frames_in_text(loaded, finetuning.frame_limits),
+            text_of_model(loaded, finetuning.frame_limits),
             max_frames=finetuning.frames,
             max_text_tokens=text_limit(loaded.model) - args.max_new_tokens,
         ),

@@ -23,7 +23,7 @@ from transformers.image_utils import SizeDict
 from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.families import family_of
 from ds_lvxattn.needle.small_models import SMALL_MODELS, random
-from ds_lvxattn.training.dataset import frames_in_text
+from ds_lvxattn.training.dataset import text_of_model
 from ds_lvxattn.training.loading import LoadedModel
 from tests.support.conversations import make_tokenizer
 from tests.support.tiny_families import tiny
@@ -124,9 +124,7 @@ def write_rows(folder: Path) -> Path:
 
 
 def source_of(made: LoadedModel, rows: Path, **how: Any) -> ConversationSource:
-    return ConversationSource(
-        rows, made.tokenizer, **frames_in_text(made), max_frames=MAX_FRAMES, eval_share=0.0, **how
-    )
+    return ConversationSource(rows, made.tokenizer, text_of_model(made), max_frames=MAX_FRAMES, eval_share=0.0, **how)
 
 
 @functools.cache
