@@ -12,7 +12,6 @@ alone, positions begin anew with each, and no token predicts the first one of th
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds_lvxattn.batches.packing import Span, first_fit
+from ds_lvxattn.batches.packing import Span, first_fit, samples_of_rows
+from ds_lvxattn.batches.placement import frame_owners, key_shards
 from ds_lvxattn.data.sample import IGNORE, FrameShape, Sample
-from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout, place_in_round, runs, split_by_size
+from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
 from ds_lvxattn.families.family import Family, VisualFamily, portions_of
 
 
@@ -152,7 +152,7 @@ class BatchLayout:
             # Padding behind the samples of a row sees nothing, and none of their rows sees it.
             start, stop = np.zeros_like(start), np.zeros_like(stop)
             for span, blocks in zip(self.spans, self.blocks, strict=True):
-                place = span.row, slice(span.start, span.stop)
+                place = span.place
                 stop[place] = np.arange(span.start + 1, span.stop + 1)
                 start[place] = span.start if window is None else np.maximum(stop[place] - window, span.start)
                 for first, last in blocks:  # to the end of the block: with what a row sees before it, still one range
@@ -233,7 +233,7 @@ class BatchLayout:
             for owner, shape in zip(owners, shapes, strict=True):
                 numbers.append(np.arange(encoded[owner], encoded[owner] + shape.tokens))
                 encoded[owner] += shape.tokens
-            place = span.row, slice(span.start, span.stop)
+            place = span.place
             rows = self.visual[place] >= 0
             taken = self.visual[place][rows]
             holder[place][rows] = np.repeat(owners, [shape.tokens for shape in shapes])[taken] if shapes else -1
@@ -280,70 +280,84 @@ def lay_out(
         for sample, of_frames in zip(samples, shapes, strict=True)
     ]
     spans = first_fit([len(ids) for ids, _ in rows_of], packing)
-    # A rank without a text token could not run the text layers, so very short text is padded to one token a rank.
-    text_ranks = ranks if divide_text else 1
-    length = max(text_ranks, *(span.stop for span in spans))
     striped = placement == "striped"
-    text = (SequenceShards.balanced if striped and family.keys_in_text else SequenceShards.contiguous)(
-        length, text_ranks
-    )
-    # What a frame weighs: keys where they stay on its rank, and where they travel to the text the encoder's work.
+    text = _text(spans, ranks if divide_text else 1, striped and family.keys_in_text)
     seen_of = [_ranges(sample, family, image_id) for sample in samples]
-    shapes = [
-        of_frames if any(a >= b for a, b in seen) else [replace(shape, padding=0) for shape in of_frames]
-        for of_frames, seen in zip(shapes, seen_of, strict=True)
-    ]
+    shapes = [_as_seen(of_frames, seen) for of_frames, seen in zip(shapes, seen_of, strict=True)]
+    # What a frame weighs: keys where they stay on its rank, and where they travel to the text the encoder's work.
     weights = [
         [s.encoder_tokens if family.keys_in_text else s.tokens + s.padding for s in of_frames] for of_frames in shapes
     ]
-    owners = _owners(weights, spans, ranks, striped)
-    keys = SequenceShards((0,) * ranks) if family.keys_in_text else _keys(shapes, owners, ranks, striped)
+    owners = frame_owners(weights, spans, ranks, striped)
+    keys = SequenceShards((0,) * ranks) if family.keys_in_text else key_shards(shapes, owners, ranks, striped)
 
-    shape = (max(span.row for span in spans) + 1, length)
-    input_ids = np.full(shape, pad_token, dtype=np.int64)
-    shift_labels = np.full(shape, IGNORE, dtype=np.int64)
-    visual = np.full(shape, -1, dtype=np.int64)
-    start, stop = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.int32)
-    sees_frame = np.zeros(shape, dtype=bool)
-    blocks: list[tuple[tuple[int, int], ...]] = []
-    before = 0  # visual tokens of the samples ahead
-    for (ids, labels), span, seen, of_frames in zip(rows_of, spans, seen_of, shapes, strict=True):
-        place = span.row, slice(span.start, span.stop)
-        input_ids[place] = ids
-        shift_labels[place][:-1] = labels[1:]
-        own_keys = isinstance(family, VisualFamily) and not family.keys_in_text
+    size = (max(span.row for span in spans) + 1, text.total)
+    input_ids = np.full(size, pad_token, dtype=np.int64)
+    shift_labels = np.full(size, IGNORE, dtype=np.int64)
+    visual = np.full(size, -1, dtype=np.int64)
+    own_keys = isinstance(family, VisualFamily) and not family.keys_in_text
+    for (ids, labels), span in zip(rows_of, spans, strict=True):
+        input_ids[span.place] = ids
+        shift_labels[span.place][:-1] = labels[1:]
         if not own_keys:
             takes = ids == image_id
-            visual[place][takes] = np.arange(takes.sum())
-        blocks.append(tuple(family.blocks(visual[place], labels)))
-        if not own_keys:
-            continue
-        bounds = np.array(seen, dtype=np.int64).reshape(len(ids), 2)
-        hidden = bounds[:, 0] >= bounds[:, 1]
-        sees_frame[place] = ~hidden
-        edges = before + np.cumsum([0, *(shape.tokens for shape in of_frames)])
-        start[place], stop[place] = np.where(hidden, before, edges[bounds].T)
-        behind = int(edges[-1]) + sum(shape.padding for shape in of_frames)
-        if isinstance(family, VisualFamily) and family.hidden_rows_see_all():
-            stop[place][hidden] = behind
-        before = behind
-    costs = [
+            visual[span.place][takes] = np.arange(takes.sum())
+    blocks = [
+        tuple(family.blocks(visual[span.place], labels)) for (_, labels), span in zip(rows_of, spans, strict=True)
+    ]
+    hidden_see_all = isinstance(family, VisualFamily) and family.hidden_rows_see_all()
+    start, stop, sees_frame = _visible(seen_of if own_keys else (), spans, shapes, size, hidden_see_all)
+    work = [
         [s.encoder_tokens for i, of in enumerate(shapes) for s, owner in zip(of, owners[i], strict=True) if owner == r]
         for r in range(ranks)
     ]
     return BatchLayout(
         spans, text, keys, owners, tuple(map(tuple, shapes)), input_ids, shift_labels, start, stop, sees_frame,
         tuple(seen_of), visual, tuple(blocks), family.blocks_in_window, family.keys_in_text,
-        max(map(portions_of, costs)),
+        max(map(portions_of, work)),
     )  # fmt: skip
 
 
-def samples_of_rows(spans: Sequence[Span]) -> list[list[int]]:
-    """The samples of each row, in the order in which they lie there; ``first_fit`` places later ones behind."""
-    rows: list[list[int]] = [[] for _ in range(max(span.row for span in spans) + 1)]
-    for sample, span in enumerate(spans):
-        rows[span.row].append(sample)
-    return rows
+def _text(spans: Sequence[Span], ranks: int, striped: bool) -> SequenceShards:
+    """Shards of the longest row. A rank without a token could not run the text layers, so very short text is padded to
+    one token a rank."""
+    length = max(ranks, *(span.stop for span in spans))
+    return (SequenceShards.balanced if striped else SequenceShards.contiguous)(length, ranks)
+
+
+def _as_seen(shapes: Sequence[FrameShape], seen: Sequence[tuple[int, int]]) -> Sequence[FrameShape]:
+    """The frames of a sample without the padding that none of its text sees: what sees no frame sees that."""
+    return shapes if any(a >= b for a, b in seen) else [replace(shape, padding=0) for shape in shapes]
+
+
+def _visible(
+    seen_of: Sequence[Sequence[tuple[int, int]]],
+    spans: Sequence[Span],
+    shapes: Sequence[Sequence[FrameShape]],
+    size: tuple[int, int],
+    hidden_see_all: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``start``, ``stop`` and ``sees_frame`` of a ``BatchLayout``.
+
+    Args:
+        seen_of: per sample and token the frames that it sees; empty where keys are in the text.
+        size: rows of the batch, and tokens of a row.
+        hidden_see_all: see ``VisualFamily.hidden_rows_see_all``.
+    """
+    start, stop = np.zeros(size, dtype=np.int32), np.zeros(size, dtype=np.int32)
+    sees_frame = np.zeros(size, dtype=bool)
+    before = 0  # visual tokens of the samples ahead
+    for seen, span, of_frames in zip(seen_of, spans, shapes, strict=False):
+        bounds = np.array(seen, dtype=np.int64).reshape(len(seen), 2)
+        hidden = bounds[:, 0] >= bounds[:, 1]
+        sees_frame[span.place] = ~hidden
+        edges = before + np.cumsum([0, *(shape.tokens for shape in of_frames)])
+        start[span.place], stop[span.place] = np.where(hidden, before, edges[bounds].T)
+        behind = int(edges[-1]) + sum(shape.padding for shape in of_frames)
+        if hidden_see_all:
+            stop[span.place][hidden] = behind
+        before = behind
+    return start, stop, sees_frame
 
 
 def _ranges(sample: Sample, family: Family, image_id: int) -> tuple[tuple[int, int], ...]:
@@ -359,69 +373,3 @@ def _rows(sample: Sample, image_id: int, rows: Sequence[int]) -> tuple[np.ndarra
     times = np.ones_like(ids)
     times[ids == image_id] = rows
     return ids.repeat(times), labels.repeat(times)
-
-
-def _owners(
-    weights: Sequence[Sequence[int]], spans: Sequence[Span], ranks: int, striped: bool
-) -> tuple[tuple[int, ...], ...]:
-    """Owners of the frames of each sample. Those of a row are placed as one sequence, as the text of the row is."""
-    rows = samples_of_rows(spans)
-    of_rows = [[weight for sample in row for weight in weights[sample]] for row in rows]
-    owners: list[tuple[int, ...]] = [()] * len(weights)
-    for row, of_row in zip(rows, (_striped if striped else _contiguous)(of_rows, ranks), strict=True):
-        for sample, run in zip(row, runs([len(weights[sample]) for sample in row]), strict=True):
-            owners[sample] = of_row[run.start : run.stop]
-    return tuple(owners)
-
-
-def _contiguous(weights: Sequence[Sequence[int]], ranks: int) -> tuple[tuple[int, ...], ...]:
-    """Owners of the frames of each row: runs of them in the order of the ranks, as its text is divided.
-
-    A row fills up what those before it left uneven.
-    """
-    loads = np.zeros(ranks)
-    owners = []
-    for sample in weights:
-        if not loads.any() or len(set(loads)) == 1:
-            counts: Sequence[int] = split_by_size(sample, ranks)
-        else:
-            room = np.maximum((loads.sum() + sum(sample)) / ranks - loads, 0)
-            ahead = np.cumsum([0, *sample])
-            shares = np.cumsum(room)[:-1] / max(room.sum(), 1) * ahead[-1]
-            cuts = [int(np.abs(ahead - share).argmin()) for share in shares]
-            counts = [b - a for a, b in itertools.pairwise((0, *cuts, len(sample)))]
-        owners.append(tuple(rank for rank, count in enumerate(counts) for _ in range(count)))
-        loads += [sum(sample[i] for i in run) for run in runs(counts)]
-    return tuple(owners)
-
-
-def _striped(weights: Sequence[Sequence[int]], ranks: int) -> tuple[tuple[int, ...], ...]:
-    """Owners of the frames of each row, dealt in rounds of one a rank: there and back where they are equal.
-
-    In a round the largest frame goes to the rank that has least.
-    """
-    loads, owners, number = [0] * ranks, [], 0
-    for sample in weights:
-        own = [0] * len(sample)
-        for first in range(0, len(sample), ranks):
-            turn = sorted(range(ranks), key=lambda rank: (loads[rank], place_in_round(rank, ranks, number)))
-            frames = sorted(range(first, min(first + ranks, len(sample))), key=lambda frame: (-sample[frame], frame))
-            for frame, rank in zip(frames, turn, strict=False):
-                own[frame] = rank
-                loads[rank] += sample[frame]
-            number += 1
-        owners.append(tuple(own))
-    return tuple(owners)
-
-
-def _keys(
-    shapes: Sequence[Sequence[FrameShape]], owners: Sequence[Sequence[int]], ranks: int, striped: bool
-) -> SequenceShards:
-    """Shards of the visual tokens: of each sample those of its frames, and behind them what pads the frames."""
-    if striped and len(shapes) == 1 and len(set(shapes[0])) == 1 and not shapes[0][0].padding:  # told by one number
-        return SequenceShards.striped(sum(shape.tokens for shape in shapes[0]), ranks, shapes[0][0].tokens)
-    units: list[tuple[int, int]] = []
-    for sample, own in zip(shapes, owners, strict=True):
-        units += [(shape.tokens, rank) for shape, rank in zip(sample, own, strict=True)]
-        units += [(shape.padding, rank) for shape, rank in zip(sample, own, strict=True)]
-    return SequenceShards.dealt(units, ranks)

@@ -14,6 +14,11 @@ class Span:
     start: int
     stop: int
 
+    @property
+    def place(self) -> tuple[int, slice]:
+        """What takes them out of an array ``[B, S]``."""
+        return self.row, slice(self.start, self.stop)
+
 
 def first_fit(lengths: Sequence[int], budget: int | None) -> tuple[Span, ...]:
     """Where samples of ``lengths`` tokens lie: each in the first row that has room for it.
@@ -32,3 +37,11 @@ def first_fit(lengths: Sequence[int], budget: int | None) -> tuple[Span, ...]:
         spans.append(Span(row, filled[row], filled[row] + length))
         filled[row] += length
     return tuple(spans)
+
+
+def samples_of_rows(spans: Sequence[Span]) -> list[list[int]]:
+    """The samples of each row, in the order in which they lie there; ``first_fit`` places later ones behind."""
+    rows: list[list[int]] = [[] for _ in range(max(span.row for span in spans) + 1)]
+    for sample, span in enumerate(spans):
+        rows[span.row].append(sample)
+    return rows
