@@ -262,16 +262,20 @@ def both_ways(tmp_path: Path, data: bytes, **options: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_images_are_upright(tmp_path: Path, orientation: int, kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(corners()), kind, exif=exif)
-    with Image.open(io.BytesIO(data)) as image:
+    reference = data if kind != "TIFF" else encoded(Image.fromarray(corners()), "PNG", exif=exif)  # Pillow turns a TIFF
+    with Image.open(io.BytesIO(reference)) as image:
         stored = np.asarray(image.convert("RGB"))
         shown = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     np.testing.assert_array_equal(both_ways(tmp_path, data), shown)
     np.testing.assert_array_equal(Media("image", (data,), (0,), upright=False).decode([0])[0], stored)
+    for upright, pixels in ((True, shown), (False, stored)):
+        info = probe_image(data, upright)
+        assert (info.height, info.width) == pixels.shape[:2]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])

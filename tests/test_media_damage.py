@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import av
@@ -13,8 +14,10 @@ from ds_lvxattn.data.media import (
     Media,
     MediaError,
     decode_frames,
+    probe_image,
     probe_video,
 )
+from ds_lvxattn.data.media.complete import is_cut_off
 from ds_lvxattn.data.media.files import open_film
 from ds_lvxattn.data.media.picture import as_shown
 from tests.support.films import encoded, remux, write_film
@@ -109,6 +112,10 @@ def test_a_film_that_begins_at_a_recovery_point_is_shown_from_where_it_is_whole(
         np.testing.assert_array_equal(decode_frames(cut, [number])[0], picture)
 
 
+def data_of_box(kind: bytes, content: bytes) -> bytes:
+    return (8 + len(content)).to_bytes(4, "big") + kind + content
+
+
 def test_half_a_film_is_none(tmp_path: Path) -> None:
     film = write_film(tmp_path / "film.mp4", [10 * i for i in range(20)], codec="mpeg4")
     for name, flags in (("half.mp4", "faststart"), ("parts.mp4", "frag_keyframe+empty_moov")):
@@ -120,13 +127,41 @@ def test_half_a_film_is_none(tmp_path: Path) -> None:
                     copy.mux(packet)
         assert probe_video(tmp_path / name).num_frames == 20
     write_film(tmp_path / "film.webm", [10 * i for i in range(20)], codec="libvpx")
-    for name in (
-        "film.mp4",
-        "half.mp4",
-        "parts.mp4",
-        "film.webm",
-    ):  # in MP4 the list of frames is at the end, or at the start
+    write_film(tmp_path / "film.avi", [10 * i for i in range(20)], codec="mpeg4")
+    write_film(tmp_path / "film.wmv", [10 * i for i in range(20)], codec="wmv2")
+    # In MP4 the list of frames is at the end, or at the start; without it FFmpeg knows a film by its name alone.
+    for name in ("film.mp4", "half.mp4", "parts.mp4", "film.webm", "film.avi", "film.wmv"):
         data = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(data[: len(data) * 3 // 4])
-        with pytest.raises(MediaError, match=rf"{name}: (cannot decode|damaged: the file is cut off)"):
-            probe_video(tmp_path / name)
+        assert not is_cut_off(str(tmp_path / name))
+        for quarters in (3, 1):
+            (tmp_path / name).write_bytes(data[: len(data) * quarters // 4])
+            with pytest.raises(MediaError, match=rf"{name}: damaged: the file is cut off"):
+                probe_video(tmp_path / name)
+    unfinished = data_of_box(b"ftyp", b"isom") + (0).to_bytes(4, "big") + b"mdat" + bytes(500)  # its writer was killed
+    (tmp_path / "unfinished.mp4").write_bytes(unfinished)
+    with pytest.raises(MediaError, match="the file is cut off"):
+        probe_video(tmp_path / "unfinished.mp4")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><title>404</title>", "web page"),
+        (b'{"error": "expired"}', "web page or a message"),
+        (gzip.compress(bytes(99)), "gzip; unpack it"),
+        (bytes(5000), "zeros alone"),
+        (encoded(Image.new("RGB", (64, 64)), "WEBP", lossless=True)[:-20], "the file is cut off"),
+    ],
+)
+def test_a_file_that_is_something_else_is_called_that(tmp_path: Path, data: bytes, said: str) -> None:
+    (tmp_path / "a.mp4").write_bytes(data)
+    with pytest.raises(MediaError, match=said):
+        decode_frames(tmp_path / "a.mp4", [0])
+    with pytest.raises(MediaError, match=said):
+        Media("image", (str(tmp_path / "a.mp4"),), (0,)).decode([0])
+
+
+def test_a_film_among_images_is_called_that(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="it is a video; give it under 'video'"):
+        probe_image(str(write_film(tmp_path / "film.mp4", [0, 50])))

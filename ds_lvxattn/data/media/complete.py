@@ -6,37 +6,52 @@ import os
 from typing import BinaryIO
 
 EBML, SEGMENT = bytes.fromhex("1a45dfa3"), bytes.fromhex("18538067")
+MP4 = (b"ftyp", b"moov", b"mdat", b"wide")  # what an MP4 or QuickTime file begins with
+ASF, ASF_FILE = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"), bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+RIFF_SLACK = 8  # some count the eight bytes of the head with what follows it
 
 
 def is_cut_off(path: str) -> bool:
-    """Whether a Matroska, WebM or MP4 file ends ahead of the sizes that it tells; False for other files.
+    """Whether a Matroska, WebM, MP4, AVI, WebP or ASF file ends ahead of what it tells; False for other files.
 
-    FFmpeg reads such a file up to its end and says nothing; of MP4, that is one of fragments, each of which is whole.
+    FFmpeg reads such a file up to its end and says nothing; of MP4, that is one of fragments, each of which is whole. An
+    MP4 file whose list of frames was never written, or is lost, is cut off too.
     """
+    end = os.path.getsize(path)
     with open(path, "rb") as file:
-        head = file.read(128)
-        if head[4:8] == b"ftyp":
-            return _last_box_is_cut_off(file, os.path.getsize(path))
+        head = file.read(1 << 12)
+        if head[4:8] in MP4:
+            return _boxes_are_cut_off(file, end)
+    if head[:4] == b"RIFF":
+        size = int.from_bytes(head[4:8], "little")
+        return 0 < size < 0xFFFFFFFF and end + RIFF_SLACK < 8 + size  # what was streamed tells no size
+    if head.startswith(ASF):
+        at = head.find(ASF_FILE)
+        streamed = at < 0 or len(head) < at + 92 or head[at + 88] & 1
+        return not streamed and end < int.from_bytes(head[at + 40 : at + 48], "little")
     if head[:4] != EBML:
         return False
     length, at = _size(head, 4)
     if length is None or head[at + length : at + length + 4] != SEGMENT:
         return False
     size, at = _size(head, at + length + 4)
-    return size is not None and at + size > os.path.getsize(path)
+    return size is not None and at + size > end
 
 
-def _last_box_is_cut_off(file: BinaryIO, end: int) -> bool:
-    """Whether a box of media in an MP4 file says that it is longer than what is left of the file."""
-    at, kind = 0, b""
+def _boxes_are_cut_off(file: BinaryIO, end: int) -> bool:
+    """Whether an MP4 file has no list of its pictures, or a box of media in it is longer than what is left of it."""
+    at, kind, kinds = 0, b"", set()
     while at + 8 <= end:
         file.seek(at)
         head = file.read(16)
         size, kind = int.from_bytes(head[:4], "big"), head[4:8]
+        kinds.add(kind)
         size = int.from_bytes(head[8:16], "big") if size == 1 else size
         if size < 8:  # to the end of the file
-            return False
+            return not kinds & {b"moov", b"meta"}
         at += size
+    if not kinds & {b"moov", b"meta"}:
+        return True
     return at > end and kind in (b"mdat", b"moof", b"moov")  # what else stands behind them is no part of the film
 
 

@@ -14,6 +14,8 @@ from typing import BinaryIO
 import av
 import av.error
 
+from ds_lvxattn.data.media.complete import is_cut_off
+from ds_lvxattn.data.media.unreadable import what_it_is
 from ds_lvxattn.data.sample import SampleError
 
 # Pixels of a picture, at most, checked before it is decoded: 300 MB as RGB.
@@ -111,8 +113,12 @@ def open_film(path: str) -> Iterator[tuple[av.container.InputContainer, av.Video
                 if discard is not None and stream.index != film.index:
                     stream.discard = discard.all  # sound is not read from disk
             yield container, film
-    except (av.error.FFmpegError, OSError) as error:
-        raise MediaError(f"{path}: cannot decode: {error.strerror or error}") from error
+    except (MediaError, av.error.FFmpegError, OSError) as error:
+        if is_cut_off(path):
+            raise MediaError(f"{path}: damaged: the file is cut off") from error
+        if isinstance(error, MediaError):
+            raise
+        raise MediaError(f"{path}: cannot decode: {error.strerror or error}{what_it_is(path)}") from error
 
 
 def _film(container: av.container.InputContainer, path: str) -> av.VideoStream:

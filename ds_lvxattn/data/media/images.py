@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ds_lvxattn.data.media.files import MAX_PIXELS, STRICT, MediaError, check_file
 from ds_lvxattn.data.media.picture import Size, fitted
 from ds_lvxattn.data.media.timeline import VideoInfo, still
+from ds_lvxattn.data.media.unreadable import what_it_is
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI", "ICO", "PCX", "SGI")
 ANIMATED = {"GIF", "WEBP", "PNG", "AVIF"}  # a TIFF's pages and an icon's sizes are no film
@@ -25,6 +26,10 @@ SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 MOTION_JPEG = (".mjpeg", ".mjpg")  # frames in a row, without a container: begins like an image
 DEFAULT_MS = 100  # what browsers give a frame of an animation that says nothing, or next to nothing
 SHORTEST_MS = 11
+ORIENTATION = 0x0112  # of EXIF
+ON_ITS_SIDE = (5, 6, 7, 8)
+TURNED_BY_PILLOW = "TIFF"  # of which Pillow gives the upright size, and turns it as it is decoded
+TURNED_BACK = {6: 8, 8: 6}  # the other orientations undo themselves
 
 
 def is_image(path: str) -> bool:
@@ -49,8 +54,7 @@ def image_info(source: str | bytes, upright: bool = True) -> VideoInfo:
     """
     with _opened(source) as (image, _):
         width, height = image.size
-        turned = upright and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        if turned:
+        if _orientation(image) in ON_ITS_SIDE and upright is not (image.format == TURNED_BY_PILLOW):
             width, height = height, width
         count = getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
         if count == 1:
@@ -89,12 +93,16 @@ def decode_image(
         for number in sorted(set(numbers)):
             if number or image.format in ANIMATED:
                 image.seek(number)
-            orientation = image.getexif().get(0x0112, 1)
+            orientation = _orientation(image)
             shown = _rgb(image)
             if target != shown.size:
                 shown = shown.resize(target, Image.Resampling.BOX)
-            if upright and orientation != 1:
-                shown.getexif()[0x0112] = orientation
+            if image.format == TURNED_BY_PILLOW:
+                turn = 1 if upright else TURNED_BACK.get(orientation, orientation)
+            else:
+                turn = orientation if upright else 1
+            if turn != 1:
+                shown.getexif()[ORIENTATION] = turn
                 shown = ImageOps.exif_transpose(shown)
             frames[number] = np.asarray(shown)
     return frames
@@ -119,9 +127,15 @@ def _opened(source: str | bytes) -> Iterator[tuple[Image.Image, BinaryIO]]:
     except MediaError as error:
         raise error if name in str(error) else MediaError(f"{name}: {error}") from error
     except UnidentifiedImageError as error:
-        raise MediaError(f"{name} cannot be decoded: not an image of the formats {', '.join(FORMATS)}") from error
+        known = what_it_is(source, image=True) or f" of the formats {', '.join(FORMATS)}"
+        raise MediaError(f"{name} cannot be decoded: not an image{known}") from error
     except Exception as error:  # decoders raise what they like
-        raise MediaError(f"{name} cannot be decoded: {type(error).__name__}: {error}") from error
+        raise MediaError(f"{name} cannot be decoded: {type(error).__name__}: {error}{what_it_is(source)}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation that an image is stored with; known ahead of its pixels, and of a TIFF only then."""
+    return int(image.getexif().get(ORIENTATION, 1))
 
 
 def _check_jpeg(file: BinaryIO) -> None:
