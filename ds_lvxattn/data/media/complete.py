@@ -14,8 +14,8 @@ RIFF_SLACK = 8  # some count the eight bytes of the head with what follows it
 def is_cut_off(path: str) -> bool:
     """Whether a Matroska, WebM, MP4, AVI, WebP or ASF file ends ahead of what it tells; False for other files.
 
-    FFmpeg reads such a file up to its end and says nothing; of MP4, that is one of fragments, each of which is whole. An
-    MP4 file whose list of frames was never written, or is lost, is cut off too.
+    FFmpeg reads such a file up to its end and says nothing; of MP4, that is one of fragments, each of which is whole.
+    An MP4 file whose list of frames was never written, or is lost, is cut off too.
     """
     end = os.path.getsize(path)
     with open(path, "rb") as file:
