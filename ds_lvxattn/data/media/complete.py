@@ -23,8 +23,8 @@ def is_cut_off(path: str) -> bool:
         if head[4:8] in MP4:
             return _boxes_are_cut_off(file, end)
     if head[:4] == b"RIFF":
-        size = int.from_bytes(head[4:8], "little")
-        return 0 < size < 0xFFFFFFFF and end + RIFF_SLACK < 8 + size  # what was streamed tells no size
+        told = int.from_bytes(head[4:8], "little")
+        return 0 < told < 0xFFFFFFFF and end + RIFF_SLACK < 8 + told  # what was streamed tells no size
     if head.startswith(ASF):
         at = head.find(ASF_FILE)
         streamed = at < 0 or len(head) < at + 92 or head[at + 88] & 1
