@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -18,10 +18,12 @@ from ds_lvxattn.exchange.grid import make_grids, node_size
 from ds_lvxattn.families import family_of
 from ds_lvxattn.families.rotary import check_positions
 from ds_lvxattn.groups import SequenceParallelGroups
+from ds_lvxattn.kernels.settled import forget_tables
 from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.plan.modes import eligible_modes
 from ds_lvxattn.runtime.compiled import compile_layers
 from ds_lvxattn.runtime.copies import refuse_copies
+from ds_lvxattn.runtime.dropout import drop_rate
 from ds_lvxattn.runtime.norms import fuse_norms
 from ds_lvxattn.runtime.projections import fuse_patches
 from ds_lvxattn.runtime.recompute import Recomputation
@@ -107,10 +109,12 @@ class SequenceParallel:
         refuse_copies([model, *self._exchanged])
         if config.compile:
             compile_layers(self.compilable)
+        self._forget_tables = weakref.finalize(model, forget_tables)
 
     def close(self) -> None:
         """End the groups of its grids, not those that it was given; after their last use, on every rank."""
         close_levels(self.comm)
+        self._forget_tables()
 
     def _reach_copies(self) -> None:
         """Set the implementation where parts were copied ahead of attaching, as PEFT's ``modules_to_save`` does.
@@ -149,7 +153,7 @@ class SequenceParallel:
         """
         for layer in self.decoder_layers:
             for name, module in layer.named_modules():
-                rate = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
+                rate = drop_rate(module) or getattr(module, "dropout", 0.0)
                 if isinstance(rate, (int, float)) and rate > 0:
                     return f"dropout of {rate} in {name or type(layer).__name__}"
         return None

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, app
 
 from ds_lvxattn.calibration.clock import Clock, host_seconds, slowest_of
 from ds_lvxattn.calibration.extent import Extent
+from ds_lvxattn.kernels.torch_internals import linear
 from ds_lvxattn.plan.dense import ENCODER_LAYER, LINEAR, TEXT_LAYER
 from ds_lvxattn.plan.profile import HostTime, Product
 from ds_lvxattn.runtime.norms import fuse_norms
@@ -107,9 +108,12 @@ def layer_host_times(device: torch.device, dtype: torch.dtype) -> Mapping[str, H
             torch.autograd.backward(outs, [torch.ones_like(out) for out in outs])
         x.grad = None
 
-    own, deepspeed = torch._C._nn.linear, zero3_linear_wrap
     calls: list[Callable[[], None]] = [encode, forward, both]
-    calls += [functools.partial(products, product, trains) for trains in (False, True) for product in (own, deepspeed)]
+    calls += [
+        functools.partial(products, product, trains)
+        for trains in (False, True)
+        for product in (linear, zero3_linear_wrap)
+    ]
     times = slowest_of([host_seconds(call, device) for call in calls], device)
     encoded, one, two, first, first_zero3, each, each_zero3 = times
     forward_more, more = ((b - a) / linears for a, b in ((first, first_zero3), (each, each_zero3)))

@@ -6,17 +6,17 @@ Data moves as raw bytes: gloo and NCCL then carry every dtype, and nothing is co
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# As DeepSpeed and ``batch_isend_irecv`` do: several collectives as one NCCL launch.
-from torch.distributed.distributed_c10d import _coalescing_manager
+from ds_lvxattn.kernels.torch_internals import start
 
 # torch 2.13 renamed the collective and warns at the old name, the only one that older releases have.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -117,20 +117,16 @@ class Communicator:
 
         Several buffers (each with the name of its contents) travel in one launch where the backend can.
         """
-        ops = []
+        calls, sent = [], []
         for what, gathered in buffers:
             self._count(what, gathered.nbytes // self.ranks)
             if gathered.numel():
                 whole, rows = _raw(gathered), gathered.shape[0] // self.ranks
-                ops.append((whole, whole[self.rank * rows : (self.rank + 1) * rows]))
-        if len(ops) < 2 or not ops[0][0].is_cuda:
-            works = [all_gather_single(whole, own, group=self.group, async_op=True) for whole, own in ops]
-        else:
-            with _coalescing_manager(self.group, async_ops=True) as coalesced:
-                for whole, own in ops:
-                    all_gather_single(whole, own, group=self.group)
-            works = coalesced.works
-        return Transfer(works, [whole for whole, _ in ops])
+                own = whole[self.rank * rows : (self.rank + 1) * rows]
+                calls.append(functools.partial(all_gather_single, whole, own, group=self.group, async_op=True))
+                sent.append(whole)
+        together = len(calls) > 1 and sent[0].is_cuda
+        return Transfer(start(calls, self.group, together), sent)
 
     def start_all_to_all(self, parts: Sequence[Part]) -> Transfer:
         """Start sending slice ``j`` of each part to rank ``j``; slice ``i`` of what arrives comes from rank ``i``.
@@ -138,28 +134,25 @@ class Communicator:
         Several parts travel in one launch where the backend can. Whether an evenly divided part is empty is the same
         on every rank; a part with sizes of its own is exchanged even if this rank has no row in it.
         """
-        calls: list[tuple[Tensor, Tensor, list[int] | None, list[int] | None]] = []
+        calls = []
+        run = functools.partial(dist.all_to_all_single, group=self.group, async_op=True)
         for what, send, receive, sizes in parts:
             if sizes is None:
                 self._count(what, receive.nbytes // self.ranks)
                 if send.numel():
-                    calls.append((_raw(receive), _raw(send), None, None))
+                    calls.append(functools.partial(run, _raw(receive), _raw(send)))
             else:
-                sent, arriving = sizes
+                leaving, arriving = sizes
                 width = math.prod(send.shape[1:]) * send.element_size()
                 self.received[what] += width * (sum(arriving) - arriving[self.rank])
                 if self.node_size < self.ranks:
                     self.between[what] += width * sum(n for rank, n in enumerate(arriving) if self._far(rank))
                 unit = send.element_size() if send.dim() == 1 else 1  # bytes are counted along the last dimension
-                calls.append((_raw(receive), _raw(send), [n * unit for n in arriving], [n * unit for n in sent]))
-        if len(calls) < 2 or not calls[0][0].is_cuda:
-            works = [dist.all_to_all_single(*call, group=self.group, async_op=True) for call in calls]
-        else:
-            with _coalescing_manager(self.group, device=calls[0][0].device, async_ops=True) as coalesced:
-                for call in calls:
-                    dist.all_to_all_single(*call, group=self.group, async_op=True)
-            works = coalesced.works
-        return Transfer(works, [part.send for part in parts])
+                divided = [n * unit for n in arriving], [n * unit for n in leaving]
+                calls.append(functools.partial(run, _raw(receive), _raw(send), *divided))
+        sent = [part.send for part in parts]
+        together = len(calls) > 1 and sent[0].is_cuda
+        return Transfer(start(calls, self.group, together, sent[0].device if together else None), sent)
 
     def all_reduce(self, x: Tensor, what: str) -> Tensor:
         """Sum over the ranks, in place. Counted as a ring: each element comes twice less its own part."""
@@ -184,23 +177,18 @@ class Communicator:
         Returns:
             A handle; see ``Transfer.wait``.
         """
-        calls: list[tuple[Callable[..., dist.Work | None], Tensor, dict[str, int]]] = []
+        calls = []
         for what, send, to, receive, source in messages:
             if send.numel():
-                calls.append((dist.isend, _raw(send), {"group_dst": to}))
+                calls.append(functools.partial(dist.isend, _raw(send), group=self.group, group_dst=to))
             if receive.numel():
-                calls.append((dist.irecv, _raw(receive), {"group_src": source}))
+                calls.append(functools.partial(dist.irecv, _raw(receive), group=self.group, group_src=source))
             self.received[what] += receive.nbytes
             self.between[what] += receive.nbytes * self._far(source)
         # What ``batch_isend_irecv`` comes to, whose objects and checks of every message take the host longer.
-        if calls and calls[0][1].is_cuda:
-            with _coalescing_manager(self.group, device=calls[0][1].device, async_ops=True) as coalesced:
-                for call, x, peer in calls:
-                    call(x, group=self.group, **peer)
-            works = coalesced.works
-        else:
-            works = [work for call, x, peer in calls if (work := call(x, group=self.group, **peer)) is not None]
-        return Transfer(works, [message.send for message in messages])
+        sent = [message.send for message in messages]
+        together = bool(calls) and sent[0].is_cuda
+        return Transfer(start(calls, self.group, together, sent[0].device if together else None), sent)
 
     def account(self, x: Tensor, what: str) -> Tensor:
         """Count an evenly divided all-to-all that a library ran: ``x`` is what this rank got out of it.

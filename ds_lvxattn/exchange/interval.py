@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ds_lvxattn.exchange.shards import SequenceShards
 from ds_lvxattn.kernels.pattern import PATTERNS, UNKNOWN, pattern_of
+from ds_lvxattn.kernels.torch_internals import raise_if
 
 T = TypeVar("T")
 
@@ -216,7 +217,7 @@ def _refuse_overlaps(start: Tensor, stop: Tensor) -> None:
     overlap = (stop.gather(-1, order)[..., :-1] > begin.gather(-1, order)[..., 1:]).any(dim=-1)
     said = "the intervals of a row overlap, whose keys would count twice; give disjoint ones"
     if overlap.device.type != "cpu":
-        torch._assert_async(~overlap.any(), said)
+        raise_if(overlap, said)
     elif overlap.any():
         raise ValueError(f"row {overlap.nonzero()[0].tolist()}: {said}")
 

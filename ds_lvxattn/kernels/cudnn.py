@@ -7,8 +7,11 @@ from torch import Tensor
 
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.pattern import UNKNOWN
+from ds_lvxattn.kernels.torch_internals import missing_operator
 
 aten = torch.ops.aten
+# Why the kernel cannot run; None where it can.
+MISSING = missing_operator("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward")
 
 
 class CudnnKernel:
@@ -24,6 +27,8 @@ class CudnnKernel:
     def unsupported(self, call: Call) -> str | None:
         if call.device != "cuda":
             return f"it does not run on {call.device}"
+        if MISSING is not None:
+            return MISSING
         if call.masked:
             return "it has no interval mask"
         if call.capped:

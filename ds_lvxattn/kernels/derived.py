@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ds_lvxattn.kernels.torch_internals import current_stream
+
 T = TypeVar("T")
 _derived: Any = WeakTensorKeyDictionary()  # start -> {key: (reference to stop, versions of both, what was made)}
 
@@ -30,7 +32,7 @@ def derived_of(start: Tensor, stop: Tensor, key: Hashable, make: Callable[[], T]
         if torch.cuda.is_current_stream_capturing():
             return make()
         # What another stream makes may not be done.
-        key = key, torch._C._cuda_getCurrentRawStream(start.get_device())
+        key = key, current_stream(start.get_device())
     made = _derived.setdefault(start, {})
     versions = start._version, stop._version
     known = made.get(key)

@@ -11,8 +11,14 @@ from torch import Tensor
 
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.pattern import UNKNOWN
+from ds_lvxattn.kernels.torch_internals import missing_operator
 
 aten = torch.ops.aten
+# Why the kernel cannot run, on the CPU and on CUDA; None where it can.
+MISSING_ON_CPU = missing_operator(
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"
+)
+MISSING_ON_CUDA = missing_operator("_flash_attention_forward", "_flash_attention_backward")
 
 
 class FlashKernel:
@@ -33,7 +39,9 @@ class FlashKernel:
         if call.other_values is not None:
             return call.other_values
         if call.device == "cpu":
-            return None
+            return MISSING_ON_CPU
+        if MISSING_ON_CUDA is not None:
+            return MISSING_ON_CUDA
         if call.device != "cuda":
             return f"it does not run on {call.device}"
         if call.dtype not in (torch.bfloat16, torch.float16):

@@ -11,7 +11,10 @@ from typing import TypeVar
 
 import torch
 
+from ds_lvxattn.kernels.torch_internals import dispatch_modes
+
 KEPT = 512  # of the arguments of a function, those that were used last
+KEPT_TABLES = 32  # likewise, for tables, which may have a number for every token: those of a few batches
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -36,17 +39,27 @@ def settled_tables(function: Function) -> Function:
     the device would wait for it.
 
     They are no inference tensors, which the backward pass of a later step could not save, and those made under a mode
-    (``FakeTensorMode``, tracing) are not kept, as they are the mode's.
+    (``FakeTensorMode``, tracing) are not kept, as they are the mode's. ``forget_tables`` frees them.
     """
 
-    @functools.lru_cache(maxsize=KEPT)
+    @functools.lru_cache(maxsize=KEPT_TABLES)
     def kept(*args: object) -> object:
         with torch.inference_mode(False):
             return function(*args)
 
     @functools.wraps(function)
     def call(*args: object) -> object:
-        looks_on = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        looks_on = torch.compiler.is_compiling() or dispatch_modes()
         return function(*args) if looks_on else kept(*args)
 
+    _tables.append(kept.cache_clear)
     return call  # type: ignore[return-value]
+
+
+_tables: list[Callable[[], None]] = []  # forgets what is kept, one a function
+
+
+def forget_tables() -> None:
+    """Free all tables that are kept; those that are needed again are made again."""
+    for forget in _tables:
+        forget()

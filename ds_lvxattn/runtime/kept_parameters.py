@@ -21,7 +21,6 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ds_lvxattn.kernels.torch_internals import linear
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.gathers import Gathers, free
 from ds_lvxattn.runtime.zero3 import of_zero3
@@ -260,10 +260,9 @@ def _fetched_for(module: Any) -> list[nn.Parameter]:
     return [*own, *(parameter for _, parameter in module.ds_external_parameters())]
 
 
-def _linear(module: nn.Module, x: Tensor) -> Tensor:
+def _linear(module: Any, x: Tensor) -> Tensor:
     """PyTorch's own product, for which DeepSpeed's stands in ``torch.nn.functional``."""
-    product: Tensor = torch._C._nn.linear(x, module.weight, module.bias)  # type: ignore[arg-type]
-    return product
+    return linear(x, module.weight, module.bias)
 
 
 def plain_linear(module: nn.Module) -> bool:

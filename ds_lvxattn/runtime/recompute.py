@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ds_lvxattn.kernels.torch_internals import never_compiled
 from ds_lvxattn.plan.modes import modes
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class Recomputation:
         vars(module)["forward"] = recomputing
 
 
-@torch._disable_dynamo  # its dispatch modes would see the operators of a graph, not those of the layer
+@never_compiled  # its dispatch modes would see the operators of a graph, not those of the layer
 def recompute(
     module: nn.Module, function: Callable[..., Any], *args: Any, offload: bool = False, keep: bool = True
 ) -> Any:

@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.kernels.operator import as_kernels_take, local_attention
+from ds_lvxattn.kernels.torch_internals import never_compiled
 from ds_lvxattn.runtime.batch import Exchanging, SequenceParallelBatch
 
 # The attention functions are never part of a compiled graph: see ``runtime.compiled``.
@@ -41,7 +42,7 @@ def register_with_transformers() -> None:
     AttentionInterface.register(ENCODER_IMPLEMENTATION, encoder_attention)
 
 
-@torch._disable_dynamo
+@never_compiled
 def exchanged_attention(
     module: nn.Module,
     query: Tensor,
@@ -107,7 +108,7 @@ def exchanged_attention(
     return out.transpose(1, 2), None
 
 
-@torch._disable_dynamo
+@never_compiled
 def encoder_attention(
     module: nn.Module,
     query: Tensor,

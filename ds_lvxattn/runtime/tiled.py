@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, pad
-from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.kernels.torch_internals import never_compiled
 from ds_lvxattn.plan.tiling import FEED_FORWARD_VALUES, LOGITS_VALUES, Tiles, rows_of_tile
 from ds_lvxattn.runtime.copies import refuse_copies
+from ds_lvxattn.runtime.dropout import drop_rate
 from ds_lvxattn.runtime.zero3 import at_hand, gather_for
 
 IGNORE = -100
@@ -138,7 +139,7 @@ def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
 
 def _random_state(module: nn.Module, device: torch.device) -> tuple[Tensor, Tensor | None] | None:
     """State of the generators, where ``module`` draws from them."""
-    if not any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in module.modules()):
+    if not any(m.training and drop_rate(m) > 0 for m in module.modules()):
         return None
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
@@ -183,7 +184,7 @@ def _in_tiles(part: nn.Module, tiles: Tiles) -> Callable[[Tensor], Tensor]:
     plain = part.forward
     width = max(getattr(module, "out_features", 1) for module in part.modules())
 
-    @torch._disable_dynamo  # an autograd function that calls autograd
+    @never_compiled  # an autograd function that calls autograd
     @functools.wraps(plain)
     def forward(x: Tensor) -> Tensor:
         rows = x.shape[0] * x.shape[1]

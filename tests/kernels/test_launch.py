@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from ds_lvxattn.kernels.settled import settled
+from ds_lvxattn.kernels.settled import KEPT_TABLES, forget_tables, settled, settled_tables
 from ds_lvxattn.kernels.triton import launch as launches
 from ds_lvxattn.kernels.triton.launch import Launch, fits_copy_engine, layout, row_descriptors, row_tiles
 
@@ -123,3 +123,21 @@ def test_settled_functions_run_once_and_keep_no_error():
         with pytest.raises(ValueError, match="3 is odd"):
             half(3)
     assert calls == [4, 3, 3]
+
+
+def test_settled_tables_are_few_and_freed():
+    made = []
+
+    @settled_tables
+    def table(n: int) -> torch.Tensor:
+        made.append(weakref.ref(kept := torch.full((2,), n)))
+        return kept
+
+    with torch.inference_mode():
+        assert table(0) is table(0) and not table(0).is_inference()
+    for n in range(2 * KEPT_TABLES):
+        table(n)
+    assert sum(each() is not None for each in made) == KEPT_TABLES
+    forget_tables()
+    assert not any(each() is not None for each in made)
+    assert table(0).tolist() == [0, 0]

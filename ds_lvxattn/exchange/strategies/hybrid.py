@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from ds_lvxattn.exchange.arguments import Attention, Exchange
@@ -22,6 +21,7 @@ from ds_lvxattn.exchange.strategies.query_ring import ring_attention
 from ds_lvxattn.exchange.strategies.routed import routed_attention
 from ds_lvxattn.exchange.strategies.ulysses import redistributed_heads, ulysses_attention
 from ds_lvxattn.kernels.settled import settled
+from ds_lvxattn.kernels.torch_internals import never_compiled
 
 
 def gather_between_nodes(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ def kv_gather_between_nodes(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange)
 _of_nodes = settled(ShardLayout.of_nodes)
 
 
-@torch._disable_dynamo  # as for ``ulysses_attention``
+@never_compiled  # as for ``ulysses_attention``
 def _two_levels(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange, across: Attention) -> tuple[Tensor, Tensor]:
     """``across`` between nodes, of this rank's share of the heads of its node."""
     assert exchange.grid is not None

@@ -18,12 +18,13 @@ from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
 from ds_lvxattn.exchange.uneven_heads import redistributed_uneven_heads
 from ds_lvxattn.kernels.operator import local_attention
 from ds_lvxattn.kernels.settled import settled_tables
+from ds_lvxattn.kernels.torch_internals import never_compiled
 from ds_lvxattn.plan.head_shards import divides_heads
 
 
 # Never part of a compiled graph: DeepSpeed's exchange and the count of its bytes, in the backward pass too, are of
-# tensors with data. ``torch.compiler.disable`` is the same, but imports the compiler together with this module.
-@torch._disable_dynamo
+# tensors with data.
+@never_compiled
 def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
     """Attention of the rank's rows over the keys of all ranks; see ``exchange.arguments``."""
     layout = exchange.layout
