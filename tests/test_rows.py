@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import json
 import logging
 from typing import Any
@@ -139,6 +140,21 @@ def test_layouts(row, turns):
             asked([{"type": "picture", "data": "A" * 10**6}]),
             r"^a turn holds .*\[... 999\d+ characters ...\] A+'}; give",
         ),
+        # Media that would be missed in silence.
+        *(
+            ({"prompt": "hi", "completion": "red", key: "a"}, f"the key '{key}' is not read.*; rename it to {right}")
+            for key, right in (
+                ("video_path", "'video'"),
+                ("Video", "'video'"),
+                ("clips", "'video'"),
+                ("img", "'image'"),
+                ("image-urls", "'image'"),
+                ("media", "'image' or 'video'"),
+            )
+        ),
+        ({"prompt": "hi", "completion": "red", "imgs": [{"bytes": b"a", "path": None}]}, "the key 'imgs' is not read"),
+        (asked("Picture 1: <img>a b.png</img>\nhi"), "write <image> in its place"),
+        ({"question": "hi", "answer": ["yes", "yeah"]}, "'answer' holds 2 texts"),
         (
             {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "image"}]}]},
             "media stand in the user's turns",
@@ -236,6 +252,43 @@ def test_a_byte_order_mark_and_keys_that_nothing_reads(tmp_path, caplog):
 def test_keys_that_nothing_reads_wherever_they_stand(row, unread):
     assert unknown_keys(row) == unread
     assert read_row(row)
+
+
+def test_other_names_beside_media_that_are_read_or_of_nothing():
+    for row in (asked("hi", video="a.mp4", video_url="b"), asked("hi", img="", frames=16, video_id="a", media=[None])):
+        assert read_row(row)
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [(".csv", ","), (".tsv", "\t")])
+def test_tables_in_text(tmp_path, suffix, separator):
+    path = tmp_path / f"rows{suffix}"
+    with open(path, "w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter=separator).writerows(
+            [["video", "question", "answer", "fps"], ["a.mp4", 'a,\t"b"\nc', "3", "2"], ["", "NA", "None", ""]]
+        )
+    table = open_table(path)
+    [asks, answers] = read_row(table.row(0))
+    assert answers.parts == ("3",) and asks.parts[1] == 'a,\t"b"\nc' and asks.parts[0].sampling == {"fps": 2.0}
+    assert [turn.parts for turn in read_row(table.row(1))] == [("NA",), ("None",)]
+    path.write_bytes("question\né".encode("latin-1"))
+    with pytest.raises(ValueError, match="cannot be read.*(?i:utf-8)"):
+        open_table(path)
+    with pytest.raises(ValueError, match=r"a file has no splits; give"):
+        open_table(f"{path}:train")
+
+
+def test_what_save_to_disk_wrote(tmp_path):
+    rows = datasets.Dataset.from_dict({"query": ["a", "b"], "response": ["c", "d"]})
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=rows, test=rows.select([1])).save_to_disk(tmp_path / "two")
+    for name, first in (("one", "a"), ("two", "a"), ("two:test", "b")):
+        assert open_table(f"{tmp_path}/{name}").row(0)["query"] == first
+    for name, message in (("one:train", "saved without splits"), ("two:eval", r"of the splits \['test', 'train'\]")):
+        with pytest.raises(ValueError, match=message):
+            open_table(f"{tmp_path}/{name}")
+    rows.select([]).to_parquet(tmp_path / "none.parquet")
+    with pytest.raises(ValueError, match="the dataset is empty"):
+        open_table(tmp_path / "none.parquet")
 
 
 def test_rows_that_python_itself_gives_up_on_are_bad_samples(tmp_path):

@@ -53,8 +53,14 @@ CHECKSUM = "sha256"  # of a medium, beside it or in a column of its own
 ROW_KEYS = {*MEDIA_KEYS, *SAMPLING_KEYS, CHECKSUM, "system", "id"}  # beside those of the layout
 TURN_PARTS = {"from", "role", "value", "content", "tool_calls"}
 MEDIUM_KEYS = {"type", "url", "path", "bytes", "base64", CHECKSUM}
+# What other tools call the media of a row: video_path, Video, img, image_urls, ...
+OTHER_NAME = re.compile(
+    r"(image|img|pic|picture|photo|video|vid|clip|movie|frame|media|medium)s?(path|file|filename|url|uri|src|source)?s?"
+)
+INLINE_IMAGE = re.compile(r"<img>\s*[^<>\n]+?\s*</img>")  # of the first Qwen-VL: a path in the text
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".ppm"}
 
+NUMBER = re.compile(r"\d+(\.\d*)?")
 SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 PLACEHOLDER = re.compile(r"<image>|<video>|<\|image\|>")
 # Lines of placeholders and blanks alone.
@@ -130,6 +136,8 @@ def read_row(row: Mapping[str, Any], answered: bool = True) -> list[Turn]:
     placed = _place(turns, media)
     if placed[0][0] == "assistant":
         raise SampleError("the first turn is an answer; give the question ahead of it")
+    if not any(isinstance(part, MediaRef) for _, parts, _ in placed for part in parts):
+        _check_no_medium_is_missed(row, turns)
     return [Turn(role, tuple(_joined(parts)), calls) for role, parts, calls in placed]
 
 
@@ -189,6 +197,39 @@ def unknown_keys(row: Mapping[str, Any]) -> set[str]:
     return found
 
 
+def _check_no_medium_is_missed(row: Mapping[str, Any], turns: Sequence[_RawTurn]) -> None:
+    """Check that a row of text alone is not one whose media stand where nothing reads them.
+
+    Raises:
+        SampleError: naming the key, and what to call it.
+    """
+    layout = _layout(row)
+    for key, value in row.items():
+        name = OTHER_NAME.fullmatch(re.sub(r"[\W_]", "", key).lower()) if isinstance(key, str) else None
+        if name and key not in (*MEDIA_KEYS, *layout) and _may_be_media(value):
+            film = name[1] in ("video", "vid", "clip", "movie", "frame")
+            right = "'video'" if film else "'image' or 'video'" if name[1] in ("media", "medium") else "'image'"
+            raise SampleError(
+                f"the key {key!r} is not read, and the row has no other image or video; rename it to {right}, or leave "
+                "it out of a row that is text alone"
+            )
+    for role, parts, _ in turns:
+        found = next(filter(None, (INLINE_IMAGE.search(text) for text in parts if isinstance(text, str))), None)
+        if role == "user" and found:
+            raise SampleError(
+                f"the text holds {found[0]!r}, which is not read as an image; write <image> in its place, and give the "
+                "path under 'image'"
+            )
+
+
+def _may_be_media(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_may_be_media, value))
+    if isinstance(value, Mapping):
+        return any(_may_be_media(value.get(key)) for key in MEDIUM_KEYS - {"type", CHECKSUM})
+    return isinstance(value, str | bytes) and bool(value)
+
+
 def _unread(where: str, value: Any, read: set[str]) -> set[str]:
     if not isinstance(value, Mapping):
         return set()
@@ -244,6 +285,9 @@ def _pair(row: Mapping[str, Any], asked: str, answered: str) -> Iterator[tuple[A
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise SampleError(f"'history' holds {pair!r}; give pairs of a question and its answer")
         yield from zip(("user", "assistant"), pair, (None, None), strict=True)
+    for key in (asked, answered):
+        if isinstance(row[key], list | tuple) and len(row[key]) > 1 and all(isinstance(one, str) for one in row[key]):
+            raise SampleError(f"'{key}' holds {len(row[key])} texts, {row[key]!r}; give one")
     question = row[asked]
     if asked == "instruction" and row.get("input"):
         question = f"{question}\n{row['input']}"
@@ -387,8 +431,10 @@ def _sampling(asked: Mapping[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
     for key, name in SAMPLING_KEYS.items():
         value = asked.get(key)
-        if value is None:
+        if value is None or value == "":
             continue
+        if isinstance(value, str) and NUMBER.fullmatch(value):  # of a table in text
+            value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise SampleError(f"'{key}' is {value!r}; give a number of at least 0")
         if (name == "fps" and value == 0) or (name == "frames" and value < 1):

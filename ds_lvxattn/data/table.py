@@ -1,11 +1,13 @@
-"""The rows of a dataset on disk: JSON lines, a JSON list, Parquet, or what ``datasets.load_dataset`` finds."""
+"""The rows of a dataset on disk: JSON lines, a JSON list, Parquet, CSV, a folder of ``save_to_disk``, or what
+``datasets.load_dataset`` finds."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -17,6 +19,9 @@ from ds_lvxattn.data.rows import MEDIA_KEYS, TURN_KEYS, media_keys_of
 from ds_lvxattn.data.sample import SampleError
 
 BOM = "\ufeff"
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", *SEPARATORS)  # of files of rows
+SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk writes
 
 Data: TypeAlias = str | os.PathLike[str] | datasets.Dataset  # a file, a name, or rows that are loaded
 
@@ -112,11 +117,17 @@ def open_table(data: Data) -> Table:
     folder = str(Path(data).parent)
     if Path(data).suffix == ".parquet" and os.path.isfile(data):
         return Table(data, _load(data, "parquet", data_files=data, split="train"), False, "row", folder)
+    if Path(data).suffix in SEPARATORS and os.path.isfile(data):
+        return Table(data, _read_csv(data, SEPARATORS[Path(data).suffix]), False, "row", folder)
     if os.path.isfile(data):
         rows, unit = _read_json(data)
         return Table(data, rows.with_format("arrow"), True, unit, folder)
     check_file(data)
     name, *selection = data.split(":")
+    if os.path.isfile(name):
+        raise ValueError(f"{data}: a file has no splits; give {name}")
+    if any(os.path.isfile(os.path.join(name, file)) for file in SAVED):
+        return Table(data, _saved(data, name, selection), False, "row", name)
     *config, split = selection or ["train"]
     pinned: dict[str, str] = {}
     if "@" in name and not os.path.isdir(name):
@@ -131,7 +142,7 @@ def check_file(data: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: there is no such file.
     """
-    if Path(data).suffix in (".json", ".jsonl", ".parquet") and not os.path.isfile(data):
+    if Path(data).suffix in SUFFIXES and not os.path.isfile(data):
         raise ValueError(f"{os.fspath(data)}: no such file")
 
 
@@ -165,12 +176,45 @@ def name_of(data: Data) -> str:
     return f"the dataset of {len(data)} rows" if isinstance(data, datasets.Dataset) else os.fspath(data)
 
 
-def _load(data: str, *where: str, **what: str) -> datasets.Dataset:
+def _saved(data: str, folder: str, selection: Sequence[str]) -> datasets.Dataset:
+    """The split ``selection`` of what ``save_to_disk`` wrote, ``train`` by default; or all of it, where it has none."""
+    try:
+        rows = datasets.load_from_disk(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{data}: cannot be read: {error}") from error
+    if isinstance(rows, datasets.DatasetDict):
+        split = selection[0] if selection else "train"
+        if len(selection) > 1 or split not in rows:
+            raise ValueError(f"{data}: a dataset of the splits {sorted(rows)}; give {folder}:SPLIT")
+        return rows[split].with_format("arrow")
+    if selection:
+        raise ValueError(f"{data}: the dataset was saved without splits; give {folder}")
+    return rows.with_format("arrow")
+
+
+def _load(data: str, *where: str, **what: Any) -> datasets.Dataset:
     try:
         return datasets.load_dataset(*where, **what).with_format("arrow")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error.__cause__, ValueError) and "BatchSize" in str(error.__cause__):  # Parquet without a row
+            raise ValueError(f"{data}: the dataset is empty") from error
         cause = f" ({error.__cause__})" if error.__cause__ else ""
-        raise ValueError(f"{data}: neither a file nor a dataset that can be loaded: {error}{cause}") from error
+        what = "cannot be read" if os.path.isfile(data) else "neither a file nor a dataset that can be loaded"
+        raise ValueError(f"{data}: {what}: {error}{cause}") from error
+
+
+def _read_csv(path: str, separator: str) -> datasets.Dataset:
+    """All columns as text: an answer may be a number."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            names = next(csv.reader(file, delimiter=separator), [])
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be read: {error}; write it as UTF-8 text") from error
+    if not names:
+        raise ValueError(f"{path}: the file is empty")
+    features = datasets.Features({name: datasets.Value("string") for name in names})
+    how: dict[str, Any] = {"sep": separator, "keep_default_na": False, "features": features}
+    return _load(path, "csv", data_files=path, split="train", **how)
 
 
 def _read_json(path: str) -> tuple[datasets.Dataset, Literal["line", "row"]]:
