@@ -196,11 +196,12 @@ def _load(data: str, *where: str, **what: Any) -> datasets.Dataset:
     try:
         return datasets.load_dataset(*where, **what).with_format("arrow")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error.__cause__, ValueError) and "BatchSize" in str(error.__cause__):  # Parquet without a row
+        # What datasets says of a file without a row, and Arrow of Parquet with an empty part.
+        if "corresponds to no data" in str(error) or "BatchSize must be" in str(error.__cause__):
             raise ValueError(f"{data}: the dataset is empty") from error
         cause = f" ({error.__cause__})" if error.__cause__ else ""
-        what = "cannot be read" if os.path.isfile(data) else "neither a file nor a dataset that can be loaded"
-        raise ValueError(f"{data}: {what}: {error}{cause}") from error
+        fault = "cannot be read" if os.path.isfile(data) else "neither a file nor a dataset that can be loaded"
+        raise ValueError(f"{data}: {fault}: {error}{cause}") from error
 
 
 def _read_csv(path: str, separator: str) -> datasets.Dataset:
