@@ -10,16 +10,7 @@ from typing import NamedTuple
 
 import torch
 from attention_cases import CASES, Case
-from fa4_forms import (
-    CUDNN,
-    FA4,
-    backward_form,
-    in_shares,
-    one_zero_packed,
-    packed_forward,
-    unpacked_backward,
-    unpacked_forward,
-)
+from fa4_forms import CUDNN, FA4, in_shares, packed_forward, unpacked_backward, unpacked_forward
 from torch import Tensor
 
 from ds_lvxattn.kernels.base import Call
@@ -178,13 +169,8 @@ def other_calls(case: Case, x: Inputs, backward: bool) -> dict[str, Callable[[],
     if backward:
         terms = (x.lse, x.delta, *x.ranges, x.scale)
         calls["fa4"] = partial(FA4.backward, x.dout, x.q, x.k, x.v, None, *terms)
-        given = (x.dout, x.q, x.k, x.v, *terms)
         if case.heads != case.kv_heads:
-            calls["fa4, heads apart"] = partial(unpacked_backward, *given)
-            calls["fa4, one row of zeros"] = partial(one_zero_packed, *given)
-        else:
-            calls["fa4, own columns"] = partial(backward_form, False, *given)
-            calls["fa4, own columns, one row of zeros"] = partial(backward_form, True, *given)
+            calls["fa4, heads apart"] = partial(unpacked_backward, x.dout, x.q, x.k, x.v, *terms)
         return calls
     calls["fa4"] = partial(FA4.forward, *given, None, case.pattern)
     if case.heads != case.kv_heads and masked:

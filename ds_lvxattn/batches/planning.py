@@ -30,7 +30,10 @@ def planner_for(parallel: SequenceParallel, device: torch.device, dtype: torch.d
 
     def call_of(layer: AttentionLayer, masked: bool) -> Call:
         sizes = layer.heads, layer.kv_heads, layer.head_dim
-        return Call(device.type, dtype, *sizes, masked=masked, capped=layer.capped, value_dim=layer.value_dim)
+        return Call(
+            device.type, dtype, *sizes, masked=masked, capped=layer.capped, value_dim=layer.value_dim,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
 
     for layer in exchanged:
         try:

@@ -27,6 +27,7 @@ class Call:
         capped: whether the scores have a soft cap.
         value_dim: head size of the values; None: as that of the keys.
         pattern: of the key ranges; see ``kernels/pattern.py``.
+        deterministic: whether ``torch.use_deterministic_algorithms`` asks a backward pass for the same bits every time.
     """
 
     device: str
@@ -40,6 +41,7 @@ class Call:
     capped: bool = False
     value_dim: int | None = None
     pattern: str = UNKNOWN
+    deterministic: bool = False
 
     @property
     def head_dims(self) -> tuple[int, int]:
@@ -69,12 +71,12 @@ class Call:
     @classmethod
     def of_shapes(
         cls, device: str, dtype: torch.dtype, q: Sequence[int], k: Sequence[int], v: Sequence[int], masked: bool,
-        capped: bool, backward: bool, pattern: str = UNKNOWN,
+        capped: bool, backward: bool, pattern: str = UNKNOWN, deterministic: bool = False,
     ) -> Call:  # fmt: skip
         """A call with tensors of these shapes, dtype and device type."""
         batch, heads, rows, _ = q
         tiles = None if backward else batch * heads * -(-rows // 128)
-        return cls(device, dtype, heads, k[1], k[3], masked, tiles, rows, capped, v[3], pattern)
+        return cls(device, dtype, heads, k[1], k[3], masked, tiles, rows, capped, v[3], pattern, deterministic)
 
 
 class Kernel(Protocol):

@@ -85,6 +85,7 @@ class BackwardPass:
         self.kernel = _backward_kernel(
             local.kernel, q.device, q.dtype, q.shape, k.shape, v.shape,
             None if local.start is None else local.pattern, local.softcap is not None, dlse is not None,
+            torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
         self._own: tuple[Any, ...] = ()
 
@@ -161,10 +162,10 @@ def _forward_kernel(
 @settled
 def _backward_kernel(
     name: str, device: torch.device, dtype: torch.dtype, q: torch.Size, k: torch.Size, v: torch.Size,
-    pattern: str | None, capped: bool, with_dlse: bool,
+    pattern: str | None, capped: bool, with_dlse: bool, deterministic: bool,
 ) -> Kernel:  # fmt: skip
     """The kernel of the backward pass: the chosen one, unless it cannot take the log-sum-exp's gradient."""
-    call = _call(device, dtype, q, k, v, pattern, capped, backward=True)
+    call = _call(device, dtype, q, k, v, pattern, capped, backward=True, deterministic=deterministic)
     kernel = select_kernel(name, call)
     if not (kernel.needs_out and with_dlse):
         return kernel
@@ -173,7 +174,7 @@ def _backward_kernel(
 
 def _call(
     device: torch.device, dtype: torch.dtype, q: torch.Size, k: torch.Size, v: torch.Size, pattern: str | None,
-    capped: bool, backward: bool,
+    capped: bool, backward: bool, deterministic: bool = False,
 ) -> Call:  # fmt: skip
     masked = pattern is not None
-    return Call.of_shapes(device.type, dtype, q, k, v, masked, capped, backward, pattern or UNKNOWN)
+    return Call.of_shapes(device.type, dtype, q, k, v, masked, capped, backward, pattern or UNKNOWN, deterministic)

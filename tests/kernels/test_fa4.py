@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -11,6 +13,7 @@ pytest.importorskip("triton")
 
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.derived import derived_of
+from ds_lvxattn.kernels.dispatch import select_kernel
 from ds_lvxattn.kernels.fa4.block_lists import as_lists, block_lists, padded_ranges
 from ds_lvxattn.kernels.fa4.kernel import FlashAttention4Kernel
 from ds_lvxattn.kernels.fa4.packed import last_rows_first, packed_backward, packed_ranges
@@ -280,13 +283,16 @@ def test_rows_that_see_nothing(make_problem):
 @pytest.mark.parametrize("head_dim", (80, 128))
 @pytest.mark.parametrize("mask", ("visible", "random"))
 def test_same_bits_every_time_where_asked_for(make_problem, error, mask, head_dim):
+    """By this kernel where it can, else by the one that is chosen instead."""
     p = make_problem(
         heads=8, kv_heads=2, rows=1000, keys=3000, head_dim=head_dim, dtype=torch.bfloat16, mask=mask
     )  # fmt: skip
     exact = p.exact()
+    call = Call("cuda", torch.bfloat16, 8, 2, head_dim, masked=mask != "visible", deterministic=True)
+    kernel = KERNEL if KERNEL.unsupported(call) is None else select_kernel("auto", call)
     torch.use_deterministic_algorithms(True)
     try:
-        first, second = run(p, exact), run(p, exact)
+        first, second = (run(p, exact, kernel=kernel) for _ in range(2))
     finally:
         torch.use_deterministic_algorithms(False)
     for name in GRADS:
@@ -332,3 +338,10 @@ def test_unsupported_where_it_is_not_installed_and_on_older_chips(monkeypatch):
     monkeypatch.setattr("ds_lvxattn.kernels.fa4.kernel.installed", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert "compute capability 8.0" in KERNEL.unsupported(CALL)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    deterministic = replace(CALL, deterministic=True)
+    assert KERNEL.unsupported(CALL) is None and "not deterministic" in KERNEL.unsupported(deterministic)
+    assert KERNEL.unsupported(replace(deterministic, masked=False)) is None
+    assert KERNEL.unsupported(replace(deterministic, tiles=99)) is None  # a forward pass
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (10, 0))
+    assert KERNEL.unsupported(deterministic) is None

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -18,9 +19,9 @@ from ds_lvxattn.kernels.fa4.shares import forward_in_shares
 from ds_lvxattn.kernels.triton.forward import key_splits, multiprocessors
 
 with keeping_compiled():
-    from flash_attn.cute import utils
+    from flash_attn.cute import interface, utils
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch, compute_dq_write_order
-    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+    from flash_attn.cute.interface import _flash_attn_fwd
 
 KEYS_OF_BLOCK = 128
 BACKWARD_ROWS = 128  # of a tile; its kernels work on divisors of it
@@ -67,14 +68,22 @@ def forward_rows(head_dim: int, capability: int) -> int:
     return 192 if head_dim <= 96 else 128
 
 
-def backward_columns(head_dim: int, capability: int) -> int:
-    """The head size that the backward pass runs at.
+@functools.cache
+def _backward_kernels() -> Callable[..., Any]:
+    """``_flash_attn_bwd``, but for the kernel behind it that rounds ``dQ`` to its dtype.
 
-    On Hopper its kernel rounds head sizes up to 16 where the float32 ``dQ`` that it adds up in is rounded up to 32, so
-    that it is wrong where the two differ (72, 80): those are padded.
+    On Hopper that one reads the float32 ``dQ`` in tiles whose columns are rounded up to 32, where they were written
+    rounded up to 16: ``dQ`` is wrong where the two differ (72, 80). Here it reads them as they were written.
     """
-    rounded = -(-head_dim // 32) * 32
-    return rounded if capability == 9 and -(-head_dim // 16) * 16 != rounded else head_dim
+
+    def convert(*args: Any, **options: Any) -> None:
+        interface._bwd_postprocess_convert(*args, **{**options, "hdim_multiple_of": 16})
+
+    theirs = interface._flash_attn_bwd
+    if torch.cuda.get_device_capability()[0] != 9:
+        return theirs
+    names = {**vars(interface), "_bwd_postprocess_convert": convert}
+    return types.FunctionType(theirs.__code__, names, theirs.__name__, theirs.__defaults__)
 
 
 def fa4_forward(
@@ -128,17 +137,14 @@ def fa4_backward(
     softcap: Optional[float] = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``Kernel.backward``. Deterministic where ``torch.use_deterministic_algorithms`` asks for it."""
-    columns = backward_columns(q.shape[3], torch.cuda.get_device_capability(q.device)[0])
-    if columns != q.shape[3]:
-        dout, q_wide, k, v = (torch.nn.functional.pad(x, (0, columns - x.shape[3])) for x in (dout, q, k, v))
-        dq, dk, dv = fa4_backward(dout, q_wide, k, v, lse, delta, start, stop, scale, softcap)
-        return dq[..., : q.shape[3]], dk[..., : q.shape[3]], dv[..., : q.shape[3]]
     dq, dk, dv = (torch.empty_like(x) if x.stride(-1) == 1 else x.new_empty(x.shape) for x in (q, k, v))
     deterministic = torch.are_deterministic_algorithms_enabled()
     capped, uncapped = (None, None) if softcap is None else soft_cap(softcap)
-    # It computes rowsum(dO * O) - dlse itself: an O of zeros and dlse = -delta make that delta, whosever keys it is of.
-    _flash_attn_bwd(
-        *(x.transpose(1, 2) for x in (q, k, v, torch.zeros_like(dout), dout)), lse, scale, dlse=delta.neg(),
+    # It computes rowsum(dO * O) - dlse itself: an O of zeros, one row that all share, and dlse = -delta make that
+    # delta, whosever keys it is of.
+    zeros = dout.new_zeros(dout.shape[3]).expand(dout.shape)
+    _backward_kernels()(
+        *(x.transpose(1, 2) for x in (q, k, v, zeros, dout)), lse, scale, dlse=delta.neg(),
         dq=dq.transpose(1, 2), dk=dk.transpose(1, 2), dv=dv.transpose(1, 2), deterministic=deterministic,
         score_mod=capped, score_mod_bwd=uncapped,
         **_masked(start, stop, k.shape[2], BACKWARD_ROWS, transposed=True, ordered=deterministic),
