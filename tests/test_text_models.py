@@ -36,7 +36,7 @@ from tests.support.tiny_model import attach, loss_of
 # Their norms, or their routers of experts, compute in float32, whatever the model.
 SINGLE = (
     "gemma2", "gemma3_text", "gpt_oss", "cohere2", "deepseek_v3", "deepseek_v2", "longcat_flash", "glm4_moe_lite",
-    "mimo_v2_flash", "gemma3n_text", "gemma4_text",
+    "mimo_v2_flash", "gemma3n_text", "gemma4_text", "llama4_text",
 )  # fmt: skip
 KINDS = tuple(kind for kind in TEXT_MODELS if kind in CONFIG_MAPPING)  # of this release of transformers
 MODES = (("lv_xattn", "gather", "contiguous"), ("ulysses", "auto", "striped"), ("ring", "ring", "contiguous"))
@@ -83,7 +83,9 @@ def answers(kind: str) -> list[list[int]]:
 
 
 # Their caches hold latents, each key once that two heads repeat, and nothing of layers that attend to others' keys.
-@pytest.mark.parametrize("kind", slow_but(("deepseek_v3", "jetmoe", "gemma3n_text", "gemma4_text"), "deepseek_v3"))
+@pytest.mark.parametrize(
+    "kind", slow_but(("deepseek_v3", "jetmoe", "gemma3n_text", "gemma4_text", "llama4_text"), "deepseek_v3")
+)
 def test_answers_where_the_cache_is_not_what_is_attended_to(kind: str) -> None:
     assert run(2, answers, kind)[0] == answers(kind)
 
@@ -106,7 +108,6 @@ def test_losses_under_zero3(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "others", "reason"),
     [
-        ("llama4_text", {"intermediate_size_mlp": 32, "num_local_experts": 2}, r"types \['chunked_attention'\]"),
         ("qwen3_moe", {"output_router_logits": True}, "'output_router_logits' is true"),
         ("mamba", {"state_size": 4}, "does not look up transformers' registry"),
         ("lfm2", {"layer_types": ["conv", "full_attention", "full_attention"]}, r"layers of the types \['conv'\]"),

@@ -103,13 +103,13 @@ class Division:
     Attributes:
         comm: communicator of the group.
         placement: how frames lie on the ranks.
-        windows: sliding windows of the model's self-attention layers, each once.
+        limits: sliding windows and chunks of the model's self-attention layers, each pair once.
         kernel: local attention kernel.
     """
 
     comm: Communicator
     placement: str
-    windows: Sequence[int]
+    limits: Sequence[tuple[int | None, int | None]]
     kernel: str
 
 
@@ -420,11 +420,11 @@ class Collator:
         """Name, shards and ranges of the kinds of layers that exchange; no ranges where every row sees all keys."""
         assert self.division is not None
         for role, shards in layout.roles.items():
-            for window in (None, *(self.division.windows if role == "self" else ())):
+            for limits in ((None, None), *(self.division.limits if role == "self" else ())):
                 # On the CPU the kernel without a mask is the less exact one, and no faster where it is used.
                 unmasked = self.device.type == "cuda" and layout.sees_all(role)
-                ranges = None if unmasked else layout.ranges_of(role, window)
-                yield kind_of(role, window), shards, ranges
+                ranges = None if unmasked else layout.ranges_of(role, *limits)
+                yield kind_of(role, *limits), shards, ranges
 
     def _inputs(
         self,

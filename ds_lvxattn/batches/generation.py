@@ -285,8 +285,9 @@ def _with_step(step: DecodingStep, rows: int, module: nn.Module, args: tuple[Any
 
     Those of transformers would count the padding, or not know of the frames.
     """
-    new = kwargs["past_key_values"].get_seq_length() - (rows - 1)
-    return args, {**kwargs, "sequence_parallel": step, "position_ids": step.position + new}
+    positions = step.position + (kwargs["past_key_values"].get_seq_length() - (rows - 1))
+    step = replace(step, position_ids=positions)
+    return args, {**kwargs, "sequence_parallel": step, "position_ids": positions}
 
 
 def _attention_mask(padding: Sequence[int], length: int, device: torch.device) -> Tensor:

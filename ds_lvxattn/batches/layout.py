@@ -140,12 +140,13 @@ class BatchLayout:
         """Whether every row sees every key in attention of ``role``: then there is nothing to mask."""
         return role == "cross" and not self.start.any() and bool((self.stop == self.keys.total).all())
 
-    def ranges_of(self, role: str, window: int | None = None) -> tuple[Tensor, Tensor]:
+    def ranges_of(self, role: str, window: int | None = None, chunk: int | None = None) -> tuple[Tensor, Tensor]:
         """``start, stop`` of the rows of every rank in attention of ``role``: int32 on the CPU, ``[n, B, s_max]``, or
         ``[n, 1, B * s_max]`` for ``cross``; ``n`` is 1 where every rank has all rows.
 
         Args:
             window: of ``self``, the last keys that a row sees; None: all before it in its sample.
+            chunk: of ``self``, rows of a chunk, beyond whose start a row does not see; None: there are none.
         """
         start, stop = self.start, self.stop
         if role == "self":
@@ -155,6 +156,9 @@ class BatchLayout:
                 place = span.place
                 stop[place] = np.arange(span.start + 1, span.stop + 1)
                 start[place] = span.start if window is None else np.maximum(stop[place] - window, span.start)
+                if chunk is not None:
+                    own = np.arange(span.stop - span.start)
+                    start[place] = np.maximum(start[place], span.start + own - own % chunk)
                 for first, last in blocks:  # to the end of the block: with what a row sees before it, still one range
                     block = span.row, slice(span.start + first, span.start + last)
                     stop[block] = span.start + last

@@ -88,7 +88,7 @@ class Batches:
         if parallel is not None:
             self.planner = planner_for(parallel, device, dtype)
             config = parallel.config
-            division = Division(parallel.comm, config.placement, parallel.windows, config.kernel)
+            division = Division(parallel.comm, config.placement, parallel.limits, config.kernel)
         vocabulary = Vocabulary.of(unwrapped(model))
         if vocabulary.embeddings is not None and pad_token >= vocabulary.embeddings:
             raise ConfigError(

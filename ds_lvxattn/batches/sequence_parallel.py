@@ -33,6 +33,7 @@ from ds_lvxattn.runtime.registration import (
     refuse_other_masks,
     register_with_transformers,
 )
+from ds_lvxattn.runtime.temperature import set_temperature_apart
 from ds_lvxattn.runtime.tiled import TiledLogits, tile_feed_forward
 
 # transformers chooses these by itself; any other implementation is somebody's wish, which is not overruled.
@@ -105,6 +106,7 @@ class SequenceParallel:
             config.offload,
         )
         self.family.install_hooks(model, self.recomputation)
+        set_temperature_apart(self._exchanged)
         self.tiled_logits = tile_rows(model, self.layers, config)
         refuse_copies([model, *self._exchanged])
         if config.compile:
@@ -171,9 +173,10 @@ class SequenceParallel:
         return sorted({(x.heads, x.kv_heads, x.head_dim) for x in self.layers.values() if x.role != "local"})
 
     @property
-    def windows(self) -> list[int]:
-        """Sliding windows of self-attention layers, each once."""
-        return sorted({layer.window for layer in self.layers.values() if layer.window is not None})
+    def limits(self) -> list[tuple[int | None, int | None]]:
+        """Sliding windows and chunks of self-attention layers, each pair once; none of layers without either."""
+        found = {(layer.window, layer.chunk) for layer in self.layers.values()} - {(None, None)}
+        return sorted(found, key=str)
 
 
 def decoder_layers(model: nn.Module, layers: Mapping[nn.Module, AttentionLayer]) -> list[GradientCheckpointingLayer]:

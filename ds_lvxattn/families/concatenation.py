@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from ds_lvxattn.data.sample import FrameShape
 from ds_lvxattn.families.family import VisualFamily
 from ds_lvxattn.families.frames import encode_in_portions
-from ds_lvxattn.families.rotary import self_attention_role, self_attention_sizes, self_attention_window
+from ds_lvxattn.families.rotary import (
+    self_attention_chunk,
+    self_attention_role,
+    self_attention_sizes,
+    self_attention_window,
+)
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
@@ -86,6 +91,9 @@ class Concatenation(VisualFamily):
 
     def window_of(self, module: Any) -> int | None:
         return None if self.is_local(module) else self_attention_window(module)
+
+    def chunk_of(self, module: Any) -> int | None:
+        return None if self.is_local(module) else self_attention_chunk(module)
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         module: Any

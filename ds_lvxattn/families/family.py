@@ -112,6 +112,13 @@ class Family(ABC):
         """Of a module with the role ``self``, the last keys that a row sees, its own included; None: all before it."""
         return None
 
+    def chunk_of(self, module: Any) -> int | None:
+        """Of such a module, the rows of a chunk, where a row sees its own chunk alone, up to itself; None: no chunks.
+
+        Chunks are counted from the first row of a sample.
+        """
+        return None
+
     def capped(self, module: Any) -> bool:
         """Whether the scores of an attention module have a soft cap, which not every kernel computes."""
         return getattr(module, "attn_logit_softcapping", None) is not None
@@ -137,8 +144,8 @@ class Family(ABC):
                 )
             if role is not None:
                 layers[module] = AttentionLayer(
-                    name, role, *self.sizes_of(module), window=self.window_of(module), capped=self.capped(module),
-                    value_dim=self.value_dim_of(module),
+                    name, role, *self.sizes_of(module), window=self.window_of(module), chunk=self.chunk_of(module),
+                    capped=self.capped(module), value_dim=self.value_dim_of(module),
                 )  # fmt: skip
         inside = {part for module in layers for part in module.modules()}
         for name, module in model.named_modules():

@@ -56,10 +56,14 @@ def self_attention_window(module: Any) -> int | None:
 
     Where the config has a type for each layer, modules of other layers may name the window too (EXAONE 4).
     """
-    types = getattr(module.config, "layer_types", None)
-    if types and types[min(module.layer_idx, len(types) - 1)] != "sliding_attention":
+    if _layer_type(module) not in (None, "sliding_attention"):
         return None
     return getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+
+
+def self_attention_chunk(module: Any) -> int | None:
+    """The rows of a chunk, where such a module's mask leaves a row its own chunk alone (Llama 4); None: no chunks."""
+    return module.config.attention_chunk_size if _layer_type(module) == "chunked_attention" else None
 
 
 def self_attention_sizes(module: Any) -> tuple[int, int, int]:
@@ -71,6 +75,12 @@ def self_attention_sizes(module: Any) -> tuple[int, int, int]:
     # Of the module where it says so: layers of one model may differ.
     groups = getattr(module, "num_key_value_groups", heads // (getattr(config, "num_key_value_heads", None) or heads))
     return heads, heads // groups, _head_dim(module)
+
+
+def _layer_type(module: Any) -> str | None:
+    """The type of the module's layer, by transformers' names; None: the config has none."""
+    types = getattr(module.config, "layer_types", None)
+    return types[min(module.layer_idx, len(types) - 1)] if types else None
 
 
 def _head_dim(module: Any) -> Any:

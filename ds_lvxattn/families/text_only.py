@@ -18,12 +18,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.family import Family
-from ds_lvxattn.families.rotary import self_attention_role, self_attention_sizes, self_attention_window
+from ds_lvxattn.families.rotary import (
+    self_attention_chunk,
+    self_attention_role,
+    self_attention_sizes,
+    self_attention_window,
+)
 from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.runtime.recompute import Recomputation
 
 # Types of layers, by transformers' names, whose attention is intervals.
-INTERVALS = ("full_attention", "sliding_attention")
+INTERVALS = ("full_attention", "sliding_attention", "chunked_attention")
 # Modules that hand something from one token to the next besides attention; a rank has only its part of the tokens.
 RECURRENT = ("mamba", "rwkv", "recurrent", "lightningattention", "gateddeltanet", "shortconv")
 
@@ -51,6 +56,9 @@ class TextOnly(Family):
 
     def window_of(self, module: Any) -> int | None:
         return self_attention_window(module)
+
+    def chunk_of(self, module: Any) -> int | None:
+        return self_attention_chunk(module)
 
     def attention_layers(self, model: nn.Module) -> dict[nn.Module, AttentionLayer]:
         """See ``Family``. A model that would be wrong on a part of its text is refused, with the reason."""

@@ -31,6 +31,7 @@ class AttentionLayer:
         shares_layer: whether it shares a decoder layer with another attention, with which the rest of the layer is
             counted.
         window: of ``self``, the last keys that a row sees, its own included; None: all before it.
+        chunk: of ``self``, the rows of a chunk, where a row sees its own chunk alone; None: there are none.
         capped: whether its scores have a soft cap.
         value_dim: head size of its values and outputs; None: as that of the keys.
     """
@@ -42,13 +43,14 @@ class AttentionLayer:
     head_dim: int
     shares_layer: bool = False
     window: int | None = None
+    chunk: int | None = None
     capped: bool = False
     value_dim: int | None = None
 
     @property
     def kind(self) -> str:
         """What layers with the same shards and mask have in common."""
-        return kind_of(self.role, self.window)
+        return kind_of(self.role, self.window, self.chunk)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class LayerPlan:
             chooses, or does not run.
         balance: largest over mean visible work of a rank when queries travel; 1 is even.
         measured_ms: ``forward`` and ``backward`` of the choice as it ran, when a run has measured it.
-        window: see ``AttentionLayer``.
+        window, chunk: see ``AttentionLayer``.
         bytes_between_nodes: of ``predicted_bytes``, what comes from other nodes; empty where all ranks are on one.
         inner_size: ranks of a node where the choice tells nodes apart; None elsewhere.
         kernel: local kernels that ``auto`` prefers, ``FORWARD/BACKWARD``; ``auto`` where there is nothing to compare.
@@ -83,6 +85,7 @@ class LayerPlan:
     balance: float | None = None
     measured_ms: dict[str, float] = field(default_factory=dict)
     window: int | None = None
+    chunk: int | None = None
     bytes_between_nodes: dict[str, int | None] = field(default_factory=dict)
     inner_size: int | None = None
     kernel: str = AUTO
@@ -95,7 +98,7 @@ class LayerPlan:
     @property
     def kind(self) -> str:
         """See ``AttentionLayer``."""
-        return kind_of(self.role, self.window)
+        return kind_of(self.role, self.window, self.chunk)
 
     @property
     def expected_ms(self) -> float | None:
@@ -108,9 +111,10 @@ class LayerPlan:
         return sum(self.measured_ms.values()) if self.measured_ms else None
 
 
-def kind_of(role: str, window: int | None) -> str:
+def kind_of(role: str, window: int | None = None, chunk: int | None = None) -> str:
     """Name of the layers of ``role`` that have the same mask."""
-    return role if window is None else f"{role}, window {window}"
+    limits = (("window", window), ("chunk", chunk))
+    return ", ".join([role, *(f"{name} {size}" for name, size in limits if size is not None)])
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,9 @@ def plan_layers(
             sizes = shapes.get(layer.kind)
             why = _nothing_to_exchange(layer, sizes, ranks, text_copied)
             if sizes is None or why is not None:
-                known[key] = LayerPlan(layer.name, layer.role, *LOCAL.key, {}, {}, why or "", window=layer.window)
+                known[key] = LayerPlan(
+                    layer.name, layer.role, *LOCAL.key, {}, {}, why or "", window=layer.window, chunk=layer.chunk
+                )
             elif text_copied:
                 known[key] = _replicated_layer(layer, sizes, profile, settings)
             else:
@@ -212,6 +218,7 @@ def _replicated_layer(layer: AttentionLayer, sizes: CallShape, profile: Profile,
         layer.name, layer.role, *REPLICATED.key, {REPLICATED.strategy: round(cost.attention * 1e3, 4)},
         {REPLICATED.strategy: received}, "every rank has all of the text; partial results are merged",
         window=layer.window,
+        chunk=layer.chunk,
     )  # fmt: skip
 
 
@@ -268,6 +275,7 @@ def _plan_layer(
         head_groups=chosen.mode.pipeline(costed, profile) if chosen.mode.pipeline else None,
         balance=round(shape.balance, 4),
         window=layer.window,
+        chunk=layer.chunk,
         bytes_between_nodes={name: c.between for name, c in best.items()} if shape.nodes > 1 else {},
         inner_size=shape.inner if chosen.mode.two_levels else None,
         kernel=kernel,

@@ -66,6 +66,10 @@ class Exchanging(Protocol):
     def sees_frame(self) -> Tensor:
         """``[B, 1, s_q, 1]`` in the model's dtype, 1 for the rows that see a frame."""
 
+    @property
+    def position_ids(self) -> Tensor | None:
+        """int64 ``[..., B, s_q]``, the argument of the model's forward that belongs to the rows."""
+
     def attend(
         self,
         module: nn.Module,

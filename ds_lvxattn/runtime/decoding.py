@@ -60,6 +60,7 @@ class DecodingStep:
             its padding; None without padding.
         sees_frame: ``[B, 1, 1, 1]`` in the model's dtype, 1 for samples whose new tokens see a frame.
         position: int64 ``[..., B, 1]``, position ids of the first new token.
+        position_ids: those of the new token at hand; None ahead of the first one.
         first_start: int32 ``[1, B, 1]``, the first key that the first new token, the last one of the prompt, sees in
             spite of a sliding window: where it is of a block that does (``Family.blocks_in_window``); None: of none.
     """
@@ -74,6 +75,7 @@ class DecodingStep:
     sees_frame: Tensor
     position: Tensor
     first_start: Tensor | None = None
+    position_ids: Tensor | None = None
 
     brings_frames: ClassVar[bool] = False
 
@@ -111,8 +113,15 @@ class DecodingStep:
                 start = torch.minimum(start, self.first_start)
             interval = KVInterval(start, interval.stop)
             key, value = key[:, :, -plan.window :], value[:, :, -plan.window :]
+        own = None
+        if plan.chunk is not None and interval is not None:
+            place = interval.stop + key.shape[2] - 1  # of this token in its sample
+            first = place - place % plan.chunk
+            interval = KVInterval(torch.maximum(interval.start, torch.minimum(first, interval.stop)), interval.stop)
+            start = (first - interval.stop).clamp(min=0)[0]
+            own = KVInterval(start, torch.full_like(start, key.shape[2]))
         before = self._over_divided(module, query, interval, scale, softcap)
-        new = sp_attention(query, key, value, scale=scale, softcap=softcap, kernel=self.kernel)
+        new = sp_attention(query, key, value, interval=own, scale=scale, softcap=softcap, kernel=self.kernel)
         return merge_attention([before, new])
 
     def _over_divided(

@@ -27,6 +27,7 @@ from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.kernels.operator import as_kernels_take, local_attention
 from ds_lvxattn.kernels.torch_internals import never_compiled
 from ds_lvxattn.runtime.batch import Exchanging, SequenceParallelBatch
+from ds_lvxattn.runtime.temperature import with_temperature
 
 # The attention functions are never part of a compiled graph: see ``runtime.compiled``.
 IMPLEMENTATION = "ds_lvxattn"
@@ -101,6 +102,7 @@ def exchanged_attention(
             f"{type(module).__name__} attends with a sliding window of {given}, and its family says {planned}; let "
             "Family.window_of give what the module passes on"
         )
+    query = with_temperature(module, query, sequence_parallel.position_ids)
     out, lse = sequence_parallel.attend(module, query, key, value, scaling, softcap)
     if s_aux is not None:
         # One more term in the sum of exponentials: exp(lse) / (exp(lse) + exp(s_aux)) of the weights stay.

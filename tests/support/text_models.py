@@ -58,6 +58,10 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"attention_bias": True},  # one projection of all heads, in turn
     "deepseek_v3": {**LATENT, **ROUTED},
     "deepseek_v2": {**LATENT, **ROUTED, "topk_method": "greedy"},  # rotary positions as complex numbers
+    "llama4_text": {  # chunks of five rows; layers without positions, with a temperature by place
+        **EXPERTS, "intermediate_size_mlp": 48, "attention_chunk_size": 5, "no_rope_layers": [1, 0, 1],
+        "moe_layers": [1], "floor_scale": 2, "attn_scale": 0.5,
+    },
     "longcat_flash": {**LATENT, "num_layers": 2, "ffn_hidden_size": 48, "n_routed_experts": 4, "zero_expert_num": 2,
                       "moe_topk": 2, "expert_ffn_hidden_size": 16, "experts_implementation": "eager"},
     "glm4_moe_lite": {**LATENT, **ROUTED},

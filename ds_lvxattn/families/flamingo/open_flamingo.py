@@ -41,7 +41,12 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.family import FrameLimits, VisualFamily
 from ds_lvxattn.families.frames import encode_in_portions, in_samples
 from ds_lvxattn.families.processors import cut_into, cuts, limited_to
-from ds_lvxattn.families.rotary import self_attention_role, self_attention_sizes, self_attention_window
+from ds_lvxattn.families.rotary import (
+    self_attention_chunk,
+    self_attention_role,
+    self_attention_sizes,
+    self_attention_window,
+)
 from ds_lvxattn.runtime.batch import Exchanging, SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 from ds_lvxattn.runtime.registration import exchanged_attention
@@ -268,6 +273,9 @@ class OpenFlamingo(VisualFamily):
 
     def window_of(self, module: Any) -> int | None:
         return self_attention_window(module) if self.role_of(module) == "self" else None
+
+    def chunk_of(self, module: Any) -> int | None:
+        return self_attention_chunk(module) if self.role_of(module) == "self" else None
 
     def reach_attention(self, model: nn.Module) -> None:
         module: Any
