@@ -16,6 +16,7 @@ def main() -> None:
     import harness
     import local_attention
     import merge
+    import norms
     import standin
 
     parser = harness.arguments(__doc__)
@@ -23,7 +24,7 @@ def main() -> None:
     local_attention.add_profile(parser)
     args = parser.parse_args()
     rows = local_attention.measure(args.profile)
-    rows += [row for operator in (merge, delta, standin) for row in operator.measure()]
+    rows += [row for operator in (merge, delta, standin, norms) for row in operator.measure()]
     errors = accuracy.measure() if args.check else {}
     harness.write_json(args.output, rows, error_over_pytorch=errors)
     accuracy.print_ratios(errors)

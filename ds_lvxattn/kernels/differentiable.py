@@ -1,13 +1,10 @@
 """One differentiable operator of ``torch.library`` from a forward and a backward function of attention.
 
-Registered without ``torch.library.custom_op``, whose checks of every call cost more host time than the operator itself.
-The dispatcher costs as much again, forward and backward, only to arrive at the same functions: where nothing looks on
-that has to see an operator, they are called.
+The dispatcher is passed by, forward and backward, where nothing looks on; see ``kernels/library.py``.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, Optional, get_type_hints
 
@@ -16,9 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ds_lvxattn.kernels.base import empty_results, empty_rows
+from ds_lvxattn.kernels.library import LIBRARY, define_operator, seen
 from ds_lvxattn.kernels.local import BackwardPass, LocalAttention
-
-_library = torch.library.Library("ds_lvxattn", "FRAGMENT")
 
 
 def attention_operator(
@@ -83,10 +79,11 @@ def attention_operator(
         k, v = args[:2] if kept is None else args[1:3]
         return empty_rows(q, k.shape[3]), torch.empty_like(k), torch.empty_like(v)
 
-    operator = _define(name, q_k_v | common, results, run, fake)
+    operator = define_operator(name, q_k_v | common, results, run, fake)
     given = {"dout": Tensor, "dlse": Optional[Tensor], "q": Tensor, **({} if kept is None else {"kept": Tensor})}
     given |= {"k": Tensor, "v": Tensor, "out": Tensor, "lse": Tensor, **common}
-    operator_backward = _define(f"{name}_backward", given, tuple[Tensor, Tensor, Tensor], run_backward, fake_backward)
+    gradients = tuple[Tensor, Tensor, Tensor]
+    operator_backward = define_operator(f"{name}_backward", given, gradients, run_backward, fake_backward)
 
     class Attention(torch.autograd.Function):
         # The settings come as one: autograd looks at every argument.
@@ -117,7 +114,7 @@ def attention_operator(
                     f"ds_lvxattn::{name} was differentiated with create_graph=True, and its gradient has no "
                     "derivative; leave create_graph out, or let this attention run with 'sequence_parallel_size' 1"
                 )
-            if _seen(inputs):
+            if seen(inputs):
                 return None, None, *operator_backward(*inputs, *ctx.settings), *no_gradients
             with torch._C._AutoDispatchBelowAutograd():
                 return None, None, *run_backward(*inputs, *ctx.settings), *no_gradients
@@ -130,34 +127,18 @@ def attention_operator(
             return function(*args)
 
     def autograd(*args: Any) -> tuple[Tensor, ...]:
-        return differentiable(operator if _seen(args[:saved]) else run, args)
+        return differentiable(operator if seen(args[:saved]) else run, args)
 
     def call(*args: Any) -> tuple[Tensor, ...]:
         compiling = torch.compiler.is_compiling()
         if not compiling:
             refuse_transforms(f"ds_lvxattn::{name}")
-        if compiling or _seen(args[:saved]):
+        if compiling or seen(args[:saved]):
             return operator(*args)
         return differentiable(run, args)
 
-    _library.impl(name, autograd, "Autograd")
+    LIBRARY.impl(name, autograd, "Autograd")
     return call
-
-
-def _define(
-    name: str, parameters: dict[str, Any], results: Any, function: Callable[..., Any], fake: Callable[..., Any]
-) -> torch._ops.OpOverload:
-    """``ds_lvxattn::NAME``, for every device; it returns new tensors."""
-
-    def prototype() -> None: ...
-
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    annotated = [inspect.Parameter(key, kind, annotation=hint) for key, hint in parameters.items()]
-    setattr(prototype, "__signature__", inspect.Signature(annotated, return_annotation=results))  # noqa: B010
-    _library.define(name + torch.library.infer_schema(prototype, mutates_args=()))
-    _library.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ds_lvxattn::{name}", fake, lib=_library)
-    return getattr(torch.ops.ds_lvxattn, name).default
 
 
 def _like(x: Tensor, pattern: Tensor) -> Tensor:
@@ -192,16 +173,3 @@ def _refuse_batched(name: str, *gradients: Tensor | None) -> None:
                 f"ds_lvxattn::{name} was differentiated with a batch of gradients at once (is_grads_batched, "
                 "vectorize, vmap), which it does not take; leave that out, and go through them one by one"
             )
-
-
-PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
-
-
-def _seen(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether something has to see the operator: a mode (tracing, selective checkpointing), the profiler, or a tensor
-    that is not a plain one."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return True
-    if torch.autograd._profiler_enabled():
-        return True
-    return not PLAIN.issuperset(map(type, tensors))

@@ -16,6 +16,7 @@ from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.kernels.triton.forward import interval_forward
 from ds_lvxattn.kernels.triton.launch import Launch
 from ds_lvxattn.kernels.triton.merge import merge_partials
+from ds_lvxattn.kernels.triton.rms_norm import rms_norm_backward_triton, rms_norm_triton
 from ds_lvxattn.kernels.triton.surrogate import output_with_delta
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles for the GPU")
@@ -28,6 +29,9 @@ def every_operator(make_problem, rows, keys, mask, head_dim=128):
     delta = attention_delta(p.dout, merged, p.dlse)
     interval_backward(p.dout, p.q, p.k, p.v, lse, delta, p.start, p.stop, p.scale, 2**22)
     output_with_delta(p.dout, delta)
+    weight = torch.ones(head_dim, device=p.k.device, dtype=p.k.dtype)
+    _, inverse = rms_norm_triton(p.k, weight, 1e-5)
+    rms_norm_backward_triton(p.k, p.k, weight, inverse, (True, True))
     torch.cuda.synchronize()
 
 
