@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +37,7 @@ from tests.support.tiny_model import attach, loss_of
 # Their norms, or their routers of experts, compute in float32, whatever the model.
 SINGLE = (
     "gemma2", "gemma3_text", "gpt_oss", "cohere2", "deepseek_v3", "deepseek_v2", "longcat_flash", "glm4_moe_lite",
-    "mimo_v2_flash", "gemma3n_text", "gemma4_text", "llama4_text",
+    "mimo_v2_flash", "gemma3n_text", "gemma4_text", "llama4_text", "moshi",
 )  # fmt: skip
 KINDS = tuple(kind for kind in TEXT_MODELS if kind in CONFIG_MAPPING)  # of this release of transformers
 MODES = (("lv_xattn", "gather", "contiguous"), ("ulysses", "auto", "striped"), ("ring", "ring", "contiguous"))
@@ -59,7 +60,9 @@ def on_all_ranks(kind: str) -> list[tuple[float, Gradients]]:
     return results
 
 
-@pytest.mark.parametrize("kind", slow_but(KINDS, "llama", "qwen3", "gemma3_text", "gpt_oss", "gpt2", "deepseek_v3"))
+@pytest.mark.parametrize(
+    "kind", slow_but(KINDS, "llama", "qwen3", "gemma3_text", "gpt_oss", "gpt2", "deepseek_v3", "nemotron")
+)
 def test_loss_and_gradients(kind: str) -> None:
     for patterns, got in zip((TEXT[0], TEXT[4], TEXT[1]), run(2, on_all_ranks, kind)[0], strict=True):
         loss, gradient = largest_differences(got, on_one_rank(kind, patterns))
@@ -84,7 +87,7 @@ def answers(kind: str) -> list[list[int]]:
 
 # Their caches hold latents, each key once that two heads repeat, and nothing of layers that attend to others' keys.
 @pytest.mark.parametrize(
-    "kind", slow_but(("deepseek_v3", "jetmoe", "gemma3n_text", "gemma4_text", "llama4_text"), "deepseek_v3")
+    "kind", slow_but(("deepseek_v3", "jetmoe", "gemma3n_text", "gemma4_text", "llama4_text", "nemotron"), "deepseek_v3")
 )
 def test_answers_where_the_cache_is_not_what_is_attended_to(kind: str) -> None:
     assert run(2, answers, kind)[0] == answers(kind)
@@ -114,6 +117,7 @@ def test_losses_under_zero3(kind: str) -> None:
         ("glm_moe_dsa", {**LATENT, **ROUTED, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4},
          r"\(GlmMoeDsaIndexer\) chooses the keys that a row attends to"),
         ("bloom", {}, "does not look up transformers' registry|ALiBi"),
+        ("doge", {}, r"DogeAttention makes a dense mask itself \('attn_mask'\)"),
     ],
 )  # fmt: skip
 def test_models_that_would_be_wrong_are_refused_by_reason(kind: str, others: dict[str, Any], reason: str) -> None:
@@ -204,6 +208,32 @@ def test_other_arguments_beside_the_batch_are_refused_by_name() -> None:
     assert len(said) == 19, ", ".join(said)
     for name, message in said.items():
         assert named.get(name, name) in message, (name, message)
+
+
+def without_arguments(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return hidden_states
+
+
+def test_layers_that_hand_nothing_on_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = text_model("llama")
+    layer = model.get_submodule("model.layers.0")
+    monkeypatch.setattr(type(layer), "forward", without_arguments)
+    with pytest.raises(ConfigError, match=r"model\.layers\.0 \(LlamaDecoderLayer\) hands no further arguments on"):
+        TextOnly(model.config).attention_layers(model)
+    monkeypatch.undo()
+    monkeypatch.setattr(type(layer.self_attn), "forward", without_arguments)
+    with pytest.raises(ConfigError, match="LlamaAttention hands no further arguments on"):
+        TextOnly(model.config).attention_layers(model)
+
+
+def test_a_window_that_only_masks_say_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = text_model("moshi")
+    layers = TextOnly(model.config).attention_layers(model)
+    assert {layer.window for layer in layers.values()} == {None}  # as transformers' masks have it
+    code = sys.modules[type(model).__module__]
+    monkeypatch.setattr(code, "create_sliding_window_causal_mask", None, raising=False)
+    with pytest.raises(ConfigError, match="MoshiAttention does not hand its sliding window on"):
+        TextOnly(model.config).attention_layers(model)
 
 
 def test_self_attention_that_is_not_causal_is_refused() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ds_lvxattn.data.sample import FrameShape
 from ds_lvxattn.families.family import VisualFamily
 from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.families.handed_on import hand_down
 from ds_lvxattn.families.rotary import (
     self_attention_chunk,
     self_attention_role,
@@ -102,6 +103,7 @@ class Concatenation(VisualFamily):
                 # Of a vision tower: what its head pools goes nowhere, and ZeRO-3 could not compute it, as it takes
                 # weights past their module.
                 module.use_head = False
+        hand_down(model, self.role_of)
         hook = functools.partial(_embed, self, recomputation)
         model.get_submodule("model").register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
 
 from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.families.handed_on import names
 
 # Their scores carry a bias by distance (ALiBi), and their attention does not go through transformers' registry.
 ALIBI = ("MptAttention", "BloomAttention", "FalconAttention", "MPTAttention", "MultiheadAttentionMPT")
@@ -58,12 +60,22 @@ def self_attention_window(module: Any) -> int | None:
     """
     if _layer_type(module) not in (None, "sliding_attention"):
         return None
+    if not hasattr(module, "sliding_window") and not names(module, "sliding_window"):
+        return None  # Moshi's config has one, which nothing reads
     return getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
 
 
 def self_attention_chunk(module: Any) -> int | None:
     """The rows of a chunk, where such a module's mask leaves a row its own chunk alone (Llama 4); None: no chunks."""
     return module.config.attention_chunk_size if _layer_type(module) == "chunked_attention" else None
+
+
+def window_is_unknown(module: Any) -> bool:
+    """Whether the config of such a module has a sliding window that the model's masks may follow, and it does not."""
+    if self_attention_window(module) is not None or getattr(module.config, "sliding_window", None) is None:
+        return False
+    follows = hasattr(module, "sliding_window") or names(module, "sliding_window")
+    return not follows and any("sliding_window" in name for name in vars(sys.modules[type(module).__module__]))
 
 
 def self_attention_sizes(module: Any) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ refused, with the reason.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,11 +18,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.family import Family
+from ds_lvxattn.families.handed_on import MASK, around, drops_arguments, hand_down, makes_masks
 from ds_lvxattn.families.rotary import (
     self_attention_chunk,
     self_attention_role,
     self_attention_sizes,
     self_attention_window,
+    window_is_unknown,
 )
 from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.runtime.recompute import Recomputation
@@ -66,7 +68,9 @@ class TextOnly(Family):
         return super().attention_layers(model)
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
-        """Nothing: the model takes the rank's tokens and positions as they are."""
+        """The model takes the rank's tokens and positions as they are; where its layers do not hand on what says how
+        they are divided (Nemotron), it goes the way of a mask."""
+        hand_down(model, self.role_of)
 
     def trainable_by_default(self) -> tuple[str, ...]:
         return ("*",)
@@ -108,6 +112,37 @@ def _chosen_keys(model: nn.Module) -> str | None:
     return None
 
 
+def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in model.named_modules() if self_attention_role(module) == "self")
+
+
+def _not_handed_on(model: nn.Module) -> str | None:
+    for path, attention in _attentions(model):
+        if drops_arguments(attention):
+            return f"{type(attention).__name__} hands no further arguments on to transformers' attention functions"
+        dropping = [(name, module) for name, module in around(model, path) if drops_arguments(module)]
+        for name, module in dropping:
+            # One layer alone can bring the batch in the place of a mask.
+            if len(dropping) > 1 or MASK not in inspect.signature(type(module).forward).parameters:
+                return f"module {name} ({type(module).__name__}) hands no further arguments on to its attention"
+    return None
+
+
+def _masks_of_its_own(model: nn.Module) -> str | None:
+    for _, attention in _attentions(model):
+        if (mask := makes_masks(attention)) is not None:
+            kind = type(attention).__name__
+            return f"{kind} makes a dense mask itself ('{mask}'), and attention of divided text takes intervals"
+    return None
+
+
+def _windows_of_masks(model: nn.Module) -> str | None:
+    for _, attention in _attentions(model):
+        if window_is_unknown(attention):
+            return f"{type(attention).__name__} does not hand its sliding window on, which only the model's masks say"
+    return None
+
+
 def _kinds_of_layers(model: Any) -> str | None:
     kinds = sorted({*(getattr(model.config, "layer_types", None) or ())} - {*INTERVALS})
     return f"it has layers of the types {kinds}, and only {list(INTERVALS)} are supported" if kinds else None
@@ -135,5 +170,6 @@ def _auxiliary_loss(model: Any) -> str | None:
 
 
 OBSTACLES: tuple[Callable[[Any], str | None], ...] = (
-    _registry, _arguments, _chosen_keys, _kinds_of_layers, _recurrence, _causality, _auxiliary_loss,
+    _registry, _arguments, _chosen_keys, _not_handed_on, _masks_of_its_own, _windows_of_masks, _kinds_of_layers,
+    _recurrence, _causality, _auxiliary_loss,
 )  # fmt: skip

@@ -74,15 +74,15 @@ def exchanged_attention(
         raise ValueError(
             f"attention implementation '{IMPLEMENTATION}' needs the forward argument sequence_parallel; pass the "
             "inputs that prepare made of the batch, or model.set_attn_implementation('sdpa') to run without it. (If "
-            f"those were passed, the layers of this model do not hand them on to their {type(module).__name__}, as "
-            "those of Nemotron: it cannot be sequence-parallel)"
+            f"those were passed, the layers of this model do not hand them on to their {type(module).__name__}: it "
+            "cannot be sequence-parallel)"
         )
     if dropout:
         raise ValueError(f"attention dropout is {dropout}; sequence-parallel attention has none, set it to 0")
     if attention_mask is not None:
         raise ValueError(
             f"{type(module).__name__} was given a dense attention mask; sequence-parallel attention takes intervals. "
-            "Leave a mask of yours out; a model that makes one itself (Doge) cannot be sequence-parallel"
+            "Leave a mask of yours out; a model that makes one itself cannot be sequence-parallel"
         )
     for name in UNSUPPORTED:
         if others.get(name) is not None:

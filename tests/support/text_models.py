@@ -66,6 +66,8 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
                       "moe_topk": 2, "expert_ffn_hidden_size": 16, "experts_implementation": "eager"},
     "glm4_moe_lite": {**LATENT, **ROUTED},
     "jetmoe": {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},  # two heads repeat each cached key
+    "nemotron": {"partial_rotary_factor": 0.5},  # its layers hand a mask on, and nothing else
+    "moshi": {"sliding_window": 5, "ffn_dim": 64},  # a window that nothing reads
     "mimo_v2_flash": {**ROUTED, "v_head_dim": 6, "sliding_window": 5, "layer_types": ONE_WINDOW["layer_types"]},
 }  # fmt: skip
 
