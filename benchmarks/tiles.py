@@ -20,7 +20,7 @@ from typing import Any
 import harness
 import torch
 from attention_cases import Case
-from compile_ahead import Compilers
+from compile_only import Compilers
 from tile_candidates import (
     Inputs,
     compile_form,
