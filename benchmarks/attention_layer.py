@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +24,21 @@ from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.plan.visibility import of_shape
 
 Step = Callable[[], None]
+
+
+def start_on_device() -> tuple[torch.device, bool]:
+    """This rank's device, and whether ``torch.distributed`` was started for it: it may run already."""
+    started = not dist.is_initialized()
+    if not torch.cuda.is_available():
+        if started:
+            dist.init_process_group("gloo")
+        return torch.device("cpu"), started
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cuda", torch.cuda.current_device())
+    if started:
+        dist.init_process_group("nccl", device_id=device)
+    return device, started
+
 
 FRAME = 64  # tokens of a frame of the masks, as in OpenFlamingo
 TURN = 4  # steps of one candidate before the next one's turn, after one that is not counted

@@ -2,7 +2,7 @@
 
 For the sweep over tiles, whose hundreds of candidates compile while others are timed: the GPU is not to be disturbed,
 and a candidate that cannot run is to say so. Calibration (``ds_lvxattn.calibration.compile_ahead``) compiles ahead of
-all timing, so there the calls are simply made: that needs nothing of Triton's inside, and compiles FlashAttention-4 too.
+all timing, so there the calls are simply made: that needs nothing inside Triton, and compiles FlashAttention-4 too.
 """
 
 from __future__ import annotations

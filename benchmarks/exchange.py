@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from attention_layer import Figure, Layer, Shape, Step, measure
+from attention_layer import Figure, Layer, Shape, Step, measure, start_on_device
 
 from ds_lvxattn import SequenceShards, ShardLayout, sp_attention
 from ds_lvxattn.calibrate import calibrated
@@ -136,9 +136,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="other numbers of head groups too")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    device = torch.device("cuda", torch.cuda.current_device())
-    dist.init_process_group("nccl", device_id=device)
+    device, _ = start_on_device()
     figures: list[Figure] = []
     layouts = {HeadLayout(shape.heads, shape.kv_heads, shape.head_dim) for shape in SHAPES}
     profile = calibrated(dist.group.WORLD, layouts, device, torch.bfloat16)

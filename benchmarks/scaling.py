@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from attention_layer import Figure, Layer, Shape, Step, link_speed, measure, slowest
+from attention_layer import Figure, Layer, Shape, Step, link_speed, measure, slowest, start_on_device
 
 from ds_lvxattn.calibrate import calibrate
 from ds_lvxattn.calibration.extent import HeadLayout
@@ -199,14 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.plot:
             draw(points, args.plot)
         return
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        device = torch.device("cuda", torch.cuda.current_device())
-    started = not dist.is_initialized()
-    if started:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    device, started = start_on_device()
+    on_gpu = device.type == "cuda"
     world, rank = dist.get_world_size(), dist.get_rank()
     counts = [int(n) for n in args.ranks.split(",")] if args.ranks else [1 << i for i in range(world.bit_length())]
     # What other ranks know of the file is what rank 0 found.

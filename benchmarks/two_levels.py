@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from attention_layer import Layer, Shape, Step, slowest, timed
+from attention_layer import Layer, Shape, Step, slowest, start_on_device, timed
 
 from ds_lvxattn.calibrate import calibrate
 from ds_lvxattn.calibration.extent import HeadLayout
@@ -260,14 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = numbers(args.cases, len(CASES))
     if args.node_size:
         pretend_nodes(args.node_size)
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        device = torch.device("cuda", torch.cuda.current_device())
-    started = not dist.is_initialized()
-    if started:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    device, started = start_on_device()
+    on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     first = dist.get_rank() == 0
     if args.profile:

@@ -9,6 +9,7 @@ over all ranks beforehand, which ``training.loading.partition_over_all_ranks`` s
 
 from __future__ import annotations
 
+import logging
 import os
 from datetime import timedelta
 
@@ -18,6 +19,8 @@ from deepspeed import comm as ds_comm
 from deepspeed.utils import groups as deepspeed_groups
 
 from ds_lvxattn.errors import ConfigError, RunError
+
+logger = logging.getLogger(__name__)
 
 # Where launchers say how many ranks there are: those of DeepSpeed and torch, and of MPI.
 WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -144,9 +147,21 @@ def launched_ranks_of_host() -> int | None:
 
 
 def set_timeouts(timeout: timedelta) -> None:
-    """Give every process group of this rank one timeout, also those that DeepSpeed made with torch's default."""
-    for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
+    """Give every process group of this rank one timeout, also those that DeepSpeed made with torch's default.
+
+    torch has no public way to do so. Where it has lost this one, a warning says that those groups keep theirs.
+    """
+    world = getattr(dist.distributed_c10d, "_world", None)
+    change = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
+    groups = getattr(world, "pg_map", None)
+    if groups is None or change is None:
+        logger.warning(
+            "this torch cannot change the timeout of a process group: those that DeepSpeed made keep torch's, and a "
+            "rank that waits in one of them may end later than 'finetuning.timeout_s' says"
+        )
+        return
+    for group in list(groups):
+        change(timeout, group)
 
 
 def _own_group(partition: list[range], rank: int) -> dist.ProcessGroup:

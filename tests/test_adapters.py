@@ -30,7 +30,7 @@ from ds_lvxattn.exchange.comm import communicator
 from ds_lvxattn.training.loading import parameter_groups, partition_over_all_ranks
 from tests.support import qwen_vl_resampler
 from tests.support.distributed import run
-from tests.support.parity import Gradients
+from tests.support.parity import Gradients, losses_of_engine
 from tests.support.tiny_model import ADAMW, CLIPPING, ds_config, groups_of
 
 BATCH, TOKENS, WIDTH, HEADS, QUERIES = 2, 4, 16, 2, 4
@@ -234,17 +234,12 @@ def train(frames: tuple[int, ...]) -> list[float]:
     shards, rank = SequenceShards(tuple(TOKENS * n for n in frames)), dist.get_rank()
     own = slice(shards.offset(rank), shards.offset(rank) + shards.lengths[rank])
     keys = AdapterKeys(groups.get_sequence_parallel_group(), shards)
-    losses = []
-    for _ in range(STEPS):
+
+    def part() -> Tensor:
         outs = engine(features_of_all()[:, own].float(), sequence_parallel=keys)
-        loss = torch.stack([part_of_loss(out, rank) for out in outs]).mean() / ranks
-        engine.backward(loss)
-        engine.step()
-        whole = loss.detach().clone()
-        dist.all_reduce(whole)
-        losses.append(whole.item())
-    engine.destroy()
-    return losses
+        return torch.stack([part_of_loss(out, rank) for out in outs]).mean() / ranks
+
+    return losses_of_engine(engine, part, STEPS)
 
 
 @pytest.mark.slow

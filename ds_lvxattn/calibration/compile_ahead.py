@@ -4,8 +4,8 @@ A process that measures compiles one kernel after the other, FlashAttention-4's 
 Processes that make the same calls beforehand, each some of them, leave what they compile where the measuring processes
 of their host, and the runs behind them, look it up. Where they cannot, the measuring process compiles as it goes.
 
-The calls run on the device, which nothing is timed on yet. (The benchmark of tiles compiles while it times, by processes
-that may not touch the device.)
+The calls run on the device, on which nothing is timed yet. (The benchmark of tiles compiles while it times: by
+processes that touch no device.)
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ The store lies in the process of rank 0; a store that no longer answers means th
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -20,6 +21,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
 
 SIGN_OF_LIFE = 120.0  # seconds; three quarters of the timeout if that is shorter
 SECONDS_APART = 5.0  # between two signs of life
@@ -43,10 +46,14 @@ class Watchdog:
             timeout: seconds that a rank may stay in one place.
             store: of the process group; None: that of the default group.
         """
+        store_of_group: Any = getattr(dist.distributed_c10d, "_get_default_store", None)
+        if store is None and store_of_group is None:
+            logger.warning("this torch does not give the store of its process group: what ranks do is not watched")
+            return
         self.timeout, self.life = timeout, min(0.75 * timeout, SIGN_OF_LIFE)
         self.apart = min(SECONDS_APART, self.life / 8)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        shared: Any = store or dist.distributed_c10d._get_default_store()
+        shared: Any = store or store_of_group()
         # A connection of its own: a group that is being made may hold the other one for long.
         self._store = dist.PrefixStore("watchdog", shared.clone())
         self._answered = time.monotonic()

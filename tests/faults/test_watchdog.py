@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
+from ds_lvxattn.groups import set_timeouts
 from ds_lvxattn.training import watchdog
 from ds_lvxattn.training.watchdog import Watchdog
 
@@ -100,3 +102,18 @@ def test_the_echo_of_another_ranks_end_is_told_from_an_error_of_this_rank(pair: 
     second._ended, second._lost = None, True
     second._store = None  # type: ignore[assignment]
     assert second.end_of_others() == (1, "rank 0 has ended")
+
+
+def test_a_torch_that_lacks_what_is_used_inside_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("_get_default_store", "_set_pg_timeout"):
+        monkeypatch.delattr(dist.distributed_c10d, name)
+    watching = Watchdog()
+    watching.start(10.0)
+    watching.enter("step 1")
+    watching.failed(ValueError("a fault"))
+    assert watching.end_of_others() is None
+    set_timeouts(timedelta(seconds=10))
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "what ranks do is not watched" in first and "cannot change the timeout" in second

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import deepspeed
@@ -144,9 +144,14 @@ def losses_of_steps(
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=parameter_groups(model), config=config, mpu=groups_of(ranks)
     )
+    return losses_of_engine(engine, lambda: engine(**inputs).loss, steps)
+
+
+def losses_of_engine(engine: Any, part_of_loss: Callable[[], Tensor], steps: int) -> list[float]:
+    """Losses of steps of a DeepSpeed engine, which is destroyed, summed over the ranks."""
     losses = []
     for _ in range(steps):
-        loss = engine(**inputs).loss
+        loss = part_of_loss()
         engine.backward(loss)
         engine.step()
         whole = loss.detach().clone()
