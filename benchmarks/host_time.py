@@ -95,7 +95,8 @@ def calls_of(layer: Layer) -> dict[str, Passes]:
 
         def backward(results: tuple[Tensor, Tensor]) -> None:
             out, lse = results
-            delta = None if kernel.needs_out else attention_delta(layer.dout, out, None)
+            own = kernel.needs_out or kernel.sums_delta
+            delta = None if own else attention_delta(layer.dout, out, None)
             kernel.backward(layer.dout, *operands, out, lse, delta, start, stop, scale)
 
         return lambda: kernel.forward(*operands, start, stop, scale), backward

@@ -86,11 +86,14 @@ class Kernel(Protocol):
         name: the value of the configuration key ``kernel`` that forces it.
         needs_out: the backward pass takes the output instead of ``delta`` (and then cannot take the gradient
             of the log-sum-exp).
+        sums_delta: the backward pass takes the output too, and sums up ``delta`` in a pass over the rows that it makes
+            anyway.
         takes_intervals: does masked calls too, as every layer of a training run makes them.
     """
 
     name: str
     needs_out: bool
+    sums_delta: bool
     takes_intervals: bool
 
     def splits_keys(self, call: Call) -> bool:
@@ -136,8 +139,9 @@ class Kernel(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients from the log-sum-exp over *all* keys of the group, local or not.
 
-        ``out`` is given to kernels with ``needs_out``, ``delta [B, H_q, S_q]`` to the others. Returns ``dq``
-        (the part that comes from these keys), ``dk`` and ``dv``, in the dtype of the inputs or wider.
+        ``out`` is given to kernels with ``needs_out``, ``delta [B, H_q, S_q]`` to the others, or ``out`` instead to
+        those with ``sums_delta``. Returns ``dq`` (the part that comes from these keys), ``dk`` and ``dv``, in the dtype
+        of the inputs or wider.
         """
 
 

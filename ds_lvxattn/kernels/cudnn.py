@@ -19,6 +19,7 @@ class CudnnKernel:
 
     name = "cudnn"
     needs_out = True
+    sums_delta = False
     takes_intervals = False
 
     def splits_keys(self, call: Call) -> bool:

@@ -26,6 +26,7 @@ class FlashKernel:
 
     name = "flash"
     needs_out = True
+    sums_delta = False
     takes_intervals = False
 
     def splits_keys(self, call: Call) -> bool:

@@ -103,12 +103,19 @@ class BackwardPass:
             heads: query heads, those of the key heads in ``k``; None: all.
         """
         if not self._own:
-            needs_out = self.kernel.needs_out
-            row_terms = (self.out, self.lse, None) if needs_out else (None, self.lse, self.delta())
+            row_terms = (self.out, self.lse, None) if self.kernel.needs_out else (None, self.lse, self.delta())
             self._own = self.dout, self.q, *row_terms
         own: Any = self._own if heads is None else [None if x is None else x[:, heads] for x in self._own]
         dout, q, out, lse, delta = own
         return self._gradients(dout, q, k, v, out, lse, delta, *(ranges or (self.start, self.stop)))
+
+    def local(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same over the call's own keys, which are all that there are."""
+        if self.kernel.sums_delta and self.dlse is None:
+            return self._gradients(
+                self.dout, self.q, self.k, self.v, self.out, self.lse, None, self.start, self.stop
+            )  # fmt: skip
+        return self.of_own_rows(self.k, self.v)
 
     def of_rows(
         self, dout: Tensor, q: Tensor, lse: Tensor, delta: Tensor, k: Tensor, v: Tensor, *ranges: Tensor | None

@@ -19,6 +19,7 @@ class MathKernel:
 
     name = "math"
     needs_out = False
+    sums_delta = False
     takes_intervals = True
 
     def splits_keys(self, call: Call) -> bool:

@@ -27,7 +27,10 @@ def every_operator(make_problem, rows, keys, mask, head_dim=128):
     out, lse = interval_forward(p.q, p.k, p.v, p.start, p.stop, p.scale)
     merged, _ = merge_partials(torch.stack((out, out)), torch.stack((lse, lse)))
     delta = attention_delta(p.dout, merged, p.dlse)
-    interval_backward(p.dout, p.q, p.k, p.v, lse, delta, p.start, p.stop, p.scale, 2**22)
+    for row_terms in ({"delta": delta}, {"delta": None, "out": merged}):
+        interval_backward(
+            p.dout, p.q, p.k, p.v, lse, start=p.start, stop=p.stop, scale=p.scale, workspace_bytes=2**22, **row_terms
+        )  # fmt: skip
     output_with_delta(p.dout, delta)
     weight = torch.ones(head_dim, device=p.k.device, dtype=p.k.dtype)
     _, inverse = rms_norm_triton(p.k, weight, 1e-5)

@@ -120,11 +120,20 @@ def test_empty(make_problem, rows, keys):
         assert grad.shape == x.shape and not grad.any()
 
 
-@pytest.mark.parametrize("head_dim", (64, 128))
-def test_strides_are_read_and_kept(make_problem, error, head_dim):
+@pytest.mark.parametrize("summed", (False, True))
+@pytest.mark.parametrize("head_dim", (64, 80, 128))
+def test_strides_are_read_and_kept(make_problem, error, head_dim, summed):
+    """Also where ``delta`` is summed up from the output."""
     p = make_problem(batch=2, heads=4, kv_heads=2, rows=33, keys=70, head_dim=head_dim, sequence_first=True)
+    if summed:
+        p.dlse.zero_()
     exact = p.exact()
-    grads = run(p, exact)
+    if summed:
+        out, lse = interval_forward(p.q, p.k, p.v, p.start, p.stop, p.scale)
+        rows = (p.dout, p.q, p.k, p.v, lse, None, p.start, p.stop, p.scale)
+        grads = dict(zip(GRADS, interval_backward(*rows, out=out), strict=True))
+    else:
+        grads = run(p, exact)
     for name, x in zip(GRADS, (p.q, p.k, p.v), strict=True):
         assert grads[name].stride() == x.stride(), name
         assert error(grads[name], exact[name]) < 1e-5, name
@@ -148,16 +157,21 @@ def test_same_bits_every_time(make_problem, head_dim):
     workspace=st.sampled_from((2**16 * LONG, 2**30)),
     softcap=st.sampled_from((None, 0.7, 50.0)),
     seed=st.integers(0, 1000),
+    summed=st.booleans(),
 )
-def test_any_length(make_problem, error, rows, keys, heads, head_dim, mask, workspace, softcap, seed):
+def test_any_length(make_problem, error, rows, keys, heads, head_dim, mask, workspace, softcap, seed, summed):
     p = make_problem(
         heads=heads[0], kv_heads=heads[1], rows=rows, keys=keys, head_dim=head_dim[0], value_dim=head_dim[1],
         mask=mask, seed=seed, softcap=softcap,
     )  # fmt: skip
+    if summed:  # what is summed up has no gradient of the log-sum-exp
+        p.dlse.zero_()
     exact = p.exact()
     out, lse = interval_forward(p.q, p.k, p.v, p.start, p.stop, p.scale, softcap=softcap)
-    delta = attention_delta(p.dout, out, p.dlse.masked_fill(p.hidden, 0.0))
-    grads = interval_backward(p.dout, p.q, p.k, p.v, lse, delta, p.start, p.stop, p.scale, workspace, softcap=softcap)
+    delta = None if summed else attention_delta(p.dout, out, p.dlse.masked_fill(p.hidden, 0.0))
+    grads = interval_backward(
+        p.dout, p.q, p.k, p.v, lse, delta, p.start, p.stop, p.scale, workspace, softcap=softcap, out=out
+    )  # fmt: skip
     for name, grad in zip(GRADS, grads, strict=True):
         assert grad.isfinite().all()
         # A row that sees one key has an exact gradient of 0 in q, so the error is taken against the inputs'

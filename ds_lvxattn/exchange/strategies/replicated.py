@@ -62,7 +62,7 @@ def query_replicated_backward(given: BackwardPass, group: str, parts: bool) -> t
     comm = communicator_by_name(group)
     if parts:
         given.dout, given.dlse = _sum_parts(given.dout, given.dlse, comm)
-    dq, dk, dv = given.of_own_rows(given.k, given.v)
+    dq, dk, dv = given.local()
     if not parts:
         dq = comm.all_reduce(dq.to(given.lse.dtype).contiguous(), "query gradients")
     return dq, dk, dv

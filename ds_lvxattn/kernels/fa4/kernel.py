@@ -29,6 +29,7 @@ class FlashAttention4Kernel:
 
     name = "fa4"
     needs_out = False
+    sums_delta = False
     takes_intervals = True
 
     def splits_keys(self, call: Call) -> bool:

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from ds_lvxattn.kernels.derived import derived_of
 from ds_lvxattn.kernels.pattern import UNKNOWN
-from ds_lvxattn.kernels.triton.backward_launches import Shapes, row_launches
+from ds_lvxattn.kernels.triton.backward_launches import RowLaunches, Shapes, dense_strides, row_launches
 from ds_lvxattn.kernels.triton.backward_plan import WORKSPACE_BYTES, ChunkPlan, plan_masked, rows_at_once
 from ds_lvxattn.kernels.triton.backward_rows import pack_ranges_kernel, seen_tiles_kernel
 from ds_lvxattn.kernels.triton.forward import multiprocessors, rows_for_copy_engine
-from ds_lvxattn.kernels.triton.launch import KEPT, layout, place
+from ds_lvxattn.kernels.triton.launch import KEPT, fits_copy_engine, layout, place
 from ds_lvxattn.kernels.triton.tiles import BackwardConfig, backward_config, is_hopper
 
 
@@ -39,7 +39,7 @@ def interval_backward(
     k: Tensor,
     v: Tensor,
     lse: Tensor,
-    delta: Tensor,
+    delta: Tensor | None,
     start: Tensor | None,
     stop: Tensor | None,
     scale: float,
@@ -47,6 +47,7 @@ def interval_backward(
     config: BackwardConfig | None = None,
     softcap: float | None = None,
     pattern: str = UNKNOWN,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of attention over the keys at hand, given row terms over all ranks' keys. Deterministic.
 
@@ -56,7 +57,7 @@ def interval_backward(
         k, v: ``[B, H_kv, S_kv, D]`` and ``[B, H_kv, S_kv, D_v]`` of the same dtype; ``H_q`` is a multiple of ``H_kv``.
         lse: float32 ``[B, H_q, S_q]``, natural log-sum-exp over all keys of the group; rows with ``-inf`` add
             nothing.
-        delta: float32 ``[B, H_q, S_q]``, ``rowsum(dO * O) - dL`` (``attention_delta``).
+        delta: float32 ``[B, H_q, S_q]``, ``rowsum(dO * O) - dL`` (``attention_delta``); None where ``out`` is given.
         start, stop: int32 ``[B, S_q]`` local key ranges with ``0 <= start <= stop <= S_kv``, or None for all
             visible.
         scale: positive factor of the scores.
@@ -65,6 +66,7 @@ def interval_backward(
         config: other tiles than the tuned ones.
         softcap: soft cap of the scores, positive; None: none.
         pattern: of the ranges, which chooses the tiles.
+        out: ``[B, H_q, S_q, D_v]`` the whole output, any strides; ``delta`` is summed up from it where it is None.
 
     Returns:
         ``dq`` (the part from these keys), ``dk``, ``dv`` in the dtypes and dense strides of the inputs.
@@ -74,57 +76,86 @@ def interval_backward(
     """
     if scale <= 0:
         raise ValueError(f"interval_backward: scale is {scale}; it must be positive (negate q for a negative one)")
-    k, v = rows_for_copy_engine(k), rows_for_copy_engine(v)
+    if start is not None and stop is not None:
+        start, stop = start.contiguous(), stop.contiguous()
+    out = out if delta is None else None
+    of = _shapes(dout, q, k, v, lse, delta, out, start, stop)
+    plan = _plan(place(q), q.device, of, softcap is not None, pattern, workspace_bytes, config)
+    if plan.copies:
+        k, v = rows_for_copy_engine(k), rows_for_copy_engine(v)
+        return interval_backward(
+            dout, q, k, v, lse, delta, start, stop, scale, workspace_bytes, config, softcap, pattern, out
+        )  # fmt: skip
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    if dq.numel() == 0 or dk.numel() == 0:
+    if plan.config is None:
         return dq.zero_(), dk.zero_(), dv.zero_()
-
-    of_ranges = None if start is None else pattern
-    how = _divided(q.device, q.dtype, q.shape, v.shape, of_ranges, workspace_bytes, config)
-    seq_q, run = q.shape[2], how.run
-    if run == seq_q:
-        _backward_of_rows(dout, q, k, v, lse, delta, start, stop, scale, softcap, how, dq, dk, dv, add=False)
+    if plan.whole is not None:
+        _backward_of_rows(dout, q, k, v, lse, delta, out, start, stop, scale, softcap, plan.whole, dq, dk, dv)
         return dq, dk, dv
     dk_sum, dv_sum = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
-    for first in range(0, seq_q, run):
-        x = slice(first, first + run)
-        _backward_of_rows(
-            dout[:, :, x], q[:, :, x], k, v, lse[:, :, x], delta[:, :, x],
-            *_ranges_of_run(start, stop, x), scale, softcap, how, dq[:, :, x], dk_sum, dv_sum, add=True,
-        )  # fmt: skip
+    for first in range(0, q.shape[2], plan.run):
+        x = slice(first, first + plan.run)
+        delta_x, out_x = (None if each is None else each[:, :, x] for each in (delta, out))
+        given = (dout[:, :, x], q[:, :, x], k, v, lse[:, :, x], delta_x, out_x, *_ranges_of_run(start, stop, x))
+        launches = row_launches(
+            place(q), q.device, _shapes(*given), dq.stride(), softcap is not None, plan.config, plan.room, True
+        )
+        _backward_of_rows(*given, scale, softcap, launches, dq[:, :, x], dk_sum, dv_sum)
     return dq, dk.copy_(dk_sum), dv.copy_(dv_sum)
 
 
-class _Division(NamedTuple):
-    """How the work is divided.
+def _shapes(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor | None, out: Tensor | None,
+    start: Tensor | None, stop: Tensor | None,
+) -> Shapes:  # fmt: skip
+    return Shapes(
+        layout(dout), layout(q), layout(k), layout(v), layout(lse), None if delta is None else layout(delta),
+        None if out is None else layout(out), None if start is None or stop is None else (layout(start), layout(stop)),
+    )  # fmt: skip
+
+
+class _Plan(NamedTuple):
+    """Everything about a call but its tensors.
 
     Args:
-        config: the tiles.
+        copies: whether keys or values are copied for the copy engine first; then the rest is left open.
+        config: the tiles; None where there are no rows or no keys.
         room: slots of ``dS`` that the workspace holds for one key/value head.
         run: query rows at once.
+        whole: the launches, where all rows are one run.
     """
 
-    config: BackwardConfig
-    room: int
-    run: int
+    copies: bool
+    config: BackwardConfig | None = None
+    room: int = 0
+    run: int = 0
+    whole: RowLaunches | None = None
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _divided(
-    device: torch.device, dtype: torch.dtype, q: tuple[int, ...], v: tuple[int, ...], pattern: str | None,
-    workspace_bytes: int, config: BackwardConfig | None,
-) -> _Division:  # fmt: skip
-    """``q`` and ``v`` are shapes; ``pattern`` is None where all is visible."""
-    batch, heads_q, seq_q, head_dim = q
-    _, heads_kv, seq_kv, value_dim = v
+def _plan(
+    where: tuple[int, int], device: torch.device, of: Shapes, capped: bool, pattern: str, workspace_bytes: int,
+    config: BackwardConfig | None,
+) -> _Plan:  # fmt: skip
+    """``where`` only tells calls apart: a kernel is loaded on one device."""
+    if not (fits_copy_engine(of.k) and fits_copy_engine(of.v)):
+        return _Plan(copies=True)
+    dtype, (batch, heads_q, seq_q, head_dim), *_ = of.q
+    _, (_, heads_kv, seq_kv, value_dim), *_ = of.v
+    if not (batch and seq_q and seq_kv):
+        return _Plan(copies=False)
     head_dims = (head_dim, value_dim)
-    config = config or backward_config(head_dims, dtype.itemsize, pattern, is_hopper(device))
+    of_ranges = None if of.bounds is None else pattern
+    config = config or backward_config(head_dims, dtype.itemsize, of_ranges, is_hopper(device))
     room = workspace_bytes // (heads_kv * config.block_n * config.tile * dtype.itemsize)
     run = seq_q
-    if config.keep_ds or pattern is None:
+    if config.keep_ds or of_ranges is None:
         group, units = heads_q // heads_kv, multiprocessors(device)
         run = rows_at_once(seq_q, seq_kv, group, batch, heads_kv, head_dims, config, room, units)
-    return _Division(config, room, run)
+    whole = None
+    if run == seq_q:
+        whole = row_launches(where, device, of, dense_strides(of.q), capped, config, room, False)
+    return _Plan(False, config, room, run, whole)
 
 
 def _ranges_of_run(start: Tensor | None, stop: Tensor | None, rows: slice) -> tuple[Tensor | None, Tensor | None]:
@@ -170,58 +201,53 @@ def _backward_of_rows(
     k: Tensor,
     v: Tensor,
     lse: Tensor,
-    delta: Tensor,
+    delta: Tensor | None,
+    out: Tensor | None,
     start: Tensor | None,
     stop: Tensor | None,
     scale: float,
     softcap: float | None,
-    how: _Division,
+    launches: RowLaunches,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    add: bool,
 ) -> None:
     """Gradients of one run of query rows: ``dq`` is set, ``dk`` and ``dv`` are set or added to."""
-    ranges, of_bounds = NO_RANGES, None
+    ranges = NO_RANGES
     if start is not None and stop is not None:
-        start, stop = start.contiguous(), stop.contiguous()
-        of_bounds = layout(start), layout(stop)
-    of = Shapes(
-        layout(dout), layout(q), layout(k), layout(v), layout(lse), layout(delta), dq.stride(), of_bounds
-    )  # fmt: skip
-    plan = row_launches(place(q), q.device, of, softcap is not None, how.config, how.room, add)
-    if start is not None and stop is not None:
-        ranges = derived_of(start, stop, plan.of_ranges, functools.partial(_ranges, start, stop, *plan.of_ranges))
+        of_ranges = launches.of_ranges
+        ranges = derived_of(start, stop, of_ranges, functools.partial(_ranges, start, stop, *of_ranges))
     packed_start, packed_stop, bounds, seen, count, masked_plan = ranges
-    terms = torch.empty(plan.terms, dtype=torch.float32, device=q.device)
-    plan.pack(lse, delta, start, stop, terms, *plan.pack_integers)
+    terms = torch.empty(launches.terms, dtype=torch.float32, device=q.device)
+    q_rows = q if launches.q_rows is None else q.new_empty(launches.q_rows)
+    dout_rows = dout if launches.dout_rows is None else dout.new_empty(launches.dout_rows)
+    launches.pack(q, dout, out, lse, delta, start, stop, q_rows, dout_rows, terms, *launches.pack_integers)
 
-    q_rows, dout_rows = plan.q_rows(q), plan.dout_rows(dout)
-    row_tiles = (*plan.q_tiles(q_rows), *plan.dout_tiles(dout_rows))
-    k_tiles, v_tiles = plan.k_tiles(k), plan.v_tiles(v)
+    k_tiles, v_tiles = launches.k_tiles(k), launches.v_tiles(v)
+    row_tiles = (*launches.q_tiles(q_rows), *launches.dout_tiles(dout_rows))
     cap = (softcap or 0.0) / scale  # of the products of queries and keys
 
-    if bounds is not None and how.config.together:
-        plan.grads_together(
+    if launches.together:
+        launches.grads_together(
             row_tiles[0], row_tiles[2], k_tiles[0], v_tiles[0], terms, packed_start, packed_stop, bounds, seen, count,
-            k, v, dk, dv, dq, *plan.together_integers, scale, cap,
+            k, v, dk, dv, dq, *launches.together_integers, scale, cap,
         )  # fmt: skip
-    elif bounds is not None and not how.config.keep_ds:
-        plan.key_grads(
+    elif launches.again:
+        launches.key_grads(
             *row_tiles, *k_tiles, *v_tiles, None, terms, packed_start, packed_stop, seen, count, None, None, k, v, dk,
-            dv, *plan.key_integers, scale, cap,
+            dv, *launches.key_integers, scale, cap,
         )  # fmt: skip
-        plan.query_grads_again(
-            plan.q_tiles_again(q_rows)[0], plan.dout_tiles_again(dout_rows)[0], k_tiles[0], v_tiles[0], terms,
-            packed_start, packed_stop, bounds, dq, *plan.query_integers, scale, cap,
+        launches.query_grads_again(
+            launches.q_tiles_again(q_rows)[0], launches.dout_tiles_again(dout_rows)[0], k_tiles[0], v_tiles[0], terms,
+            packed_start, packed_stop, bounds, dq, *launches.query_integers, scale, cap,
         )  # fmt: skip
     else:
-        chunks = masked_plan or plan.dense
+        chunks = masked_plan or launches.dense
         assert chunks is not None
         # One chunk adds up in registers: what it is given for its sums is not touched.
-        sums = terms if chunks.chunks == 1 else torch.empty(plan.dq_sums, dtype=torch.float32, device=q.device)
-        ds_out, ds_in = plan.ds_tiles(torch.empty(plan.ds(chunks), dtype=q.dtype, device=q.device))
-        for key_grads, key_integers, query_grads, query_integers in plan.chunks(chunks):
+        sums = terms if chunks.chunks == 1 else torch.empty(launches.dq_sums, dtype=torch.float32, device=q.device)
+        ds_out, ds_in = launches.ds_tiles(q.new_empty(launches.ds(chunks)))
+        for key_grads, key_integers, query_grads, query_integers in launches.chunks(chunks):
             key_grads(
                 *row_tiles, *k_tiles, *v_tiles, ds_out, terms, packed_start, packed_stop, seen, count, chunks.edges,
                 chunks.base, k, v, dk, dv, *key_integers, scale, cap,

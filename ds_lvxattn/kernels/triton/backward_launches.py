@@ -19,16 +19,17 @@ from ds_lvxattn.kernels.triton.backward_kernels import (
 from ds_lvxattn.kernels.triton.backward_plan import ChunkPlan, plan_dense
 from ds_lvxattn.kernels.triton.backward_rows import pack_rows_kernel
 from ds_lvxattn.kernels.triton.forward import multiprocessors
-from ds_lvxattn.kernels.triton.launch import KEPT, Launch, Layout, Tiles, fits_copy_engine, row_tiles
+from ds_lvxattn.kernels.triton.launch import KEPT, Launch, Layout, Tiles, fits_copy_engine, row_descriptors, row_tiles
 from ds_lvxattn.kernels.triton.tiles import BackwardConfig, split_head_backward
 
 Integers = tuple[int, ...]
+PACKED_AT_ONCE = 4096  # numbers of a tensor, by a program
 
 
 class Shapes(NamedTuple):
-    """Layouts of the tensors of a run, of ``dQ`` its strides; those of ``dK`` and ``dV`` follow from K and V.
+    """Layouts of the tensors of a run of query rows. Those of the gradients follow from Q, K and V.
 
-    ``bounds`` are the ranges of its rows, None where every key is visible.
+    Of ``delta`` and ``out`` one is given. ``bounds`` are the ranges of its rows, None where every key is visible.
     """
 
     dout: Layout
@@ -36,8 +37,8 @@ class Shapes(NamedTuple):
     k: Layout
     v: Layout
     lse: Layout
-    delta: Layout
-    dq: tuple[int, ...]
+    delta: Layout | None
+    out: Layout | None
     bounds: tuple[Layout, Layout] | None
 
 
@@ -48,20 +49,20 @@ class PackedRows(NamedTuple):
     fetch a whole tile of rows in one instruction, at any group size.
 
     Args:
-        shape, strides: of the view; with the heads of a group apart where it has to be copied.
-        copied: the shape to copy to, or None where the view will do.
+        shape, strides: of the packed rows.
+        copied: whether they are a copy; else they are a view.
     """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    copied: tuple[int, ...] | None
+    copied: bool
 
-    def __call__(self, x: Tensor) -> Tensor:
-        view = x.as_strided(self.shape, self.strides)
-        return view if self.copied is None else view.clone(memory_format=torch.contiguous_format).view(self.copied)
+    def tiles(self, rows: int) -> Tiles:
+        """Descriptors of tiles of ``rows`` packed rows, from the tensor or its copy."""
+        return Tiles(lambda x: row_descriptors(x.as_strided(self.shape, self.strides), rows, split_head_backward))
 
 
-def _dense_strides(of: Layout) -> tuple[int, ...]:
+def dense_strides(of: Layout) -> tuple[int, ...]:
     """Those of ``torch.empty_like`` of such a tensor."""
     dtype, shape, strides, _ = of
     return torch.empty_like(torch.empty_strided(shape, strides, dtype=dtype, device="meta")).stride()
@@ -70,12 +71,13 @@ def _dense_strides(of: Layout) -> tuple[int, ...]:
 def _packed(of: Layout, heads_kv: int) -> PackedRows:
     dtype, (batch, heads, rows, dim), (of_batch, of_head, of_row, of_dim), aligned = of
     group = heads // heads_kv
-    packed = (batch, heads_kv, rows * group, dim)
+    shape = (batch, heads_kv, rows * group, dim)
     if group == 1 or rows == 1 or of_row == group * of_head:  # rows and heads of a group lie at one distance
         strides = (of_batch, group * of_head, of_row if group == 1 else of_head, of_dim)
-        return PackedRows(packed, strides, None if fits_copy_engine((dtype, packed, strides, aligned)) else packed)
-    apart = (of_batch, group * of_head, of_row, of_head, of_dim)
-    return PackedRows((batch, heads_kv, rows, group, dim), apart, packed)
+        if fits_copy_engine((dtype, shape, strides, aligned)):
+            return PackedRows(shape, strides, copied=False)
+    of_pair = rows * group * dim
+    return PackedRows(shape, (heads_kv * of_pair, of_pair, dim, 1), copied=True)
 
 
 def _tiles(rows: int) -> Tiles:
@@ -91,19 +93,22 @@ class RowLaunches:
         capped: whether the scores have a soft cap.
         config: the tiles.
         room: slots of ``dS`` that the workspace holds for one key/value head.
+        of_dq: strides of ``dQ``.
         add: whether the gradients of K and V are added to what is there.
 
     Attributes:
         of_ranges: what packed ranges depend on, see ``backward._ranges``.
         terms, dq_sums: shapes of the row terms and of the float32 ``dQ / scale`` of several chunks, by packed rows.
         pack, pack_integers: the launch of ``pack_rows_kernel``, and its integers.
-        q_rows, dout_rows: ``Q`` and ``dO`` by packed rows.
+        together, again: whether one launch makes all gradients, or a second one computes the scores again.
+        q_rows, dout_rows: shapes of the copies of ``Q`` and ``dO`` by packed rows, None where they are not copied.
         q_tiles, dout_tiles, k_tiles, v_tiles: descriptors for ``key_grads_kernel``.
     """
 
     def __init__(
-        self, device: torch.device, of: Shapes, capped: bool, config: BackwardConfig, room: int, add: bool
-    ) -> None:
+        self, device: torch.device, of: Shapes, of_dq: tuple[int, ...], capped: bool, config: BackwardConfig,
+        room: int, add: bool,
+    ) -> None:  # fmt: skip
         dtype, (batch, heads_q, seq_q, head_dim), *_ = of.q
         _, (_, heads_kv, seq_kv, value_dim), *_ = of.v
         group = heads_q // heads_kv
@@ -115,14 +120,16 @@ class RowLaunches:
         self.of_ranges = (group, blocks, config.tile, config.block_n, room if config.keep_ds else None)
         self.terms = (pairs * 2, rows)
         self.dq_sums = (batch, heads_kv, rows, head_dim)
-        self.q_rows, self.dout_rows = _packed(of.q, heads_kv), _packed(of.dout, heads_kv)
-        self.pack = Launch(
-            pack_rows_kernel, (tiles, pairs), GROUP=group, TILE=config.tile, HAS_INTERVAL=has_interval,
+        packed_q, packed_dout = _packed(of.q, heads_kv), _packed(of.dout, heads_kv)
+        self.q_rows = packed_q.shape if packed_q.copied else None
+        self.dout_rows = packed_dout.shape if packed_dout.copied else None
+        self.pack = _pack(of, (tiles, pairs), config.tile, packed_q.copied, packed_dout.copied)
+        self.pack_integers = (
+            *of.q[2], *of.dout[2], *_strides(of.out, 4), *of.lse[2], *_strides(of.delta, 3), heads_kv, seq_q, tiles,
         )  # fmt: skip
-        self.pack_integers = (*of.lse[2], *of.delta[2], heads_kv, seq_q, tiles)
-        self.q_tiles, self.dout_tiles = _tiles(config.block_m), _tiles(config.block_m)
+        self.q_tiles, self.dout_tiles = packed_q.tiles(config.block_m), packed_dout.tiles(config.block_m)
         self.k_tiles, self.v_tiles = _tiles(config.block_n), _tiles(config.block_n)
-        self.q_tiles_again, self.dout_tiles_again = _tiles(config.tile), _tiles(config.tile)
+        self.q_tiles_again, self.dout_tiles_again = packed_q.tiles(config.tile), packed_dout.tiles(config.tile)
 
         block_d, block_d_2 = split_head_backward(head_dim)
         block_v, block_v_2 = split_head_backward(value_dim)
@@ -138,21 +145,23 @@ class RowLaunches:
         self._of_queries = dict(
             GROUP=group, num_warps=config.query_warps, num_stages=config.query_stages, **self._tile
         )  # fmt: skip
-        self._query_integers = (*of.dq, heads_kv, seq_q, tiles)
-        strides_of_keys = (of.k[2], of.v[2], _dense_strides(of.k), _dense_strides(of.v))
+        self._query_integers = (*of_dq, heads_kv, seq_q, tiles)
+        strides_of_keys = (of.k[2], of.v[2], dense_strides(of.k), dense_strides(of.v))
         self._key_strides = tuple(stride for strides in strides_of_keys for stride in strides[:3])
         self._config, self._block_d_2, self._has_interval = config, block_d_2, has_interval
         self._pairs, self._heads_kv, self._seq_kv, self._tiles, self._blocks = pairs, heads_kv, seq_kv, tiles, blocks
         programs = multiprocessors(device) * config.resident
         self.dense = None if has_interval else plan_dense(blocks, batch, heads_kv, tiles, room, programs)
-        if has_interval and config.together:
+        self.together = has_interval and config.together
+        self.again = has_interval and not config.keep_ds and not config.together
+        if self.together:
             self.grads_together = Launch(
                 grads_together_kernel, ((tiles + blocks) * pairs,), GROUP=group, VALUE_DIM=value_dim, BLOCK_V=block_v,
                 CAPPED=capped, ADD=add, num_warps=config.num_warps, num_stages=config.num_stages,
                 maxnreg=config.max_registers, **self._tile,
             )  # fmt: skip
-            self.together_integers = (*self._key_strides, *of.dq, batch, heads_kv, seq_kv, seq_q, tiles, blocks)
-        elif has_interval and not config.keep_ds:
+            self.together_integers = (*self._key_strides, *of_dq, batch, heads_kv, seq_kv, seq_q, tiles, blocks)
+        elif self.again:
             self.key_grads = Launch(key_grads_kernel, (blocks * pairs,), KEEP_DS=False, **self._of_keys)
             self.key_integers = (*self._key_strides, pairs, heads_kv, seq_kv, tiles, blocks, 0, blocks, 0)
             self.query_grads_again = Launch(
@@ -202,9 +211,27 @@ class RowLaunches:
         )  # fmt: skip
 
 
+def _strides(of: Layout | None, dims: int) -> Integers:
+    return (0,) * dims if of is None else of[2]
+
+
+def _pack(of: Shapes, grid: tuple[int, int], tile: int, copy_q: bool, copy_dout: bool) -> Launch:
+    """Of ``pack_rows_kernel``."""
+    head_dim, value_dim = of.q[1][3], of.v[1][3]
+    block_d, block_v = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
+    whole_rows = copy_q or copy_dout or of.delta is None
+    step = min(tile, max(1, PACKED_AT_ONCE // max(block_d, block_v))) if whole_rows else tile
+    return Launch(
+        pack_rows_kernel, grid, GROUP=of.q[1][1] // of.v[1][1], TILE=tile, STEP=step, HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim, BLOCK_D=block_d, BLOCK_V=block_v, HAS_INTERVAL=of.bounds is not None, COPY_Q=copy_q,
+        COPY_DOUT=copy_dout, SUM_DELTA=of.delta is None,
+    )  # fmt: skip
+
+
 @functools.lru_cache(maxsize=KEPT)
 def row_launches(
-    where: tuple[int, int], device: torch.device, of: Shapes, capped: bool, config: BackwardConfig, room: int, add: bool
-) -> RowLaunches:
+    where: tuple[int, int], device: torch.device, of: Shapes, of_dq: tuple[int, ...], capped: bool,
+    config: BackwardConfig, room: int, add: bool,
+) -> RowLaunches:  # fmt: skip
     """The launches, made once; ``where`` only tells calls apart, as a kernel is loaded on one device."""
-    return RowLaunches(device, of, capped, config, room, add)
+    return RowLaunches(device, of, of_dq, capped, config, room, add)

@@ -11,6 +11,15 @@ _FAR = tl.constexpr(2**31 - 1)
 _LOG2_E = tl.constexpr(LOG2_E)
 
 
+@triton.jit
+def _row_pointers(
+    ptr, stride_b, stride_h, stride_s, stride_d, batch, head, query, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Of ``[B, H, S, D]``, ``BLOCK`` columns of some rows."""
+    rows = ptr + batch * stride_b + head * stride_h + query * stride_s
+    return rows[:, None] + (tl.arange(0, BLOCK) * stride_d)[None, :]
+
+
 @triton.jit(
     do_not_specialize=[
         "lse_stride_b", "lse_stride_h", "lse_stride_s", "delta_stride_b", "delta_stride_h", "delta_stride_s",
@@ -18,35 +27,64 @@ _LOG2_E = tl.constexpr(LOG2_E)
     ]
 )  # fmt: skip
 def pack_rows_kernel(
-    lse_ptr, delta_ptr, start_ptr, stop_ptr, terms_ptr, lse_stride_b, lse_stride_h, lse_stride_s,
+    q_ptr, dout_ptr, out_ptr, lse_ptr, delta_ptr, start_ptr, stop_ptr, q_rows_ptr, dout_rows_ptr, terms_ptr,
+    q_stride_b, q_stride_h, q_stride_s, q_stride_d, dout_stride_b, dout_stride_h, dout_stride_s, dout_stride_d,
+    out_stride_b, out_stride_h, out_stride_s, out_stride_d, lse_stride_b, lse_stride_h, lse_stride_s,
     delta_stride_b, delta_stride_h, delta_stride_s, heads_kv, seq_q, tiles,
-    GROUP: tl.constexpr, TILE: tl.constexpr, HAS_INTERVAL: tl.constexpr,
+    GROUP: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, HAS_INTERVAL: tl.constexpr, COPY_Q: tl.constexpr,
+    COPY_DOUT: tl.constexpr, SUM_DELTA: tl.constexpr,
 ):  # fmt: skip
-    """Row terms in the packed order (query ``r // GROUP``, head ``r % GROUP``), padded to whole tiles.
+    """Row terms in the packed order (query ``r // GROUP``, head ``r % GROUP``), padded to whole tiles, and copies of
+    the rows of Q and dO in it, ``[B, H_kv, S_q * GROUP, D]``, where they do not lie so.
 
-    ``terms [B * H_kv, 2, rows]`` holds the log-sum-exp in base 2, then delta. The log-sum-exp is ``+inf`` for
-    padding and for rows that see no key here or anywhere: their probabilities are then ``exp2(s - inf) = 0``
-    and no loop needs a row mask.
+    ``terms [B * H_kv, 2, rows]`` holds the log-sum-exp in base 2, then delta, which is given or summed up from dO and
+    O. The log-sum-exp is ``+inf`` for padding and for rows that see no key here or anywhere: their probabilities are
+    then ``exp2(s - inf) = 0`` and no loop needs a row mask.
     """
-    tile = tl.program_id(0)
-    batch = (tl.program_id(1) // heads_kv).to(tl.int64)
-    row = tile * TILE + tl.arange(0, TILE)
-    query = (row // GROUP).to(tl.int64)
-    head = (tl.program_id(1) % heads_kv * GROUP + row % GROUP).to(tl.int64)
-    sees = row < seq_q * GROUP
-    of_lse = batch * lse_stride_b + head * lse_stride_h + query * lse_stride_s
-    of_delta = batch * delta_stride_b + head * delta_stride_h + query * delta_stride_s
-    lse = tl.load(lse_ptr + of_lse, mask=sees, other=float("-inf"))
-    delta = tl.load(delta_ptr + of_delta, mask=sees, other=0.0)
-    if HAS_INTERVAL:
-        bound = batch * seq_q + query
-        start = tl.load(start_ptr + bound, mask=sees, other=0)
-        stop = tl.load(stop_ptr + bound, mask=sees, other=0)
-        sees = sees & (start < stop)
-    sees = sees & (lse > float("-inf"))
-    terms_ptr += tl.program_id(1).to(tl.int64) * 2 * tiles * TILE
-    tl.store(terms_ptr + row, tl.where(sees, lse * _LOG2_E, float("inf")))
-    tl.store(terms_ptr + tiles * TILE + row, tl.where(sees, delta, 0.0))
+    pair = tl.program_id(1)
+    batch = (pair // heads_kv).to(tl.int64)
+    terms_ptr += pair.to(tl.int64) * 2 * tiles * TILE
+    for first in tl.static_range(0, TILE, STEP):
+        row = tl.program_id(0) * TILE + first + tl.arange(0, STEP)
+        query = (row // GROUP).to(tl.int64)
+        head = (pair % heads_kv * GROUP + row % GROUP).to(tl.int64)
+        inside = row < seq_q * GROUP
+        packed = pair.to(tl.int64) * seq_q * GROUP + row
+        if COPY_Q:
+            mask = inside[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+            q = _row_pointers(q_ptr, q_stride_b, q_stride_h, q_stride_s, q_stride_d, batch, head, query, BLOCK_D)
+            copy = q_rows_ptr + packed[:, None] * HEAD_DIM + tl.arange(0, BLOCK_D)[None, :]
+            tl.store(copy, tl.load(q, mask=mask), mask=mask)
+        if COPY_DOUT or SUM_DELTA:
+            mask = inside[:, None] & (tl.arange(0, BLOCK_V) < VALUE_DIM)[None, :]
+            dout = tl.load(
+                _row_pointers(
+                    dout_ptr, dout_stride_b, dout_stride_h, dout_stride_s, dout_stride_d, batch, head, query, BLOCK_V
+                ),
+                mask=mask, other=0.0,
+            )  # fmt: skip
+            if COPY_DOUT:
+                copy = dout_rows_ptr + packed[:, None] * VALUE_DIM + tl.arange(0, BLOCK_V)[None, :]
+                tl.store(copy, dout, mask=mask)
+        if SUM_DELTA:
+            out = _row_pointers(
+                out_ptr, out_stride_b, out_stride_h, out_stride_s, out_stride_d, batch, head, query, BLOCK_V
+            )
+            delta = tl.sum(dout.to(tl.float32) * tl.load(out, mask=mask, other=0.0).to(tl.float32), 1)
+        else:
+            of_delta = batch * delta_stride_b + head * delta_stride_h + query * delta_stride_s
+            delta = tl.load(delta_ptr + of_delta, mask=inside, other=0.0)
+        of_lse = batch * lse_stride_b + head * lse_stride_h + query * lse_stride_s
+        lse = tl.load(lse_ptr + of_lse, mask=inside, other=float("-inf"))
+        sees = inside & (lse > float("-inf"))
+        if HAS_INTERVAL:
+            bound = batch * seq_q + query
+            start = tl.load(start_ptr + bound, mask=inside, other=0)
+            stop = tl.load(stop_ptr + bound, mask=inside, other=0)
+            sees = sees & (start < stop)
+        tl.store(terms_ptr + row, tl.where(sees, lse * _LOG2_E, float("inf")))
+        tl.store(terms_ptr + tiles * TILE + row, tl.where(sees, delta, 0.0))
 
 
 @triton.jit(do_not_specialize=["seq_q", "tiles"])

@@ -14,10 +14,11 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 class TritonKernel:
-    """Interval attention in Triton on CUDA, bf16 and fp16; its backward pass takes ``delta``."""
+    """Interval attention in Triton on CUDA, bf16 and fp16; its backward pass takes ``delta`` or sums it up."""
 
     name = "triton"
     needs_out = False
+    sums_delta = True
     takes_intervals = True
 
     def splits_keys(self, call: Call) -> bool:
@@ -68,7 +69,6 @@ class TritonKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         from ds_lvxattn.kernels.triton.backward import interval_backward
 
-        assert delta is not None
         return interval_backward(
-            dout, q, k, v, lse, delta, start, stop, scale, softcap=softcap, pattern=pattern
+            dout, q, k, v, lse, delta, start, stop, scale, softcap=softcap, pattern=pattern, out=out
         )  # fmt: skip
