@@ -74,6 +74,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gather_trained", action="store_true", help="ZeRO-3 gathers what trains for each use")
     parser.add_argument("--no_profile", action="store_true")
     parser.add_argument("--zero", type=json.loads, default={}, help="more keys of 'zero_optimization', as JSON")
+    parser.add_argument(
+        "--gradients", choices=("fp32", "bf16"), default="fp32", help="as ZeRO adds them up over the ranks"
+    )
     parser.add_argument("--tiny", action="store_true", help="a small model")
     parser.add_argument("--output", type=Path, default=Path("step.json"))
     parser.add_argument("--read", type=Path, nargs="*", help="print, and with --plot draw, what these files hold")
@@ -118,7 +121,7 @@ def copies_text(name: str) -> bool:
     return name.removesuffix(COMPILED).endswith(COPIED)
 
 
-def ds_config(stage: int, ranks: int, on_gpu: bool, zero: Mapping[str, Any]) -> dict[str, Any]:
+def ds_config(stage: int, ranks: int, on_gpu: bool, zero: Mapping[str, Any], gradients: str) -> dict[str, Any]:
     """The shipped settings for a pretrained model, with a learning rate of 0."""
     return {
         "train_batch_size": 1,
@@ -128,6 +131,7 @@ def ds_config(stage: int, ranks: int, on_gpu: bool, zero: Mapping[str, Any]) -> 
         "bf16": {"enabled": on_gpu},
         "optimizer": {"type": "AdamW", "params": {"lr": 0.0, "weight_decay": 0.0, "torch_adam": True}},
         "zero_optimization": {"stage": stage, "overlap_comm": True, "contiguous_gradients": True, **zero},
+        "seq_parallel_communication_data_type": gradients,
         "sequence_parallel_size": ranks,
     }
 
@@ -152,11 +156,11 @@ class Runner:
 
     def __init__(
         self, stage: int, sizes: MllamaConfig, strategies: Sequence[str], zero: Mapping[str, Any] | None = None,
-        keeps: bool = True, keeps_trained: bool = True,
+        keeps: bool = True, keeps_trained: bool = True, gradients: str = "fp32",
     ) -> None:  # fmt: skip
         self.ranks, self.cuda = dist.get_world_size(), torch.cuda.is_available()
         self.device = torch.device(get_accelerator().current_device_name())
-        settings = ds_config(stage, self.ranks, self.cuda, zero or {})
+        settings = ds_config(stage, self.ranks, self.cuda, zero or {}, gradients)
         config = sequence_parallel_config(settings, self.ranks)
         dtype = torch.bfloat16 if self.cuda else torch.float32
         groups = SequenceParallelGroups(self.ranks)
@@ -344,7 +348,8 @@ def report(run: Mapping[str, Any]) -> str:
     """A table of one run."""
     lines = [
         f"\nZeRO-{run['stage']}, {run['link']}, {run['ranks']} x {run['device']}: {run['frames']} frames of "
-        f"{run['tiles']} tiles ({run['visual_tokens']:,} visual tokens), text {run['text']}",
+        f"{run['tiles']} tiles ({run['visual_tokens']:,} visual tokens), text {run['text']}, gradients "
+        f"{run.get('gradients', 'fp32')}",
         f"{'':18}{'step s':>8} {'+-':>6} {'floor':>7}{'x':>6} "
         + "".join(f"{p[:10]:>11}" for p in (*PARTS, *WAITS))
         + f"{'GiB':>7}{'loss':>10}",
@@ -444,7 +449,8 @@ def main(args: argparse.Namespace) -> None:
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     sizes = tiny_config() if args.tiny else model_config(args.layers)
     keeps = not (args.gather_frozen or args.largest)
-    runner = Runner(args.stage, sizes, args.strategies.split(","), args.zero, keeps, not args.gather_trained)
+    strategies = args.strategies.split(",")
+    runner = Runner(args.stage, sizes, strategies, args.zero, keeps, not args.gather_trained, args.gradients)
     first = dist.get_rank() == 0
     device = torch.cuda.get_device_name() if runner.cuda else "CPU"
     common = {
@@ -452,6 +458,7 @@ def main(args: argparse.Namespace) -> None:
         "torch": torch.__version__,
         "ranks": runner.ranks,
         "stage": args.stage,
+        "gradients": args.gradients,
         "kept": runner.kept,
         "kept_trained": runner.kept_trained,
     }

@@ -107,6 +107,7 @@ def predicted_step(run: Mapping[str, Any], name: str, profile: Profile) -> Step 
         stage=run["stage"],
         keeps_frozen=False,
         kept=run.get("kept", False),
+        gradient=2 if run.get("gradients") == "bf16" else 4,
     )
 
     def chosen(layer: Layer) -> Candidate | None:

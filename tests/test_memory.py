@@ -19,8 +19,8 @@ from ds_lvxattn.plan.layer_sizes import LayerSizes
 from ds_lvxattn.plan.memory import POLICIES, ModelStates, frames_that_fit, kept_bytes, step_bytes
 from ds_lvxattn.plan.modes import eligible_modes
 from ds_lvxattn.plan.profile import load_profile
-from ds_lvxattn.plan.zero import StageTime, Work, advice, fastest, stages_of_run
-from ds_lvxattn.training.memory_plan import Frozen, MemoryPlan, memory_plan
+from ds_lvxattn.plan.zero import StageTime, Work, advice, fastest, gradient_advice, stages_of_run
+from ds_lvxattn.training.memory_plan import Frozen, MemoryPlan, memory_plan, model_states
 from tests.support.distributed import run
 from tests.support.tiny_model import CPU, attach, loss_of, tiny_model, tiny_sample
 
@@ -161,6 +161,37 @@ def test_the_faster_stage_is_told_where_it_fits() -> None:
     assert found(replace(states, stage=0), 80) is None
     # With what is frozen kept, stage 3 costs what stage 2 does, where there is room for it.
     assert found(states, 80, keeps=True) is None and found(states, 36, keeps=True) == found(states, 36)
+
+
+def test_gradients_in_float32_are_named_where_links_are_slow_for_them() -> None:
+    layers, fast = [cross_layer(1601 * 24)] * 8, load_profile("h100")
+    slow = replace(fast, intra=replace(fast.intra, bandwidth=fast.intra.bandwidth / 20))
+    for profile, told in ((fast, False), (slow, True)):
+        for stage in (2, 3):
+            states = ModelStates(11 * 10**9, 2 * 10**9, 2, stage, 4)
+            stages = stages_of_run(profile, layers, "kv", states, 0, True, Work(0.8, 0.1), 80 * 2**30)
+            own = stages[stage - 1]
+            assert own.narrow is not None and own.narrow < own.seconds
+            message = gradient_advice(stage, stages)
+            assert ("'seq_parallel_communication_data_type'" in (message or "")) is told
+            plan = MemoryPlan("kv", {}, 0, 0, None, stage, stages)
+            assert message is None or message in (plan.warning or "")
+            halves = stages_of_run(
+                profile, layers, "kv", replace(states, gradient=2), 0, True, Work(0.8, 0.1), 80 * 2**30
+            )
+            assert halves[stage - 1].seconds == own.narrow and gradient_advice(stage, halves) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "want"),
+    [
+        ({"sequence_parallel_size": 2}, 4), ({"sequence_parallel_size": 2, "communication_data_type": "bf16"}, 4),
+        ({"sequence_parallel_size": 2, "seq_parallel_communication_data_type": "bf16"}, 2), ({}, 2),
+        ({"communication_data_type": "fp32"}, 4),
+    ],
+)  # fmt: skip
+def test_bytes_of_gradients_are_those_that_deepspeed_sends(config: dict[str, Any], want: int) -> None:
+    assert model_states(torch.nn.Linear(2, 2), {"bf16": {"enabled": True}, **config}, 2).gradient == want
 
 
 def test_what_plan_json_says_of_zero() -> None:

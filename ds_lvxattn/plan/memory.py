@@ -92,6 +92,8 @@ class ModelStates:
         offload_optimizer, offload_parameters: to the CPU.
         gathered: parameters that are whole on every rank beside their partitions, for most of a step of stage 3; the
             partitions of one rank are whole.
+        gradient: bytes of an element of the gradients that travel: where ranks share a sequence DeepSpeed sends
+            float32, unless the config's ``seq_parallel_communication_data_type`` says otherwise.
     """
 
     parameters: int
@@ -102,6 +104,7 @@ class ModelStates:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     gathered: int = 0
+    gradient: int = FLOAT32
 
     @property
     def device_bytes(self) -> int:

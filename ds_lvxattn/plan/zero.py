@@ -3,8 +3,7 @@
 Stages 1 and 2 add gradients up over the ranks as they come, a bucket at a time behind the backward pass, and gather the
 updated parameters at the end. Stage 3 gathers parameters ahead of each layer, forward and backward, and has none to
 gather at the end; what does not train it can keep gathered, and what trains gather once a step. As DeepSpeed 0.19 does
-it: where ranks share a sequence gradients travel in float32, in stages 1 and
-2 by an all-reduce, of which each rank keeps its part.
+it: in stages 1 and 2 gradients travel by an all-reduce, of which each rank keeps its part.
 """
 
 from __future__ import annotations
@@ -23,9 +22,8 @@ STAGES = (1, 2, 3)
 # Bytes that torch's AdamW and DeepSpeed read and write for each trained parameter of a rank: gradients flattened (4),
 # to float32 (6), their norm (10), clipping (8), decay (8), moments (32), denominator (24), update (16), to bf16 (6).
 UPDATE_BYTES = 114
-# The same for each parameter that trains: its gradient into the bucket (4), divided (4), to float32 and back (12).
-GRADIENT_BYTES = 20
-GRADIENT = 4  # bytes of a gradient that travels
+# The same for each parameter that trains: its gradient into the bucket (4), divided (4); to float32 and back.
+GRADIENT_BYTES, WIDENING_BYTES = 8, 12
 BUCKET = 500_000_000  # elements of gradients that are sent at once, DeepSpeed's default
 LEAST_BUCKET = 50_000_000  # of those that stage 3 sends at once: fewer would not fill the links
 MATRICES = 7  # of a decoder layer; what trains is gathered matrix by matrix, what is frozen as a whole
@@ -72,7 +70,7 @@ class Transfers:
 
     def reduce(self, parameters: float) -> float:
         """Seconds until the gradients of ``parameters`` are added up over the ranks."""
-        ranks, size = self.states.ranks, parameters * GRADIENT
+        ranks, size = self.states.ranks, parameters * self.states.gradient
         if self.states.stage == 3:
             return network.all_gather(self.profile, ranks, size / ranks)  # a reduce-scatter moves as much
         return network.all_reduce(self.profile, ranks, size)
@@ -81,12 +79,13 @@ class Transfers:
         """The segments of a backward pass, each with the number of its parameters that train, with the transfers of
         their gradients where a bucket is full, and at the end."""
         found, waiting, bucket = [], 0.0, BUCKET
+        passes = GRADIENT_BYTES + (WIDENING_BYTES if self.states.gradient > self.states.element else 0)
         if self.states.stage == 3:
             bucket = gradient_bucket(max((trained for _, trained in backward), default=0.0), self.states.trainable)
         for number, (segment, trained) in enumerate(backward):
             waiting += trained
             ready = waiting if waiting >= bucket or number + 1 == len(backward) else 0.0
-            copied = GRADIENT_BYTES * trained / self.profile.memory_bandwidth if self.states.ranks > 1 else 0.0
+            copied = passes * trained / self.profile.memory_bandwidth if self.states.ranks > 1 else 0.0
             found.append(replace(segment, device=segment.device + copied, reduce=self.reduce(ready)))
             waiting -= ready
         return found
@@ -115,12 +114,16 @@ class Transfers:
 
 @dataclass(frozen=True)
 class StageTime:
-    """A ZeRO stage: seconds of a step with it, bytes of the device, and whether they fit."""
+    """A ZeRO stage: seconds of a step with it, bytes of the device, and whether they fit.
+
+    ``narrow``: the seconds if gradients travelled in the dtype of the parameters; None where they do, or not computed.
+    """
 
     stage: int
     seconds: float
     memory: float
     fits: bool
+    narrow: float | None = None
 
 
 def fastest(stages: Iterable[StageTime]) -> StageTime | None:
@@ -145,6 +148,18 @@ def advice(stage: int, stages: Iterable[StageTime]) -> str | None:
     if own.seconds <= best.seconds * (1 + GAIN):
         return None
     return f"{step}, and fits; ZeRO-{stage} takes {own.seconds:.3g} s: {instead}"
+
+
+def gradient_advice(stage: int, stages: Iterable[StageTime]) -> str | None:
+    """What to say to who runs ``stage``, where the links are slow for gradients in float32; None: nothing."""
+    own = next((each for each in stages if each.stage == stage), None)
+    if own is None or own.narrow is None or own.seconds <= own.narrow * (1 + GAIN):
+        return None
+    return (
+        f"gradients are added up over the ranks in float32, DeepSpeed's default where ranks share a sequence, in steps "
+        f"predicted to take {own.seconds:.3g} s; with 'seq_parallel_communication_data_type' set to 'bf16', as the "
+        f"parameters are, {own.narrow:.3g} s, and sums that are rounded more often"
+    )
 
 
 @dataclass(frozen=True)
@@ -186,25 +201,33 @@ def stages_of_run(
         if of_stage.gathered and needed > FITS * capacity:
             of_stage = replace(of_stage, gathered=0)
             needed = step_bytes(layers, policy, of_stage, shared, features_train)
-        transfers = Transfers(profile, of_stage)
-        trained = states.trainable / max(states.parameters, 1)
-        gathering = transfers.gather_host(1 if trained < 1 else MATRICES, MATRICES)
-        gathers, tensors = [transfers.gather(states.parameters / count)] * 2, float(PARAMETERS * count)
-        if of_stage.gathered:  # what trains, once, without hooks
-            gathering, gathers, tensors = 0.0, [trained * gathers[0], 0.0], 0.0
-        fetches = stage == 3 and not of_stage.gathered
-        forward, backward = (
-            Segment(
-                "compute",
-                share * work.device / count,
-                share * work.host / count + gathering,
-                LAUNCHES,
-                gather=gather,
-                fetched=fetches,
-            )
-            for share, gather in zip((1 / 3, 2 / 3), gathers, strict=True)
-        )
-        reduced = transfers.reduced([(backward, states.trainable / count)] * count)
-        seconds = sum(seconds_by_part([*[forward] * count, *reduced, *transfers.update(tensors)]).values())
-        found.append(StageTime(stage, seconds, needed, needed <= FITS * capacity))
+        seconds = _seconds_of(profile, of_stage, count, work)
+        narrow = None
+        if of_stage.element < of_stage.gradient:
+            narrow = _seconds_of(profile, replace(of_stage, gradient=of_stage.element), count, work)
+        found.append(StageTime(stage, seconds, needed, needed <= FITS * capacity, narrow))
     return found
+
+
+def _seconds_of(profile: Profile, states: ModelStates, count: int, work: Work) -> float:
+    """A step of ``count`` layers that are alike."""
+    transfers = Transfers(profile, states)
+    trained = states.trainable / max(states.parameters, 1)
+    gathering = transfers.gather_host(1 if trained < 1 else MATRICES, MATRICES)
+    gathers, tensors = [transfers.gather(states.parameters / count)] * 2, float(PARAMETERS * count)
+    if states.gathered:  # what trains, once, without hooks
+        gathering, gathers, tensors = 0.0, [trained * gathers[0], 0.0], 0.0
+    fetches = states.stage == 3 and not states.gathered
+    forward, backward = (
+        Segment(
+            "compute",
+            share * work.device / count,
+            share * work.host / count + gathering,
+            LAUNCHES,
+            gather=gather,
+            fetched=fetches,
+        )
+        for share, gather in zip((1 / 3, 2 / 3), gathers, strict=True)
+    )
+    reduced = transfers.reduced([(backward, states.trainable / count)] * count)
+    return sum(seconds_by_part([*[forward] * count, *reduced, *transfers.update(tensors)]).values())

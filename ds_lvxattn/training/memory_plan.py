@@ -16,7 +16,7 @@ from ds_lvxattn.plan.layer_sizes import LayerSizes
 from ds_lvxattn.plan.memory import FITS, POLICIES, ModelStates, frames_that_fit, kept_bytes, logits_bytes, step_bytes
 from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.plan.tiling import Tiles
-from ds_lvxattn.plan.zero import StageTime, Work, advice, fastest, stages_of_run
+from ds_lvxattn.plan.zero import StageTime, Work, advice, fastest, gradient_advice, stages_of_run
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,9 @@ class MemoryPlan:
 
     @property
     def warning(self) -> str | None:
-        """What to say where another stage of ZeRO is faster and fits."""
-        return advice(self.stage, self.stages)
+        """What to say where another stage of ZeRO is faster and fits, or other gradients are."""
+        told = (advice(self.stage, self.stages), gradient_advice(self.stage, self.stages))
+        return "; ".join(text for text in told if text is not None) or None
 
 
 def memory_plan(
@@ -219,7 +220,18 @@ def model_states(model: nn.Module, ds_config: Mapping[str, Any], ranks: int) -> 
         ranks=ranks,
         offload_optimizer=offloads("offload_optimizer"),
         offload_parameters=offloads("offload_param"),
+        gradient=_bytes_of_gradients(ds_config),
     )
+
+
+def _bytes_of_gradients(ds_config: Mapping[str, Any]) -> int:
+    """Of an element as DeepSpeed sends it: in float32 where ranks share a sequence, else as the parameters are."""
+    half = any((ds_config.get(key) or {}).get("enabled") is True for key in ("bf16", "fp16"))
+    if ds_config.get("sequence_parallel_size", 1) > 1:
+        dtype = ds_config.get("seq_parallel_communication_data_type") or "fp32"
+    else:
+        dtype = ds_config.get("communication_data_type") or ("bf16" if half else "fp32")
+    return 4 if str(dtype).lower() == "fp32" else 2
 
 
 def _at(layer: LayerSizes, text: int, frames: int, per_frame: int, batch: int) -> LayerSizes:

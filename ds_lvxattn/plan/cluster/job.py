@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ds_lvxattn.plan.cluster.model_sizes import ModelSizes
 from ds_lvxattn.plan.cluster.work import ELEMENT
 from ds_lvxattn.plan.cost import Layer
-from ds_lvxattn.plan.memory import ModelStates
+from ds_lvxattn.plan.memory import FLOAT32, ModelStates
 from ds_lvxattn.plan.traffic import LayerShape
 from ds_lvxattn.plan.visibility import of_mask
 
@@ -27,6 +27,7 @@ class ClusterJob:
         stage: of ZeRO.
         keeps_frozen: whether stage 3 may keep parameters gathered, see ``kept``.
         kept: whether it does: what does not train is gathered once a run, and what trains once a step.
+        gradient: bytes of an element of the gradients that travel between ranks.
     """
 
     model: ModelSizes
@@ -39,6 +40,7 @@ class ClusterJob:
     stage: int = 3
     keeps_frozen: bool = True
     kept: bool = False
+    gradient: int = FLOAT32
 
     @property
     def inner_size(self) -> int | None:
@@ -67,8 +69,9 @@ class ClusterJob:
         """What ZeRO keeps."""
         m = self.model
         return ModelStates(
-            m.parameters, m.trainable, ELEMENT, self.stage, self.gpus, gathered=m.parameters if self.kept else 0
-        )
+            m.parameters, m.trainable, ELEMENT, self.stage, self.gpus, gathered=m.parameters if self.kept else 0,
+            gradient=self.gradient,
+        )  # fmt: skip
 
     def cross(self) -> Layer:
         """A cross-attention layer."""
