@@ -6,7 +6,7 @@
 The floor is the local compute of query exchange alone: all queries against the rank's own keys, nothing sent. All
 candidates of a shape take turns within one run; a figure is the median of its iterations, of the slowest rank. Queries,
 keys and values lie in memory as a model's projections leave them, ``[B, s, H, D]``. What the planner would take, from a
-calibration at the start, is named with its time over that of the fastest.
+calibration of these shapes at the start or a profile, is named with its time over that of the fastest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ds_lvxattn.kernels.operator import local_attention
 from ds_lvxattn.plan.choice import candidates as plan_candidates
 from ds_lvxattn.plan.choice import choose
 from ds_lvxattn.plan.modes import Mode, eligible_modes, schedules
-from ds_lvxattn.plan.profile import Profile
+from ds_lvxattn.plan.profile import Profile, load_profile
 
 GRAPH = "lv_xattn gather, one CUDA graph"
 SHAPES = (
@@ -133,17 +133,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=0.6, help="for each candidate of a shape (%(default)s)")
     parser.add_argument("--shapes", help="numbers of the shapes to run, such as 0,1 (default: all)")
+    parser.add_argument("--profile", type=load_profile, help="what ds_lvxattn.calibrate wrote; nothing is calibrated")
     parser.add_argument("--sweep", action="store_true", help="other numbers of head groups too")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     device, _ = start_on_device()
     figures: list[Figure] = []
-    layouts = {HeadLayout(shape.heads, shape.kv_heads, shape.head_dim) for shape in SHAPES}
-    profile = calibrated(dist.group.WORLD, layouts, device, torch.bfloat16)
+    shapes = SHAPES if args.shapes is None else [SHAPES[int(number)] for number in args.shapes.split(",")]
+    layouts = {HeadLayout(shape.heads, shape.kv_heads, shape.head_dim) for shape in shapes}
+    profile = args.profile or calibrated(dist.group.WORLD, layouts, device, torch.bfloat16)
     choices: list[Choice] = []
-    numbers = range(len(SHAPES)) if args.shapes is None else map(int, args.shapes.split(","))
-    for number in numbers:
-        layer = Layer(SHAPES[number], torch.bfloat16, device)
+    for shape in shapes:
+        layer = Layer(shape, torch.bfloat16, device)
         measured = measure(layer, candidates(layer, profile, args.sweep), args.seconds)
         figures += measured
         choices.append(choice(layer, profile, measured))
