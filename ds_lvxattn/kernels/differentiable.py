@@ -10,11 +10,11 @@ from typing import Any, Optional, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ds_lvxattn.kernels.base import empty_results, empty_rows
 from ds_lvxattn.kernels.library import LIBRARY, define_operator, seen
 from ds_lvxattn.kernels.local import BackwardPass, LocalAttention
+from ds_lvxattn.kernels.torch_internals import below_autograd, is_batched, transforms_active
 
 
 def attention_operator(
@@ -89,7 +89,7 @@ def attention_operator(
         # The settings come as one: autograd looks at every argument.
         @staticmethod
         def forward(ctx, function, settings, *tensors):
-            with torch._C._AutoDispatchBelowAutograd():
+            with below_autograd():
                 results = function(*tensors, *settings)
             out, lse, *extra = results
             q, k, v, *more = tensors
@@ -116,14 +116,14 @@ def attention_operator(
                 )
             if seen(inputs):
                 return None, None, *operator_backward(*inputs, *ctx.settings), *no_gradients
-            with torch._C._AutoDispatchBelowAutograd():
+            with below_autograd():
                 return None, None, *run_backward(*inputs, *ctx.settings), *no_gradients
 
     def differentiable(function: Callable[..., tuple[Tensor, ...]], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         q, k, v = args[:3]
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             return Attention.apply(function, args[saved:], *args[:saved])
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return function(*args)
 
     def autograd(*args: Any) -> tuple[Tensor, ...]:
@@ -157,7 +157,7 @@ def refuse_transforms(name: str) -> None:
 
     A tangent would end at the operator, silently, and a batched operator call its collectives once for each entry.
     """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if transforms_active():
         raise RuntimeError(
             f"{name} was called inside a transform of torch.func (grad, vmap, jvp, ...) or forward-mode "
             "differentiation, which it does not take part in; call backward or torch.autograd.grad instead"
@@ -166,9 +166,8 @@ def refuse_transforms(name: str) -> None:
 
 def _refuse_batched(name: str, *gradients: Tensor | None) -> None:
     """Raise ``RuntimeError`` where gradients are batches of them, ahead of a collective that would fail on those."""
-    functorch = torch._C._functorch
     for x in gradients:
-        if x is not None and (functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)):
+        if x is not None and is_batched(x):
             raise RuntimeError(
                 f"ds_lvxattn::{name} was differentiated with a batch of gradients at once (is_grads_batched, "
                 "vectorize, vmap), which it does not take; leave that out, and go through them one by one"

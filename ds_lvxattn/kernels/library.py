@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_lvxattn.kernels.torch_internals import dispatch_modes, function_modes, profiler_looks
+
 LIBRARY = torch.library.Library("ds_lvxattn", "FRAGMENT")
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
@@ -21,7 +23,7 @@ PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 def define_operator(
     name: str, parameters: dict[str, Any], results: Any, function: Callable[..., Any], fake: Callable[..., Any]
-) -> torch._ops.OpOverload:
+) -> Callable[..., Any]:
     """``ds_lvxattn::NAME``, for every device; it returns new tensors."""
 
     def prototype() -> None: ...
@@ -32,14 +34,13 @@ def define_operator(
     LIBRARY.define(name + torch.library.infer_schema(prototype, mutates_args=()))
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ds_lvxattn::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.ds_lvxattn, name).default
+    operator: Callable[..., Any] = getattr(torch.ops.ds_lvxattn, name).default
+    return operator
 
 
 def seen(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether something has to see the operator: a mode (tracing, selective checkpointing), the profiler, or a tensor
     that is not a plain one."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return True
-    if torch.autograd._profiler_enabled():
+    if dispatch_modes() or function_modes() or profiler_looks():
         return True
     return not PLAIN.issuperset(map(type, tensors))

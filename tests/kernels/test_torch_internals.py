@@ -17,29 +17,37 @@ NAMES = (
     "_disable_dynamo",
     "_C._nn.linear",
     "_C._len_torch_dispatch_stack",
+    "_C._len_torch_function_stack",
+    "autograd._profiler_enabled",
     "_C._cuda_getCurrentRawStream",
     "distributed.distributed_c10d._coalescing_manager",
     "_assert_async",
 )
 
 
-@pytest.fixture
-def without(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+REFUSING = (
+    "_C._are_functorch_transforms_active", "_C._functorch.is_batchedtensor", "_C._functorch.is_legacy_batchedtensor",
+)  # fmt: skip
+
+
+def imported_without(*names: str) -> ModuleType:
     """The module as it is imported beside a torch without any of the names."""
-    for name in NAMES:
-        monkeypatch.delattr(f"torch.{name}", raising=False)
     spec: Any = importlib.util.find_spec(torch_internals.__name__)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.delattr(f"torch.{name}", raising=False)
+        spec.loader.exec_module(module)
     return module
 
 
-def test_every_name_is_stood_in_for(without: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_name_is_stood_in_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = imported_without(*NAMES)
     assert without._never_compiled is torch.compiler.disable
     x, weight, bias = torch.randn(3, 4), torch.randn(2, 4), torch.randn(2)
     assert torch.equal(without.linear(x, weight, bias), torch_internals.linear(x, weight, bias))
-    assert without.dispatch_modes()  # it cannot be told, so that everything goes the way that modes see
+    # Who looks on cannot be told, so that everything goes the way that all of them see.
+    assert without.dispatch_modes() and without.function_modes() and without.profiler_looks()
     calls = [lambda: "first", lambda: None, lambda: "second"]
     assert without.start(calls, None, together=True) == ["first", "second"]
 
@@ -52,6 +60,15 @@ def test_every_name_is_stood_in_for(without: ModuleType, monkeypatch: pytest.Mon
         module.raise_if(torch.tensor([False]), "wrong")
         with pytest.raises(RuntimeError, match="wrong"):
             module.raise_if(torch.tensor([True]), "wrong")
+
+
+def test_what_is_no_longer_refused_is_said() -> None:
+    with pytest.warns(UserWarning, match="is not refused") as said:
+        without = imported_without(*REFUSING)
+    assert [name for name in REFUSING if any(f"torch.{name}," in str(each.message) for each in said)] == [*REFUSING]
+    assert not without.transforms_active() and not without.is_batched(torch.zeros(1))
+    with pytest.raises(ImportError, match="has no torch._C._AutoDispatchBelowAutograd"):
+        imported_without("_C._AutoDispatchBelowAutograd")
 
 
 def test_a_kernel_without_its_operator_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
