@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.families.mllama_encoder import install_encoder
@@ -44,6 +46,8 @@ def test_mllama_encoder(real: tuple[int, ...], dtype: torch.dtype, bound: float)
     got = ours(pixels, ids, mask, tiles=tiles)
     shown = mask[:, :, None, None]  # what stands in blank tiles nobody reads
     torch.testing.assert_close(got * shown, want * shown, rtol=bound, atol=bound)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(pixels, ids, mask, tiles=tiles), got, rtol=bound, atol=bound)
     for features in (want, got):
         (features * shown * torch.linspace(-1, 1, features.shape[-1], dtype=dtype)).sum().backward()
     for (name, parameter), other in zip(theirs.named_parameters(), ours.parameters(), strict=True):
@@ -61,6 +65,30 @@ def test_tiles_that_nobody_reads_are_left_out() -> None:
     got = encoder(pixels[:, :1], ids, mask[:, :1], tiles=1)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     assert got.is_contiguous() and got.untyped_storage().nbytes() == got.nbytes
+
+
+def test_states_are_overwritten_where_nobody_sees_them() -> None:
+    encoder = mllama_encoder(1, torch.float32).requires_grad_(False)
+    install_encoder(encoder)
+    inputs = frames_of((1, 1), 1, torch.float32)
+    layers, seen, operators = encoder.transformer.layers, [], []
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            operators.append(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Operators():
+        want = encoder(*inputs, tiles=1)
+    # Of the three layers the second and the third follow one whose state is kept.
+    assert operators.count(torch.ops.aten.addmm_) == 1
+    for layer in layers:
+        layer.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(*inputs, tiles=1), want, rtol=1e-4, atol=1e-4)
+    assert len(seen) == len(layers)
+    for now, then in seen:
+        assert torch.equal(now, then)
 
 
 def test_an_encoder_called_as_ever_is_the_model_s_own() -> None:

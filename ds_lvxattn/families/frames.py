@@ -90,5 +90,6 @@ def in_samples(features: Tensor, samples: int) -> Tensor:
 
     Attention takes the rows of all samples as one sequence again (``SequenceParallelBatch.exchange``).
     """
-    filled = nn.functional.pad(features, (0, 0, 0, -len(features) % samples))
-    return filled.unflatten(0, (samples, -1))
+    if missing := -len(features) % samples:
+        features = nn.functional.pad(features, (0, 0, 0, missing))  # a copy of them all, in both passes
+    return features.unflatten(0, (samples, -1))

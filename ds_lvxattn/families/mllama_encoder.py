@@ -8,7 +8,8 @@ and the padding patches of all tiles behind them; nothing is moved from layer to
 patches, which is no multiple of eight, so there is padding in every tile.)
 
 Of the layers' hidden states only those are kept that the model's output holds, and of those only the rows of the tiles
-that the caller reads; in the last layer no others are computed.
+that the caller reads; in the last layer no others are computed. Others are overwritten where nothing is differentiated:
+the product behind an attention is then added up in the rows that it belongs to, without a pass over them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.kernels.pattern import ALIKE
+from ds_lvxattn.runtime.projections import plus_product
 from ds_lvxattn.runtime.registration import ENCODER_IMPLEMENTATION
 
 PATCH_MULTIPLE = 8
@@ -33,8 +35,8 @@ def install_encoder(vision: Any) -> None:
     """Let a ``MllamaVisionModel`` compute ``encode_tiles`` if it is called with ``tiles``; other calls stay its own."""
     vision.set_attn_implementation(ENCODER_IMPLEMENTATION)
     vision.forward = functools.partial(_forward, vision, vision.forward)
-    last = vision.global_transformer.layers[-1]
-    last.forward = functools.partial(_last_layer, last, last.forward)
+    for layer in (*vision.transformer.layers, *vision.global_transformer.layers):
+        layer.forward = functools.partial(_layer, layer, layer.forward)
 
 
 def _forward(
@@ -71,9 +73,10 @@ def encode_tiles(vision: Any, pixels: Tensor, ids: Tensor, mask: Tensor, *, tile
     seen = _visible(mask, tokens, hidden.shape[1])
     read = tiles * tokens
     wanted = [number % len(vision.transformer.layers) for number in vision.intermediate_layers_indices]
-    states = {}
+    states: dict[int, Tensor] = {}
+    watched = any(layer._forward_hooks or layer._forward_pre_hooks for layer in vision.transformer.layers)
     for number, layer in enumerate(vision.transformer.layers):
-        hidden = layer(hidden, attention_mask=seen)
+        hidden = layer(hidden, attention_mask=seen, overwrite=not watched and number - 1 not in states)
         if number in wanted:
             states[number] = hidden[:, :read]
 
@@ -90,31 +93,43 @@ def encode_tiles(vision: Any, pixels: Tensor, ids: Tensor, mask: Tensor, *, tile
     return features.unflatten(1, (tiles, tokens))
 
 
-def _last_layer(
-    layer: Any, forward: Callable[..., Any], hidden_states: Tensor, attention_mask: Any = None, read: int | None = None
-) -> Tensor:
-    """The layer's own forward, or with ``read`` its first rows alone; they still see all."""
-    if read is None or read == hidden_states.shape[1]:
-        rows: Tensor = forward(hidden_states, attention_mask=attention_mask)
-        return rows
-    attention = layer.self_attn
-    normed = layer.input_layernorm(hidden_states)
-    q, k, v = attention.q_proj(normed[:, :read]), attention.k_proj(normed), attention.v_proj(normed)
+def _layer(
+    layer: Any, forward: Callable[..., Any], hidden_states: Tensor, attention_mask: Any = None,
+    read: int | None = None, overwrite: bool = False,
+) -> Tensor:  # fmt: skip
+    """A layer of the encoder; with a mask that is no interval its own forward.
+
+    Args:
+        layer, forward: the module and its own forward.
+        hidden_states: ``[f, rows, d]``.
+        attention_mask: what each row sees.
+        read: rows that are computed, the first ones; they still see all. None: all.
+        overwrite: whether ``hidden_states`` are not needed any more.
+    """
+    if not isinstance(attention_mask, KVInterval):
+        own: Tensor = forward(hidden_states, attention_mask=attention_mask)
+        return own
+    attention, rows, seen = layer.self_attn, hidden_states, attention_mask
+    normed = of_rows = layer.input_layernorm(hidden_states)
+    if read is not None and read < hidden_states.shape[1]:
+        rows, of_rows = hidden_states[:, :read], normed[:, :read]
+        seen = KVInterval(seen.start[:, :read], seen.stop[:, :read], pattern=ALIKE)
+    q, k, v = attention.q_proj(of_rows), attention.k_proj(normed), attention.v_proj(normed)
     q, k, v = (x.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2) for x in (q, k, v))
-    seen = KVInterval(attention_mask.start[:, :read], attention_mask.stop[:, :read], pattern=ALIKE)
     attend = ALL_ATTENTION_FUNCTIONS[ENCODER_IMPLEMENTATION]
     attended, _ = attend(attention, q, k, v, seen, scaling=attention.scaling)
-    rows = hidden_states[:, :read] + _gated(layer, "gate_attn", attention.o_proj(attended.flatten(2)))
-    return rows + _gated(layer, "gate_ffn", layer.mlp(layer.post_attention_layernorm(rows)))
-
-
-def _gated(layer: Any, gate: str, x: Tensor) -> Tensor:
-    return getattr(layer, gate).tanh() * x if layer.is_gated else x
+    attended = attended.flatten(2)
+    if layer.is_gated:
+        rows = torch.addcmul(rows, layer.gate_attn.tanh(), attention.o_proj(attended))
+        return torch.addcmul(rows, layer.gate_ffn.tanh(), layer.mlp(layer.post_attention_layernorm(rows)))
+    rows = plus_product(rows, attended, attention.o_proj, overwrite)
+    return rows + layer.mlp(layer.post_attention_layernorm(rows))
 
 
 def _with_blank(patches: Tensor, tiles: int) -> Tensor:
     """``[f, t, tokens, d]`` with tiles of zeros up to ``tiles``."""
-    return pad(patches, (0, 0, 0, 0, 0, tiles - patches.shape[1]))
+    missing = tiles - patches.shape[1]
+    return pad(patches, (0, 0, 0, 0, 0, missing)) if missing else patches
 
 
 def _visible(mask: Tensor, tokens: int, rows: int) -> KVInterval:

@@ -1,4 +1,4 @@
-"""Products of many rows: pictures to patches as one matrix product, and two products of the same rows."""
+"""Products of many rows: pictures to patches as one matrix product, two products of the same rows, and sums."""
 
 from __future__ import annotations
 
@@ -50,12 +50,33 @@ def both_products(x: Tensor, first: Any, second: Any) -> tuple[Tensor, Tensor]:
     Args:
         x: ``[..., d]``.
     """
-    weights = [first.weight, second.weight] if plain_linear(first) and plain_linear(second) else []
-    same = weights and x.dtype == weights[0].dtype == weights[1].dtype and first.bias is None is second.bias
-    if not same or torch.is_autocast_enabled(x.device.type):
+    if not (_is_product(first, x) and _is_product(second, x)):
         return first(x), second(x)
-    products: tuple[Tensor, Tensor] = _BothProducts.apply(x, *weights)
+    products: tuple[Tensor, Tensor] = _BothProducts.apply(x, first.weight, second.weight)
     return products
+
+
+def plus_product(rows: Tensor, x: Tensor, module: Any, overwrite: bool) -> Tensor:
+    """``rows + module(x)``; with ``overwrite``, where ``module`` is a plain product, added up in the place of ``rows``.
+
+    Nothing is overwritten where gradients are recorded.
+
+    Args:
+        rows: ``[..., d]``.
+        x: ``[..., d_x]`` of as many rows.
+    """
+    overwrite = overwrite and not torch.is_grad_enabled() and rows.is_contiguous() and rows.dtype == x.dtype
+    if not (overwrite and _is_product(module, x)):
+        sums: Tensor = rows + module(x)
+        return sums
+    rows.view(-1, rows.shape[-1]).addmm_(x.flatten(0, -2), module.weight.t())
+    return rows
+
+
+def _is_product(module: Any, x: Tensor) -> bool:
+    """Whether ``module(x)`` is a matrix product in the dtype of both, and nothing else."""
+    plain = plain_linear(module) and module.bias is None and module.weight.dtype == x.dtype
+    return plain and not torch.is_autocast_enabled(x.device.type)
 
 
 class _BothProducts(torch.autograd.Function):
