@@ -22,6 +22,7 @@ from ds_lvxattn.data.model_text import ModelText
 from ds_lvxattn.data.sample import Sample, SampleError
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.needle.task import IMAGE, build_tokenizer
+from ds_lvxattn.training.run_folder import RunFolder
 from tests.support.distributed import run
 from tests.support.tiny_model import (
     MODES,
@@ -324,6 +325,22 @@ def test_a_refused_run_leaves_the_checkpoint_as_it_is(
     errors = run(case.ranks, functools.partial(attempt, **options), case, trained, source, resume, seed)
     assert len(set(errors)) == 1 and part in errors[0], errors
     assert contents(trained) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [("", "give --resume"), ("--resume", "seed 0, this run has 7"), ("--resume", "in use by another run")],
+)
+def test_a_folder_is_refused_ahead_of_the_model(options: str, part: str, trained: Path, tmp_path: Path) -> None:
+    """Which may take minutes to load, and is not there here."""
+    file = write_config(tmp_path / "ds.json", ds_config(CASE.stage, CASE.batch, CASE.micro_batch), eval_examples=0)
+    words = f"--ds_config {file} --model {tmp_path}/none --seed 7 --output_dir {trained} {options}".split()
+    other = RunFolder(trained) if "in use" in part else None
+    errors = run(2, finetune, words)
+    if other is not None:
+        other.close()
+    assert len(set(errors)) == 1 and part in errors[0], errors
 
 
 @pytest.mark.slow

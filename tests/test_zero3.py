@@ -33,7 +33,7 @@ from ds_lvxattn.runtime.gathers import Gathers
 from ds_lvxattn.runtime.kept_parameters import KeptParameters
 from ds_lvxattn.training.attach import Attached
 from ds_lvxattn.training.loading import parameter_groups, partition_over_all_ranks, select_trainable
-from ds_lvxattn.training.tokens import step_of
+from ds_lvxattn.training.tokens import check_reached_alike, step_of
 from ds_lvxattn.training.zero3 import LIVE, PREFETCH, REDUCE, take_as_wholes
 from tests.support.distributed import run
 from tests.support.marks import slow
@@ -279,7 +279,8 @@ def with_images_on_one_rank(alike: bool) -> str:
         for each in frames
     ]
     try:
-        step_of(loaded, groups_of(1), dist.group.WORLD, alike)
+        made, _ = step_of(loaded, groups_of(1), dist.group.WORLD, alike)
+        assert [each.mixed for each in made] == [False, True]
     except ConfigError as error:
         return str(error)
     return ""
@@ -289,6 +290,26 @@ def test_images_on_some_ranks_alone_are_refused_on_all() -> None:
     for said in run(2, with_images_on_one_rank, True):
         assert "of the 2 ranks only 1 have images in a micro-batch" in said and "'finetuning.packing'" in said
     assert run(2, with_images_on_one_rank, False) == ["", ""]
+
+
+def reaching_on_one_rank(stage: int) -> str:
+    """What is said of a loss that reaches a layer on rank 0 alone; the other layer does not train on any rank."""
+    module = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("text", "images", "frozen")})
+    module["frozen"].requires_grad_(False)
+    hidden = module["frozen"](torch.ones(1, 2))
+    hidden = module["images"](hidden) if dist.get_rank() == 0 else hidden
+    engine = SimpleNamespace(module=module, zero_optimization_stage=lambda: stage)
+    try:
+        check_reached_alike(module["text"](hidden).sum(), engine, dist.group.WORLD)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_parameters_that_only_some_ranks_reach_are_named_where_zero_would_mix_their_gradients() -> None:
+    for said in run(2, reaching_on_one_rank, 2):
+        assert "reach 2 of the parameters that train ('images.bias')" in said and "'finetuning.packing'" in said
+    assert run(2, reaching_on_one_rank, 0) == ["", ""]
 
 
 def test_only_unmodified_models_that_skip_their_encoder_must_have_them_on_all() -> None:

@@ -29,7 +29,8 @@ class Loaded:
 
     ``portions`` is that of the layouts of all groups: all ranks call the vision encoder equally often, since
     ZeRO-3 gathers its parameters over all of them. ``tokens`` is what its loss is divided by, so that those of all
-    micro-batches of a step average to the step's loss a token; None: its own supervised tokens.
+    micro-batches of a step average to the step's loss a token; None: its own supervised tokens. ``mixed``: some groups
+    have images in this micro-batch of theirs, and others have none.
     """
 
     layout: BatchLayout
@@ -37,6 +38,7 @@ class Loaded:
     skipped: int
     portions: int
     tokens: Tensor | float | None = None
+    mixed: bool = False
 
 
 class Batches:

@@ -15,7 +15,7 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,6 +44,7 @@ from ds_lvxattn.training.files import (
 )
 from ds_lvxattn.training.metrics import METRICS, lines_of, text_digest
 from ds_lvxattn.training.outcome import gather, on_all_ranks, raise_first
+from ds_lvxattn.training.run_folder import RunFolder
 from ds_lvxattn.training.secrets import without_secrets
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,55 @@ def check_fresh(output_dir: Path) -> None:
             f"--output_dir {output_dir} holds checkpoints of an earlier run; give --resume to go on with it, "
             "or another folder"
         )
+
+
+def check_run_folder(output_dir: Path, resume: bool, known: Mapping[str, int], group: dist.ProcessGroup) -> None:
+    """Refuse a folder in which a run cannot begin, or not go on; ahead of the model, which may take minutes to load.
+
+    Args:
+        known: facts of this run (``RunFacts``) that do not depend on the model.
+        group: of all ranks, for host messages.
+
+    Raises:
+        ConfigError: on every rank: another run has it, it cannot be written, or it holds checkpoints and ``resume`` is
+            not asked for; nothing to resume from, or a checkpoint of another kind of run.
+    """
+
+    def check() -> None:
+        if dist.get_rank() == 0:
+            RunFolder(output_dir).close()
+        if not resume:
+            check_fresh(output_dir)
+        elif dist.get_rank() == 0:
+            folder = output_dir / FOLDER
+            if not list(_names(folder)):
+                raise ConfigError(f"--resume: {folder} holds no checkpoint")
+            found = ((folder / name, _read_list(folder / name)) for name in _whole_names(folder))
+            path, read = next(((path, read) for path, read in found if isinstance(read, dict)), (folder, {}))
+            for key, now in known.items():
+                if key in read:
+                    _check_agrees(path, key, read[key], now)
+
+    on_all_ranks(check, group)
+
+
+def _check_agrees(path: Path, key: str, was: Any, now: Any) -> None:
+    """Refuse a checkpoint of another kind of run.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    if was == now:
+        return
+    made = f"made with {key} {was}, this run has {now}; use {was}"
+    if key == "parameters":
+        made = "made with other parameters than this run's, or others of them train; use the same"
+    if key == "data":
+        made = (
+            f"made on other data ({was}; this run has {now}); give that, or --new_data to go on with these "
+            "rows from the place that the steps so far reach in them"
+        )
+    raise ConfigError(f"--resume: the checkpoint in {path} was {made}, or start a new run in another folder")
 
 
 class CheckpointFiles(TorchCheckpointEngine):
@@ -316,19 +366,7 @@ class Checkpoints:
         if isinstance(read, str):
             return read
         for key in self.must_agree:
-            was, now = read[key], getattr(self.facts, key)
-            if was != now:
-                made = f"made with {key} {was}, this run has {now}; use {was}"
-                if key == "parameters":
-                    made = "made with other parameters than this run's, or others of them train; use the same"
-                if key == "data":
-                    made = (
-                        f"made on other data ({was}; this run has {now}); give that, or --new_data to go on with these "
-                        "rows from the place that the steps so far reach in them"
-                    )
-                raise ConfigError(
-                    f"--resume: the checkpoint in {path} was {made}, or start a new run in another folder"
-                )
+            _check_agrees(path, key, read[key], getattr(self.facts, key))
         files = read["files"]
         problems = [_damage(path / file, Digest(**files[file])) for file in self._share(list(files))]
         damage = [problem for found in gather([p for p in problems if p], self.group) for problem in found]

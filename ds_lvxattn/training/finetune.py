@@ -18,12 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from ds_lvxattn.groups import launched_ranks, start_distributed
 from ds_lvxattn.training.build_locks import await_builds
+from ds_lvxattn.training.checkpoint import check_run_folder
 from ds_lvxattn.training.dataset import check_files, load_sources
-from ds_lvxattn.training.ds_config import fill_model_sizes
+from ds_lvxattn.training.ds_config import BATCH, fill_model_sizes
 from ds_lvxattn.training.launcher import follow_launcher
 from ds_lvxattn.training.loading import QUICKSTART, load_model, select_trainable
 from ds_lvxattn.training.loop import Job, Trainer
@@ -60,20 +62,24 @@ def finetune(args: argparse.Namespace, watchdog: Watchdog | None = None) -> None
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", args.local_rank)))
+    ds_config = settings.ds_config
+    known = {
+        "world_size": dist.get_world_size(), "zero_stage": ds_config.get("zero_optimization", {}).get("stage", 0),
+        "train_batch_size": ds_config[BATCH], "seed": args.seed,
+    }  # fmt: skip
+    check_run_folder(args.output_dir, args.resume, known, dist.new_group(backend="gloo"))
     await_builds()
     _seed(args.seed)
     begin(watchdog, "loading the model")
-    ds_config = settings.ds_config
     loaded = load_model(args.model, ds_config, args.seed)
     loaded.limits = settings.finetuning.frame_limits
     fill_model_sizes(ds_config, loaded.model.config)
     if (lora := settings.finetuning.lora) is not None:
-        stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-        add_adapters(loaded.model, lora, args.model, stage, accelerator.current_device_name())
+        add_adapters(loaded.model, lora, args.model, known["zero_stage"], accelerator.current_device_name())
     else:
         select_trainable(loaded.model, args.model, settings.finetuning.trainable)
     begin(watchdog, "reading the data")
-    rows = settings.length * ds_config["train_batch_size"]
+    rows = settings.length * ds_config[BATCH]
     train, evaluation = load_sources(args.data, loaded, settings.finetuning, rows, args.seed)
     steps = settings.steps_of(len(train))
     job = Job(

@@ -42,7 +42,7 @@ from ds_lvxattn.training.provenance import write_provenance
 from ds_lvxattn.training.run_folder import RunFolder
 from ds_lvxattn.training.run_log import RunLog
 from ds_lvxattn.training.settings import FinetuningConfig
-from ds_lvxattn.training.tokens import step_of, with_gradient
+from ds_lvxattn.training.tokens import check_reached_alike, step_of, with_gradient
 from ds_lvxattn.training.watchdog import Watchdog, group_timeout
 
 
@@ -260,7 +260,10 @@ class Trainer:
         for loaded in micro_batches:
             self.watchdog.tick()
             batch = self.plan_times.prepare(loaded)
-            loss = with_gradient(self.engine(**batch.inputs).loss, self.engine)
+            loss = self.engine(**batch.inputs).loss
+            if loaded.mixed and self.parallel is None:
+                check_reached_alike(loss, self.engine, self.everyone)
+            loss = with_gradient(loss, self.engine)
             self.engine.backward(loss * self.loss_factor)
             self.engine.step()
             total += loss.detach()

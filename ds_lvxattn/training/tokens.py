@@ -17,6 +17,7 @@ from torch import Tensor
 from ds_lvxattn.batches.prepare import Loaded
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.groups import SequenceParallelGroups
+from ds_lvxattn.training.outcome import gather
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,61 @@ def step_of(
         dist.all_reduce(of_all, group=everyone)
         mine = tuple(of_all.div(groups.size, rounding_mode="floor").tolist())  # the ranks of a group count alike
     counts, with_images = StepCounts(*mine[:3]), mine[3:]
-    if alike and any(0 < ranks < data_ranks for ranks in with_images):
+    mixed = [0 < ranks < data_ranks for ranks in with_images]
+    if alike and any(mixed):
         raise ConfigError(
             f"of the {data_ranks} ranks only {next(n for n in with_images if 0 < n < data_ranks)} have images in a "
             "micro-batch: the unmodified model does not call its vision encoder for text alone, and ZeRO-3, which "
             "gathers a module on all ranks together, would wait for ever. Set 'finetuning.packing' or "
-            "'sequence_parallel_size' (above 1), with which such a rank encodes a blank image, take ZeRO stage 2, or "
-            "leave rows of text out"
+            "'sequence_parallel_size' (above 1), with which such a rank encodes a blank image, or leave rows of text "
+            "out"
         )
     tokens = max(counts.tokens, 1) / (len(micro_batches) * data_ranks)
-    return [replace(loaded, tokens=tokens) for loaded in micro_batches], counts
+    made = [replace(loaded, tokens=tokens, mixed=some) for loaded, some in zip(micro_batches, mixed, strict=True)]
+    return made, counts
+
+
+def check_reached_alike(loss: Tensor, engine: Any, everyone: dist.ProcessGroup) -> None:
+    """Check, where only some ranks have images, that the losses of all reach the same parameters; all ranks call it.
+
+    ZeRO 1 and 2 put gradients into buckets in the order in which they come, and sum these over the ranks: parameters
+    that one rank's loss does not reach would be summed with others, or end the run in a collective.
+
+    Args:
+        everyone: all ranks, for host messages.
+
+    Raises:
+        ConfigError: on all ranks, naming a parameter that only some reach.
+    """
+    stage = engine.zero_optimization_stage()
+    if stage not in (1, 2):
+        return  # without ZeRO, DeepSpeed fills in what is missing; ZeRO-3 has refused them
+    found = reached(loss)
+    missed = [name for name, p in engine.module.named_parameters() if p.requires_grad and p not in found]
+    of_all = gather(missed, everyone)
+    apart = sorted(set().union(*of_all).difference(set.intersection(*map(set, of_all))))
+    if apart:
+        raise ConfigError(
+            f"only some of the {len(of_all)} ranks have images in a micro-batch, and the loss of text alone does not "
+            f"reach {len(apart)} of the parameters that train ('{apart[0]}'): ZeRO-{stage} would sum gradients of "
+            "different parameters. Set 'finetuning.packing' or 'sequence_parallel_size' (above 1), with which a rank "
+            "without images encodes a blank one, or leave rows of text out"
+        )
+
+
+def reached(loss: Tensor) -> set[Tensor]:
+    """The leaves that a loss depends on."""
+    found: set[Tensor] = set()
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.add(leaf)
+        waiting += [following for following, _ in node.next_functions]
+    return found
 
 
 def with_gradient(loss: Tensor, engine: Any) -> Tensor:
