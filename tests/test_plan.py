@@ -14,12 +14,14 @@ import torch.distributed as dist
 from ds_lvxattn import KVInterval
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.exchange.routes import routed_rows
+from ds_lvxattn.kernels.pattern import drift_of
 from ds_lvxattn.plan.choice import HOST_TIE, HYSTERESIS, TIE, shape_class
 from ds_lvxattn.plan.layer_plan import AttentionLayer, LayerPlan, PlanSettings, plan_layers, write_plan
 from ds_lvxattn.plan.modes import eligible_modes, mode_named
 from ds_lvxattn.plan.pipeline import head_groups, keeps_queries
 from ds_lvxattn.plan.profile import load_profile
 from ds_lvxattn.plan.traffic import CallShape, LayerShape
+from ds_lvxattn.plan.visibility import of_mask, of_shape
 from tests.support.distributed import run
 from tests.support.marks import slow
 from tests.support.tiny_model import MODES, attach, loss_of, tiny_model, tiny_sample
@@ -283,3 +285,14 @@ def test_queries_are_kept_while_they_are_the_small_part() -> None:
     assert keeps_queries(32, 8, (192, 192), (131_072, 131_072))
     assert not keeps_queries(8, 8, (512, 512, 512), (512, 512, 512))
     assert not keeps_queries(8, 8, (512, 100), (0, 0))
+
+
+def test_ranges_move_as_far_as_the_batch_says() -> None:
+    """Where a row sees one frame both its ends move; sizes alone do not tell."""
+    rows, keys, tokens = 4096, 65536, 16
+    start = (torch.arange(rows, dtype=torch.int32) * tokens)[None]
+    shape = LayerShape(1, 8, 8, 64, (rows,), (keys,), 2, ((rows,),), (rows * tokens,))
+    known = replace(shape, drift=drift_of(start, start + tokens))
+    want = of_mask("frame", rows, keys, 1, tokens)
+    assert of_shape(known).share == of_shape(shape).share == want.share
+    assert of_shape(known).drift == want.drift == 2 * of_shape(shape).drift

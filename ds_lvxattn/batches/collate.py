@@ -19,6 +19,7 @@ from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.routes import Routes, routed_rows, visible_work
 from ds_lvxattn.exchange.shards import ShardLayout
 from ds_lvxattn.families.family import Family, FrameLimits, VisualFamily
+from ds_lvxattn.kernels.pattern import drift_of, in_kernel_order
 from ds_lvxattn.plan.choice import shape_class
 from ds_lvxattn.plan.layer_plan import LayerPlan, kind_of
 from ds_lvxattn.plan.planner import BatchSizes
@@ -234,10 +235,12 @@ class Collator:
             if size is not None and ranges is not None:
                 rows = KVInterval(*ranges).of_nodes(shards.q, size)
                 between = routed_rows(rows.start, rows.stop, shards.of_nodes(size))
+            # Of rows that are dealt out, ranges move from one unit to the next, which is between tiles.
+            drift = None if ranges is None or shards.q.stripe or shards.q.units else drift_of(*in_kernel_order(*ranges))
             shapes[kind] = CallShape(
                 rows_of_batch, shards.q.lengths, shards.kv.lengths, element,
                 None if ranges is None else routed_rows(*ranges, shards),
-                None if ranges is None else visible_work(*ranges, shards.kv), size, between,
+                None if ranges is None else visible_work(*ranges, shards.kv), size, between, drift,
             )  # fmt: skip
         return shapes
 

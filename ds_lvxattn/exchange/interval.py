@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_lvxattn.exchange.shards import SequenceShards
-from ds_lvxattn.kernels.pattern import PATTERNS, UNKNOWN, pattern_of
+from ds_lvxattn.kernels.pattern import PATTERNS, UNKNOWN, in_kernel_order, pattern_of
 from ds_lvxattn.kernels.torch_internals import raise_if
 
 T = TypeVar("T")
@@ -88,8 +88,7 @@ class KVInterval:
     @classmethod
     def from_host(cls, start: Tensor, stop: Tensor, device: torch.device | str) -> KVInterval:
         """The ranges ``start, stop``, which are on the CPU, on ``device``, with their pattern."""
-        in_order = (start, stop) if start.dim() == 2 else (x.transpose(0, 1).flatten(1, 2) for x in (start, stop))
-        pattern = pattern_of(*in_order)
+        pattern = pattern_of(*in_kernel_order(start, stop))
         return cls(*(bound.to(device) for bound in (start, stop)), pattern=pattern)
 
     @classmethod

@@ -30,17 +30,33 @@ def pattern_of(start: Tensor, stop: Tensor) -> str:
             nothing do not count.
     """
     length = (stop - start).clamp_(min=0)
-    sees = length > 0
-    pairs = sees[..., 1:] & sees[..., :-1]
-    moved = int(((start.diff().abs_() + stop.diff().abs_()) * pairs).sum()) / 2
     # The share of its own length by which the range of a row moves on to the next.
-    step = moved / max(int(pairs.sum()), 1) / max(_mean(length), 1.0)
+    step = drift_of(start, stop) / 2 / max(_mean(length), 1.0)
     if step * ROWS_OF_FRAME > 1:
         return FRAME
     if step * ROWS_OF_SLIDING > 1:
         return SLIDING
     half = length.shape[-1] // 2
     return GROWING if 0 < GROWN * _mean(length[..., :half]) < _mean(length[..., half:]) else ALIKE
+
+
+def drift_of(start: Tensor, stop: Tensor) -> float:
+    """Keys by which the two ends of a row's range move from a row to the next, both added, on average.
+
+    Args:
+        start, stop: as for ``pattern_of``.
+    """
+    sees = stop > start
+    pairs = sees[..., 1:] & sees[..., :-1]
+    moved = int(((start.diff().abs_() + stop.diff().abs_()) * pairs).sum())
+    return moved / max(int(pairs.sum()), 1)
+
+
+def in_kernel_order(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+    """Own rows ``[B, rows]`` as they are; of ``[n, B, s_max]``, those of every rank, one rank behind the other."""
+    if start.dim() == 2:
+        return start, stop
+    return start.transpose(0, 1).flatten(1, 2), stop.transpose(0, 1).flatten(1, 2)
 
 
 def _mean(length: Tensor) -> float:

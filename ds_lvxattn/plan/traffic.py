@@ -27,6 +27,7 @@ class LayerShape:
         inner_size: ranks of a node, consecutive ones; None: all are on one.
         routed_between: as ``routed_rows``, rows that each node sends to each node; None as there, or for one node.
         value_dim: head size of values and outputs; None: as that of the keys.
+        drift: of the ranges of all keys, see ``Visibility``; None: it is not known.
     """
 
     batch: int
@@ -42,6 +43,7 @@ class LayerShape:
     inner_size: int | None = None
     routed_between: tuple[tuple[int, ...], ...] | None = None
     value_dim: int | None = None
+    drift: float | None = None
 
     @property
     def head_dims(self) -> tuple[int, int]:
@@ -111,6 +113,7 @@ class CallShape:
     visible_work: tuple[int, ...] | None = None
     inner_size: int | None = None
     routed_between: tuple[tuple[int, ...], ...] | None = None
+    drift: float | None = None
 
     @property
     def ranks(self) -> int:
@@ -122,7 +125,7 @@ class CallShape:
         """The call of a layer with these heads, whose policy is ``recompute``."""
         return LayerShape(
             self.batch, heads, kv_heads, head_dim, self.q_lengths, self.kv_lengths, self.element, self.routed_rows,
-            self.visible_work, recompute, self.inner_size, self.routed_between, value_dim,
+            self.visible_work, recompute, self.inner_size, self.routed_between, value_dim, self.drift,
         )  # fmt: skip
 
 

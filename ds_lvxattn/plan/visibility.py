@@ -59,7 +59,8 @@ def of_shape(shape: LayerShape) -> Visibility:
     """The mask of a batch, as far as its sizes tell.
 
     Work by rings of ranks is taken to be as uneven as work by keys, which holds for masks that grow along the sequence.
-    Ranges that do not span all keys are taken to move over all of them from the first row to the last.
+    Ranges that do not span all keys, and of which no drift is known, are taken to move over all of them from the first
+    row to the last.
     """
     if shape.routed_rows is None or shape.visible_work is None:
         return FULL
@@ -72,5 +73,5 @@ def of_shape(shape: LayerShape) -> Visibility:
     # The work of an even share of the keys: a rank with more of them than others is counted by its own length.
     dense = [length * work / keys for length in shape.kv_lengths]
     uneven = max(have / want for have, want in zip(shape.visible_work, dense, strict=True) if want)
-    drift = keys / rows if share < 1.0 else 0.0
+    drift = (keys / rows if share < 1.0 else 0.0) if shape.drift is None else shape.drift
     return Visibility(True, share, uneven, max(uneven, 1.0), drift, min(seen / (shape.batch * rows), 1.0))

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from ds_lvxattn import KVInterval
-from ds_lvxattn.kernels.pattern import ALIKE, FRAME, GROWING, PATTERNS, SLIDING, UNKNOWN, pattern_of
+from ds_lvxattn.kernels.pattern import ALIKE, FRAME, GROWING, PATTERNS, SLIDING, UNKNOWN, drift_of, pattern_of
 from ds_lvxattn.kernels.triton.backward import interval_backward
 from ds_lvxattn.kernels.triton.delta import attention_delta
 from ds_lvxattn.kernels.triton.forward import interval_forward
@@ -38,6 +38,11 @@ CASES = {
     "a frame for 20 rows": (ranges(row // 20 * 64, row // 20 * 64 + 64), FRAME),
     "frames, and rows between them that see nothing": (ranges(row * 16, row * 16 + 16 * (row % 7 > 1)), FRAME),
 }
+
+
+@pytest.mark.parametrize(("name", "drift"), [("all", 0), ("causal", 1), ("sliding", 32), ("a frame a row", 32)])
+def test_keys_by_which_ranges_move(name, drift):
+    assert drift_of(*CASES[name][0]) == drift
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -271,76 +271,14 @@ def model_sizes(name: str) -> ModelSizes:
 
 def _from_config(config: dict[str, Any], path: Path) -> ModelSizes:
     kind = config.get("model_type")
-    name = str(config.get("_name_or_path") or path.parent.name)
-    if kind == "mllama":
-        text, vision = config["text_config"], config["vision_config"]
-        heads = text["num_attention_heads"]
-        cross = len(text["cross_attention_layers"])
-        # transformers leaves out of a saved config what has the default of its class.
-        per_tile = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
-        width, head_dim = text["hidden_size"], text["hidden_size"] // heads
-        vision_width = vision["hidden_size"]
-        return ModelSizes(
-            name, str(path), width, text["intermediate_size"], text["vocab_size"],
-            text["num_hidden_layers"] - cross, cross, heads, text["num_key_value_heads"], head_dim,
-            heads, text["num_key_value_heads"], head_dim, text["intermediate_size"], True, width, per_tile, "full",
-            vision["num_hidden_layers"] + vision["num_global_layers"], vision_width, vision["intermediate_size"],
-            per_tile * vision["max_num_tiles"], vision["max_num_tiles"],
-            vision_head_dim=vision_width // vision.get("attention_heads", 16),
-            vision_output=vision.get("vision_output_dim", 7680), key_norm=True,
-        )  # fmt: skip
-    if kind == "mplugowl3":
-        vision = config["vision_config"]
-        heads, width = config["num_attention_heads"], config["hidden_size"]
-        tokens = (vision["image_size"] // vision["patch_size"]) ** 2
-        return ModelSizes(
-            name, str(path), width, config["intermediate_size"], config["vocab_size"], config["num_hidden_layers"],
-            len(config["hyper_layers"]), heads, config["num_key_value_heads"], width // heads,
-            heads, config["num_key_value_heads"], width // heads, 0, True, width, tokens, "growing",
-            vision["num_hidden_layers"], vision["hidden_size"], vision["intermediate_size"], tokens,
-            vision_head_dim=vision["hidden_size"] // vision.get("num_attention_heads", 16),
-        )  # fmt: skip
-    if kind == "open_flamingo":
-        text, vision = {**LLAMA_DEFAULTS, **config["text_config"]}, {**CLIP_DEFAULTS, **config["vision_config"]}
-        heads, width, layers = text["num_attention_heads"], text["hidden_size"], text["num_hidden_layers"]
-        return ModelSizes(
-            name, str(path), width, text["intermediate_size"], text["vocab_size"], layers,
-            layers // config.get("cross_attn_every_n_layers", 1), heads, text.get("num_key_value_heads", heads),
-            width // heads, 8, 8, 64,
-            8 * width // 3,  # of three matrices, as large as the two of 4 * width that it has
-            True, vision["hidden_size"], 64, "frame" if config.get("only_attend_immediate_media", True) else "growing",
-            vision["num_hidden_layers"], vision["hidden_size"], vision["intermediate_size"],
-            (vision["image_size"] // vision["patch_size"]) ** 2 + 1, most_tiles=13, tiles_apart=True,
-            vision_head_dim=vision["hidden_size"] // vision["num_attention_heads"],
-        )  # fmt: skip
-    if kind == "llava":
-        # transformers leaves out of a saved config what has the default of its class, here that of a Llama model.
-        text, vision = {**LLAMA_DEFAULTS, **config["text_config"]}, config["vision_config"]
-        heads = text["num_attention_heads"]
-        layout = heads, text.get("num_key_value_heads", heads), text["hidden_size"] // heads
-        patches = (vision["image_size"] // vision["patch_size"]) ** 2
-        return _concatenation(
-            name, str(path), text["hidden_size"], text["intermediate_size"], text["vocab_size"],
-            text["num_hidden_layers"], layout, patches,
-            (vision["num_hidden_layers"], vision["hidden_size"], vision["intermediate_size"], patches + 1),
-            vision_head_dim=vision["hidden_size"] // vision.get("num_attention_heads", 16),
-        )  # fmt: skip
-    if kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-        text, vision = {**config, **config.get("text_config", {})}, config["vision_config"]
-        heads, head_dim = text["num_attention_heads"], text.get("head_dim")
-        token_side = vision["patch_size"] * vision["spatial_merge_size"]
-        side = vision.get("image_size", SIDE * token_side) // vision["patch_size"]
-        encoder = vision["depth"], *_qwen_vision(kind, vision), side**2
-        return _concatenation(
-            name, str(path), text["hidden_size"], text["intermediate_size"], text["vocab_size"],
-            text["num_hidden_layers"], (heads, text["num_key_value_heads"], head_dim or text["hidden_size"] // heads),
-            (side // vision["spatial_merge_size"]) ** 2, encoder, token_side=token_side,
-            vision_head_dim=encoder[1] // vision.get("num_heads", 16),
-        )  # fmt: skip
+    named = str(config.get("_name_or_path") or path.parent.name), str(path)
+    if read := READ.get(str(kind)):
+        return read(config, named)
     fields = {field.name for field in dataclasses.fields(ModelSizes)}
     optional = {"name", "source", *(field.name for field in dataclasses.fields(ModelSizes) if _optional(field))}
     if fields - optional <= set(config):
-        return ModelSizes(**{"name": name, "source": str(path), **{key: config[key] for key in fields & set(config)}})
+        given = {key: config[key] for key in fields & set(config)}
+        return ModelSizes(**{"name": named[0], "source": named[1], **given})
     raise ModelError(
         f"--model {path}: model_type is {kind!r}; the planner reads 'mllama', 'mplugowl3', 'open_flamingo', 'llava', "
         f"'qwen2_vl', 'qwen2_5_vl' and 'qwen3_vl' configs, or a JSON object with the keys {sorted(fields - optional)}"
@@ -358,3 +296,89 @@ def _qwen_vision(kind: str, vision: dict[str, Any]) -> tuple[int, int]:
     if kind == "qwen2_5_vl":  # its feed-forward parts have a gate: three matrices, where others have two
         return vision["hidden_size"], 3 * vision["intermediate_size"] // 2
     return vision["hidden_size"], vision["intermediate_size"]
+
+
+# Sizes by the transformers config of a model type, which when it is saved leaves out what has the default of its class.
+# ``named`` are the name and source of what is made.
+
+
+def _mllama(config: dict[str, Any], named: tuple[str, str]) -> ModelSizes:
+    text, vision = config["text_config"], config["vision_config"]
+    heads = text["num_attention_heads"]
+    cross = len(text["cross_attention_layers"])
+    per_tile = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
+    width, head_dim = text["hidden_size"], text["hidden_size"] // heads
+    vision_width = vision["hidden_size"]
+    return ModelSizes(
+        *named, width, text["intermediate_size"], text["vocab_size"],
+        text["num_hidden_layers"] - cross, cross, heads, text["num_key_value_heads"], head_dim,
+        heads, text["num_key_value_heads"], head_dim, text["intermediate_size"], True, width, per_tile, "full",
+        vision["num_hidden_layers"] + vision["num_global_layers"], vision_width, vision["intermediate_size"],
+        per_tile * vision["max_num_tiles"], vision["max_num_tiles"],
+        vision_head_dim=vision_width // vision.get("attention_heads", 16),
+        vision_output=vision.get("vision_output_dim", 7680), key_norm=True,
+    )  # fmt: skip
+
+
+def _mplug_owl3(config: dict[str, Any], named: tuple[str, str]) -> ModelSizes:
+    vision = config["vision_config"]
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    tokens = (vision["image_size"] // vision["patch_size"]) ** 2
+    return ModelSizes(
+        *named, width, config["intermediate_size"], config["vocab_size"], config["num_hidden_layers"],
+        len(config["hyper_layers"]), heads, config["num_key_value_heads"], width // heads,
+        heads, config["num_key_value_heads"], width // heads, 0, True, width, tokens, "growing",
+        vision["num_hidden_layers"], vision["hidden_size"], vision["intermediate_size"], tokens,
+        vision_head_dim=vision["hidden_size"] // vision.get("num_attention_heads", 16),
+    )  # fmt: skip
+
+
+def _open_flamingo(config: dict[str, Any], named: tuple[str, str]) -> ModelSizes:
+    text, vision = {**LLAMA_DEFAULTS, **config["text_config"]}, {**CLIP_DEFAULTS, **config["vision_config"]}
+    heads, width, layers = text["num_attention_heads"], text["hidden_size"], text["num_hidden_layers"]
+    return ModelSizes(
+        *named, width, text["intermediate_size"], text["vocab_size"], layers,
+        layers // config.get("cross_attn_every_n_layers", 1), heads, text.get("num_key_value_heads", heads),
+        width // heads, 8, 8, 64,
+        8 * width // 3,  # of three matrices, as large as the two of 4 * width that it has
+        True, vision["hidden_size"], 64, "frame" if config.get("only_attend_immediate_media", True) else "growing",
+        vision["num_hidden_layers"], vision["hidden_size"], vision["intermediate_size"],
+        (vision["image_size"] // vision["patch_size"]) ** 2 + 1, most_tiles=13, tiles_apart=True,
+        vision_head_dim=vision["hidden_size"] // vision["num_attention_heads"],
+    )  # fmt: skip
+
+
+def _llava(config: dict[str, Any], named: tuple[str, str]) -> ModelSizes:
+    text, vision = {**LLAMA_DEFAULTS, **config["text_config"]}, config["vision_config"]
+    heads = text["num_attention_heads"]
+    layout = heads, text.get("num_key_value_heads", heads), text["hidden_size"] // heads
+    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    return _concatenation(
+        *named, text["hidden_size"], text["intermediate_size"], text["vocab_size"],
+        text["num_hidden_layers"], layout, patches,
+        (vision["num_hidden_layers"], vision["hidden_size"], vision["intermediate_size"], patches + 1),
+        vision_head_dim=vision["hidden_size"] // vision.get("num_attention_heads", 16),
+    )  # fmt: skip
+
+
+def _qwen(config: dict[str, Any], named: tuple[str, str]) -> ModelSizes:
+    text, vision = {**config, **config.get("text_config", {})}, config["vision_config"]
+    heads, head_dim = text["num_attention_heads"], text.get("head_dim")
+    token_side = vision["patch_size"] * vision["spatial_merge_size"]
+    side = vision.get("image_size", SIDE * token_side) // vision["patch_size"]
+    encoder = vision["depth"], *_qwen_vision(config["model_type"], vision), side**2
+    return _concatenation(
+        *named, text["hidden_size"], text["intermediate_size"], text["vocab_size"],
+        text["num_hidden_layers"], (heads, text["num_key_value_heads"], head_dim or text["hidden_size"] // heads),
+        (side // vision["spatial_merge_size"]) ** 2, encoder, token_side=token_side,
+        vision_head_dim=encoder[1] // vision.get("num_heads", 16),
+    )  # fmt: skip
+
+
+READ = {
+    "mllama": _mllama,
+    "mplugowl3": _mplug_owl3,
+    "open_flamingo": _open_flamingo,
+    "llava": _llava,
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _qwen),
+}

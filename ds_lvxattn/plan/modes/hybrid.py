@@ -7,7 +7,7 @@ formulas give bytes, time and memory of that level, on the links between nodes.
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 from ds_lvxattn.plan import network
 from ds_lvxattn.plan.cost import Layer, Pass, Passes
@@ -81,47 +81,38 @@ def sizes_between(sizes: LayerSizes) -> list[LayerSizes]:
     ]
 
 
-def two_levels(flat: Mode, schedule: str, implementation: str, colour: str) -> Mode:
-    """The mode that redistributes heads inside a node and runs ``flat`` between nodes."""
+@dataclass(frozen=True)
+class _TwoLevels:
+    """The formulas of the mode that redistributes heads inside a node and runs ``flat`` between nodes.
 
-    def traffic(shape: LayerShape, rank: int) -> Traffic:
-        """Exact. Where nothing lies on two levels, it is the flat mode, or Ulysses."""
+    Where nothing lies on two levels, they are those of the flat mode, or of Ulysses.
+    """
+
+    flat: Mode
+
+    def traffic(self, shape: LayerShape, rank: int) -> Traffic:
+        """Exact."""
         if shape.inner == 1:
-            return flat.traffic(shape, rank)
+            return self.flat.traffic(shape, rank)
         if shape.nodes == 1:
             return ulysses.traffic(shape, rank)
         inside = ulysses.traffic(inside_node(shape, rank), rank % shape.inner)
         own = head_shards(shape.heads, shape.kv_heads, shape.inner)[rank % shape.inner]
-        across = [flat.traffic(between_nodes(shape, *part), rank // shape.inner) for part in own.parts]
+        across = [self.flat.traffic(between_nodes(shape, *part), rank // shape.inner) for part in own.parts]
         return Traffic(
             inside.forward + sum(each.forward for each in across),
             inside.backward + sum(each.backward for each in across),
             sum(each.total for each in across),
         )
 
-    def outer(layer: Layer, profile: Profile) -> tuple[list[Layer], Profile]:
-        """The layers, one a run of heads, that the busiest rank computes between nodes, and the links there."""
-        size, groups = layer.shape.inner, layer.groups
-        seen = replace(layer.mask, rows_seen=min(layer.mask.rows_seen * size, 1.0))
-        level = replace(layer, mask=seen, features=0)
-        levels = [
-            replace(
-                level,
-                shape=between_nodes(layer.shape, heads, kv_heads),
-                groups=None if groups is None else (math.gcd(groups[0], kv_heads), math.gcd(groups[1], kv_heads)),
-            )
-            for heads, kv_heads in busiest_parts(layer.shape)
-        ]
-        return levels, network.outer_level(profile, size)
-
-    def passes(layer: Layer, profile: Profile) -> Passes:
+    def passes(self, layer: Layer, profile: Profile) -> Passes:
         """Both levels after each other; only the outer one overlaps kernels."""
         if layer.shape.inner == 1:
-            return flat.passes(layer, profile)
+            return self.flat.passes(layer, profile)
         if layer.shape.nodes == 1:
             return ulysses.passes(layer, profile)
-        levels, links = outer(layer, profile)
-        across = [flat.passes(level, links) for level in levels]
+        levels, links = _outer(layer, profile)
+        across = [self.flat.passes(level, links) for level in levels]
         inside = ulysses.redistribution(layer.shape, network.inner_level(profile, layer.shape.inner), layer.shape.inner)
         return Passes(
             _sum(inside.forward, *(each.forward for each in across)),
@@ -129,44 +120,64 @@ def two_levels(flat: Mode, schedule: str, implementation: str, colour: str) -> M
             inside.repeated,
         )
 
-    def workspace(layer: Layer, profile: Profile) -> float:
-        levels, links = outer(layer, profile)
-        return ulysses.held(layer.shape, layer.shape.inner) + max(flat.workspace(level, links) for level in levels)
+    def workspace(self, layer: Layer, profile: Profile) -> float:
+        levels, links = _outer(layer, profile)
+        return ulysses.held(layer.shape, layer.shape.inner) + max(self.flat.workspace(level, links) for level in levels)
 
-    def returned(sizes: LayerSizes) -> int:
+    def returned(self, sizes: LayerSizes) -> int:
         if sizes.inner == sizes.ranks:
             return ulysses.returned(sizes)
-        return sum(flat.returned(level) for level in sizes_between(sizes))
+        return sum(self.flat.returned(level) for level in sizes_between(sizes))
 
-    def inputs(sizes: LayerSizes) -> int:
+    def inputs(self, sizes: LayerSizes) -> int:
         """Its share of the heads, as the flat mode saves it, and the output on its way back."""
         if sizes.inner == sizes.ranks:
             return ulysses.inputs(sizes)
         if sizes.inner == 1:
-            return flat.inputs(sizes)
-        return sum(flat.inputs(level) + level.output_bytes(level.rows) for level in sizes_between(sizes))
+            return self.flat.inputs(sizes)
+        return sum(self.flat.inputs(level) + level.output_bytes(level.rows) for level in sizes_between(sizes))
 
-    def pipeline(layer: Layer, profile: Profile) -> tuple[int, int]:
+    def pipeline(self, layer: Layer, profile: Profile) -> tuple[int, int]:
         """Groups of the largest run of heads, as far as they are groups of all heads too, which a plan counts."""
-        assert flat.pipeline is not None
-        levels, links = outer(layer, profile)
-        groups = flat.pipeline(max(levels, key=lambda level: level.shape.heads), links)
+        assert self.flat.pipeline is not None
+        levels, links = _outer(layer, profile)
+        groups = self.flat.pipeline(max(levels, key=lambda level: level.shape.heads), links)
         return math.gcd(groups[0], layer.shape.kv_heads), math.gcd(groups[1], layer.shape.kv_heads)
 
+
+def _outer(layer: Layer, profile: Profile) -> tuple[list[Layer], Profile]:
+    """The layers, one a run of heads, that the busiest rank computes between nodes, and the links there."""
+    size, groups = layer.shape.inner, layer.groups
+    seen = replace(layer.mask, rows_seen=min(layer.mask.rows_seen * size, 1.0))
+    level = replace(layer, mask=seen, features=0)
+    levels = [
+        replace(
+            level,
+            shape=between_nodes(layer.shape, heads, kv_heads),
+            groups=None if groups is None else (math.gcd(groups[0], kv_heads), math.gcd(groups[1], kv_heads)),
+        )
+        for heads, kv_heads in busiest_parts(layer.shape)
+    ]
+    return levels, network.outer_level(profile, size)
+
+
+def two_levels(flat: Mode, schedule: str, implementation: str, colour: str) -> Mode:
+    """The mode that redistributes heads inside a node and runs ``flat`` between nodes."""
+    both = _TwoLevels(flat)
     return Mode(
         strategy="hybrid",
         schedule=schedule,
         implementation=f"ds_lvxattn.exchange.strategies.hybrid:{implementation}",
         operators=flat.operators,
-        traffic=traffic,
-        passes=passes,
-        workspace=workspace,
-        returned=returned,
-        inputs=inputs,
+        traffic=both.traffic,
+        passes=both.passes,
+        workspace=both.workspace,
+        returned=both.returned,
+        inputs=both.inputs,
         colour=colour,
         obstacle=obstacle,
         routes_by_mask=flat.routes_by_mask,
-        pipeline=pipeline if flat.pipeline else None,
+        pipeline=both.pipeline if flat.pipeline else None,
         step_a_rank=flat.step_a_rank,
         two_levels=True,
         head_ranks=lambda shape: shape.inner,
