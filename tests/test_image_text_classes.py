@@ -42,7 +42,7 @@ AROUND = {
 KINDS = (
     "cohere2_vision", "mistral3", "lighton_ocr", "vipllava", "video_llava", "qianfan_ocr", "exaone4_5",
     "hyperclovax_vision_v2", "video_llama_3", "got_ocr2", "glm4v_moe", "glm46v", "glm_ocr", "paddleocr_vl",
-    "hunyuan_vl", "cosmos3_edge", "llava", "deepseek_vl", "deepseek_vl_hybrid", "janus",
+    "hunyuan_vl", "cosmos3_edge", "llava", "deepseek_vl", "deepseek_vl_hybrid", "janus", "llama4",
 )  # fmt: skip
 # What a config is made with, beside those sizes.
 GIVEN: dict[str, dict[str, Any]] = {
@@ -54,6 +54,15 @@ GIVEN: dict[str, dict[str, Any]] = {
             "model_type": "sam_vision_model", "hidden_size": 32, "output_channels": 8, "num_hidden_layers": 2,
             "num_attention_heads": 4, "image_size": 64, "patch_size": 16, "window_size": 2, "global_attn_indexes": [1],
             "mlp_dim": 48, "num_pos_feats": 16,
+        },
+    },
+    "llama4": {
+        "vision_config": {
+            "intermediate_size": 128, "projector_input_dim": 24, "projector_output_dim": 24, "vision_output_dim": 24,
+        },
+        "text_config": {
+            "num_hidden_layers": 2, "no_rope_layers": [1, 0], "attention_chunk_size": 5, "floor_scale": 2,
+            "moe_layers": [1], "num_local_experts": 4, "intermediate_size_mlp": 64,
         },
     },
     "janus": {
@@ -70,7 +79,7 @@ SECTIONS = {
     "hunyuan_vl": [1, 1, 1, 1],
 }
 # Parts of them compute in float32, whatever the model.
-SINGLE = ("cohere2_vision", "glm4v_moe", "glm46v", "cosmos3_edge")
+SINGLE = ("cohere2_vision", "glm4v_moe", "glm46v", "cosmos3_edge", "llama4")
 TEXT_OF_SAMPLES = ("ttItaatIta", "tItaa", "ttata")
 
 
@@ -80,9 +89,9 @@ class StandIn:
     image_processor = object()
 
     def __init__(self, model: Any) -> None:
-        self.inner, self.tokenizer, self.image_token = model.model, self, f"<{IMAGE}>"
+        self.inner, self.tokenizer, self.image_token = getattr(model, "model", model), self, f"<{IMAGE}>"
         self.names = inspect.signature(self.inner.get_image_features).parameters
-        self.vision = model.config.vision_config
+        self.config, self.vision = model.config, model.config.vision_config
 
     def convert_ids_to_tokens(self, token: int) -> str:
         return f"<{token}>"
@@ -110,7 +119,11 @@ class StandIn:
     def tokens(self) -> int:
         """Visual tokens of a picture."""
         with torch.no_grad():
-            made: Any = self.inner.get_image_features(**self.arrays(picture(0)), return_dict=True).pooler_output
+            given: dict[str, Any] = self.arrays(picture(0))
+            if "vision_feature_select_strategy" in self.names:
+                given["vision_feature_select_strategy"] = getattr(self.config, "vision_feature_select_strategy", None)
+            answer: Any = self.inner.get_image_features(**given, return_dict=True)
+        made = answer.last_hidden_state if answer.pooler_output is None else answer.pooler_output
         return sum(part.shape[:-1].numel() for part in (made if isinstance(made, (list, tuple)) else [made]))
 
     def __call__(self, pictures: list[np.ndarray], **options: Any) -> dict[str, Any]:
@@ -122,9 +135,14 @@ def picture(seed: int) -> np.ndarray:
 
 
 def small(kind: str) -> Any:
-    config = CONFIG_MAPPING[kind](**GIVEN.get(kind, {}))
-    for part, sizes in ((config.text_config, TEXT), (config.vision_config, VISION), (config, AROUND)):
-        for name, value in sizes.items():
+    given = GIVEN.get(kind, {})
+    config = CONFIG_MAPPING[kind](**given)
+    for part, sizes, own in (
+        (config.text_config, TEXT, given.get("text_config", {})),
+        (config.vision_config, VISION, given.get("vision_config", {})),
+        (config, AROUND, {}),
+    ):
+        for name, value in {**sizes, **{key: own[key] for key in sizes.keys() & own.keys()}}.items():
             if hasattr(part, name):
                 of_both_sides = isinstance(getattr(part, name), (list, tuple)) and name.endswith("_size")
                 setattr(part, name, [value, value] if of_both_sides else value)

@@ -34,7 +34,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.family import FrameLimits
 from ds_lvxattn.families.frames import encode_in_portions
-from ds_lvxattn.families.image_obstacles import image_obstacles
+from ds_lvxattn.families.image_obstacles import image_obstacles, inner_of
 from ds_lvxattn.families.processors import cut_into, cuts, limited_to, without_video_processor, written
 from ds_lvxattn.families.text_only import refuse
 from ds_lvxattn.families.videos import VideoProcessor
@@ -95,7 +95,7 @@ class ImageFeatures(Concatenation):
         return super().attention_layers(model)
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
-        _Asked(self, model.get_submodule("model"), recomputation)
+        _Asked(self, inner_of(model), recomputation)
 
     def encode(
         self, model: Any, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
@@ -106,13 +106,13 @@ class ImageFeatures(Concatenation):
         """All but vision encoders: parts that hold attention, beside the language model."""
         with torch.device("meta"):
             model = _class_of(self.config)(self.config)
-        inner: Any = model.get_submodule("model")
+        inner, ahead = inner_of(model), "" if inner_of(model) is model else "model."
         encoders = {part for part in _visual_parts(inner) if any(map(self.is_local, part.modules()))}
         parts = [(name, part) for name, part in inner.named_children() if any(True for _ in part.parameters())]
         names = [name for name, part in parts if part not in encoders]
         alone = [name for name, _ in inner.named_parameters(recurse=False)]
         head = [] if _ties(self.config) else ["*lm_head.*"]
-        return (*(f"*model.{name}.*" for name in names), *(f"*model.{name}" for name in alone), *head)
+        return (*(f"*{ahead}{name}.*" for name in names), *(f"*{ahead}{name}" for name in alone), *head)
 
     # Visual tokens
 
@@ -184,7 +184,7 @@ class ImageFeatures(Concatenation):
         if "image_grid_thw" not in inspect.signature(model_class.forward).parameters:
             return None
         with torch.device("meta"):
-            return getattr(model_class(self.config).get_submodule("model"), "get_rope_index", None)
+            return getattr(inner_of(model_class(self.config)), "get_rope_index", None)
 
     def looked_at(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> tuple[FrameShape, str]:
         """The shape of a picture, and how the processor writes it."""
@@ -328,10 +328,11 @@ class _Asked:
         (batch, self.batch), (pixels, self.pixels) = (self.batch, None), (self.pixels, {})
         parts = _visual_parts(self.inner)
         encoders = [part for part in parts if any(map(self.family.is_local, part.modules()))]
+        needed = {key: x for key, x in self._needed(args, options).items() if key not in pixels}
         form: list[Any] = []
         tokens = encode_in_portions(
             _holder(self.inner, parts),
-            functools.partial(self._portion, pixels, form, batch.shapes),
+            functools.partial(self._portion, pixels, needed, form, batch.shapes),
             [torch.arange(len(batch.shapes))],  # on the host: which frames a portion has
             batch,
             # What projects the output of a frozen encoder keeps little; the encoder need not run twice for it.
@@ -340,13 +341,20 @@ class _Asked:
         )
         assert batch.visual_rows is not None
         in_rows = batch.visual_rows.fetch(tokens, batch.comm)
-        listed, dimensions = form[0]
+        name, listed, dimensions = form[0]
         in_rows = in_rows[(None,) * (dimensions - 2)]
-        return BaseModelOutputWithPooling(pooler_output=[in_rows] if listed else in_rows)  # type: ignore[arg-type]
+        return BaseModelOutputWithPooling(**{name: [in_rows] if listed else in_rows})
+
+    def _needed(self, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+        """What the forward asks with that has no default."""
+        given = inspect.signature(self.features).bind(*args, **options).arguments
+        wanted = (key for key, x in self.names.items() if x.default is x.empty and x.kind is x.POSITIONAL_OR_KEYWORD)
+        return {key: given[key] for key in wanted}
 
     def _portion(
         self,
         pixels: Mapping[str, Tensor],
+        needed: Mapping[str, Any],
         form: list[Any],
         of_rank: Sequence[FrameShape],
         frames: Tensor,
@@ -359,10 +367,13 @@ class _Asked:
         for key, x in pixels.items():
             begin, end = (first, last) if len(x) == len(of_rank) else (rows[first], rows[last])
             given[key] = x[begin:end]
-        features: Any = self.features(**given, return_dict=True).pooler_output
+        made = self.features(**needed, **given, return_dict=True)
+        # Where the forward projects them itself, they are the encoder's (Llama 4).
+        name = "last_hidden_state" if made.pooler_output is None else "pooler_output"
+        features: Any = made[name]
         listed = isinstance(features, (list, tuple))
         parts = features if listed else [features]
-        form[:] = [(listed, parts[0].dim())]
+        form[:] = [(name, listed, parts[0].dim())]
         tokens = torch.cat([part.flatten(0, -2) for part in parts])
         wanted = sum(shape.tokens for shape in shapes)
         if len(tokens) != wanted:
@@ -386,7 +397,7 @@ def _class_of(config: Any) -> Any:
 def _visual_parts(inner: Any) -> list[nn.Module]:
     """The parts of a model beside its language model."""
     decoder = inner.get_decoder()
-    return [part for part in inner.children() if part is not decoder]
+    return [part for part in inner.children() if decoder not in part.modules()]
 
 
 def _holder(inner: nn.Module, parts: Sequence[nn.Module]) -> nn.Module:

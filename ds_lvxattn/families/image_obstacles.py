@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -17,11 +17,17 @@ STATES = ("hidden_state", "hidden_states", "attentions")
 ROPE_INDEX = ("input_ids", "mm_token_type_ids", "image_grid_thw")
 
 
+def inner_of(model: Any) -> Any:
+    """The module whose forward puts the visual tokens into the text: ``model.model``, or the model itself (Llama 4)."""
+    inner = getattr(model, "model", None)
+    return inner if hasattr(inner, "get_image_features") or not hasattr(model, "get_placeholder_mask") else model
+
+
 def image_obstacles(model: Any) -> Iterator[str | None]:
     """Why ``model`` would be computed wrongly; None for what it has no trouble with."""
-    config, inner = model.config, cast(Any, getattr(model, "model", None))
+    config, inner = model.config, inner_of(model)
     if not hasattr(inner, "get_image_features") or not hasattr(inner, "get_placeholder_mask"):
-        yield "there is no module 'model' that puts the tokens of its 'get_image_features' into the text"
+        yield "there is no module that puts the tokens of its 'get_image_features' into the text"
     if config.is_encoder_decoder:
         yield "it is an encoder and a decoder"
     if "text_config" not in config.sub_configs or "vision_config" not in config.sub_configs:
