@@ -370,7 +370,7 @@ class _Asked:
         made = self.features(**needed, **given, return_dict=True)
         # Where the forward projects them itself, they are the encoder's (Llama 4).
         name = "last_hidden_state" if made.pooler_output is None else "pooler_output"
-        features: Any = made[name]
+        features: Any = getattr(made, name)
         listed = isinstance(features, (list, tuple))
         parts = features if listed else [features]
         form[:] = [(name, listed, parts[0].dim())]
