@@ -343,7 +343,8 @@ class _Asked:
         in_rows = batch.visual_rows.fetch(tokens, batch.comm)
         name, listed, dimensions = form[0]
         in_rows = in_rows[(None,) * (dimensions - 2)]
-        return BaseModelOutputWithPooling(**{name: [in_rows] if listed else in_rows})
+        answer: Any = {name: [in_rows] if listed else in_rows}
+        return BaseModelOutputWithPooling(**answer)
 
     def _needed(self, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
         """What the forward asks with that has no default."""
