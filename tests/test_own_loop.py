@@ -228,6 +228,10 @@ def mistakes() -> dict[str, str]:
     parallel = attach(model, config, **how)
     note("twice", lambda: attach(model, config, **how))
     note("another model", lambda: parallel.engine_arguments(tiny_model()))
+    around = nn.ModuleDict({"answers": model})
+    assert parallel.engine_arguments(around)["model"] is around
+    parallel = attach(tiny_model(), config, **how)
+    note("around", lambda: attach(nn.ModuleDict({"answers": tiny_model()}), config, **how))
     note("loss first", lambda: parallel.loss(torch.ones(())))
     note("without prepare", lambda: model(input_ids=torch.ones(1, 4, dtype=torch.long)))
     note("choice", lambda: attach(tiny_model(), config, on_bad_sample="drop", **how))
@@ -240,6 +244,7 @@ def test_a_wrong_order_is_an_error_that_says_the_right_one() -> None:
         "an engine": "attach it first, then deepspeed.initialize(**attached.engine_arguments())",
         "twice": "attached already",
         "another model": "does not hold the model that was attached",
+        "around": "attach the MllamaForConditionalGeneration in it ('answers')",
         "loss first": "deepspeed.initialize(**engine_arguments())",
         "without prepare": "prepare",
         "choice": "'skip' or 'fail'",

@@ -6,6 +6,7 @@ import copy
 import pickle
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -171,8 +172,8 @@ def with_other_arguments() -> dict[str, str]:
     others: dict[str, Any] = {
         "attention_mask": torch.ones_like(ids), "position_ids": inputs["position_ids"] % 4, "cu_seq_lens_q": lengths,
         "is_causal": False, "output_attentions": True, "output_router_logits": True, "use_cache": True,
-        "past_key_values": DynamicCache(), "logits_to_keep": 1, "shift_labels": None, "num_items_in_batch": None,
-        "input_ids": ids[:, 1:],
+        "past_key_values": DynamicCache(), "logits_to_keep": torch.tensor([0]), "shift_labels": None,
+        "num_items_in_batch": None, "input_ids": ids[:, 1:], "labels": ids,
     }  # fmt: skip
     for name, value in others.items():
         note(name, model, **{**inputs, name: value})
@@ -180,6 +181,10 @@ def with_other_arguments() -> dict[str, str]:
     note("by position", model, ids, others["attention_mask"], **{k: x for k, x in inputs.items() if k != "input_ids"})
     handed = {name: inputs[name] for name in ("input_ids", "position_ids", "sequence_parallel")}
     note("inside", model.get_submodule("model"), **handed, attention_mask=others["attention_mask"])
+    note("inside, no positions", model.get_submodule("model"), **{**handed, "position_ids": None})
+    note("inside, with a cache", model.get_submodule("model"), **handed)
+    batch = replace(inputs["sequence_parallel"], block_arguments={"token_type_ids": ids})
+    note("token_type_ids", model, **{**inputs, "sequence_parallel": batch}, token_type_ids=ids + 1)
     note("another model's", attach_another(), **inputs)
     note("copied", copy.deepcopy, model)
     note("pickled", pickle.dumps, model)
@@ -197,7 +202,9 @@ def attach_another() -> nn.Module:
 def test_other_arguments_beside_the_batch_are_refused_by_name() -> None:
     said = run(2, with_other_arguments)[0]
     named = {
-        "no positions": "position_ids are missing", "by position": "attention_mask was given beside sequence_parallel",
+        "no positions": "position_ids are missing", "inside, no positions": "position_ids are missing",
+        "inside, with a cache": "use_cache is set", "labels": "that are not shift_labels",
+        "by position": "attention_mask was given beside sequence_parallel",
         "inside": "attention_mask was given beside sequence_parallel", "past_key_values": "use_cache is set",
         "another model's": "not of the model that sequence_parallel was prepared for", "copied": "state_dict()",
         "pickled": "state_dict()", "implementation": "was set to 'sdpa' after the model was attached",
@@ -205,7 +212,7 @@ def test_other_arguments_beside_the_batch_are_refused_by_name() -> None:
         "num_items_in_batch": "labels were given without num_items_in_batch",
         "position_ids": "position_ids were given that are not those of the batch",
     }  # fmt: skip
-    assert len(said) == 19, ", ".join(said)
+    assert len(said) == 23, ", ".join(said)
     for name, message in said.items():
         assert named.get(name, name) in message, (name, message)
 

@@ -144,6 +144,17 @@ def test_logits_that_a_model_changes_are_refused() -> None:
         model(**tiny_batches(model).prepare(samples_of(("ttatta",))).inputs)
 
 
+def test_a_tuple_and_another_output_layer_are_refused() -> None:
+    model = made("text only", "all")
+    TiledLogits(model, 4)
+    inputs = tiny_batches(model).prepare(samples_of(("ttatta",))).inputs
+    with pytest.raises(ConfigError, match="return_dict=False"):
+        model(**inputs, return_dict=False)
+    model.resize_token_embeddings(200, mean_resizing=False)  # type: ignore[operator]
+    with pytest.raises(ConfigError, match="had its output layer replaced"):
+        model(**inputs)
+
+
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "many"])
 def test_values(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"sequence_parallel\.tiled_mlp.*choose 'auto', null or a number >= 1"):

@@ -299,9 +299,11 @@ class Collator:
         inputs |= {key: torch.from_numpy(np.ascontiguousarray(x[:, own])) for key, x in of_blocks.items()}
         inputs |= images if isinstance(images, dict) else self.pixels(layout, images)
         inputs = {key: self._to_device(value) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        inputs["labels"] = inputs["shift_labels"]  # one tensor, by which the model's forward knows them
         if self.division:
             batch = self._exchange(layout, own, plans, portions or layout.portions, times)
-            inputs["sequence_parallel"] = replace(batch, position_ids=inputs["position_ids"])
+            blocks = {key: inputs[key] for key in of_blocks}
+            inputs["sequence_parallel"] = replace(batch, position_ids=inputs["position_ids"], block_arguments=blocks)
         return MicroBatch(
             inputs,
             inputs["labels"],

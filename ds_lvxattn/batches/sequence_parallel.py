@@ -90,10 +90,10 @@ class SequenceParallel:
             model.set_attn_implementation({self.family.attention_config: IMPLEMENTATION})
             self._reach_copies()
         registered = self.family.attention_config is not None
+        refuse = functools.partial(refuse_other_arguments, text, registered)
         for part in self._around_exchanged:
             part.register_forward_pre_hook(refuse_other_masks, with_kwargs=True)
-        refuse = functools.partial(refuse_other_arguments, text, registered)
-        model.register_forward_pre_hook(refuse, with_kwargs=True)
+            part.register_forward_pre_hook(refuse, with_kwargs=True)
         fuse_norms(model)
         fuse_patches(model)
         self.family.reach_attention(model)

@@ -80,6 +80,12 @@ def family_of(model: nn.Module) -> Family:
         if family.has_model(model):
             config: Any = model.config
             return family(config)
+    for name, part in model.named_children():
+        if any(family.has_model(part) for family in FAMILIES):
+            raise ConfigError(
+                f"{type(model).__name__} is no model of transformers; attach the {type(part).__name__} in it "
+                f"('{name}'), and give engine_arguments what is around it"
+            )
     raise ConfigError(_unknown(type(model).__name__, getattr(model, "config", None)))
 
 

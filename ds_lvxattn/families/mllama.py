@@ -186,6 +186,11 @@ def encode_frames(
     if batch is None or not batch.brings_frames:  # then the keys and values are in the model's cache
         return None
     refuse_mask(kwargs, "cross_attention_mask")
+    if kwargs.get("cross_attention_states") is not None:
+        raise ValueError(
+            "cross_attention_states were given beside sequence_parallel: the rank's frames are encoded here, from the "
+            "batch's pixel_values; leave them out"
+        )
     rest = dict(kwargs)
     inputs = [rest.pop(key)[0] for key in PIXELS]
     vision = module.get_submodule("vision_model")

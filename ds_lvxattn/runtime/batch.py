@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -101,6 +101,7 @@ class SequenceParallelBatch:
         sees_frame: ``[B, 1, s_q, 1]`` in the model's dtype, 1 for the rank's text rows that see a frame.
         visual_rows: how visual tokens come to their rows, where all keys are in the text; None elsewhere.
         position_ids: the argument of the model's forward that belongs to the batch; None: not looked at.
+        block_arguments: arguments of the model's forward that say which of the batch's rows are of blocks, by name.
         checked: whether the model has looked at what it was called with beside the batch: what its forward hands to a
             model inside is its own.
         kept: collects the rank's keys and values of each module of ``kept_role``, as it attends to them, in the prefill
@@ -120,6 +121,7 @@ class SequenceParallelBatch:
     sees_frame: Tensor
     visual_rows: VisualRows | None = None
     position_ids: Tensor | None = None
+    block_arguments: Mapping[str, Tensor] = field(default_factory=dict)
     checked: bool = False
     kept: KeyCache | None = None
     kept_role: str = "cross"

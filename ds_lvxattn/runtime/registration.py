@@ -174,9 +174,9 @@ def refuse_other_masks(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 def refuse_other_arguments(
     config: Any, registered: bool, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Before the model's forward with ``sequence_parallel``: what would be computed otherwise than asked is refused.
+    """Before a forward with ``sequence_parallel``: what would be computed otherwise than asked is refused.
 
-    Its own models inside then take what it hands them.
+    Of the model, or of one in it that is called by itself; the models inside take what it hands them.
 
     Args:
         config: of the language model.
@@ -186,7 +186,7 @@ def refuse_other_arguments(
         ValueError: naming the argument, and what to do.
     """
     batch = kwargs.get("sequence_parallel")
-    if not isinstance(batch, SequenceParallelBatch):
+    if not isinstance(batch, SequenceParallelBatch) or batch.checked:
         return None
     given = _named(model, args, kwargs)
     if registered and config._attn_implementation != IMPLEMENTATION:
@@ -197,6 +197,12 @@ def refuse_other_arguments(
         )
     if batch.position_ids is not None:
         _check_rows(batch.position_ids, given)
+    for name, tensor in batch.block_arguments.items():
+        if given.get(name, tensor) is not tensor:
+            raise ValueError(
+                f"{name} were given that are not those of the batch beside sequence_parallel, whose intervals say what "
+                "each row sees; pass the batch's inputs as they are"
+            )
     for name, why in _OTHERWISE.items():
         switch = name.startswith("output_")  # which the config may set too
         value = given.get(name, getattr(config, name, None) if switch else None)
@@ -215,9 +221,16 @@ def refuse_other_arguments(
         ):
             if given.get(name) is None:
                 raise ValueError(f"labels were given without {name} beside sequence_parallel: {why}; pass the batch's")
-        if given.get("logits_to_keep", 0) not in (0, None):
+        if given["labels"] is not given["shift_labels"]:
             raise ValueError(
-                f"logits_to_keep is {given['logits_to_keep']!r} beside labels and sequence_parallel: each rank would "
+                "labels were given that are not shift_labels beside sequence_parallel, and the loss is taken on "
+                "shift_labels, those that the rank's rows predict: pass the batch's, or labels of yours, shifted over "
+                "the whole text, under both names"
+            )
+        kept = given.get("logits_to_keep")
+        if isinstance(kept, Tensor) or kept not in (0, None):
+            raise ValueError(
+                f"logits_to_keep is {kept!r} beside labels and sequence_parallel: each rank would "
                 "keep the last of its own rows; leave it out, or for memory set 'sequence_parallel.tiled_logits'"
             )
     return args, {**kwargs, "sequence_parallel": replace(batch, checked=True)}

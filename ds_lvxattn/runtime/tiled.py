@@ -243,6 +243,8 @@ class TiledLogits:
         """Before the model: keep the labels that its rows predict."""
         self._losses = self._choices = None
         self._added = False
+        if model.get_output_embeddings() is not self._head:  # type: ignore[operator]
+            raise ConfigError(f"{self._name} had its output layer replaced after that was set; replace it ahead of it")
         self._targets = None if self._whole else kwargs.get("shift_labels")
         if self._targets is None and not self._whole and kwargs.get("labels") is not None:
             self._targets = pad(kwargs["labels"], (0, 1), value=IGNORE)[..., 1:]
@@ -298,7 +300,7 @@ class TiledLogits:
         if not added:
             raise ConfigError(f"{self._name} does not compute its loss by its loss_function; leave it out")
         if not isinstance(output, dict):
-            return None
+            raise ConfigError(f"{self._name} was called with return_dict=False, and gives no logits; leave that out")
         kept = type(output)(**{key: value for key, value in output.items() if key != "logits"})
         if choices is not None:
             vars(kept)["first_choices"] = choices

@@ -294,14 +294,15 @@ class Attached:
         Under ZeRO-3 the model is partitioned now, over all ranks, if it is not yet.
 
         Args:
-            model: the attached model inside another, by ``peft.get_peft_model`` after it was attached.
+            model: the attached model inside another module, by ``peft.get_peft_model`` after it was attached, or one of
+                yours around it.
 
         Raises:
             ConfigError: ``model`` does not hold the attached one, has adapters of a method that divided text does not
                 allow, or ZeRO-3 has partitioned it over other ranks.
         """
         model = self.loaded.model if model is None else model
-        if unwrapped(model) is not unwrapped(self.loaded.model):
+        if unwrapped(self.loaded.model) not in model.modules():
             raise ConfigError(
                 f"engine_arguments was given a {type(model).__name__} that does not hold the model that was attached; "
                 "attach the model that you train"
