@@ -28,6 +28,7 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from safetensors import SafetensorError
 from torch import nn
 
+from ds_lvxattn.batches.agreement import gather, on_all_ranks, raise_first
 from ds_lvxattn.errors import ConfigError, RunError
 from ds_lvxattn.training.files import (
     ASIDE,
@@ -43,7 +44,6 @@ from ds_lvxattn.training.files import (
     writing,
 )
 from ds_lvxattn.training.metrics import METRICS, lines_of, text_digest
-from ds_lvxattn.training.outcome import gather, on_all_ranks, raise_first
 from ds_lvxattn.training.run_folder import RunFolder
 from ds_lvxattn.training.secrets import without_secrets
 

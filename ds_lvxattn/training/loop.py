@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from ds_lvxattn.batches.agreement import gather, on_all_ranks
 from ds_lvxattn.batches.loader import ControlGroups, Loader
 from ds_lvxattn.batches.prepare import Loaded
 from ds_lvxattn.config import SequenceParallelConfig
@@ -35,7 +36,6 @@ from ds_lvxattn.training.learning import Learning
 from ds_lvxattn.training.loading import LoadedModel
 from ds_lvxattn.training.lora import has_adapters, merged, save_adapter
 from ds_lvxattn.training.order import Order
-from ds_lvxattn.training.outcome import gather, on_all_ranks
 from ds_lvxattn.training.phases import begin
 from ds_lvxattn.training.plan_times import PlanTimes
 from ds_lvxattn.training.provenance import write_provenance

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_lvxattn.batches.agreement import gather
 from ds_lvxattn.batches.prepare import Loaded
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.groups import SequenceParallelGroups
-from ds_lvxattn.training.outcome import gather
 
 
 @dataclass(frozen=True)
