@@ -23,7 +23,7 @@ from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.crops import Crops
-from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.families.frames import encode_in_portions, patches_of
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
@@ -60,11 +60,11 @@ class Aria(Crops, Concatenation):
     def visual_widths(self) -> tuple[int, ...]:
         # The projector's input is a frame's patches, shared here by the few tokens that it makes of them.
         vision = self.config.vision_config
-        per_token = -(-_patches(vision) * vision.hidden_size // self.frame_tokens())
+        per_token = -(-patches_of(vision) * vision.hidden_size // self.frame_tokens())
         return (self.config.text_config.hidden_size, per_token)
 
     def frame_tokens(self) -> int:
-        patches, queries = _patches(self.config.vision_config), self.config.projector_patch_to_query_dict
+        patches, queries = patches_of(self.config.vision_config), self.config.projector_patch_to_query_dict
         if patches not in queries:
             raise ConfigError(
                 f"Aria's projector_patch_to_query_dict {queries} has no entry for the {patches} patches of a frame of "
@@ -73,16 +73,16 @@ class Aria(Crops, Concatenation):
         return queries[patches]
 
     def encoder_tokens(self) -> int:
-        return _patches(self.config.vision_config)
+        return patches_of(self.config.vision_config)
 
     def grid_of(self, size: FrameSize, processor: Any) -> tuple[int, ...]:
         if not processor.split_image:
             return ()
         settings = {"max_image_size": self.config.vision_config.image_size, "split_image": True}
-        return (processor.get_number_of_image_patches(size.height, size.width, settings),)
+        return (processor.get_number_of_imagepatches_of(size.height, size.width, settings),)
 
     def cut(self, frame: np.ndarray, processor: Any) -> list[np.ndarray]:
-        squares = processor.get_image_patches(
+        squares = processor.get_imagepatches_of(
             frame.transpose(2, 0, 1),
             processor.split_resolutions,
             self.config.vision_config.image_size,
@@ -118,7 +118,3 @@ class Aria(Crops, Concatenation):
 
 def _states(tower: nn.Module, layer: int, values: Tensor, patches: Tensor) -> Tensor:
     return tower(values, patch_attention_mask=patches, output_hidden_states=True).hidden_states[layer]
-
-
-def _patches(vision: Any) -> int:
-    return (vision.image_size // vision.patch_size) ** 2

@@ -21,7 +21,7 @@ from transformers.models.blip_2.modeling_blip_2 import (
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
-from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.families.frames import encode_in_portions, last_hidden_states, patches_of
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
@@ -77,8 +77,7 @@ class Blip2(Concatenation):
     def encode(
         self, model: Any, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
     ) -> Tensor:
-        vision = functools.partial(_states, model.vision_model)
-        states = encode_in_portions(model.vision_model, vision, pixels[:1], batch, recomputation)
+        states = last_hidden_states(model.vision_model, pixels[:1], batch, recomputation)
         # An input, not a part of what is computed again: ZeRO-3 knows it as a parameter of the model around.
         queries = model.query_tokens.expand(states.shape[0], -1, -1)
         read = functools.partial(self.read, model.qformer)
@@ -137,9 +136,5 @@ def _visual_tokens(
     return BaseModelOutputWithVisionQformerOutputs(pooler_output=in_rows)
 
 
-def _states(vision: nn.Module, pixels: Tensor) -> Tensor:
-    return vision(pixel_values=pixels).last_hidden_state
-
-
 def _vision_tokens(vision: Any) -> int:
-    return (vision.image_size // vision.patch_size) ** 2 + 1
+    return patches_of(vision) + 1

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ds_lvxattn.data.sample import FrameShape
 from ds_lvxattn.families.family import VisualFamily
-from ds_lvxattn.families.frames import encode_in_portions
 from ds_lvxattn.families.handed_on import hand_down
 from ds_lvxattn.families.rotary import (
     self_attention_chunk,
@@ -119,17 +118,6 @@ class Concatenation(VisualFamily):
         self, ranges: Sequence[Sequence[tuple[int, int]]], shapes: Sequence[Sequence[FrameShape]]
     ) -> Mapping[str, Tensor]:
         return {}  # causal
-
-
-def last_hidden_states(
-    tower: nn.Module, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
-) -> Tensor:
-    """What a vision tower that takes ``pixel_values`` makes of the rank's frames, ``[f, tokens, d_vision]``."""
-
-    def encode(pixel_values: Tensor) -> Tensor:
-        return tower(pixel_values=pixel_values).last_hidden_state
-
-    return encode_in_portions(tower, encode, pixels, batch, recomputation)
 
 
 def _embed(

@@ -85,6 +85,22 @@ def encode_in_portions(
         return whole
 
 
+def last_hidden_states(
+    tower: nn.Module, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
+) -> Tensor:
+    """What a vision tower that takes ``pixel_values`` makes of the rank's frames, ``[f, tokens, d_vision]``."""
+
+    def encode(pixel_values: Tensor) -> Tensor:
+        return tower(pixel_values=pixel_values).last_hidden_state
+
+    return encode_in_portions(tower, encode, pixels, batch, recomputation)
+
+
+def patches_of(vision: Any) -> int:
+    """Patches of a picture, which is a square, in a vision encoder of this config."""
+    return (vision.image_size // vision.patch_size) ** 2
+
+
 def in_samples(features: Tensor, samples: int) -> Tensor:
     """``[rows, d]`` as ``[samples, rows / samples, d]``, filled up with zeros, for a model that wants a batch.
 

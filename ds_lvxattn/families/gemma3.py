@@ -17,7 +17,8 @@ from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
 from ds_lvxattn.data.sample import FrameShape
-from ds_lvxattn.families.concatenation import Concatenation, last_hidden_states
+from ds_lvxattn.families.concatenation import Concatenation
+from ds_lvxattn.families.frames import last_hidden_states, patches_of
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
@@ -56,8 +57,7 @@ class Gemma3(Concatenation):
         return self.config.mm_tokens_per_image
 
     def encoder_tokens(self) -> int:
-        vision = self.config.vision_config
-        return (vision.image_size // vision.patch_size) ** 2
+        return patches_of(self.config.vision_config)
 
     def pixels(
         self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any

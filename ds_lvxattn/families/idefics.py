@@ -25,7 +25,7 @@ from transformers.models.idefics.vision import IdeficsVisionAttention
 
 from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.families.family import FrameLimits, VisualFamily, dense_frame_mask
-from ds_lvxattn.families.frames import encode_in_portions, in_samples, refuse_mask
+from ds_lvxattn.families.frames import encode_in_portions, in_samples, last_hidden_states, patches_of, refuse_mask
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
@@ -117,8 +117,7 @@ def encode_frames(
         feature = seen.new_zeros(samples, 1, 1, model.config.vision_config.embed_dim)
         return args, {**rest, "pixel_values": None, name: feature, "image_attention_mask": seen}
     pixels = rest.pop("pixel_values")[0]
-    vision = functools.partial(_vision_states, model.vision_model)
-    states = encode_in_portions(model.vision_model, vision, [pixels], batch, recomputation)
+    states = last_hidden_states(model.vision_model, [pixels], batch, recomputation)
     if model.config.use_resampler:
         resampler = model.perceiver_resampler
         states = encode_in_portions(resampler, resampler, [states], batch, recomputation)
@@ -147,9 +146,5 @@ def _loss(loss: Any, logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: 
     return loss(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
 
 
-def _vision_states(vision: nn.Module, pixels: Tensor) -> Tensor:
-    return vision(pixel_values=pixels).last_hidden_state
-
-
 def _vision_tokens(vision: Any) -> int:
-    return (vision.image_size // vision.patch_size) ** 2 + 1
+    return patches_of(vision) + 1

@@ -25,7 +25,7 @@ from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.crops import Crops
 from ds_lvxattn.families.family import FrameLimits
-from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.families.frames import encode_in_portions, patches_of
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
@@ -62,13 +62,13 @@ class Idefics2(Crops, Concatenation):
     def visual_widths(self) -> tuple[int, ...]:
         # The perceiver's input is a frame's patches, shared here by the few latents that it makes of them.
         hidden = self.config.text_config.hidden_size
-        return (hidden, -(-_patches(self.config.vision_config) * hidden // self.frame_tokens()))
+        return (hidden, -(-patches_of(self.config.vision_config) * hidden // self.frame_tokens()))
 
     def frame_tokens(self) -> int:
         return self.config.perceiver_config.resampler_n_latents
 
     def encoder_tokens(self) -> int:
-        return _patches(self.config.vision_config)
+        return patches_of(self.config.vision_config)
 
     def grid_of(self, size: FrameSize, processor: Any) -> tuple[int, ...]:
         return (2, 2) if processor.do_image_splitting else ()
@@ -105,7 +105,3 @@ class Idefics2(Crops, Concatenation):
 
 def _states(vision: nn.Module, values: Tensor, patches: Tensor) -> Tensor:
     return vision(pixel_values=values, patch_attention_mask=patches).last_hidden_state
-
-
-def _patches(vision: Any) -> int:
-    return (vision.image_size // vision.patch_size) ** 2

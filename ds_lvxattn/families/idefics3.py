@@ -9,7 +9,6 @@ whose text also tells how many frames there are, of how long a video, and when e
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -35,7 +34,7 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionAttention
 from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.crops import Crops
-from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.families.frames import last_hidden_states, patches_of
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
@@ -63,8 +62,7 @@ class Idefics3(Crops, Concatenation):
     def encode(
         self, model: Any, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
     ) -> Tensor:
-        vision = functools.partial(_states, model.vision_model)
-        return model.connector(encode_in_portions(model.vision_model, vision, pixels, batch, recomputation))
+        return model.connector(last_hidden_states(model.vision_model, pixels, batch, recomputation))
 
     def visual_widths(self) -> tuple[int, ...]:
         shuffled = self.config.vision_config.hidden_size * self.config.scale_factor**2
@@ -74,8 +72,7 @@ class Idefics3(Crops, Concatenation):
         return self.encoder_tokens() // self.config.scale_factor**2
 
     def encoder_tokens(self) -> int:
-        vision = self.config.vision_config
-        return (vision.image_size // vision.patch_size) ** 2
+        return patches_of(self.config.vision_config)
 
     def grid_of(self, size: FrameSize, processor: Any) -> tuple[int, ...]:
         return _grid(size.height, size.width, processor) if processor.do_image_splitting else ()
@@ -158,10 +155,6 @@ def in_words(number: int) -> str:
         return last
     front = f"{in_words(thousands)} thousand"
     return f"{front}{', ' if hundreds else ' and '}{last}" if rest else front
-
-
-def _states(vision: nn.Module, values: Tensor) -> Tensor:
-    return vision(pixel_values=values).last_hidden_state
 
 
 def _grid(height: int, width: int, processor: Any) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
 from ds_lvxattn.families.concatenation import Concatenation
-from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.families.frames import encode_in_portions, patches_of
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
@@ -88,4 +88,4 @@ def _dropped(config: Any) -> int:
 
 
 def _vision_tokens(vision: Any) -> int:
-    return (vision.image_size // vision.patch_size) ** 2 + CLASS_TOKENS[vision.model_type]
+    return patches_of(vision) + CLASS_TOKENS[vision.model_type]

@@ -37,7 +37,7 @@ from transformers.models.mllama.modeling_mllama import (
 from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.family import TILE_LIMITS, FrameLimits, VisualFamily, dense_frame_mask
-from ds_lvxattn.families.frames import encode_in_portions, in_samples, refuse_mask
+from ds_lvxattn.families.frames import encode_in_portions, in_samples, patches_of, refuse_mask
 from ds_lvxattn.families.mllama_encoder import install_encoder
 from ds_lvxattn.runtime.batch import Exchanging, SequenceParallelBatch
 from ds_lvxattn.runtime.projections import both_products
@@ -73,8 +73,7 @@ class Mllama(VisualFamily):
         model.get_submodule("model.language_model").register_forward_pre_hook(mask_rows, with_kwargs=True)
 
     def frame_tokens(self) -> int:
-        vision = self.config.vision_config
-        return (vision.image_size // vision.patch_size) ** 2 + 1
+        return patches_of(self.config.vision_config) + 1
 
     def hidden_rows_see_all(self) -> bool:
         return True  # their feed-forward output is dropped

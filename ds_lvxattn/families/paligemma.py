@@ -16,7 +16,8 @@ from transformers.models.gemma import modeling_gemma
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
 from ds_lvxattn.data.sample import IGNORE, FrameShape
-from ds_lvxattn.families.concatenation import Concatenation, last_hidden_states
+from ds_lvxattn.families.concatenation import Concatenation
+from ds_lvxattn.families.frames import last_hidden_states, patches_of
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
@@ -60,5 +61,4 @@ class PaliGemma(Concatenation):
         return self.encoder_tokens()
 
     def encoder_tokens(self) -> int:
-        vision = self.config.vision_config
-        return (vision.image_size // vision.patch_size) ** 2
+        return patches_of(self.config.vision_config)

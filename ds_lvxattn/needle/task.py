@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ds_lvxattn.data.media import MediaError, decode_frames, probe_video
+from ds_lvxattn.data.sample import IGNORE
 
 Split = Literal["train", "eval"]
 
@@ -40,7 +41,6 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.content }} "
     "{% if m.role == 'assistant' %}{{ eos_token }} {% endif %}{% endfor %}"
 )
-IGNORE = -100
 _CHANNEL_ORDERS = tuple(itertools.permutations(range(3)))
 
 

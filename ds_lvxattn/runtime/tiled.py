@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel
 
+from ds_lvxattn.data.sample import IGNORE
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.kernels.torch_internals import never_compiled
 from ds_lvxattn.plan.tiling import FEED_FORWARD_VALUES, LOGITS_VALUES, Tiles, rows_of_tile
@@ -30,7 +31,6 @@ from ds_lvxattn.runtime.copies import refuse_copies
 from ds_lvxattn.runtime.dropout import drop_rate
 from ds_lvxattn.runtime.zero3 import at_hand, gather_for
 
-IGNORE = -100
 # What models call the feed-forward part of a layer, and what one is that sends its rows to experts: which of them is
 # asked for depends on the rows, and some balance over all rows.
 FEED_FORWARD = ("mlp", "ffn", "feed_forward")

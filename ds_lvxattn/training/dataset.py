@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ds_lvxattn.batches.collate import Vocabulary
 from ds_lvxattn.data.chat import VideoText
 from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.data.media import PixelLimits
@@ -103,7 +104,7 @@ def load_sources(
 def text_of_model(loaded: LoadedModel, limits: FrameLimits = ANY_SIZE) -> ModelText:
     """How the model's text has frames and videos."""
     family = family_of(loaded.model)
-    embeddings = embedded_tokens(loaded.model)
+    embeddings = Vocabulary.of(loaded.model).embeddings
     if not isinstance(family, VisualFamily):
         return ModelText(None, embeddings=embeddings)
     text = text_of_family(family, loaded.tokenizer, loaded.processor, limits)
@@ -124,13 +125,6 @@ def text_of_family(family: VisualFamily, tokenizer: Any, processor: Any, limits:
         videos=videos_in_text(family, tokenizer),
         write=functools.partial(family.write, processor=processor, limits=limits),
     )
-
-
-def embedded_tokens(model: PreTrainedModel) -> int | None:
-    """Tokens that the model has an embedding of, those that were added beside it too; None: it does not say."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    rows = getattr(embedding, "num_embeddings", None)
-    return None if rows is None else rows + getattr(embedding, "num_additional_embeddings", 0)
 
 
 def videos_in_text(family: VisualFamily, tokenizer: Any) -> VideoText | None:

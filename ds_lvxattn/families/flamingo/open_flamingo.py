@@ -39,7 +39,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention
 from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.family import FrameLimits, VisualFamily
-from ds_lvxattn.families.frames import encode_in_portions, in_samples
+from ds_lvxattn.families.frames import encode_in_portions, in_samples, patches_of
 from ds_lvxattn.families.processors import cut_into, cuts, limited_to
 from ds_lvxattn.families.rotary import (
     self_attention_chunk,
@@ -302,8 +302,7 @@ class OpenFlamingo(VisualFamily):
         return LATENTS
 
     def encoder_tokens(self) -> int:
-        vision = self.config.vision_config
-        return (vision.image_size // vision.patch_size) ** 2 + 1
+        return patches_of(self.config.vision_config) + 1
 
     def frame_ranges(self, input_ids: Sequence[int], image_id: int) -> list[tuple[int, int]]:
         """The last image at or before the token, or all of them."""

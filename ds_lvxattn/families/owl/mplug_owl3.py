@@ -25,7 +25,7 @@ from transformers import Cache, PreTrainedModel, SiglipPreTrainedModel
 from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.exchange.merge_attention import merge_attention
 from ds_lvxattn.families.crops import Crops
-from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.families.frames import encode_in_portions, patches_of
 from ds_lvxattn.families.owl import checkpoint_names, hyper_qwen2, processing, published
 from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.runtime.batch import Exchanging, SequenceParallelBatch
@@ -113,8 +113,7 @@ class MPlugOwl3(Crops):
         return None  # its layers are called one by one, see ``hyper_qwen2.vision_states``
 
     def frame_tokens(self) -> int:
-        vision = self.config.vision_config
-        return (vision.image_size // vision.patch_size) ** 2
+        return patches_of(self.config.vision_config)
 
     def encoder_tokens(self) -> int:
         return self.frame_tokens()
