@@ -29,4 +29,5 @@ trainer = SequenceParallelTrainer(
 trainer.train()
 print(trainer.evaluate())
 trainer.save_model()
-torch.distributed.destroy_process_group()
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()

@@ -433,7 +433,7 @@ def replaced_methods() -> str:
     with launched():
         accelerator = accelerate.Accelerator(cpu=True)
         accelerator._prepare_deepspeed = lambda *args: args  # type: ignore[method-assign]
-        use_groups(accelerator, groups_of(2))
+        use_groups(accelerator, groups_of(2), lambda model: None)
         assert accelerator._prepare_deepspeed(1) == (1,)  # no model, no engine
         try:
             accelerator._prepare_deepspeed(nn.Linear(1, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import accelerate.data_loader
@@ -15,19 +16,21 @@ from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.training.loading import partition_over_all_ranks
 
 
-def use_groups(accelerator: Accelerator, groups: SequenceParallelGroups) -> None:
+def use_groups(accelerator: Accelerator, groups: SequenceParallelGroups, made: Callable[[nn.Module], Any]) -> None:
     """Let ``accelerator`` deal batches to groups instead of ranks, and make engines with the process groups.
 
     Two methods of the object are replaced: ``prepare_data_loader``, and ``_prepare_deepspeed``, during which
     ``deepspeed.initialize`` gets an ``mpu``. Nothing outside the object stays changed.
+
+    Args:
+        made: called with the model that an engine is made of.
     """
     prepare_engine = accelerator._prepare_deepspeed
 
     def prepare_deepspeed(*args: Any) -> Any:
-        initialize, made = deepspeed.initialize, []
+        initialize, engines = deepspeed.initialize, []
 
         def with_groups(*, model: nn.Module, config_params: dict[str, Any], **others: Any) -> Any:
-            made.append(True)
             config = dict(config_params)
             # Accelerate counts every rank as a data-parallel one.
             config["train_batch_size"] = (
@@ -36,14 +39,16 @@ def use_groups(accelerator: Accelerator, groups: SequenceParallelGroups) -> None
                 * groups.get_data_parallel_world_size()
             )
             partition_over_all_ranks(model, config, groups)
-            return initialize(model=model, config_params=config, mpu=groups, **others)
+            made(model)
+            engines.append(initialize(model=model, config_params=config, mpu=groups, **others))
+            return engines[-1]
 
         deepspeed.initialize = with_groups
         try:
             prepared = prepare_engine(*args)
         finally:
             deepspeed.initialize = initialize
-        if not made and any(isinstance(each, nn.Module) for each in args):
+        if not engines and any(isinstance(each, nn.Module) for each in args):
             raise RuntimeError(
                 f"Accelerate {accelerate.__version__} made an engine without deepspeed.initialize, so that it has no "
                 "sequence-parallel groups; use a version that the requirements name"

@@ -27,6 +27,8 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
 from ds_lvxattn.hf.accelerator import use_groups
+from ds_lvxattn.hf.checkpoints import check_resumable
+from ds_lvxattn.hf.decisions import agree, decide_together
 from ds_lvxattn.hf.rows import Found, as_dataset, as_made, as_they_are, bind
 from ds_lvxattn.hf.sft import of_trl, row_settings
 from ds_lvxattn.plan.layer_plan import write_plan
@@ -35,6 +37,7 @@ from ds_lvxattn.training.attach import Attached, group_loss, loaded_model
 from ds_lvxattn.training.plan_times import PlanTimes
 from ds_lvxattn.training.settings import BLOCK_KEY, finetuning_config
 from ds_lvxattn.training.tokens import with_gradient
+from ds_lvxattn.training.trained import check_trains
 
 # What Trainers can be given and this one does not take: why.
 REFUSED = {
@@ -104,6 +107,7 @@ class SequenceParallelTrainer(Trainer):
         self._ahead: Iterator[Loaded] = iter(())
         self._step: int | None = None  # the one at hand, in training
         self._evaluates_alone = False
+        self._whole = False  # whether the loss of the micro-batch at hand came by ``whole_loss``
         self._zero: dict[str, Any] | None = None  # what ``plan.json`` says of ZeRO
 
     def __init_subclass__(cls, **others: Any) -> None:
@@ -120,7 +124,14 @@ class SequenceParallelTrainer(Trainer):
         """Made ahead of everything that asks for data or model: the model is attached here."""
         super().create_accelerator_and_postprocess()
         model, processing, skip_bad, limits = self._attach
-        ds_config = self.args.hf_deepspeed_config.config if self.is_deepspeed_enabled else {}
+        if self.args.deepspeed and not self.is_deepspeed_enabled:
+            raise ConfigError(
+                "TrainingArguments.deepspeed is given, and Accelerate passes it by, as accelerate launch --cpu tells it; "
+                "start the script with deepspeed, torchrun or accelerate launch --use_deepspeed, or leave it out"
+            )
+        # That of the arguments, or of accelerate launch --deepspeed_config_file.
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        ds_config = {} if plugin is None else plugin.hf_ds_config.config
         packing = _packing(ds_config)
         config = sequence_parallel_config(ds_config, self.args.world_size)
         if not self.is_deepspeed_enabled and self.args.world_size > 1:
@@ -140,8 +151,10 @@ class SequenceParallelTrainer(Trainer):
         )
         dtype = None if self.is_deepspeed_enabled else next(model.parameters()).dtype
         self.attached = Attached(loaded, ds_config, config, groups, self.args.device, skip_bad, dtype, limits, packing)
+        self._everyone: dist.ProcessGroup | None = None  # for host messages of all ranks
         if groups is not None:
-            use_groups(self.accelerator, groups)
+            use_groups(self.accelerator, groups, self.attached.note_engine)
+            self._everyone = self.attached.everyone()
         for dataset in self._datasets:
             bind(dataset, self.attached)
         self._loaders = [self.attached.loader() for _ in range(2)]
@@ -158,7 +171,7 @@ class SequenceParallelTrainer(Trainer):
 
     # Training
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """See ``Trainer.train``."""
         if self._evaluates_alone:
             raise ConfigError(
@@ -170,9 +183,14 @@ class SequenceParallelTrainer(Trainer):
                 "a second train() of one Trainer under DeepSpeed: transformers ends the engine of the first and makes "
                 "no other; give max_steps or num_train_epochs for both, or resume_from_checkpoint to another Trainer"
             )
+        check_trains(self.model)
+        if self.is_deepspeed_enabled and resume_from_checkpoint:
+            check_resumable(resume_from_checkpoint, self.args, self.attached.ds_config)
         self.attached.calibrate()
         self._step = None
-        result = super().train(*args, **kwargs)
+        if self._everyone is not None:
+            decide_together(self.callback_handler, self._everyone)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
         # What was loading ahead ends here, on all ranks.
         self._epoch, self._ahead = None, iter(())
         return result
@@ -205,7 +223,14 @@ class SequenceParallelTrainer(Trainer):
         """Prepare what was loaded, planned for if it need be, and take the step; see ``Trainer.training_step``."""
         self._begin_step(inputs, self.state.global_step + 1)
         batch = self._plan_times.prepare(replace(inputs, tokens=num_items_in_batch))
-        return super().training_step(model, batch.inputs, num_items_in_batch)
+        self._whole = False
+        loss = super().training_step(model, batch.inputs, num_items_in_batch)
+        if self.is_deepspeed_enabled and not self._whole:
+            raise ConfigError(
+                f"compute_loss of {type(self).__name__} returned the loss of this rank's rows as that of the "
+                "micro-batch; let it return self.whole_loss(loss, num_items_in_batch), or what super().compute_loss does"
+            )
+        return loss
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """As they are: on the device, in the model's dtype, and those that the batch belongs to, not copies."""
@@ -216,11 +241,27 @@ class SequenceParallelTrainer(Trainer):
     ) -> Any:
         """The loss of the group: its value, and the gradient of this rank's part of it."""
         outputs = model(**inputs)
-        part = with_gradient(outputs.loss, model) if self.is_deepspeed_enabled else outputs.loss
+        loss = self.whole_loss(outputs.loss, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def whole_loss(self, part: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        """What ``compute_loss`` of a class of your own returns for ``part``, a scalar of this rank's rows.
+
+        Args:
+            part: a sum over the rank's rows (``inputs["shift_labels"]`` are those that they predict), divided by what
+                is the same on all ranks: ``inputs["num_items_in_batch"]``.
+            num_items_in_batch: the argument of ``compute_loss``.
+
+        Returns:
+            A scalar: its value is the sum of the parts of the group, its gradient that of this rank's part.
+        """
+        self._whole = True
+        self.attached.begin_backward()
+        part = with_gradient(part, self.model_wrapped) if self.is_deepspeed_enabled else part
         loss = group_loss(part, self.attached.loss_factor, self.attached.parallel)
         if self._averages_tokens and num_items_in_batch is not None:
             loss = loss * self._data_ranks  # ZeRO averages over the groups what is a share of all
-        return (loss, outputs) if return_outputs else loss
+        return loss
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Of this rank's share of a micro-batch, as it was loaded."""
@@ -241,6 +282,14 @@ class SequenceParallelTrainer(Trainer):
             self._write_plan(batches.planner.plan)
         self._step = step
         self._plan_times.start_step(step)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer does; what callbacks decide meanwhile, all ranks do."""
+        control = self.control
+        acts = control.should_log or control.should_evaluate or control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if acts and self._everyone is not None:
+            agree(self.control, self._everyone)
 
     def _write_plan(self, plan: Plan) -> None:
         """``plan.json`` in the output directory."""
@@ -409,6 +458,8 @@ def _check_arguments(args: TrainingArguments) -> None:
         "include_num_input_tokens_seen": args.include_num_input_tokens_seen not in ("no", False),
         "parallelism_config": args.parallelism_config is not None,
         "auto_find_batch_size": args.auto_find_batch_size,
+        # A rank saves at the step at which its own signal comes.
+        "enable_jit_checkpoint": getattr(args, "enable_jit_checkpoint", False),
         # Its noise follows from the number of rows, of which a rank has a part.
         "neftune_noise_alpha": args.neftune_noise_alpha is not None,
         # It replaces forwards of a model that is attached by then.
@@ -435,7 +486,7 @@ def _check_arguments(args: TrainingArguments) -> None:
             "samples that ranks divide here; start the script with deepspeed or torchrun, or show it one GPU "
             "(CUDA_VISIBLE_DEVICES=0)"
         )
-    if args.optim == "adagrad" and args.deepspeed is not None:
+    if args.optim == "adagrad" and args.deepspeed_plugin is not None:
         raise ConfigError(
             "TrainingArguments.optim is 'adagrad', which DeepSpeed's ZeRO makes anew with one group of parameters, and "
             "then fails on the others; choose adamw_torch or another optimizer"

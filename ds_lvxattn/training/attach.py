@@ -48,6 +48,7 @@ from ds_lvxattn.training.memory_plan import MemoryPlan, memory_plan, model_state
 from ds_lvxattn.training.order import Order
 from ds_lvxattn.training.peft_methods import refuse_methods
 from ds_lvxattn.training.tokens import step_of
+from ds_lvxattn.training.trained import Trained, check_trains
 from ds_lvxattn.training.zero3 import frozen_of, keep, may_keep_trained
 
 MARK = "_ds_lvxattn_attached"  # an attribute of models that are
@@ -72,6 +73,7 @@ class Attached:
         batches: makes micro-batches; ``batches.planner.plan`` is the plan at hand.
         parallel: the model's sequence parallelism; None with a size of 1 and without packing.
         tiled_logits: the model's loss by tiles; None: from whole logits.
+        trained: what trains, since DeepSpeed has been given the groups.
         loss_factor: what a loss is multiplied by before the backward pass; ``loss`` does it.
 
     Raises:
@@ -110,9 +112,9 @@ class Attached:
             device, dtype or model_dtype(ds_config), self.parallel, limits, packing,
         )  # fmt: skip
         setattr(model, MARK, True)
+        self.trained: Trained | None = None
         self._calibrated = False
         self._planned_memory = False
-        self._given = False  # whether DeepSpeed has been given the groups
         self._loader: SampleLoader | None = None
         self._made: list[dist.ProcessGroup] = []  # groups for host messages, of loaders that have not ended
 
@@ -174,6 +176,12 @@ class Attached:
         self._made += control
         return control
 
+    def everyone(self) -> dist.ProcessGroup:
+        """A new group of all ranks for host messages, which ``close`` ends; all ranks call it."""
+        group = dist.new_group(backend="gloo")
+        self._made.append(group)
+        return group
+
     def prepare(self, samples: Sequence[Sample]) -> MicroBatch:
         """This rank's part of ``samples``: its frames decoded, its arguments made, planned for if it need be.
 
@@ -201,9 +209,8 @@ class Attached:
         assert self.groups is not None
         rank, ranks = self.groups.get_data_parallel_rank(), self.groups.get_data_parallel_world_size()
         _, micro_batch, accumulation = batch_sizes(self.ds_config, ranks)
-        control, everyone = self._control(), dist.new_group(backend="gloo")
+        control, everyone = self._control(), self.everyone()
         assert control is not None
-        self._made.append(everyone)
         loader = Loader(source, self.batches, control, self.skip_bad, remedy=SKIP_REMEDY)
         self.calibrate()
         loaded = loader.stream(Order(source, micro_batch, rank, ranks).rows, first, last)
@@ -284,7 +291,7 @@ class Attached:
     def _prepared(self, loaded: Loaded) -> MicroBatch:
         """``loaded`` as a micro-batch; the first one decides what ZeRO-3 keeps."""
         batch = self.batches.prepare(loaded)
-        if self._given and not self._planned_memory:
+        if self.trained is not None and not self._planned_memory:
             self.plan_memory(loaded)
         return batch
 
@@ -298,8 +305,8 @@ class Attached:
                 yours around it.
 
         Raises:
-            ConfigError: ``model`` does not hold the attached one, has adapters of a method that divided text does not
-                allow, or ZeRO-3 has partitioned it over other ranks.
+            ConfigError: ``model`` does not hold the attached one, nothing of it trains, it has adapters of a method
+                that divided text does not allow, or ZeRO-3 has partitioned it over other ranks.
         """
         model = self.loaded.model if model is None else model
         if unwrapped(self.loaded.model) not in model.modules():
@@ -309,13 +316,23 @@ class Attached:
             )
         if self.parallel is not None:
             refuse_methods(model)
+        check_trains(model)
         arguments = {"model": model, "model_parameters": parameter_groups(model)}
         if self.groups is not None:
             partition_over_all_ranks(model, self.ds_config, self.groups)
             arguments["mpu"] = self.groups
         arguments["config"] = with_fused_adam(self.ds_config)
-        self._given = True
+        self.note_engine(model)
         return arguments
+
+    def note_engine(self, model: nn.Module) -> None:
+        """DeepSpeed makes an engine of ``model`` now, with the groups."""
+        self.trained = Trained(model)
+
+    def begin_backward(self) -> None:
+        """Ahead of the backward pass of a micro-batch; see ``Trained.begin``."""
+        if self.trained is not None:
+            self.trained.begin()
 
     def loss(self, part: Tensor) -> Tensor:
         """The loss of the micro-batch, for ``engine.backward``, from this rank's part of it, which the model returned.
@@ -325,13 +342,14 @@ class Attached:
             ZeRO is to sum it.
 
         Raises:
-            ConfigError: DeepSpeed was not given what ``engine_arguments`` gives.
+            ConfigError: DeepSpeed was not given what ``engine_arguments`` gives, or other parameters train than then.
         """
-        if not self._given:
+        if self.trained is None:
             raise ConfigError(
                 "a loss before deepspeed.initialize(**engine_arguments()): without the groups of engine_arguments "
                 "gradients would not be summed over the ranks of a sequence; call it first"
             )
+        self.begin_backward()
         return group_loss(part, self.loss_factor, self.parallel)
 
 

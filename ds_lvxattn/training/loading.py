@@ -40,6 +40,7 @@ QUICKSTART = "quickstart"
 # Weights in formats of other libraries, which a repository may hold besides.
 OTHER_FORMATS = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "original/*"]
 WEIGHTS = ["*.safetensors", "*.bin"]
+CAST = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes that DeepSpeed casts from
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +240,8 @@ def partition_over_all_ranks(model: nn.Module, ds_config: dict[str, Any], groups
     as a whole is marked, and its sizes in ``ds_config`` are filled in where they are missing.
 
     Left to ``deepspeed.initialize``, DeepSpeed 0.19.8 partitions parameters over the data-parallel group of an
-    ``mpu``, and then sums their gradients over that group alone, not over the ranks of a sequence.
+    ``mpu``, and then sums their gradients over that group alone, not over the ranks of a sequence. It would also cast
+    them to the dtype of ``ds_config``, and leaves partitioned ones as they are: they are cast here.
 
     Raises:
         ConfigError: it is partitioned over some of the ranks.
@@ -256,12 +258,20 @@ def partition_over_all_ranks(model: nn.Module, ds_config: dict[str, Any], groups
                 "sum its gradients over the ranks of a sequence; load it under HfDeepSpeedConfig, or unpartitioned"
             )
     if len(partitioned) < len(list(model.parameters())):  # adapters beside a model that was partitioned as it loaded
+        _cast(model, model_dtype(ds_config))
         zero.Init(model, groups.get_sequence_data_parallel_group(), config_dict_or_path=ds_config, mpu=groups)
         # DeepSpeed leaves a partitioned model where it is, and partitioning moves parameters alone.
         device = torch.device(get_accelerator().current_device_name())
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters that are not partitioned, as DeepSpeed casts them in ``bf16`` and ``fp16``: in float32 none are."""
+    for parameter in model.parameters():
+        if dtype != torch.float32 and parameter.dtype in CAST and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype)
 
 
 def loss_factor(ds_config: dict[str, Any], sequence_parallel_size: int) -> int:

@@ -264,6 +264,7 @@ class Trainer:
             if loaded.mixed and self.parallel is None:
                 check_reached_alike(loss, self.engine, self.everyone)
             loss = with_gradient(loss, self.engine)
+            self.attached.begin_backward()
             self.engine.backward(loss * self.loss_factor)
             self.engine.step()
             total += loss.detach()
