@@ -1,4 +1,4 @@
-"""What scripts build around the Trainer: losses of their own, adapters in turn, decisions of one rank, other launchers."""
+"""What scripts build around the Trainer: their own losses, adapters in turn, decisions of one rank, launchers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from unittest import mock
 import peft
 import pytest
 import torch
-import torch.distributed as dist
-from torch import nn
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -176,6 +174,9 @@ def test_what_deepspeed_cannot_resume_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_config_that_accelerate_passes_by_is_refused(tmp_path: Path) -> None:
-    with clean_state(), mock.patch.dict("os.environ", ACCELERATE_USE_CPU="true"):
-        with pytest.raises(ConfigError, match="Accelerate passes it by, .* accelerate launch --use_deepspeed"):
-            divided_trainer(tmp_path, deepspeed_block(2), SAMPLES, **HOW)
+    with (
+        clean_state(),
+        mock.patch.dict("os.environ", ACCELERATE_USE_CPU="true"),
+        pytest.raises(ConfigError, match="Accelerate passes it by, .* accelerate launch --use_deepspeed"),
+    ):
+        divided_trainer(tmp_path, deepspeed_block(2), SAMPLES, **HOW)

@@ -126,8 +126,8 @@ class SequenceParallelTrainer(Trainer):
         model, processing, skip_bad, limits = self._attach
         if self.args.deepspeed and not self.is_deepspeed_enabled:
             raise ConfigError(
-                "TrainingArguments.deepspeed is given, and Accelerate passes it by, as accelerate launch --cpu tells it; "
-                "start the script with deepspeed, torchrun or accelerate launch --use_deepspeed, or leave it out"
+                "TrainingArguments.deepspeed is given, and Accelerate passes it by, as accelerate launch --cpu tells "
+                "it to; start the script with deepspeed, torchrun or accelerate launch --use_deepspeed, or leave it out"
             )
         # That of the arguments, or of accelerate launch --deepspeed_config_file.
         plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
@@ -183,7 +183,7 @@ class SequenceParallelTrainer(Trainer):
                 "a second train() of one Trainer under DeepSpeed: transformers ends the engine of the first and makes "
                 "no other; give max_steps or num_train_epochs for both, or resume_from_checkpoint to another Trainer"
             )
-        check_trains(self.model)
+        check_trains(self.attached.loaded.model)
         if self.is_deepspeed_enabled and resume_from_checkpoint:
             check_resumable(resume_from_checkpoint, self.args, self.attached.ds_config)
         self.attached.calibrate()
@@ -227,8 +227,8 @@ class SequenceParallelTrainer(Trainer):
         loss = super().training_step(model, batch.inputs, num_items_in_batch)
         if self.is_deepspeed_enabled and not self._whole:
             raise ConfigError(
-                f"compute_loss of {type(self).__name__} returned the loss of this rank's rows as that of the "
-                "micro-batch; let it return self.whole_loss(loss, num_items_in_batch), or what super().compute_loss does"
+                f"compute_loss of {type(self).__name__} returned the loss of this rank's rows as that of the micro-"
+                "batch; let it return self.whole_loss(loss, num_items_in_batch), or what super().compute_loss does"
             )
         return loss
 

@@ -43,9 +43,9 @@ class Trained:
                 raise ConfigError(
                     f"{name} {'no longer requires' if trained else 'requires'} a gradient, other than when the engine "
                     "was made, which trains what did then. PEFT's set_adapter and disable_adapter switch gradients on "
-                    "and off: set the adapter ahead of the engine; to train several in turn, give all of them gradients "
-                    "there and after each such call (model.set_requires_grad(NAMES))"
+                    "and off: set the adapter ahead of the engine; to train several in turn, give all of them "
+                    "gradients there and after each such call (model.set_requires_grad(NAMES))"
                 )
-        optimizer: Any = next((getattr(p, "_z3_optimizer", None) for _, p, trained in self._parameters if trained), None)
+        optimizer: Any = getattr(self._parameters[0][1], "_z3_optimizer", None)
         if optimizer is not None and optimizer.micro_step_id == 0:
             optimizer.grad_partitions_flat_buffer.zero_()
