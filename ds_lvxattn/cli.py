@@ -75,7 +75,7 @@ def _start_ranks(command: Command, arguments: Sequence[str]) -> None:
     """
     from ds_lvxattn.training.launch import launch_command, launch_environment
 
-    options, rest = _launcher_options(arguments)
+    options, rest = launcher_options(arguments)
     environment = launch_environment()
     if environment.get("DS_ACCELERATOR") == "cpu" and "--num_gpus" not in options and "--hostfile" not in options:
         options += ["--num_gpus", str(_group_size(rest))]
@@ -84,12 +84,20 @@ def _start_ranks(command: Command, arguments: Sequence[str]) -> None:
     os.execvpe(words[0], words, environment)
 
 
-def _launcher_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def launcher_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The launcher's options among the arguments, and the others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in ("num_gpus", "num_nodes", "hostfile", "include", "exclude", "node_rank", "master_addr"):
+    for option in (
+        "num_gpus",
+        "num_nodes",
+        "hostfile",
+        "include",
+        "exclude",
+        "node_rank",
+        "master_addr",
+        "master_port",
+    ):
         parser.add_argument(f"--{option}")
-    parser.add_argument("--master_port")
     parser.add_argument("--no_ssh", action="store_true")
     known, rest = parser.parse_known_args(arguments)
     options: list[str] = []

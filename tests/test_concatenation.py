@@ -21,7 +21,7 @@ from ds_lvxattn.exchange.comm import communicator
 from ds_lvxattn.exchange.routes import visible_work
 from ds_lvxattn.families import family as encoding
 from ds_lvxattn.families import family_of, family_of_config
-from ds_lvxattn.families.concatenation import _embed
+from ds_lvxattn.families.concatenation import embed_rows
 from ds_lvxattn.families.family import ANY_SIZE, VisualFamily
 from ds_lvxattn.families.image_features import ImageFeatures
 from ds_lvxattn.families.llava import Llava
@@ -214,4 +214,4 @@ def test_embeddings_in_the_place_of_token_ids_are_refused_by_name() -> None:
     batch: Any = SimpleNamespace(brings_frames=True)
     arguments = {"sequence_parallel": batch, "inputs_embeds": torch.zeros(1, 2, 32), "pixel_values": torch.zeros(1)}
     with pytest.raises(ValueError, match=r"\['input_ids'\] are missing beside sequence_parallel: LLaVA puts"):
-        _embed(Llava(model.config), batch, model.model, (), arguments)
+        embed_rows(Llava(model.config), batch, model.model, (), arguments)

@@ -151,7 +151,7 @@ def take(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("parse_args", "parse_intermixed_args"):
         monkeypatch.setattr(argparse.ArgumentParser, name, stopping(getattr(argparse.ArgumentParser, name)))
     if words[0] == "ds-lvxattn":
-        script, arguments = cli.COMMANDS[words[1]].module, cli._launcher_options(words[2:])[1]
+        script, arguments = cli.COMMANDS[words[1]].module, cli.launcher_options(words[2:])[1]
     else:
         script = started([*words])
         arguments = [*words[[*words].index(script) + 1 :]]

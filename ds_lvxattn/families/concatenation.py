@@ -103,7 +103,7 @@ class Concatenation(VisualFamily):
                 # weights past their module.
                 module.use_head = False
         hand_down(model, self.role_of)
-        hook = functools.partial(_embed, self, recomputation)
+        hook = functools.partial(embed_rows, self, recomputation)
         model.get_submodule("model").register_forward_pre_hook(hook, with_kwargs=True)
 
     def trainable_by_default(self) -> tuple[str, ...]:
@@ -120,7 +120,7 @@ class Concatenation(VisualFamily):
         return {}  # causal
 
 
-def _embed(
+def embed_rows(
     family: Concatenation,
     recomputation: Recomputation,
     module: nn.Module,

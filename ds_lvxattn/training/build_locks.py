@@ -35,7 +35,7 @@ class OwnedBaton(FileBaton):
     def wait(self) -> None:
         """Until it is released. A process that is killed while another waits does not keep it waiting."""
         while (lock := Path(self.lock_file_path)).exists():
-            _remove_if_left(lock)
+            remove_if_left(lock)
             time.sleep(self.wait_seconds)
 
 
@@ -52,7 +52,7 @@ def await_builds(root: Path | None = None, idle: float = IDLE_SECONDS) -> None:
     told = set[Path]()
     while locks := [lock for lock in root.glob("**/lock") if lock.is_file()]:
         for lock in locks:
-            if _remove_if_left(lock):
+            if remove_if_left(lock):
                 continue
             if lock not in told:
                 logger.warning("waiting for %s: another process compiles, or was killed while it did", lock)
@@ -65,7 +65,7 @@ def await_builds(root: Path | None = None, idle: float = IDLE_SECONDS) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def _remove_if_left(lock: Path) -> bool:
+def remove_if_left(lock: Path) -> bool:
     """Remove a lock whose process is gone, if it says which."""
     try:
         owner = lock.read_text(encoding="ascii")

@@ -13,7 +13,7 @@ from deepspeed.launcher import runner
 SECONDS_TO_END = 5
 
 
-class _Launcher(subprocess.Popen):
+class Launcher(subprocess.Popen):
     """A process that the runner starts, which looks at ``returncode > 0`` for a failure."""
 
     def wait(self, timeout: float | None = None) -> int:
@@ -37,7 +37,7 @@ class _Launcher(subprocess.Popen):
 
 def main() -> None:
     """Run it with the arguments of this process, which does nothing else."""
-    subprocess.Popen = _Launcher  # type: ignore[misc]
+    subprocess.Popen = Launcher  # type: ignore[misc]
     runner.main()
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from ds_lvxattn.errors import ConfigError, RunError
 from ds_lvxattn.training import rank, run_log, runner
-from ds_lvxattn.training.build_locks import OwnedBaton, _remove_if_left, await_builds
+from ds_lvxattn.training.build_locks import OwnedBaton, await_builds, remove_if_left
 from ds_lvxattn.training.check_data import encode_for
 from ds_lvxattn.training.checkpoint import CheckpointFiles, export
 from ds_lvxattn.training.compare.report import unfinished
@@ -28,7 +28,7 @@ from ds_lvxattn.training.divergence import FiniteLoss
 from ds_lvxattn.training.files import Digest, replace_folder, replace_text, storage_problem, writing
 from ds_lvxattn.training.loading import at_revision, load_model
 from ds_lvxattn.training.run_folder import RunFolder
-from ds_lvxattn.training.runner import _Launcher
+from ds_lvxattn.training.runner import Launcher
 from ds_lvxattn.training.secrets import without_secrets
 from ds_lvxattn.training.trackers import start_tracker
 from ds_lvxattn.training.watchdog import Watchdog
@@ -295,15 +295,15 @@ def test_the_lock_of_a_process_that_was_killed_is_removed_at_once(tmp_path: Path
         wait()
         assert not lock.exists()
     mine = OwnedBaton(str(lock))
-    assert mine.try_acquire() and not _remove_if_left(lock)
+    assert mine.try_acquire() and not remove_if_left(lock)
     mine.release()
 
 
 def test_a_launcher_that_is_killed_is_a_failure() -> None:
     """DeepSpeed's runner ends with the code of its launcher where that is above 0."""
-    launcher = _Launcher([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+    launcher = Launcher([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
     assert launcher.wait() == launcher.returncode == 128 + signal.SIGKILL
-    assert _Launcher([sys.executable, "-c", "raise SystemExit(2)"]).wait() == 2
+    assert Launcher([sys.executable, "-c", "raise SystemExit(2)"]).wait() == 2
 
 
 def test_ctrl_c_is_one_line_and_a_code_of_its_own(
@@ -321,7 +321,7 @@ def test_ctrl_c_is_one_line_and_a_code_of_its_own(
 
 
 def test_a_launcher_that_an_interrupt_left_out_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    launcher, wait, calls = _Launcher(["sleep", "99"]), subprocess.Popen.wait, []
+    launcher, wait, calls = Launcher(["sleep", "99"]), subprocess.Popen.wait, []
 
     def interrupted_once(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
         calls.append(timeout)
