@@ -54,7 +54,7 @@ def compile_only() -> None:
 
     def settled(self: Any, *args: Any) -> None:
         if _wanted in ("", self._kernel.__name__):
-            self._kernel.run(*args, grid=self._grid, warmup=True, **self._constants)
+            self._kernel.run(*self.described(args), grid=self._grid, warmup=True, **self._constants)
 
     JITFunction.run = compiled
     launch.Launch.__call__ = settled

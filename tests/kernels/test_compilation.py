@@ -65,7 +65,7 @@ def test_settled_launches_are_what_triton_would_launch(make_problem, monkeypatch
     kept, settled = {}, Launch.__call__
 
     def checked(self, *args):
-        compiled = self._kernel[self._grid](*args, **self._constants)
+        compiled = self._kernel[self._grid](*self.described(args), **self._constants)
         assert kept.setdefault(self, compiled) is compiled
         settled(self, *args)
 

@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 
 from ds_lvxattn.kernels.settled import KEPT_TABLES, forget_tables, settled, settled_tables
 from ds_lvxattn.kernels.triton import launch as launches
-from ds_lvxattn.kernels.triton.launch import Launch, fits_copy_engine, layout, row_descriptors, row_tiles
+from ds_lvxattn.kernels.triton.launch import Launch, fits_copy_engine, layout, row_tiles
+from ds_lvxattn.kernels.triton.launcher import inside
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -84,18 +85,83 @@ def test_the_interpreter_is_called_every_time():
     assert [args for _, args, _ in kernel.calls] == [("first", 7), ("second", 7)]
 
 
+def in_parts(launcher, as_one):
+    """A launcher that takes descriptors (lists here) apart, as Triton's does; its arguments as one tuple or not."""
+
+    def launch(*call):
+        ahead, args = (call[:-1], call[-1]) if as_one else (call[:11], call[11:])
+        parts = tuple(part for x in args for part in (x if isinstance(x, list) else [x]))
+        return launcher(*ahead, parts) if as_one else launcher(*ahead, *parts)
+
+    return launch
+
+
+class Run:
+    """Stands for the launcher of a compiled kernel: before Triton 3.7, and since (``as_one``)."""
+
+    global_scratch_size = profile_scratch_size = 0
+
+    def __init__(self, function, as_one):
+        self.launch, self.as_one = in_parts(function, as_one), as_one
+
+    def __call__(self, x, y, z, stream, function, metadata, of_launch, enter, leave, *args):
+        hooks = (metadata, of_launch, enter, leave)
+        if self.as_one:
+            self.launch(x, y, z, stream, function, False, *hooks, None, args)
+        else:
+            self.launch(x, y, z, stream, function, False, None, *hooks, *args)
+
+
+@pytest.mark.parametrize("as_one", (False, True))
+def test_what_is_inside_the_launcher_is_called(monkeypatch, as_one):
+    """With the arguments that the launcher makes; what it makes of tensors is made once an address."""
+    calls, described = [], []
+    compiled = Compiled()
+    compiled.run = Run(lambda *call: calls.append(call), as_one)
+    monkeypatch.setattr(launches, "CompiledKernel", Compiled)
+    monkeypatch.setattr(launches, "driver", SimpleNamespace(active=Driver()))
+
+    def tiles(x):
+        described.append(x.data_ptr())
+        return [x, "map"], None
+
+    kernel = Kernel(compiled)
+    launch = Launch(kernel, (5,), (tiles,), FLAG=True, BLOCK=64)
+    x, other = torch.zeros(2, 8).unbind(0)
+    launch(x, 7)
+    assert not calls  # the JIT function launched
+    described.clear()
+    kernel.calls.clear()
+    for tensor in (x, other, x, other):
+        launch(tensor, 7)
+    assert described == [x.data_ptr(), other.data_ptr()]
+    for tensor, call in zip((x, other, x, other), calls, strict=True):
+        args = call[-1] if as_one else call[11:]
+        assert call[:5] == (5, 1, 1, "stream of 3", "function")
+        assert args[:4] == (tensor.data_ptr(), "map", None, 7)
+    forgotten = weakref.ref(x)
+    del x, tensor
+    assert forgotten() is None
+
+
+def test_launchers_of_other_releases_are_called_as_they_are():
+    compiled = Compiled()
+    assert inside(compiled, (5, 1, 1), ("x", 7)) is None
+    compiled.run = Run(lambda *call: None, True)
+    assert inside(compiled, (5, 1, 1), ("x", 7)) is not None
+    compiled.run.global_scratch_size = 64
+    assert inside(compiled, (5, 1, 1), ("x", 7)) is None
+    compiled.run = Run(lambda *call: None, True)
+    compiled.run.launch = lambda *call: None  # a function that calls no ``launcher``
+    assert inside(compiled, (5, 1, 1), ("x", 7)) is None
+
+
 @pytest.mark.parametrize("head_dim", (64, 80))
 def test_descriptors_are_those_of_the_tensor(head_dim):
-    tiles = row_tiles(32)
-    for seed in range(3):
-        x = torch.full((1, 2, 40, head_dim), float(seed), device=DEVICE)
-        for made, want in zip(tiles(x), row_descriptors(x, 32), strict=True):
-            assert (made is None) == (want is None)
-            if made is not None:
-                assert made.base is x and {**vars(made), "base": None} == {**vars(want), "base": None}
-    forgotten = weakref.ref(x)
-    del x, made, want
-    assert forgotten() is None
+    x = torch.zeros(1, 2, 40, head_dim, device=DEVICE)
+    columns = [made and made.block_shape[3] for made in row_tiles(32)(x)]
+    assert columns == [64, 16 if head_dim == 80 else None]
+    assert [made.base is x for made in row_tiles(32, blocks=1)(x)] == [True]
 
 
 def test_layouts_tell_apart_what_is_compiled_apart():

@@ -223,33 +223,30 @@ def _backward_of_rows(
     dout_rows = dout if launches.dout_rows is None else dout.new_empty(launches.dout_rows)
     launches.pack(q, dout, out, lse, delta, start, stop, q_rows, dout_rows, terms, *launches.pack_integers)
 
-    k_tiles, v_tiles = launches.k_tiles(k), launches.v_tiles(v)
-    row_tiles = (*launches.q_tiles(q_rows), *launches.dout_tiles(dout_rows))
     cap = (softcap or 0.0) / scale  # of the products of queries and keys
 
     if launches.together:
         launches.grads_together(
-            row_tiles[0], row_tiles[2], k_tiles[0], v_tiles[0], terms, packed_start, packed_stop, bounds, seen, count,
-            k, v, dk, dv, dq, *launches.together_integers, scale, cap,
+            q_rows, dout_rows, k, v, terms, packed_start, packed_stop, bounds, seen, count, k, v, dk, dv, dq,
+            *launches.together_integers, scale, cap,
         )  # fmt: skip
     elif launches.again:
         launches.key_grads(
-            *row_tiles, *k_tiles, *v_tiles, None, terms, packed_start, packed_stop, seen, count, None, None, k, v, dk,
-            dv, *launches.key_integers, scale, cap,
+            q_rows, dout_rows, k, v, None, terms, packed_start, packed_stop, seen, count, None, None, k, v, dk, dv,
+            *launches.key_integers, scale, cap,
         )  # fmt: skip
         launches.query_grads_again(
-            launches.q_tiles_again(q_rows)[0], launches.dout_tiles_again(dout_rows)[0], k_tiles[0], v_tiles[0], terms,
-            packed_start, packed_stop, bounds, dq, *launches.query_integers, scale, cap,
+            q_rows, dout_rows, k, v, terms, packed_start, packed_stop, bounds, dq, *launches.query_integers, scale, cap,
         )  # fmt: skip
     else:
         chunks = masked_plan or launches.dense
         assert chunks is not None
         # One chunk adds up in registers: what it is given for its sums is not touched.
         sums = terms if chunks.chunks == 1 else torch.empty(launches.dq_sums, dtype=torch.float32, device=q.device)
-        ds_out, ds_in = launches.ds_tiles(q.new_empty(launches.ds(chunks)))
+        ds = q.new_empty(launches.ds(chunks))
         for key_grads, key_integers, query_grads, query_integers in launches.chunks(chunks):
             key_grads(
-                *row_tiles, *k_tiles, *v_tiles, ds_out, terms, packed_start, packed_stop, seen, count, chunks.edges,
-                chunks.base, k, v, dk, dv, *key_integers, scale, cap,
+                q_rows, dout_rows, k, v, ds, terms, packed_start, packed_stop, seen, count, chunks.edges, chunks.base,
+                k, v, dk, dv, *key_integers, scale, cap,
             )  # fmt: skip
-            query_grads(ds_in, *k_tiles, bounds, chunks.edges, chunks.base, sums, dq, *query_integers, scale)
+            query_grads(ds, k, bounds, chunks.edges, chunks.base, sums, dq, *query_integers, scale)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ds_lvxattn.kernels.triton.backward_kernels import (
@@ -19,7 +18,7 @@ from ds_lvxattn.kernels.triton.backward_kernels import (
 from ds_lvxattn.kernels.triton.backward_plan import ChunkPlan, plan_dense
 from ds_lvxattn.kernels.triton.backward_rows import pack_rows_kernel
 from ds_lvxattn.kernels.triton.forward import multiprocessors
-from ds_lvxattn.kernels.triton.launch import KEPT, Launch, Layout, Tiles, fits_copy_engine, row_descriptors, row_tiles
+from ds_lvxattn.kernels.triton.launch import KEPT, Launch, Layout, Tiles, fits_copy_engine, row_tiles
 from ds_lvxattn.kernels.triton.tiles import BackwardConfig, split_head_backward
 
 Integers = tuple[int, ...]
@@ -57,9 +56,10 @@ class PackedRows(NamedTuple):
     strides: tuple[int, ...]
     copied: bool
 
-    def tiles(self, rows: int) -> Tiles:
+    def tiles(self, rows: int, blocks: int = 2) -> Tiles:
         """Descriptors of tiles of ``rows`` packed rows, from the tensor or its copy."""
-        return Tiles(lambda x: row_descriptors(x.as_strided(self.shape, self.strides), rows, split_head_backward))
+        of_packed = _tiles(rows, blocks)
+        return lambda x: of_packed(x.as_strided(self.shape, self.strides))
 
 
 def dense_strides(of: Layout) -> tuple[int, ...]:
@@ -80,8 +80,12 @@ def _packed(of: Layout, heads_kv: int) -> PackedRows:
     return PackedRows(shape, (heads_kv * of_pair, of_pair, dim, 1), copied=True)
 
 
-def _tiles(rows: int) -> Tiles:
-    return row_tiles(rows, split_head_backward)
+def _tiles(rows: int, blocks: int = 2) -> Tiles:
+    return row_tiles(rows, split_head_backward, blocks)
+
+
+def _tiles_of_matrix(rows: int, columns: int) -> Tiles:
+    return lambda x: (TensorDescriptor.from_tensor(x, [rows, columns]),)
 
 
 class RowLaunches:
@@ -102,7 +106,6 @@ class RowLaunches:
         pack, pack_integers: the launch of ``pack_rows_kernel``, and its integers.
         together, again: whether one launch makes all gradients, or a second one computes the scores again.
         q_rows, dout_rows: shapes of the copies of ``Q`` and ``dO`` by packed rows, None where they are not copied.
-        q_tiles, dout_tiles, k_tiles, v_tiles: descriptors for ``key_grads_kernel``.
     """
 
     def __init__(
@@ -127,10 +130,10 @@ class RowLaunches:
         self.pack_integers = (
             *of.q[2], *of.dout[2], *_strides(of.out, 4), *of.lse[2], *_strides(of.delta, 3), heads_kv, seq_q, tiles,
         )  # fmt: skip
-        self.q_tiles, self.dout_tiles = packed_q.tiles(config.block_m), packed_dout.tiles(config.block_m)
-        self.k_tiles, self.v_tiles = _tiles(config.block_n), _tiles(config.block_n)
-        self.q_tiles_again, self.dout_tiles_again = packed_q.tiles(config.tile), packed_dout.tiles(config.tile)
-
+        of_keys = _tiles(config.block_n)
+        self._tiles_of_all = (packed_q.tiles(config.block_m), packed_dout.tiles(config.block_m), of_keys, of_keys)
+        first_of_keys = _tiles(config.block_n, 1)
+        first_of_all = (packed_q.tiles(config.tile, 1), packed_dout.tiles(config.tile, 1), first_of_keys, first_of_keys)
         block_d, block_d_2 = split_head_backward(head_dim)
         block_v, block_v_2 = split_head_backward(value_dim)
         self._tile = dict(
@@ -156,33 +159,26 @@ class RowLaunches:
         self.again = has_interval and not config.keep_ds and not config.together
         if self.together:
             self.grads_together = Launch(
-                grads_together_kernel, ((tiles + blocks) * pairs,), GROUP=group, VALUE_DIM=value_dim, BLOCK_V=block_v,
-                CAPPED=capped, ADD=add, num_warps=config.num_warps, num_stages=config.num_stages,
+                grads_together_kernel, ((tiles + blocks) * pairs,), first_of_all, GROUP=group, VALUE_DIM=value_dim,
+                BLOCK_V=block_v, CAPPED=capped, ADD=add, num_warps=config.num_warps, num_stages=config.num_stages,
                 maxnreg=config.max_registers, **self._tile,
             )  # fmt: skip
             self.together_integers = (*self._key_strides, *of_dq, batch, heads_kv, seq_kv, seq_q, tiles, blocks)
         elif self.again:
-            self.key_grads = Launch(key_grads_kernel, (blocks * pairs,), KEEP_DS=False, **self._of_keys)
+            self.key_grads = Launch(
+                key_grads_kernel, (blocks * pairs,), self._tiles_of_all, KEEP_DS=False, **self._of_keys
+            )
             self.key_integers = (*self._key_strides, pairs, heads_kv, seq_kv, tiles, blocks, 0, blocks, 0)
             self.query_grads_again = Launch(
-                query_grads_again_kernel, (tiles, pairs), BLOCK_V=block_v, CAPPED=capped, **self._of_queries
-            )
+                query_grads_again_kernel, (tiles, pairs), first_of_all, BLOCK_V=block_v, CAPPED=capped,
+                **self._of_queries,
+            )  # fmt: skip
             self.query_integers = self._query_integers
         self._chunks: list[tuple[Launch, Integers, Launch, Integers]] = []
 
     def ds(self, plan: ChunkPlan) -> tuple[int, int]:
         """Shape of the workspace of ``dS``."""
         return self._heads_kv * plan.slots * self._config.block_n, self._config.tile
-
-    @functools.cached_property
-    def ds_tiles(self) -> Tiles:
-        """Descriptors of ``dS`` to write and to read."""
-        written, read = ([self._config.block_n, columns] for columns in (self._config.block_m, self._config.tile))
-
-        def make(ds: Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
-            return TensorDescriptor.from_tensor(ds, written), TensorDescriptor.from_tensor(ds, read)
-
-        return Tiles(make)
 
     def chunks(self, plan: ChunkPlan) -> list[tuple[Launch, Integers, Launch, Integers]]:
         """For each chunk of keys the kernel that owns keys and the one that owns rows, with their integers.
@@ -195,16 +191,19 @@ class RowLaunches:
 
     def _chunk(self, plan: ChunkPlan, chunk: int) -> tuple[Launch, Integers, Launch, Integers]:
         programs = plan.launched_blocks(chunk, self._blocks) * self._pairs
+        config = self._config
+        written = _tiles_of_matrix(config.block_n, config.block_m)
+        read = _tiles_of_matrix(config.block_n, config.tile)
         return (
-            Launch(key_grads_kernel, (programs,), KEEP_DS=True, **self._of_keys),
+            Launch(key_grads_kernel, (programs,), (*self._tiles_of_all, written), KEEP_DS=True, **self._of_keys),
             (
                 *self._key_strides, self._pairs, self._heads_kv, self._seq_kv, self._tiles, self._blocks, chunk,
                 plan.blocks, plan.slots,
             ),
             Launch(
-                query_grads_kernel, (self._tiles, self._pairs),
+                query_grads_kernel, (self._tiles, self._pairs), (read, _tiles(config.block_n)),
                 BLOCK_D_2=self._block_d_2, HAS_INTERVAL=self._has_interval,
-                maxnreg=self._config.query_registers,
+                maxnreg=config.query_registers,
                 **self._of_queries,
             ),
             (*self._query_integers, self._blocks, chunk, plan.chunks, plan.blocks, plan.slots),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ds_lvxattn.kernels.base import empty_rows
 from ds_lvxattn.kernels.pattern import UNKNOWN
-from ds_lvxattn.kernels.triton.launch import KEPT, Launch, Layout, Tiles, fits_copy_engine, layout, place, row_tiles
+from ds_lvxattn.kernels.triton.launch import KEPT, Launch, Layout, fits_copy_engine, layout, place, row_tiles
 from ds_lvxattn.kernels.triton.merge import merge_partials_triton
 from ds_lvxattn.kernels.triton.tiles import ForwardConfig, forward_config, is_hopper, split_head
 
@@ -94,7 +94,7 @@ def lead(blocks, first_key, BLOCK_N: tl.constexpr):
     ]
 )  # fmt: skip
 def _interval_forward_kernel(
-    q_ptr, k_desc, k_2_desc, v_desc, v_2_desc, start_ptr, stop_ptr, out_ptr, lse_ptr,
+    k_desc, k_2_desc, v_desc, v_2_desc, q_ptr, start_ptr, stop_ptr, out_ptr, lse_ptr,
     q_stride_b, q_stride_h, q_stride_s, bound_stride_b,
     out_stride_split, out_stride_b, out_stride_h, out_stride_s, lse_stride_split,
     pairs, tiles, heads_kv, seq_q, seq_kv, splits, scale_log2, cap,
@@ -310,8 +310,7 @@ def interval_forward(
         part_out = torch.empty((plan.splits, *out.shape), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((plan.splits, *lse.shape), dtype=torch.float32, device=q.device)
     plan.launch(
-        q, *plan.k_tiles(k), *plan.v_tiles(v), start, stop, part_out, part_lse, *plan.integers, scale * LOG2_E,
-        (softcap or 0.0) / scale,
+        k, v, q, start, stop, part_out, part_lse, *plan.integers, scale * LOG2_E, (softcap or 0.0) / scale
     )  # fmt: skip
     if plan.splits > 1:
         merge_partials_triton(part_out, part_lse, out, lse)
@@ -324,15 +323,12 @@ class _Plan(NamedTuple):
     Args:
         copies: whether keys or values are copied for the copy engine.
         splits: shares of the keys, whose partial results are merged.
-        k_tiles, v_tiles: descriptors of keys and values.
         integers: arguments of the kernel.
         launch: of the kernel.
     """
 
     copies: bool
     splits: int
-    k_tiles: Tiles
-    v_tiles: Tiles
     integers: tuple[int, ...]
     launch: Launch
 
@@ -361,7 +357,7 @@ def _plan(
     block_v, block_v_2 = split_head(value_dim)
     block_d, block_d_2 = split_head(head_dim)
     launch = Launch(
-        _interval_forward_kernel, (tiles * batch * heads_kv, splits),
+        _interval_forward_kernel, (tiles * batch * heads_kv, splits), (row_tiles(config.block_n),) * 2,
         GROUP=group, HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=block_d, BLOCK_D_2=block_d_2, BLOCK_V=block_v,
         BLOCK_V_2=block_v_2, BLOCK_M=config.block_m, BLOCK_N=config.block_n, HAS_INTERVAL=has_interval, CAPPED=capped,
         PRECISION="ieee" if dtype == torch.float32 else "tf32",
@@ -372,4 +368,4 @@ def _plan(
         splits,
     )  # fmt: skip
     copies = not (fits_copy_engine(k) and fits_copy_engine(v))
-    return _Plan(copies, splits, row_tiles(config.block_n), row_tiles(config.block_n), integers, launch)
+    return _Plan(copies, splits, integers, launch)
