@@ -15,7 +15,6 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from ds_lvxattn.data.conversations import open_media
 from ds_lvxattn.data.media import (
     Media,
     MediaError,
@@ -28,6 +27,7 @@ from ds_lvxattn.data.media import (
 )
 from ds_lvxattn.data.media.files import open_film
 from ds_lvxattn.data.media.picture import as_shown
+from ds_lvxattn.data.media_of_row import open_media
 from ds_lvxattn.data.rows import MediaRef
 from tests.support.avif import tiled_avif
 from tests.support.films import corners, encoded, levels_of, remux, write_film

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ds_lvxattn.batches.generation import generate
-from ds_lvxattn.data.conversations import open_media
 from ds_lvxattn.data.media import decode_frames, frame_groups, load_frames
+from ds_lvxattn.data.media_of_row import open_media
 from ds_lvxattn.data.rows import MediaRef
 from ds_lvxattn.data.sample import IGNORE, FrameSize, Part, Sample, SampleError
 from ds_lvxattn.families import family_of

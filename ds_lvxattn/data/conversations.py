@@ -7,27 +7,21 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ds_lvxattn.data.media import (
-    FRAMES_A_SECOND,
     NO_LIMITS,
-    Media,
     PixelLimits,
-    check_sha256,
     frame_groups,
     load_frames,
-    probe_image,
-    probe_video,
     sample_indices,
-    sample_times,
 )
+from ds_lvxattn.data.media_of_row import media_of, open_media
 from ds_lvxattn.data.model_text import ModelText, tokenised
-from ds_lvxattn.data.rows import MediaRef, Turn, read_row, unknown_keys
+from ds_lvxattn.data.rows import Turn, read_row, unknown_keys
 from ds_lvxattn.data.sample import Sample, SampleError
 from ds_lvxattn.data.table import Data, check_folder, open_table
 
@@ -150,7 +144,7 @@ class ConversationSource:
             logger.warning("%s: the keys %s are not read", self.table.row_name(number), sorted(unknown))
 
     def _sample(self, turns: Sequence[Turn], name: str) -> Sample:
-        found = [part for turn in turns for part in turn.parts if isinstance(part, MediaRef)]
+        found = media_of(turns)
         if self.text.image_token is None and found:
             raise SampleError(f"{len(found)} images and videos, and the model takes text alone")
         media = open_media(
@@ -164,77 +158,6 @@ class ConversationSource:
             )
         load, groups = functools.partial(load_frames, media), functools.partial(frame_groups, media)
         return Sample(made.input_ids, made.labels, len(made.sizes), load, name, made.sizes, groups)
-
-
-def open_media(
-    found: Sequence[MediaRef],
-    max_frames: int,
-    root: str,
-    pixels: PixelLimits = NO_LIMITS,
-    upright: bool = True,
-    fps: float | None = None,
-    merged: int = 0,
-) -> list[Media]:
-    """Media with the frames that are taken of them: one of an image, the rest of the budget divided over the videos.
-
-    Args:
-        found: media in the order of the text.
-        max_frames: frames of all of them.
-        root: folder of relative paths.
-        pixels: to which larger pictures are scaled down while they are decoded.
-        upright: whether images are turned by their EXIF orientation.
-        fps: frames of each second of a video that are taken, where its row does not say; None: all of its share.
-        merged: frames of a video that the model merges: as many are taken, or a multiple, where there are more; 0: it
-            takes them by themselves.
-
-    Raises:
-        SampleError: missing or broken media, or more of them than frames.
-    """
-    videos = sum(medium.kind == "video" for medium in found)
-    room = max_frames - (len(found) - videos)
-    if room < videos:
-        raise SampleError(
-            f"{len(found)} images and videos, but max_frames is {max_frames}; raise it ('frames' of a config)"
-        )
-    share, longer = divmod(room, max(videos, 1))  # the first videos take a frame more
-    shares = iter([share + (number < longer) for number in range(videos)])
-    media = []
-    for medium in found:
-        listed = medium.source if isinstance(medium.source, tuple) else (medium.source,)
-        sources = tuple(os.path.join(root, source) if isinstance(source, str) else source for source in listed)
-        first = sources[0]
-        for source, checksum in zip(sources, medium.sha256, strict=False):  # none where the row does not say
-            check_sha256(source, checksum)
-        if medium.kind == "video" and isinstance(first, bytes) and len(sources) == 1:
-            raise SampleError("an embedded video cannot be read; store videos as files and give their paths")
-        # Every rank looks at every file of a sample: what is missing is missing on all of them.
-        if medium.kind == "image" or len(sources) > 1 or isinstance(first, bytes):
-            for source in sources:
-                probe_image(source, upright)
-            frames = [0] if medium.kind == "image" else sample_indices(len(sources), _multiple(next(shares), merged))
-            times: list[Fraction] = []
-            rate = Fraction(medium.sampling.get("fps") or FRAMES_A_SECOND)
-            step = len(sources) / rate / len(frames)
-        else:
-            room, asked = next(shares), medium.sampling
-            room = min(room, max(int(asked.get("frames", room)), 1))
-            span = {"fps": asked.get("fps", fps), "start": asked.get("start"), "end": asked.get("end")}
-            info = probe_video(first)
-            times = sample_times(info, _multiple(room, merged), **span, multiple=max(merged, 1))
-            frames = [info.frame_at(time) for time in times]
-            rate, step = Fraction(0), (times[-1] - times[0]) / max(len(times) - 1, 1)
-        size = pixels.of(medium.kind)
-        media.append(
-            Media(
-                medium.kind, sources, tuple(frames), tuple(map(float, times)), size, upright,
-                merged if medium.kind == "video" else 0, float(step), float(rate),
-            )
-        )  # fmt: skip
-    return media
-
-
-def _multiple(frames: int, merged: int) -> int:
-    return frames - frames % merged if frames > merged > 1 else frames
 
 
 def _held_out(keys: set[str], share: float) -> set[str]:
