@@ -316,6 +316,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "smoothing": ({}, {"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
     "parallelism": ({}, {"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen"),
     "sampling": ({}, {"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
+    "signals": ({}, {"enable_jit_checkpoint": True}, "enable_jit_checkpoint is True"),
     "liger": ({}, {"use_liger_kernel": True}, "use_liger_kernel is True"),
     "evaluation in bf16": ({}, {"bf16_full_eval": True}, "bf16_full_eval is True"),
     "accumulation": (

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.functional import cross_entropy, log_softmax
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForImageTextToText, Trainer, TrainerCallback, TrainingArguments
 
 from ds_lvxattn import ConfigError
 from ds_lvxattn.hf import SequenceParallelTrainer
@@ -19,7 +21,7 @@ from ds_lvxattn.training.loading import partition_over_all_ranks
 from tests.support import hf
 from tests.support.distributed import run
 from tests.support.hf import clean_state, deepspeed_block, divided_trainer, launched, logged, plain_trainer
-from tests.support.tiny_model import ds_config, groups_of, tiny_model, tiny_sample
+from tests.support.tiny_model import ds_config, groups_of, loss_of, tiny_model, tiny_sample
 
 SAMPLES = [tiny_sample("IItaIta", seed) for seed in range(12)]
 NAMES = ["default", "second"]
@@ -94,6 +96,29 @@ class PartAsWhole(SequenceParallelTrainer):
         return model(**inputs).loss
 
 
+def exported(folder: Path) -> dict[str, float]:
+    """Losses of adapters that trained under ZeRO-3: beside the weights, off, merged, taken out again; an export."""
+    with launched():
+        trainer = divided_trainer(folder, deepspeed_block(3), SAMPLES, two_adapters(), **{**HOW, "max_steps": 2})
+        trainer.train()
+        model: Any = trainer.model
+
+        def loss() -> float:
+            return trainer.evaluate(SAMPLES[:4])["eval_loss"]
+
+        found = {"beside": loss()}
+        with model.disable_adapter():
+            found["off"] = loss()
+        model.merge_adapter()
+        found["merged"] = loss()
+        model.unmerge_adapter()
+        found["taken out"] = loss()
+        model.merge_and_unload().save_pretrained(folder / "merged", is_main_process=trainer.is_world_process_zero())
+        dist.barrier()
+        trainer.close()
+    return found
+
+
 def trained(stage: int, folder: Path, gradients: bool = True, kind: type = Ours) -> SequenceParallelTrainer:
     config = {**deepspeed_block(stage), "zero_allow_untested_optimizer": True}
     model = two_adapters()
@@ -112,6 +137,7 @@ def of_two_ranks(folder: Path) -> dict[str, Any]:
     for stage in (2, 3):
         trainer = trained(stage, folder)
         found[str(stage)] = [logged(trainer, name) for name in ("loss", "grad_norm")]
+    found["export"] = exported(folder)
     for name, how in (("turn", {"gradients": False, "kind": SequenceParallelTrainer}), ("part", {"kind": PartAsWhole})):
         with pytest.raises(ConfigError) as error:
             trained(2, folder, **how)  # type: ignore[arg-type]
@@ -141,6 +167,14 @@ def test_own_losses_adapters_in_turn_and_decisions_of_one_rank(tmp_path: Path) -
         assert len(losses) == STOPS_AT
         assert losses == pytest.approx(logged(plain, "loss"), rel=1e-4)
         assert norms == pytest.approx(logged(plain, "grad_norm"), rel=1e-3)
+    losses = first["export"]
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    for name in ("merged", "taken out"):
+        assert losses[name] == pytest.approx(losses["beside"], rel=1e-5)
+    assert np.mean([loss_of(again, [sample]).item() for sample in SAMPLES[:4]]) == pytest.approx(
+        losses["beside"], rel=1e-5
+    )
+    assert abs(losses["off"] - losses["beside"]) > 0.1
     assert "lora_A.default.weight no longer requires a gradient" in first["turn"]
     assert "model.set_requires_grad(NAMES)" in first["turn"]
     assert "compute_loss of PartAsWhole returned the loss of this rank's rows" in first["part"]
