@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from ds_lvxattn import cli
-from ds_lvxattn.training.launch import free_port
+from ds_lvxattn.errors import ConfigError
+from ds_lvxattn.training import runner
+from ds_lvxattn.training.launch import free_port, launch_environment
 from tests.support.processes import REPOSITORY, finish
 
 SETTINGS = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
@@ -50,6 +55,35 @@ def test_ranks_are_started_by_the_launcher_on_a_free_port(monkeypatch: pytest.Mo
     assert free[1:5] == ["-m", "ds_lvxattn.training.runner", "--num_gpus", "4"]
     assert free[5] == "--master_port" and free[7:] == ["--module", "ds_lvxattn.training.finetune", *rest]
     assert given[3:7] == ["--num_gpus", "3", "--master_port", "7777"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--hostfile", "none"], "--hostfile none: no such file"),
+        (["--hostfile", __file__], "bad entry"),
+        (["--num_gpus", "0"], "--num_gpus is 0; give at least 1"),
+        (["--include", "elsewhere:0"], "elsewhere"),
+    ],
+)
+def test_ranks_that_cannot_be_started_are_one_message(
+    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner.subprocess, "Popen", subprocess.Popen)  # which it replaces
+    monkeypatch.setattr(sys, "argv", ["runner", *options, "--module", "none"])
+    assert runner.main() == 2
+    assert re.search(f"^the ranks cannot be started: .*{re.escape(said)}", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_gpus_that_are_not_there_are_not_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "9")
+    assert launch_environment()["DS_ACCELERATOR"] == "cpu"  # asked for, as in all tests
+    monkeypatch.delenv("DS_ACCELERATOR")
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES is '9'"):
+        launch_environment()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert launch_environment()["DS_ACCELERATOR"] == "cpu"
 
 
 def alone() -> dict[str, str]:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ds_lvxattn.errors import ConfigError
+
 PORT = "--master_port"
 RUNNER = "ds_lvxattn.training.runner"
 
@@ -25,9 +27,19 @@ def launch_command(program: Sequence[str], options: Sequence[str]) -> list[str]:
 
 
 def launch_environment() -> dict[str, str]:
-    """The environment of the ranks: on a machine without a GPU, DeepSpeed's CPU accelerator and a thread a rank."""
+    """The environment of the ranks: on a machine without a GPU, DeepSpeed's CPU accelerator and a thread a rank.
+
+    Raises:
+        ConfigError: GPUs are asked for that are not there.
+    """
     if torch.cuda.is_available():
         return dict(os.environ)
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if asked.strip() not in ("", "-1", "NoDevFiles") and os.environ.get("DS_ACCELERATOR") != "cpu":
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES is {asked!r}, and torch finds no such GPU; mend it, or set DS_ACCELERATOR=cpu "
+            "to run on the CPU"
+        )
     return {"OMP_NUM_THREADS": "1", **os.environ, "DS_ACCELERATOR": "cpu"}
 
 
