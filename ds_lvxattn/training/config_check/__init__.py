@@ -19,10 +19,12 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.training import settings
 from ds_lvxattn.training.config_check.block import WatchedBlock, value_at
 from ds_lvxattn.training.config_check.optimizer import forms, optimizer_problems, scheduler_problems
+from ds_lvxattn.training.config_check.places import OWN_BLOCKS
 from ds_lvxattn.training.config_check.values import (
     default_kind,
     field_names,
     impossible_values,
+    meant,
     models,
     of_kind,
     unknown_key,
@@ -77,13 +79,19 @@ def check_ds_config(ds_config: Mapping[str, Any], trains: bool = True) -> None:
 
 
 def check_names(ds_config: Mapping[str, Any]) -> None:
-    """Check the names at the top of a config, before anything is made of the values.
+    """Check the names at the top of a config, before anything is made of the values, and those of this package's blocks
+    that are like others, or known elsewhere; the blocks themselves refuse the rest of theirs.
 
     Raises:
         ConfigError: one is not known.
     """
     known = [*OURS, *_known_names()]
     problems = [unknown_key(key, value, known) for key, value in ds_config.items() if key not in known]
+    for path, names in OWN_BLOCKS.items():
+        block = value_at(ds_config, path)
+        for key, value in block.items() if isinstance(block, Mapping) else ():
+            if key not in names and meant(f"{path}.{key}", names):
+                problems.append(unknown_key(f"{path}.{key}", value, names))
     if problems:
         raise ConfigError("; ".join(problems))
 

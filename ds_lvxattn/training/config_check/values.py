@@ -18,6 +18,7 @@ from deepspeed.utils.logging import log_levels
 from ds_lvxattn.config import BLOCK_KEY
 from ds_lvxattn.training import settings
 from ds_lvxattn.training.config_check.block import WatchedBlock, leaves, nodes, value_at
+from ds_lvxattn.training.config_check.places import elsewhere
 from ds_lvxattn.training.ds_config import AUTO, MODEL_SIZES
 
 # Keys that DeepSpeed or transformers give a meaning of its own to "auto", or that fill_model_sizes fills in.
@@ -167,7 +168,15 @@ def one_of(path: str, value: Any, accepted: list[str]) -> Iterator[str]:
 
 
 def unknown_key(path: str, value: Any, known: Iterable[str]) -> str:
-    parent, _, key = path.rpartition(".")
-    close = difflib.get_close_matches(key, list(known), 1, CLOSE)
-    remedy = f"did you mean '{f'{parent}.' if parent else ''}{close[0]}'?" if close else "leave it out"
+    remedy = meant(path, known) or "leave it out"
     return f"'{path}' (value {value!r}) is not a key of the config and would be ignored; {remedy}"
+
+
+def meant(path: str, known: Iterable[str]) -> str:
+    """What to do about an unknown key beside the keys ``known``; empty where nothing is like it."""
+    parent, _, key = path.rpartition(".")
+    beside = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(key.lower(), list(beside), 1, CLOSE)
+    if found := elsewhere(path):
+        return found
+    return f"did you mean '{f'{parent}.' if parent else ''}{beside[close[0]]}'?" if close else ""
