@@ -145,8 +145,7 @@ class ConversationSource:
 
     def _sample(self, turns: Sequence[Turn], name: str) -> Sample:
         found = media_of(turns)
-        if self.text.image_token is None and found:
-            raise SampleError(f"{len(found)} images and videos, and the model takes text alone")
+        self.text.check_takes(len(found))
         media = open_media(
             found, self.max_frames, self.media_root, self.pixels, self.upright, self.fps, self.text.merged
         )

@@ -43,6 +43,11 @@ class ModelText:
         """Frames of a video that the model merges to one; 0: it takes frames by themselves."""
         return self.videos.merged if self.videos else 0
 
+    def check_takes(self, media: int) -> None:
+        """Raise ``SampleError`` where there are ``media`` and the model takes none."""
+        if media and self.image_token is None:
+            raise SampleError(f"{media} images and videos, and the model takes text alone")
+
     def rows_of(self, sizes: Iterable[FrameSize]) -> list[int]:
         """Rows that the model makes of each image token of frames."""
         return [rows for size in sizes for rows in self.frame_tokens(size)]

@@ -118,8 +118,7 @@ def encode_for(name: str) -> tuple[Encode, int]:
     text = ModelText(None) if visual is None else text_of_family(visual, tokenizer, processor)
 
     def count(turns: Sequence[Turn], media: Sequence[Media]) -> tuple[int, int]:
-        if visual is None and media:
-            raise SampleError(f"{len(media)} images and videos, and the model takes text alone")
+        text.check_takes(len(media))
         made = tokenised(turns, media, tokenizer, text)
         if made.rows > most:
             raise SampleError(f"{made.rows} tokens, and the model's positions reach {most}")
