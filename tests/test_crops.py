@@ -29,8 +29,8 @@ from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.data.media_of_row import open_media
-from ds_lvxattn.data.rows import MediaRef
 from ds_lvxattn.data.sample import IGNORE, FrameSize, Sample
+from ds_lvxattn.data.turns import MediaRef
 from ds_lvxattn.families import family_of
 from ds_lvxattn.families.family import ANY_SIZE
 from ds_lvxattn.families.idefics3 import in_words

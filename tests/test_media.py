@@ -28,7 +28,7 @@ from ds_lvxattn.data.media import (
 from ds_lvxattn.data.media.files import open_film
 from ds_lvxattn.data.media.picture import as_shown
 from ds_lvxattn.data.media_of_row import open_media
-from ds_lvxattn.data.rows import MediaRef
+from ds_lvxattn.data.turns import MediaRef
 from tests.support.avif import tiled_avif
 from tests.support.films import corners, encoded, levels_of, remux, write_film
 

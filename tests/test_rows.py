@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.data.model_text import ModelText
-from ds_lvxattn.data.rows import MediaRef, read_row, unknown_keys
+from ds_lvxattn.data.rows import read_row, unknown_keys
 from ds_lvxattn.data.sample import SampleError
 from ds_lvxattn.data.table import open_table
+from ds_lvxattn.data.turns import MediaRef
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.hf.rows import as_dataset
 from tests.support.conversations import IMAGE, TOKENIZER

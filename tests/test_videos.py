@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy
 from ds_lvxattn.batches.generation import generate
 from ds_lvxattn.data.media import decode_frames, frame_groups, load_frames
 from ds_lvxattn.data.media_of_row import open_media
-from ds_lvxattn.data.rows import MediaRef
 from ds_lvxattn.data.sample import IGNORE, FrameSize, Part, Sample, SampleError
+from ds_lvxattn.data.turns import MediaRef
 from ds_lvxattn.families import family_of
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
 from ds_lvxattn.families.qwen_vl import QwenVL

@@ -13,9 +13,10 @@ from pathlib import Path
 from PIL import Image
 
 from ds_lvxattn.data.media import Media, VideoInfo, probe_image, probe_video
-from ds_lvxattn.data.media_of_row import media_of, open_media
-from ds_lvxattn.data.rows import Turn, read_row, unknown_keys
+from ds_lvxattn.data.media_of_row import media_in, open_media
+from ds_lvxattn.data.rows import read_row, unknown_keys
 from ds_lvxattn.data.table import Table
+from ds_lvxattn.data.turns import Turn
 
 Encode = Callable[[Sequence[Turn], Sequence[Media]], tuple[int, int]]
 
@@ -93,7 +94,7 @@ def check_rows(
             for key in unknown_keys(row):
                 findings.unknown.setdefault(key, at)
             turns = read_row(row)
-            found = media_of(turns)
+            found = media_in(turns)
             media = open_media(found, max_frames, root, merged=merged)
             if encode is not None:
                 tokens, supervised = encode(turns, media)

@@ -19,11 +19,12 @@ from ds_lvxattn.data.media import (
     load_frames,
     sample_indices,
 )
-from ds_lvxattn.data.media_of_row import media_of, open_media
+from ds_lvxattn.data.media_of_row import media_in, open_media
 from ds_lvxattn.data.model_text import ModelText, tokenised
-from ds_lvxattn.data.rows import Turn, read_row, unknown_keys
+from ds_lvxattn.data.rows import read_row, unknown_keys
 from ds_lvxattn.data.sample import Sample, SampleError
 from ds_lvxattn.data.table import Data, check_folder, open_table
+from ds_lvxattn.data.turns import Turn
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ class ConversationSource:
             logger.warning("%s: the keys %s are not read", self.table.row_name(number), sorted(unknown))
 
     def _sample(self, turns: Sequence[Turn], name: str) -> Sample:
-        found = media_of(turns)
+        found = media_in(turns)
         self.text.check_takes(len(found))
         media = open_media(
             found, self.max_frames, self.media_root, self.pixels, self.upright, self.fps, self.text.merged

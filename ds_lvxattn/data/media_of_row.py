@@ -18,11 +18,11 @@ from ds_lvxattn.data.media import (
     sample_indices,
     sample_times,
 )
-from ds_lvxattn.data.rows import MediaRef, Source, Turn
 from ds_lvxattn.data.sample import SampleError
+from ds_lvxattn.data.turns import MediaRef, Source, Turn
 
 
-def media_of(turns: Sequence[Turn]) -> list[MediaRef]:
+def media_in(turns: Sequence[Turn]) -> list[MediaRef]:
     """Those of a conversation, in the order of its text."""
     return [part for turn in turns for part in turn.parts if isinstance(part, MediaRef)]
 

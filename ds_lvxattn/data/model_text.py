@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ds_lvxattn.data.chat import NO_VIDEOS, Message, VideoText, WrittenVideos, check_tokens, encode
 from ds_lvxattn.data.media import Media
-from ds_lvxattn.data.rows import Turn
 from ds_lvxattn.data.sample import FrameSize, SampleError, as_it_is, in_one_row, one_row
+from ds_lvxattn.data.turns import Turn
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ds_lvxattn.data.chat import check_tokens, check_words, render
 from ds_lvxattn.data.media import DEFAULT_LIMITS, load_frames
-from ds_lvxattn.data.media_of_row import media_of, open_media
+from ds_lvxattn.data.media_of_row import media_in, open_media
 from ds_lvxattn.data.model_text import ModelText
 from ds_lvxattn.data.rows import read_row
 from ds_lvxattn.data.sample import IGNORE, Sample, SampleError, in_one_row
@@ -43,7 +43,7 @@ def question_sample(
         raise SampleError(f"{name}: the model takes text alone; leave the video out")
     asked = {"messages": [{"role": "user", "content": question}], "video": None if video is None else os.fspath(video)}
     turns = read_row(asked, answered=False)
-    found = media_of(turns)
+    found = media_in(turns)
     media = open_media(found, max_frames, "", DEFAULT_LIMITS, merged=text.merged)
     videos = text.videos_of(media)
     messages = text.messages_of(turns, media, videos)

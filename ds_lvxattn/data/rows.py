@@ -19,15 +19,13 @@ import binascii
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import unquote
 
 from ds_lvxattn.data.sample import SampleError
-
-MediaKind = Literal["image", "video"]
-Source = str | bytes
+from ds_lvxattn.data.turns import MediaKind, MediaRef, RawTurn, Slot, Source, Turn, joined, place
 
 ROLES = {
     "human": "user", "user": "user",
@@ -62,55 +60,6 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 NUMBER = re.compile(r"\d+(\.\d*)?")
 SHA256 = re.compile(r"[0-9a-fA-F]{64}")
-PLACEHOLDER = re.compile(r"<image>|<video>|<\|image\|>")
-# Lines of placeholders and blanks alone.
-_TAG = PLACEHOLDER.pattern
-STANDING = re.compile(rf"(?m)^(?:[ \t]*(?:{_TAG}))+[ \t]*$")
-
-
-@dataclass(frozen=True)
-class MediaRef:
-    """An image or a video as a row names it; nothing of it has been read.
-
-    Attributes:
-        kind: ``image`` or ``video``.
-        source: a path, relative ones as the row has them; an encoded image; or, of a video that is given as its frames,
-            those of its images.
-        sampling: how its frames are chosen: ``fps``, ``start`` and ``end`` in seconds, ``frames`` at most.
-        sha256: of its content, or of each of its images; empty where the row does not say.
-    """
-
-    kind: MediaKind
-    source: Source | tuple[Source, ...]
-    sampling: Mapping[str, float] = field(default_factory=dict)
-    sha256: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one side says.
-
-    Attributes:
-        role: ``user``, ``assistant``, ``system`` or ``tool``.
-        parts: text and media, in their order.
-        tool_calls: of the assistant, as chat templates take them.
-    """
-
-    role: str
-    parts: tuple[str | MediaRef, ...]
-    tool_calls: tuple[Any, ...] = ()
-
-    @property
-    def text(self) -> str:
-        """Its text without the media."""
-        return "".join(part for part in self.parts if isinstance(part, str))
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """A place for the next medium of the row: a part without a source, or a placeholder in text."""
-
-    kind: MediaKind
 
 
 def read_row(row: Mapping[str, Any], answered: bool = True) -> list[Turn]:
@@ -133,12 +82,12 @@ def read_row(row: Mapping[str, Any], answered: bool = True) -> list[Turn]:
             if isinstance(part, str):
                 _check_text(part)
     media = deque(sorted(media_of(row), key=lambda medium: medium.kind))
-    placed = _place(turns, media)
+    placed = place(turns, media)
     if placed[0][0] == "assistant":
         raise SampleError("the first turn is an answer; give the question ahead of it")
     if not any(isinstance(part, MediaRef) for _, parts, _ in placed for part in parts):
         _check_no_medium_is_missed(row, turns)
-    return [Turn(role, tuple(_joined(parts)), calls) for role, parts, calls in placed]
+    return [Turn(role, tuple(joined(parts)), calls) for role, parts, calls in placed]
 
 
 def media_of(row: Mapping[str, Any]) -> list[MediaRef]:
@@ -197,7 +146,7 @@ def unknown_keys(row: Mapping[str, Any]) -> set[str]:
     return found
 
 
-def _check_no_medium_is_missed(row: Mapping[str, Any], turns: Sequence[_RawTurn]) -> None:
+def _check_no_medium_is_missed(row: Mapping[str, Any], turns: Sequence[RawTurn]) -> None:
     """Check that a row of text alone is not one whose media stand where nothing reads them.
 
     Raises:
@@ -240,11 +189,7 @@ def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else () if value is None else (value,)
 
 
-_RawTurn = tuple[str, list["str | MediaRef | _Slot"], tuple[Any, ...]]
-_PlacedTurn = tuple[str, list["str | MediaRef"], tuple[Any, ...]]
-
-
-def _turns(row: Mapping[str, Any]) -> list[_RawTurn]:
+def _turns(row: Mapping[str, Any]) -> list[RawTurn]:
     turns = [_turn(role, content, calls) for role, content, calls in _speech(row)]
     if not turns:
         raise SampleError(
@@ -330,7 +275,7 @@ def _messages(turns: Any) -> Iterator[tuple[Any, Any, Any]]:
         yield role, value, turn.get("tool_calls")
 
 
-def _turn(role: Any, content: Any, calls: Any) -> _RawTurn:
+def _turn(role: Any, content: Any, calls: Any) -> RawTurn:
     if not isinstance(role, str) or role not in ROLES:
         raise SampleError(f"a turn is from {role!r}; choose one of {list(ROLES)}")
     known = ROLES[role]
@@ -342,7 +287,7 @@ def _turn(role: Any, content: Any, calls: Any) -> _RawTurn:
     return known, parts, tuple(calls or ())
 
 
-def _parts(content: Any) -> Iterator[str | MediaRef | _Slot]:
+def _parts(content: Any) -> Iterator[str | MediaRef | Slot]:
     if isinstance(content, str):
         yield content
         return
@@ -359,7 +304,7 @@ def _parts(content: Any) -> Iterator[str | MediaRef | _Slot]:
             raise SampleError(f"a turn holds {part!r}; give text, or parts of the type text, image or video")
 
 
-def _media_part(part: Mapping[str, Any], kind: MediaKind) -> MediaRef | _Slot:
+def _media_part(part: Mapping[str, Any], kind: MediaKind) -> MediaRef | Slot:
     """A part with its medium, or without one: a place for the next medium beside the turns."""
     for key in (kind, f"{kind}_url", "url", "path", "base64"):
         value = part.get(key)
@@ -370,7 +315,7 @@ def _media_part(part: Mapping[str, Any], kind: MediaKind) -> MediaRef | _Slot:
                 value = f"data:;base64,{value}"
             medium = _medium(kind, value, _sampling(part))
             return replace(medium, sha256=_checksums(part[CHECKSUM], medium.source)) if CHECKSUM in part else medium
-    return _Slot(kind)
+    return Slot(kind)
 
 
 def _is_frames(value: Any) -> bool:
@@ -452,79 +397,3 @@ def _check_text(text: str) -> None:
         raise SampleError(
             f"a turn holds {text[error.start]!r}, half of a pair of surrogates: text that was cut inside a character"
         ) from error
-
-
-def _place(turns: Sequence[_RawTurn], media: deque[MediaRef]) -> list[_PlacedTurn]:
-    """Put ``media`` into the slots of the turns, and where their number asks for it, into placeholders in the text."""
-    user = [parts for role, parts, _ in turns if role == "user"]
-    slots = sum(isinstance(part, _Slot) for _, parts, _ in turns for part in parts)
-    inside = any(isinstance(part, MediaRef) for _, parts, _ in turns for part in parts)
-    texts = [part for parts in user for part in parts if isinstance(part, str)]
-    tags = sum(len(PLACEHOLDER.findall(text)) for text in texts)
-    standing = sum(len(PLACEHOLDER.findall(run)) for text in texts for run in STANDING.findall(text))
-    missing = len(media) - slots
-    pattern = None
-    if missing == 0:
-        if not media and not inside and standing:
-            _mismatch(standing, media)
-    elif missing > 0 and tags == missing:
-        pattern = PLACEHOLDER
-    elif missing > 0 and standing == missing:
-        pattern = STANDING
-    elif not slots and not tags:
-        if not user:
-            raise SampleError("media, but no turn of the user to put them in")
-        user[0][:0] = media
-        media = deque()
-    else:
-        _mismatch(slots + tags, media)
-    waiting = {kind: deque(medium for medium in media if medium.kind == kind) for kind in ("image", "video")}
-
-    def fill(part: str | MediaRef | _Slot) -> str | MediaRef:
-        if not isinstance(part, _Slot):
-            return part
-        other = "image" if part.kind == "video" else "video"
-        return (waiting[part.kind] or waiting[other]).popleft()
-
-    filled: list[_PlacedTurn] = []
-    for role, parts, calls in turns:
-        if pattern is not None and role == "user":
-            parts = [piece for part in parts for piece in _cut(part, pattern)]
-        filled.append((role, [fill(part) for part in parts], calls))
-    return filled
-
-
-def _mismatch(placeholders: int, media: Sequence[MediaRef]) -> None:
-    raise SampleError(
-        f"{placeholders} placeholders (<image>, <video>, <|image|>) for {len(media)} images and videos; "
-        "give one for each, or none to put them first"
-    )
-
-
-def _cut(part: str | MediaRef | _Slot, pattern: re.Pattern[str]) -> Iterator[str | MediaRef | _Slot]:
-    """Text cut at the placeholders in what ``pattern`` matches."""
-    if not isinstance(part, str):
-        yield part
-        return
-    at = 0
-    for run in pattern.finditer(part):
-        for tag in PLACEHOLDER.finditer(part, run.start(), run.end()):
-            yield part[at : tag.start()]
-            yield _Slot("video" if tag.group() == "<video>" else "image")
-            at = tag.end()
-    yield part[at:]
-
-
-def _joined(parts: Sequence[str | MediaRef]) -> Iterator[str | MediaRef]:
-    """Adjacent texts as one; empty ones are left out."""
-    text = ""
-    for part in parts:
-        if isinstance(part, str):
-            text += part
-        else:
-            if text:
-                yield text
-            yield part
-            text = ""
-    if text:
-        yield text

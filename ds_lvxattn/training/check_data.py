@@ -25,9 +25,9 @@ from transformers import AutoTokenizer
 from ds_lvxattn.data.check import Encode, Findings, check_rows
 from ds_lvxattn.data.media import Media
 from ds_lvxattn.data.model_text import ModelText, tokenised
-from ds_lvxattn.data.rows import Turn
 from ds_lvxattn.data.sample import IGNORE, SampleError
 from ds_lvxattn.data.table import check_folder, open_table
+from ds_lvxattn.data.turns import Turn
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of_config
 from ds_lvxattn.training.dataset import text_of_family

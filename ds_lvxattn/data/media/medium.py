@@ -13,8 +13,8 @@ from ds_lvxattn.data.media.files import MediaError
 from ds_lvxattn.data.media.index import film_index
 from ds_lvxattn.data.media.picture import Size, fitted
 from ds_lvxattn.data.media.timeline import VideoInfo
-from ds_lvxattn.data.rows import MediaKind, Source
 from ds_lvxattn.data.sample import FrameSize, Part
+from ds_lvxattn.data.turns import MediaKind, Source
 
 # Of a video that is given as its frames, whose row does not say: what Qwen's processors take of a video.
 FRAMES_A_SECOND = 2.0
