@@ -43,6 +43,7 @@ KINDS = (
     "cohere2_vision", "mistral3", "lighton_ocr", "vipllava", "video_llava", "qianfan_ocr", "exaone4_5",
     "hyperclovax_vision_v2", "video_llama_3", "got_ocr2", "glm4v_moe", "glm46v", "glm_ocr", "paddleocr_vl",
     "hunyuan_vl", "cosmos3_edge", "llava", "deepseek_vl", "deepseek_vl_hybrid", "janus", "llama4",
+    "gemma4",
 )  # fmt: skip
 # What a config is made with, beside those sizes.
 GIVEN: dict[str, dict[str, Any]] = {
@@ -55,6 +56,16 @@ GIVEN: dict[str, dict[str, Any]] = {
             "num_attention_heads": 4, "image_size": 64, "patch_size": 16, "window_size": 2, "global_attn_indexes": [1],
             "mlp_dim": 48, "num_pos_feats": 16,
         },
+    },
+    "gemma4": {
+        "vision_config": {"pooling_kernel_size": 2, "position_embedding_size": 8, "global_head_dim": 8},
+        "text_config": {
+            "num_hidden_layers": 2, "use_bidirectional_attention": "vision", "sliding_window": 5, "head_dim": 8,
+            "global_head_dim": 8,
+            "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+        },
+        "audio_config": None,
     },
     "llama4": {
         "vision_config": {
@@ -79,7 +90,9 @@ SECTIONS = {
     "hunyuan_vl": [1, 1, 1, 1],
 }
 # Parts of them compute in float32, whatever the model.
-SINGLE = ("cohere2_vision", "glm4v_moe", "glm46v", "cosmos3_edge", "llama4")
+SINGLE = ("cohere2_vision", "glm4v_moe", "glm46v", "cosmos3_edge", "llama4", "gemma4")
+# Whose images see themselves in both directions.
+BOTH_WAYS = ("gemma4",)
 TEXT_OF_SAMPLES = ("ttItaatIta", "tItaa", "ttata")
 
 
@@ -113,6 +126,11 @@ class StandIn:
                 "pixel_values": patches.flatten(0, 1) if as_pictures else values,
                 "image_grid_thw": torch.tensor([[1, rows, rows]]), "image_merge_sizes": torch.tensor([2]),
             }  # fmt: skip
+        if "image_position_ids" in self.names:
+            rows = SIDE // PATCH
+            patches = pixels[0].unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).permute(1, 2, 3, 4, 0)
+            places = torch.tensor([[column, row] for row in range(rows) for column in range(rows)])
+            made = {"pixel_values": patches.flatten(2).flatten(0, 1)[None], "image_position_ids": places[None]}
         return {key: x for key, x in made.items() if key in self.names}
 
     @functools.cached_property
@@ -142,8 +160,8 @@ def small(kind: str) -> Any:
         (config.vision_config, VISION, given.get("vision_config", {})),
         (config, AROUND, {}),
     ):
-        for name, value in {**sizes, **{key: own[key] for key in sizes.keys() & own.keys()}}.items():
-            if hasattr(part, name):
+        for name, value in sizes.items():
+            if name not in own and hasattr(part, name):
                 of_both_sides = isinstance(getattr(part, name), (list, tuple)) and name.endswith("_size")
                 setattr(part, name, [value, value] if of_both_sides else value)
         if getattr(part, "layer_types", None):
@@ -189,7 +207,7 @@ def in_transformers(kind: str) -> tuple[float, Gradients]:
         repeats = torch.tensor([model.own_processor.tokens if token == IMAGE else 1 for token in sample.input_ids])
         rows, labels = (torch.tensor(x).repeat_interleave(repeats) for x in (sample.input_ids, sample.labels))
         targets = torch.cat((labels[1:], torch.tensor([IGNORE])))
-        if pictures and kind in SECTIONS:
+        if pictures and (kind in SECTIONS or kind in BOTH_WAYS):
             arguments["mm_token_type_ids"] = (rows == IMAGE).long()[None]
         logits = model(input_ids=rows[None], **arguments).logits[0]
         losses.append(cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum"))

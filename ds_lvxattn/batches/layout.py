@@ -46,7 +46,7 @@ class BatchLayout:
         ranges: per sample, per token, the frames it sees; a frame's image token is one token here.
         visual: int64 ``[B, S]``, the visual token that a token takes, counted over the sample's frames; -1 for text.
         blocks: per sample, runs of its tokens that see each other in both directions; see ``Family.blocks``.
-        blocks_in_window: see ``Family``.
+        blocks_in_full, blocks_in_window: see ``Family``.
         keys_in_text: see ``Family``.
         portions: how often the rank with most work calls the vision encoder, at least once: with a blank frame.
     """
@@ -64,6 +64,7 @@ class BatchLayout:
     ranges: tuple[tuple[tuple[int, int], ...], ...]
     visual: np.ndarray
     blocks: tuple[tuple[tuple[int, int], ...], ...]
+    blocks_in_full: bool
     blocks_in_window: bool
     keys_in_text: bool
     portions: int
@@ -159,7 +160,8 @@ class BatchLayout:
                 if chunk is not None:
                     own = np.arange(span.stop - span.start)
                     start[place] = np.maximum(start[place], span.start + own - own % chunk)
-                for first, last in blocks:  # to the end of the block: with what a row sees before it, still one range
+                # To the end of the block: with what a row sees before it, still one range.
+                for first, last in blocks if self.blocks_in_full or window is not None else ():
                     block = span.row, slice(span.start + first, span.start + last)
                     stop[block] = span.start + last
                     if not self.blocks_in_window:
@@ -317,8 +319,8 @@ def lay_out(
     ]
     return BatchLayout(
         spans, text, keys, owners, tuple(map(tuple, shapes)), input_ids, shift_labels, start, stop, sees_frame,
-        tuple(seen_of), visual, tuple(blocks), family.blocks_in_window, family.keys_in_text,
-        max(map(portions_of, work)),
+        tuple(seen_of), visual, tuple(blocks), family.blocks_in_full, family.blocks_in_window,
+        family.keys_in_text, max(map(portions_of, work)),
     )  # fmt: skip
 
 

@@ -67,13 +67,15 @@ class Family(ABC):
             it, and no implementation is set.
         keys_in_text: whether all that text attends to is the text itself: the visual tokens of a frame, if the model
             takes frames, stand in the place of its image token, and attention of the role ``self`` is all there is.
-        blocks_in_window: whether a sliding window also limits what a row of a block (see ``blocks``) sees of it.
+        blocks_in_full: whether the rows of a block (see ``blocks``) see each other in layers without a sliding window.
+        blocks_in_window: whether a sliding window also limits what a row of a block sees of it.
     """
 
     name: str
     model_class: type[PreTrainedModel]
     attention_config: str | None = ""
     keys_in_text: bool = False
+    blocks_in_full: bool = True
     blocks_in_window: bool = True
 
     def __init__(self, config: Any) -> None:
@@ -93,6 +95,11 @@ class Family(ABC):
     def text_config(self) -> Any:
         """The config of the language model."""
         return getattr(self.config, self.attention_config) if self.attention_config else self.config
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether some rows see each other in both directions; see ``blocks``."""
+        return type(self).blocks is not Family.blocks
 
     # Modules
 
@@ -136,7 +143,7 @@ class Family(ABC):
         layers = {}
         for name, module in model.named_modules():
             role = self.role_of(module)
-            causal = getattr(module, "is_causal", True) or type(self).blocks is not Family.blocks
+            causal = getattr(module, "is_causal", True) or self.has_blocks
             if role == "self" and not causal:
                 raise ConfigError(
                     f"{name}.is_causal is False, and sequence-parallel self-attention is causal; leave it at True, or "

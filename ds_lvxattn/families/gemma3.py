@@ -19,6 +19,7 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention
 from ds_lvxattn.data.sample import FrameShape
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.frames import last_hidden_states, patches_of
+from ds_lvxattn.families.image_masks import runs_of_images
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
@@ -44,8 +45,7 @@ class Gemma3(Concatenation):
         return model.multi_modal_projector(last_hidden_states(model.vision_tower, pixels, batch, recomputation))
 
     def blocks(self, visual: np.ndarray, labels: np.ndarray) -> Sequence[tuple[int, int]]:
-        edges = np.flatnonzero(np.diff(np.pad(visual >= 0, 1).astype(np.int8)))
-        return [(int(first), int(last)) for first, last in edges.reshape(-1, 2)]
+        return runs_of_images(visual)
 
     def block_arguments(self, in_block: np.ndarray) -> Mapping[str, np.ndarray]:
         return {"token_type_ids": in_block.astype(np.int64)}

@@ -34,6 +34,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.family import FrameLimits
 from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.families.image_masks import KINDS, ImageBlocks, image_blocks, runs_of_images
 from ds_lvxattn.families.image_obstacles import image_obstacles, inner_of
 from ds_lvxattn.families.processors import cut_into, cuts, limited_to, without_video_processor, written
 from ds_lvxattn.families.text_only import refuse
@@ -62,6 +63,12 @@ class ImageFeatures(Concatenation):
     video_processor = ""
     model_class: type[PreTrainedModel] = PreTrainedModel
     image_token = "<image>"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        # Of a model that is refused, as those of no kind known here.
+        self._images = image_blocks(_class_of(config), config) or ImageBlocks()
+        self.blocks_in_full, self.blocks_in_window = self._images.in_full, self._images.in_window
 
     @classmethod
     def has_model(cls, model: nn.Module) -> bool:
@@ -160,6 +167,16 @@ class ImageFeatures(Concatenation):
         grids = torch.tensor([shape.grid[4:] for shape in shapes]) if shapes else None
         made, _ = self._rope_index(torch.zeros_like(types), types, image_grid_thw=grids)
         return made[:, 0, : len(visual)].numpy()
+
+    @property
+    def has_blocks(self) -> bool:
+        return self._images.exist
+
+    def blocks(self, visual: np.ndarray, labels: np.ndarray) -> Sequence[tuple[int, int]]:
+        return runs_of_images(visual) if self._images.exist else ()
+
+    def block_arguments(self, in_block: np.ndarray) -> Mapping[str, np.ndarray]:
+        return {KINDS: in_block.astype(np.int64)} if self._images.exist else {}
 
     def prompt_arguments(self, positions: np.ndarray) -> Mapping[str, Tensor]:
         """Positions that the model would make itself; ahead of times, rows and columns its places in the text."""

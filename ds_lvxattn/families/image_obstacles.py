@@ -9,12 +9,13 @@ from typing import Any, get_args
 
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ds_lvxattn.families.image_masks import KINDS, has_masks_by_kind, image_blocks
 from ds_lvxattn.families.text_only import OBSTACLES
 
 # Ends of names of what models give of their encoders, and no forward asks for.
 STATES = ("hidden_state", "hidden_states", "attentions")
 # What a model's ``get_rope_index`` is asked with, by name.
-ROPE_INDEX = ("input_ids", "mm_token_type_ids", "image_grid_thw")
+ROPE_INDEX = ("input_ids", KINDS, "image_grid_thw")
 
 
 def inner_of(model: Any) -> Any:
@@ -40,8 +41,10 @@ def image_obstacles(model: Any) -> Iterator[str | None]:
         yield f"its rotary positions follow from more than the places of its images, {ROPE_INDEX} of 'get_rope_index'"
     if "token_type_ids" in arguments:
         yield "tokens of an image see each other in both directions ('token_type_ids')"
-    if "mm_token_type_ids" in arguments and not positions:
-        yield "what its rows see, or where they stand, follows from which are of images ('mm_token_type_ids')"
+    if image_blocks(type(model), config) is None:
+        yield f"what its rows see, or where they stand, follows from which are of images, of all together ('{KINDS}')"
+    if KINDS in arguments and not positions and not has_masks_by_kind(type(model)):
+        yield f"what its rows see, or where they stand, follows from which are of images ('{KINDS}')"
     of_decoder = [key for key in inspect.signature(inner.get_decoder().forward).parameters if "token_type_ids" in key]
     if of_decoder:
         yield f"its layers compute rows of images in another way {of_decoder}"

@@ -57,7 +57,7 @@ class OwnVideos:
 
 
 def without_video_processor(name: str, config: Any, settings: Callable[[Any], Mapping[str, Any]]) -> Any:
-    """The whole processor of a local path or hub name, for images and text; None for a model that has none.
+    """The whole processor of a local path or hub name, for images and text; None where it has other parts.
 
     It takes no videos, and keeps and saves the settings of its video processor, which may need what is not installed.
 
@@ -69,7 +69,7 @@ def without_video_processor(name: str, config: Any, settings: Callable[[Any], Ma
         ImportError: it needs something else that is not installed.
     """
     kind: Any = PROCESSOR_MAPPING.get(type(config), None)
-    if kind is None or "video_processor" not in kind.get_attributes():
+    if kind is None or {*kind.get_attributes()} != {"image_processor", "tokenizer", "video_processor"}:
         return None
     images = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
     parts = {

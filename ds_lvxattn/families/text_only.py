@@ -158,7 +158,8 @@ def _recurrence(model: nn.Module) -> str | None:
 
 def _causality(model: Any) -> str | None:
     config = model.config
-    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+    both_ways = getattr(config, "use_bidirectional_attention", False)
+    if not getattr(config, "is_causal", True) or both_ways not in (None, False, "vision"):  # "vision": of images alone
         return "its attention is not causal"
     return None
 
