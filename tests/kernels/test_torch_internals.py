@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from ds_lvxattn.kernels import cudnn, flash, torch_internals
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.dispatch import select_kernel
+from ds_lvxattn.kernels.triton import rms_norm
 
 NAMES = (
     "_disable_dynamo",
@@ -81,4 +82,8 @@ def test_a_kernel_without_its_operator_is_passed_over(monkeypatch: pytest.Monkey
     assert select_kernel("auto", call).name == "math"
     with pytest.raises(ValueError, match="kernel 'flash' cannot do this call: .* aten::no_such_attention"):
         select_kernel("flash", call)
+    few: Any = SimpleNamespace(is_cuda=True, dtype=torch.float32, numel=lambda: 4, is_contiguous=lambda: True)
+    assert rms_norm.by_torch(few, few)
+    monkeypatch.setattr(rms_norm, "MISSING", reason)
+    assert not rms_norm.by_torch(few, few)
     assert cudnn.MISSING is None or "aten::_scaled_dot_product_cudnn_attention" in cudnn.MISSING

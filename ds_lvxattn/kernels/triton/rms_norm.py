@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from ds_lvxattn.kernels.torch_internals import missing_operator
+
 try:
     import triton
     import triton.language as tl
@@ -30,6 +32,8 @@ FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 4096, 2048
 ROWS_OF_PART, FEWEST_PARTS, MOST_PARTS = 64, 2, 16
 FEW = 1 << 22  # numbers, for which either kernel takes a few microseconds
 ON_CPU = 3  # "multiprocessors" of Triton's interpreter
+# Why PyTorch's kernels cannot do it; None where they can.
+MISSING = missing_operator("_fused_rms_norm", "_fused_rms_norm_backward")
 
 if triton is not None:
     # Strides of the inverse norms and sizes change with lengths: compiling again for them would stall a step.
@@ -189,7 +193,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]
         ``[..., D]`` in the wider dtype of ``x`` and ``weight`` and, where its rows are, with the strides of ``x`` made
         dense; and ``[...]``, each row's inverse root, in float32 (float64 for float64 inputs).
     """
-    if _few(x, weight):
+    if by_torch(x, weight):
         if not x.is_contiguous():
             out, inverse = rms_norm(x.transpose(1, 2), weight, epsilon)
             return out.transpose(1, 2), inverse.transpose(1, 2)
@@ -213,7 +217,7 @@ def rms_norm_backward(
         x, weight: as given to ``rms_norm``.
         inverse: ``[...]``, as it returned it; other strides are as well.
     """
-    if _few(x, weight):
+    if by_torch(x, weight):
         if not x.is_contiguous():
             grad, x, inverse = (each.transpose(1, 2) for each in (grad, x, inverse))
             of_x, of_weight = rms_norm_backward(grad, x, weight, inverse, wanted)
@@ -233,10 +237,10 @@ def rms_norm_backward(
     return of_x, (wide * unit).sum_to_size(weight.shape).to(weight.dtype) if wanted[1] else None
 
 
-def _few(x: Tensor, weight: Tensor) -> bool:
+def by_torch(x: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch's kernels are to do it, which the host issues in less time: of few rows, dense or keys of all
     heads row by row."""
-    if not x.is_cuda or x.dtype != weight.dtype or x.dtype == torch.float64:
+    if MISSING is not None or not x.is_cuda or x.dtype != weight.dtype or x.dtype == torch.float64:
         return False
     few = x.numel() > 0 and (triton is None or x.numel() < FEW)
     return few and (x.is_contiguous() or (x.dim() == 4 and x.transpose(1, 2).is_contiguous()))
