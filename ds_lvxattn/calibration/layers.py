@@ -19,14 +19,17 @@ from ds_lvxattn.exchange.grid import node_size
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.routes import Routes
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
+from ds_lvxattn.kernels.rms_norm import rms_norm
 from ds_lvxattn.plan.cost import projection_seconds
 from ds_lvxattn.plan.modes import LOCAL, eligible_modes
 from ds_lvxattn.plan.profile import HostTime, Profile, Projection
 from ds_lvxattn.runtime.recompute import recompute
 
+EPSILON = 1e-5  # of the norm
+
 
 class CrossAttention(nn.Module):
-    """Projection of K and V, norm of K, attention: a cross-attention layer as far as strategies differ.
+    """Projection of K and V, norm of K, attention: a cross-attention layer that trains, as far as strategies differ.
 
     Args:
         layout: its heads.
@@ -39,7 +42,7 @@ class CrossAttention(nn.Module):
         self.layout, self.attend = layout, attend
         width = layout.kv_heads * layout.head_dim
         self.k, self.v = (nn.Linear(features, width, bias=False, **make) for _ in range(2))
-        self.norm = nn.RMSNorm(layout.head_dim, **make)
+        self.norm = nn.Parameter(torch.ones(layout.head_dim, **make))
 
     def forward(self, hidden_states: Tensor, features: Tensor) -> Tensor:
         """``[B, s_q, H_q * D]`` rows and ``[B, s_kv, features]`` to the attention's output."""
@@ -49,7 +52,7 @@ class CrossAttention(nn.Module):
 
     def keys_and_values(self, features: Tensor) -> tuple[Tensor, Tensor]:
         k, v = (p(features).unflatten(2, (self.layout.kv_heads, self.layout.head_dim)) for p in (self.k, self.v))
-        return self.norm(k).transpose(1, 2), v.transpose(1, 2)
+        return rms_norm(k.transpose(1, 2), self.norm, EPSILON), v.transpose(1, 2)
 
 
 def layer_step(layer: CrossAttention, rows: Tensor, features: Tensor, recomputes: bool) -> Callable[[], None]:
