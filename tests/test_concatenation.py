@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import CONFIG_MAPPING, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from ds_lvxattn import SequenceShards
 from ds_lvxattn.batches.layout import BatchLayout, lay_out
@@ -30,8 +31,9 @@ from ds_lvxattn.runtime.visual_rows import VisualRows
 from ds_lvxattn.training.loading import select_trainable
 from tests.support.distributed import device, run
 from tests.support.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
+from tests.support.text_models import SIZES
 from tests.support.tiny_families import tiny
-from tests.support.tiny_model import IMAGE_TOKEN, attach, loss_of
+from tests.support.tiny_model import IMAGE_TOKEN, TINY, attach, loss_of
 from tests.support.traffic import measured
 
 BATCH = ("tItIItttaaItaIIIta", "ttIa", "ttatta")
@@ -200,6 +202,24 @@ def test_a_tower_without_a_fixed_number_of_tokens_is_of_the_general_family() -> 
     assert type(family_of(model)) is type(family_of_config(model.config)) is Llava
     model.config.vision_config.model_type = "pixtral"
     assert type(family_of(model)) is type(family_of_config(model.config)) is ImageFeatures
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("doge", "DogeAttention makes a dense mask itself"),
+        ("lfm2", r"layers of the types \['conv'\]"),
+    ],
+)
+def test_a_text_that_would_be_wrong_is_refused_beside_images_too(kind: str, reason: str) -> None:
+    others = {"layer_types": ["conv", "full_attention", "full_attention"]} if kind == "lfm2" else {}
+    text, vision = CONFIG_MAPPING[kind](**{**SIZES, **others}), CLIPVisionConfig(**TINY.vision)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision))
+    family = family_of(model)
+    assert isinstance(family, Llava)
+    with pytest.raises(ConfigError, match=reason):
+        family.attention_layers(model)
 
 
 def test_frames_that_do_not_divide_into_tokens_are_refused() -> None:

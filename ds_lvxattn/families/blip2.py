@@ -22,6 +22,7 @@ from transformers.models.blip_2.modeling_blip_2 import (
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.frames import encode_in_portions, last_hidden_states, patches_of
+from ds_lvxattn.families.handed_on import hand_down
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
@@ -67,6 +68,7 @@ class Blip2(Concatenation):
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         """The model's forward asks ``features`` for the visual tokens, and puts them into the text itself."""
         blip: Any = model
+        hand_down(model, self.role_of)
         tokens = functools.partial(_visual_tokens, self, blip, getattr(blip, self.features), recomputation)
         setattr(blip, self.features, tokens)
         blip.register_forward_pre_hook(_hand_down_batch, with_kwargs=True)

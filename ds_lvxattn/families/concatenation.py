@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ds_lvxattn.data.sample import FrameShape
-from ds_lvxattn.families.family import VisualFamily
+from ds_lvxattn.families.family import Family, VisualFamily
 from ds_lvxattn.families.handed_on import hand_down
 from ds_lvxattn.families.rotary import (
     self_attention_chunk,
@@ -18,6 +18,8 @@ from ds_lvxattn.families.rotary import (
     self_attention_sizes,
     self_attention_window,
 )
+from ds_lvxattn.families.text_only import OBSTACLES, causality, refuse
+from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
@@ -94,6 +96,12 @@ class Concatenation(VisualFamily):
 
     def chunk_of(self, module: Any) -> int | None:
         return None if self.is_local(module) else self_attention_chunk(module)
+
+    def attention_layers(self, model: Any) -> dict[nn.Module, AttentionLayer]:
+        """See ``Family``. A text that would be computed wrongly is refused with the reason, in whichever model."""
+        blocks = type(self).blocks is not Family.blocks
+        refuse(model, (hinders(model.get_decoder()) for hinders in OBSTACLES if not (blocks and hinders is causality)))
+        return super().attention_layers(model)
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         module: Any

@@ -34,6 +34,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.family import FrameLimits
 from ds_lvxattn.families.frames import encode_in_portions
+from ds_lvxattn.families.handed_on import hand_down
 from ds_lvxattn.families.image_masks import KINDS, ImageBlocks, image_blocks, runs_of_images
 from ds_lvxattn.families.image_obstacles import image_obstacles, inner_of
 from ds_lvxattn.families.processors import cut_into, cuts, limited_to, without_video_processor, written
@@ -102,6 +103,7 @@ class ImageFeatures(Concatenation):
         return super().attention_layers(model)
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
+        hand_down(model, self.role_of)
         _Asked(self, inner_of(model), recomputation)
 
     def encode(

@@ -156,7 +156,8 @@ def _recurrence(model: nn.Module) -> str | None:
     return None
 
 
-def _causality(model: Any) -> str | None:
+def causality(model: Any) -> str | None:
+    """Why a row may see what follows it; a family that knows of it may take such a model."""
     config = model.config
     both_ways = getattr(config, "use_bidirectional_attention", False)
     if not getattr(config, "is_causal", True) or both_ways not in (None, False, "vision"):  # "vision": of images alone
@@ -172,5 +173,5 @@ def _auxiliary_loss(model: Any) -> str | None:
 
 OBSTACLES: tuple[Callable[[Any], str | None], ...] = (
     _registry, _arguments, _chosen_keys, _not_handed_on, _masks_of_its_own, _windows_of_masks, _kinds_of_layers,
-    _recurrence, _causality, _auxiliary_loss,
+    _recurrence, causality, _auxiliary_loss,
 )  # fmt: skip
