@@ -9,9 +9,10 @@ take turns; a figure is the median of its calls, of the slowest rank, with the q
 Llama-3.2-11B-Vision and few rows and keys: the host's time does not depend on sizes. Without a GPU the times include
 the compute, and say nothing.
 
-What a local call consists of: ``autograd alone`` is a function that only allocates what attention returns; ``KERNEL
-alone`` is the kernel with its launches, neither an operator nor differentiable; ``local, KERNEL`` has both; ``local,
-sp_attention`` adds the checks and the choice of a kernel.
+What a local call consists of: ``nothing`` is a differentiable function that only allocates what attention returns, and
+what every figure is also given in multiples of, as hosts differ; ``triton launches`` are the launches with their
+arguments at hand; ``KERNEL alone`` is the kernel, neither an operator nor differentiable; ``local, KERNEL`` is both;
+``local, sp_attention`` adds the checks and the choice of a kernel.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ EXCHANGE_TARGETS = (400.0, 800.0)
 
 SHAPES = (Shape(128, 256, 32, 8, 128, "growing"), Shape(128, 256, 32, 8, 128))
 LOCAL = "local"
+NOTHING = "nothing"
 
 # The forward pass, and the backward pass of what it returned.
 Passes = tuple[Callable[[], Any], Callable[[Any], object]]
@@ -105,16 +107,47 @@ def calls_of(layer: Layer) -> dict[str, Passes]:
         return differentiable(lambda: layer.attend(strategy=mode.strategy, schedule=mode.schedule))
 
     call = Call.forward(q, k, v, start is not None)
-    calls = {f"{LOCAL}, {kernel}": local(kernel) for kernel in usable_kernels(call)}
+    calls = {NOTHING: differentiable(lambda: Allocates.apply(q, k, v, start, stop)[0])}
+    calls |= {f"{LOCAL}, {kernel}": local(kernel) for kernel in usable_kernels(call)}
     if layer.comm.ranks == 1:
         calls |= {f"{kernel} alone": alone(select_kernel(kernel, call)) for kernel in usable_kernels(call)}
-        calls["autograd alone"] = differentiable(lambda: Allocates.apply(q, k, v, start, stop)[0])
+        if "triton" in usable_kernels(call):
+            calls["triton launches"] = launches_of(alone(select_kernel("triton", call)))
         calls[f"{LOCAL}, sp_attention"] = differentiable(layer.attend)
     else:
         for mode in eligible_modes():
             if mode.adds(layer.costed) and mode.why_not(layer.costed.shape) is None:
                 calls[f"{mode.strategy} {mode.schedule}"] = exchanged(mode)
     return calls
+
+
+def launches_of(passes: Passes) -> Passes:
+    """The launches of Triton kernels that both passes make, with the arguments of one call."""
+    from ds_lvxattn.kernels.triton.launch import Launch
+
+    forward, backward = passes
+    backward(forward())  # what is made once a batch is made
+    recorded: list[tuple[Launch, tuple[Any, ...]]] = []
+    launch = Launch.__call__
+
+    def record(self: Launch, *args: Any) -> None:
+        recorded.append((self, args))
+        launch(self, *args)
+
+    setattr(Launch, "__call__", record)  # noqa: B010
+    try:
+        result = forward()
+        count = len(recorded)
+        backward(result)
+    finally:
+        setattr(Launch, "__call__", launch)  # noqa: B010
+    of_forward, of_backward = recorded[:count], recorded[count:]
+
+    def again(launches: list[tuple[Launch, tuple[Any, ...]]]) -> None:
+        for each, args in launches:
+            each(*args)
+
+    return lambda: again(of_forward), lambda _: again(of_backward)
 
 
 def issued(layer: Layer, passes: Passes) -> tuple[list[float], list[float]]:
@@ -147,7 +180,7 @@ def measure(layer: Layer) -> list[Figure]:
     return [
         Figure(
             str(layer.shape), name, *(spread(way, layer.comm.group) for way in ways),
-            LOCAL_TARGETS if layer.comm.ranks == 1 or name.startswith(LOCAL) else EXCHANGE_TARGETS,
+            LOCAL_TARGETS if layer.comm.ranks == 1 or name.startswith((LOCAL, NOTHING)) else EXCHANGE_TARGETS,
         )
         for name, ways in times.items()
     ]  # fmt: skip
@@ -161,15 +194,19 @@ def spread(values: list[float], group: dist.ProcessGroup | None) -> Spread:
 
 def report(figures: list[Figure]) -> None:
     for shape in dict.fromkeys(figure.layer for figure in figures):
-        print(f"\n{shape}\n{'microseconds, median (quartiles)':32}{'forward':>28}{'backward':>28}")
-        for figure in figures:
-            if figure.layer == shape:
-                ways = zip((figure.forward_us, figure.backward_us), figure.targets_us, strict=True)
-                texts = [
-                    f"{middle:.0f} ({low:.0f} to {high:.0f}){'' if middle <= target else ' missed'}"
-                    for (middle, low, high), target in ways
-                ]
-                print(f"{figure.candidate:32}{texts[0]:>28}{texts[1]:>28}")
+        print(f"\n{shape}\n{'microseconds, median (quartiles)':32}{'forward':>36}{'backward':>36}")
+        of_shape = [figure for figure in figures if figure.layer == shape]
+        nothing = next(figure for figure in of_shape if figure.candidate == NOTHING)
+        for figure in of_shape:
+            ways = zip(
+                (figure.forward_us, figure.backward_us), (nothing.forward_us, nothing.backward_us), figure.targets_us,
+                strict=True,
+            )  # fmt: skip
+            texts = [
+                f"{middle:.0f} ({low:.0f} to {high:.0f}) {middle / unit[0]:.1f}x{'' if middle <= target else ' missed'}"
+                for (middle, low, high), unit, target in ways
+            ]
+            print(f"{figure.candidate:32}{texts[0]:>36}{texts[1]:>36}")
 
 
 def main() -> None:

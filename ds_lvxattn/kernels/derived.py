@@ -12,12 +12,26 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ds_lvxattn.kernels.torch_internals import current_stream
 
 T = TypeVar("T")
-_derived: Any = WeakTensorKeyDictionary()  # start -> {key: (reference to stop, versions of both, what was made)}
+# By the identity of ``start``, with a reference to it: {key: (reference to stop, versions of both, what was made)}.
+_derived: dict[int, tuple[weakref.ref[Tensor], dict[Hashable, Any]]] = {}
+
+
+def _made_from(start: Tensor) -> dict[Hashable, Any]:
+    """What was made from ``start``; a ``WeakTensorKeyDictionary`` takes the host three times as long."""
+    key = id(start)
+    known = _derived.get(key)
+    if known is None or known[0]() is not start:
+
+        def forget(gone: weakref.ref[Tensor]) -> None:
+            if key in _derived and _derived[key][0] is gone:
+                del _derived[key]
+
+        known = _derived[key] = weakref.ref(start, forget), {}
+    return known[1]
 
 
 def derived_of(start: Tensor, stop: Tensor, key: Hashable, make: Callable[[], T]) -> T:
@@ -33,7 +47,7 @@ def derived_of(start: Tensor, stop: Tensor, key: Hashable, make: Callable[[], T]
             return make()
         # What another stream makes may not be done.
         key = key, current_stream(start.get_device())
-    made = _derived.setdefault(start, {})
+    made = _made_from(start)
     versions = start._version, stop._version
     known = made.get(key)
     if known is not None and known[0]() is stop and known[1] == versions:

@@ -24,7 +24,7 @@ from ds_lvxattn.kernels.triton.tiles import split_head
 
 KEPT = 512  # of the shapes of a kernel, those that were used last
 ALIGNMENT = 16  # bytes, of pointers that the compiler takes for aligned
-KEPT_ADDRESSES = 1024  # of the tensors that a launch describes: the layers of a model have theirs step after step
+KEPT_ADDRESSES = 256  # of the tensors that a launch describes: the layers of a model have theirs step after step
 
 Split = Callable[[int], tuple[int, int]]
 Tiles = Callable[[Tensor], "tuple[TensorDescriptor | None, ...]"]
@@ -58,6 +58,7 @@ class Launch:
         self._inside: Inside | None = None
         self._start: Callable[[int, tuple[Any, ...]], None] | None = None
         self._expanded: dict[tuple[int, ...], tuple[Any, ...]] = {}  # addresses of the tensors -> what stands for them
+        self._checked: list[tuple[dict[str, Any] | None, ...]] = []  # descriptors of each tensor, but for the tensor
         self._placeholders: tuple[Any, ...] = ()
         self._device = -1
 
@@ -102,11 +103,23 @@ class Launch:
         """What the launcher makes of the tensors, which depends on nothing but their addresses."""
         assert self._inside is not None
         others = (*args[len(self._tiles) :], *self._placeholders)
-        expanded = self._inside.expand((*self.described(args), *self._placeholders))
+        if not self._checked:
+            made = [tiles(x) for tiles, x in zip(self._tiles, args, strict=False)]
+            self._checked = [tuple([each and {**vars(each), "base": None} for each in of_x]) for of_x in made]
+        descriptors = [each and _like(each, x) for of_x, x in zip(self._checked, args, strict=False) for each in of_x]
+        expanded = self._inside.expand((*descriptors, *others))
         if len(self._expanded) >= KEPT_ADDRESSES:
             self._expanded.clear()
         first = self._expanded[addresses] = addressed(expanded[: len(expanded) - len(others)])
         return first
+
+
+def _like(checked: dict[str, Any], base: Tensor) -> TensorDescriptor:
+    """A descriptor of ``base`` that need not be checked again."""
+    made = object.__new__(TensorDescriptor)
+    made.__dict__.update(checked)
+    made.base = base
+    return made
 
 
 def _watched() -> bool:
