@@ -88,13 +88,13 @@ def test_an_index_is_read_from_disk_the_second_time(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(store, "WORTH_KEEPING", 0)
     film = write_film(tmp_path / "film.mp4", [5 * i for i in range(40)], g="10")
     first = index.film_index(str(film))
-    index._remembered.cache_clear()
+    index.remembered_index.cache_clear()
     monkeypatch.setattr(index, "_build", lambda path: pytest.fail("the film was read again"))
     again = index.film_index(str(film))
     for name in ("stamps", "key_of", "keys"):
         np.testing.assert_array_equal(getattr(again, name), getattr(first, name))
     assert (again.info.length, again.info.unit, again.info.width) == (first.info.length, first.info.unit, 64)
-    index._remembered.cache_clear()
+    index.remembered_index.cache_clear()
     os.utime(film, (1, 1))  # another file by the same name
     with pytest.raises(pytest.fail.Exception):
         index.film_index(str(film))

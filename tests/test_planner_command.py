@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
+from ds_lvxattn.families import family, qwen_vl
 from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingoConfig
 from ds_lvxattn.plan.__main__ import main, report
+from ds_lvxattn.plan.cluster import model_sizes as model_sizes_of_models
+from ds_lvxattn.plan.cluster import segments, work
 from ds_lvxattn.plan.cluster.job import ClusterJob
 from ds_lvxattn.plan.cluster.model_sizes import SHIPPED, ModelError, model_sizes
 from ds_lvxattn.plan.cluster.step import layer_candidates, steps
@@ -25,6 +28,7 @@ from ds_lvxattn.plan.profile import (
     shipped_profiles,
     write_profile,
 )
+from ds_lvxattn.training import zero3
 from tests.support.marks import slow_but
 from tests.support.processes import finish
 
@@ -230,3 +234,10 @@ def test_a_broken_profile_is_told() -> None:
     del data["matmul_tflop_per_s"]
     with pytest.raises(ProfileError, match="matmul_tflop_per_s"):
         profile_from_json(data)
+
+
+def test_what_it_knows_of_runs_is_so_in_runs() -> None:
+    """Without torch it cannot import these; a step is predicted by the same numbers."""
+    assert segments.ENCODER_SHARE == zero3.ENCODER_SHARE
+    assert work.TOKENS_AT_ONCE == family.TOKENS_AT_ONCE
+    assert model_sizes_of_models.SIDE == qwen_vl.SIDE

@@ -66,11 +66,11 @@ def film_index(path: str) -> FilmIndex:
         MediaError: the file is missing or broken, or shows no frame.
     """
     status = check_file(path)
-    return _remembered(path, status.st_mtime_ns, status.st_size)
+    return remembered_index(path, status.st_mtime_ns, status.st_size)
 
 
 @functools.lru_cache(maxsize=256)
-def _remembered(path: str, mtime_ns: int, size: int) -> FilmIndex:
+def remembered_index(path: str, mtime_ns: int, size: int) -> FilmIndex:
     return fetch((path, mtime_ns, size), size, lambda: _build(path), _to_arrays, _from_arrays)
 
 
