@@ -22,6 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, EvalPredict
 from ds_lvxattn import ConfigError
 from ds_lvxattn.hf import Rows, SequenceParallelTrainer
 from ds_lvxattn.hf.accelerator import use_groups
+from ds_lvxattn.hf.rows import as_made
 from ds_lvxattn.needle.task import IMAGE, build_tokenizer
 from ds_lvxattn.training.loading import LoadedModel
 from tests.support.distributed import run
@@ -353,6 +354,8 @@ def test_other_datasets_are_told_from_samples(tmp_path: Path) -> None:
         trainer = divided_trainer(tmp_path, None, [{"input_ids": [1]}], max_steps=1)  # type: ignore[arg-type, list-item]
         with pytest.raises(ConfigError, match=r"row 0 of the list is a dict; give Rows\(FILE\)"):
             trainer.train()
+        with pytest.raises(ConfigError, match=r"gave a str in a dict; .* \(collate_fn=list\)"):
+            as_made({"input_ids": [1]})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="give it to SequenceParallelTrainer"):
         len(Rows("rows.jsonl"))
 

@@ -128,6 +128,7 @@ def trained(stage: int, folder: Path, gradients: bool = True, kind: type = Ours)
         trainer = divided_trainer(folder, config, SAMPLES, model, **HOW)
         trainer.add_callback(InTurn(gradients))
         trainer.train()
+        trainer.evaluate(SAMPLES[:4])
         trainer.close()
     return trainer
 
@@ -136,7 +137,7 @@ def of_two_ranks(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for stage in (2, 3):
         trainer = trained(stage, folder)
-        found[str(stage)] = [logged(trainer, name) for name in ("loss", "grad_norm")]
+        found[str(stage)] = [logged(trainer, name) for name in ("loss", "grad_norm", "eval_loss")]
     found["export"] = exported(folder)
     for name, how in (("turn", {"gradients": False, "kind": SequenceParallelTrainer}), ("part", {"kind": PartAsWhole})):
         with pytest.raises(ConfigError) as error:
@@ -160,12 +161,14 @@ def test_own_losses_adapters_in_turn_and_decisions_of_one_rank(tmp_path: Path) -
         plain.optimizer = None
         plain.add_callback(InTurn(gradients=True))
         plain.train()
+        plain.evaluate(SAMPLES[:4])
     first, second = run(2, of_two_ranks, tmp_path)
     assert first == second
     for stage in ("2", "3"):
-        losses, norms = first[stage]
+        losses, norms, judged = first[stage]
         assert len(losses) == STOPS_AT
         assert losses == pytest.approx(logged(plain, "loss"), rel=1e-4)
+        assert judged == pytest.approx(logged(plain, "eval_loss"), rel=1e-4)
         assert norms == pytest.approx(logged(plain, "grad_norm"), rel=1e-3)
     losses = first["export"]
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
@@ -214,3 +217,8 @@ def test_a_config_that_accelerate_passes_by_is_refused(tmp_path: Path) -> None:
         pytest.raises(ConfigError, match="Accelerate passes it by, .* accelerate launch --use_deepspeed"),
     ):
         divided_trainer(tmp_path, deepspeed_block(2), SAMPLES, **HOW)
+
+
+def test_a_step_of_prediction_that_nobody_would_call_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Mine has a prediction_step, .* override compute_loss"):
+        type("Mine", (SequenceParallelTrainer,), {"prediction_step": print})

@@ -115,7 +115,17 @@ def as_they_are(samples: Sequence[Found]) -> Any:
 
 
 def as_made(samples: Sequence[Found | None]) -> list[MakeSample | None]:
-    """What a loader takes, for samples that are made already."""
+    """What a loader takes, for samples that are made already.
+
+    Raises:
+        ConfigError: they are something else, of a ``get_train_dataloader`` or ``get_eval_dataloader`` of one's own.
+    """
+    for sample in samples:
+        if not isinstance(sample, (Sample, SampleError, type(None))):
+            raise ConfigError(
+                f"the Trainer's data loader gave a {type(sample).__name__} in a {type(samples).__name__}; let it give "
+                "lists of ds_lvxattn.Sample (collate_fn=list), of which micro-batches are made for the ranks of a group"
+            )
     return [None if sample is None else functools.partial(_same, sample) for sample in samples]
 
 

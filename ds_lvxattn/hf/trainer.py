@@ -119,6 +119,11 @@ class SequenceParallelTrainer(Trainer):
                     "forward by one for whole texts, which no rank has; use SequenceParallelTrainer in its place, "
                     "which takes the same rows and SFTConfig, and takes loss on the answers"
                 )
+        if cls.prediction_step is not Trainer.prediction_step:
+            raise ConfigError(
+                f"{cls.__name__} has a prediction_step, which evaluation does not call: it predicts rows that ranks "
+                "share; override compute_loss, or give compute_metrics or preprocess_logits_for_metrics"
+            )
 
     def create_accelerator_and_postprocess(self) -> None:
         """Made ahead of everything that asks for data or model: the model is attached here."""
@@ -225,11 +230,7 @@ class SequenceParallelTrainer(Trainer):
         batch = self._plan_times.prepare(replace(inputs, tokens=num_items_in_batch))
         self._whole = False
         loss = super().training_step(model, batch.inputs, num_items_in_batch)
-        if self.is_deepspeed_enabled and not self._whole:
-            raise ConfigError(
-                f"compute_loss of {type(self).__name__} returned the loss of this rank's rows as that of the micro-"
-                "batch; let it return self.whole_loss(loss, num_items_in_batch), or what super().compute_loss does"
-            )
+        self._check_whole()
         return loss
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -256,12 +257,21 @@ class SequenceParallelTrainer(Trainer):
             A scalar: its value is the sum of the parts of the group, its gradient that of this rank's part.
         """
         self._whole = True
-        self.attached.begin_backward()
-        part = with_gradient(part, self.model_wrapped) if self.is_deepspeed_enabled else part
+        if torch.is_grad_enabled():
+            self.attached.begin_backward()
+            part = with_gradient(part, self.model_wrapped) if self.is_deepspeed_enabled else part
         loss = group_loss(part, self.attached.loss_factor, self.attached.parallel)
         if self._averages_tokens and num_items_in_batch is not None:
             loss = loss * self._data_ranks  # ZeRO averages over the groups what is a share of all
         return loss
+
+    def _check_whole(self) -> None:
+        """Raise ``ConfigError`` where the loss of a micro-batch did not come by ``whole_loss``."""
+        if self.is_deepspeed_enabled and not self._whole:
+            raise ConfigError(
+                f"compute_loss of {type(self).__name__} returned the loss of this rank's rows as that of the micro-"
+                "batch; let it return self.whole_loss(loss, num_items_in_batch), or what super().compute_loss does"
+            )
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Of this rank's share of a micro-batch, as it was loaded."""
@@ -340,10 +350,12 @@ class SequenceParallelTrainer(Trainer):
             whole: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if not loss_only and attached.tiled_logits is not None:
                 whole = attached.tiled_logits.whole_logits()
+            self._whole = False
             with torch.no_grad(), self.compute_loss_context_manager(), whole:
-                outputs = model(**batch.inputs)
+                loss, outputs = self.compute_loss(model, batch.inputs, return_outputs=True)
+            self._check_whole()
             rows = len(loaded.layout.frames)
-            given = {"losses": group_loss(outputs.loss, 1, attached.parallel).repeat(rows)}
+            given = {"losses": loss.repeat(rows)}
             if not loss_only:
                 given |= self._predictions(outputs, loaded.layout)
             # The groups' rows in turn; where their number is no multiple, the last ones are repeats.
