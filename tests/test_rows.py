@@ -60,6 +60,8 @@ PNG = base64.b64encode(b"pixels").decode()
         ),
         # Media beside the turns.
         (asked("<video>What?", video="file://a.mp4"), [("user", CLIP, "What?")]),
+        (asked("What?", video="file://localhost/d/a.mp4"), [("user", ("video", "/d/a.mp4"), "What?")]),
+        ({"messages": json.dumps(asked("hi")["messages"])}, [("user", "hi")]),
         (asked("What?", video="file:///d/a%20b.mp4"), [("user", ("video", "/d/a b.mp4"), "What?")]),
         (asked("<video>?", videos=[["1.png", "2.png"]]), [("user", ("video", ("1.png", "2.png")), "?")]),
         (asked("<video>?", video=["1.png", "2.png"]), [("user", ("video", ("1.png", "2.png")), "?")]),
@@ -114,6 +116,7 @@ def test_layouts(row, turns):
             "an answer is empty",
         ),
         ({"messages": {"role": "user"}}, "the turns are a dict"),
+        ({"messages": "hi"}, "the turns are a text that is not JSON"),
         (asked("hi", video=7), "media is a int"),
         (asked("hi", image="https://example.org/a.png"), "is a URL, which is not read"),
         (asked([{"type": "image", "image": ["a.png", "b.png"]}]), "an image is a list"),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -265,6 +266,11 @@ def _is_messages(value: Any) -> bool:
 
 
 def _messages(turns: Any) -> Iterator[tuple[Any, Any, Any]]:
+    if isinstance(turns, str):  # as tables in text have them
+        try:
+            turns = json.loads(turns)
+        except ValueError as error:
+            raise SampleError(f"the turns are a text that is not JSON ({error}); give a list of them") from error
     if not isinstance(turns, list | tuple):
         raise SampleError(f"the turns are a {type(turns).__name__}; give a list of them")
     for turn in turns:
@@ -368,7 +374,7 @@ def _source(value: Any) -> Source:
     if not colon or "/" in scheme:
         return value
     if scheme == "file":
-        return unquote(rest)
+        return unquote(rest.removeprefix("localhost") if rest.startswith("localhost/") else rest)
     raise SampleError(f"{value!r} is a URL, which is not read; download it and give its path")
 
 
