@@ -54,7 +54,7 @@ TURN_PARTS = {"from", "role", "value", "content", "tool_calls"}
 MEDIUM_KEYS = {"type", "url", "path", "bytes", "base64", CHECKSUM}
 # What other tools call the media of a row: video_path, Video, img, image_urls, ...
 OTHER_NAME = re.compile(
-    r"(image|img|pic|picture|photo|video|vid|clip|movie|frame|media|medium)s?(path|file|filename|url|uri|src|source)?s?"
+    r"(image|img|pic|picture|photo|video|vid|clip|movie|frame|media|medium)s?(path|file|filename|url|uri|src)?s?"
 )
 INLINE_IMAGE = re.compile(r"<img>\s*[^<>\n]+?\s*</img>")  # of the first Qwen-VL: a path in the text
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".ppm"}
