@@ -13,6 +13,8 @@ from transformers import (
     AyaVisionConfig,
     AyaVisionProcessor,
     CLIPVisionConfig,
+    Gemma4Config,
+    Gemma4Processor,
     Glm4vConfig,
     Glm4vProcessor,
     InternVLConfig,
@@ -25,6 +27,8 @@ from transformers import (
     Qwen2Config,
     SiglipVisionConfig,
 )
+from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -154,6 +158,33 @@ def glm4v() -> tuple[Any, Any]:
     return config, Glm4v(images, tokenizer, VideoProcessor({}))
 
 
+class Gemma4(OwnVideos, Gemma4Processor):
+    """Without a video processor, whose videos are not asked for."""
+
+
+def gemma4() -> tuple[Any, Any]:
+    """Images of up to 70 tokens, which see themselves in both directions in layers with a shorter window."""
+    start, end, audio = "<boi>", "<eoi>", ("<audio>", "<boa>", "<eoa>")
+    named = dict(zip(("audio_token", "boa_token", "eoa_token"), audio, strict=True))
+    tokenizer, text = tagged(
+        (start, end, "<|video|>", *audio), image_token=IMAGE, boi_token=start, eoi_token=end, **named
+    )
+    heads, patch = TINY.vision_heads, SIZE // 4
+    vision = {
+        "hidden_size": TINY.vision_width, "num_attention_heads": heads, "num_key_value_heads": heads,
+        "num_hidden_layers": 2, "patch_size": patch, "intermediate_size": 32, "head_dim": 8, "global_head_dim": 8,
+        "pooling_kernel_size": 2, "position_embedding_size": 80,
+    }  # fmt: skip
+    of_text = {
+        **text, "head_dim": 8, "global_head_dim": 8, "use_bidirectional_attention": "vision", "sliding_window": 40,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": text["vocab_size"], "max_position_embeddings": 1024,
+    }  # fmt: skip
+    config = Gemma4Config(vision_config=vision, text_config=of_text, audio_config=None, image_token_id=IMAGE_TOKEN)
+    images = Gemma4ImageProcessorPil(patch_size=patch, pooling_kernel_size=2, max_soft_tokens=70, **PIXELS)
+    return config, Gemma4(Gemma4AudioFeatureExtractor(), images, tokenizer, VideoProcessor({}))
+
+
 # Configs and processors by the model's type.
 IMAGE_MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava_next": llava_next,
@@ -161,6 +192,7 @@ IMAGE_MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "internvl": internvl,
     "aya_vision": aya_vision,
     "glm4v": glm4v,
+    "gemma4": gemma4,
 }
 # What their chat templates write around an image.
 AROUND = {"glm4v": ("<|begin_of_image|>", "<|end_of_image|>")}
