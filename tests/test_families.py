@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
+    CONFIG_MAPPING,
     Blip2Config,
+    CLIPVisionConfig,
     GPT2Config,
     LlamaConfig,
     OPTConfig,
@@ -55,9 +57,10 @@ from ds_lvxattn.runtime.registration import exchanged_attention
 from ds_lvxattn.training.attach import loaded_model
 from ds_lvxattn.training.check_data import encode_for
 from ds_lvxattn.training.loading import load_model
+from tests.support.text_models import SIZES
 from tests.support.tiny_families import CUTTING, tiny
 from tests.support.tiny_families import FAMILIES as SMALL_FAMILIES
-from tests.support.tiny_model import CPU, IMAGE_TOKEN, tiny_batches, tiny_model, tiny_processor, tiny_sample
+from tests.support.tiny_model import CPU, IMAGE_TOKEN, TINY, tiny_batches, tiny_model, tiny_processor, tiny_sample
 
 # Masks
 
@@ -259,6 +262,14 @@ def test_open_flamingo_is_saved_as_by_transformers(tmp_path: Path) -> None:
     again = dict(OpenFlamingoModel.from_pretrained(tmp_path).named_parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(again[name], parameter), name
+
+
+def test_a_text_that_would_be_wrong_is_refused_in_open_flamingo() -> None:
+    vision, text = CLIPVisionConfig(**TINY.vision), {**SIZES, "layer_types": ["conv", *["full_attention"] * 2]}
+    with torch.device("meta"):
+        model = OpenFlamingoModel(OpenFlamingoConfig(vision, CONFIG_MAPPING["lfm2"](**text)))
+    with pytest.raises(ConfigError, match=r"layers of the types \['conv'\]"):
+        family_of(model).attention_layers(model)
 
 
 def test_what_text_sees_in_open_flamingo() -> None:

@@ -171,7 +171,8 @@ def _auxiliary_loss(model: Any) -> str | None:
     return None
 
 
-OBSTACLES: tuple[Callable[[Any], str | None], ...] = (
-    _registry, _arguments, _chosen_keys, _not_handed_on, _masks_of_its_own, _windows_of_masks, _kinds_of_layers,
-    _recurrence, causality, _auxiliary_loss,
+# What hinders of a model's layers, whatever calls them.
+OF_LAYERS: tuple[Callable[[Any], str | None], ...] = (
+    _chosen_keys, _not_handed_on, _masks_of_its_own, _windows_of_masks, _kinds_of_layers, _recurrence,
 )  # fmt: skip
+OBSTACLES = (_registry, _arguments, *OF_LAYERS, causality, _auxiliary_loss)
