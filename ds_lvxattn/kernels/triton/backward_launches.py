@@ -72,7 +72,9 @@ def _packed(of: Layout, heads_kv: int) -> PackedRows:
     dtype, (batch, heads, rows, dim), (of_batch, of_head, of_row, of_dim), aligned = of
     group = heads // heads_kv
     shape = (batch, heads_kv, rows * group, dim)
-    if group == 1 or rows == 1 or of_row == group * of_head:  # rows and heads of a group lie at one distance
+    # Rows and heads of a group lie at one distance. (Those of one row do as well: a kernel for it alone would compile
+    # in the middle of a run.)
+    if group == 1 or of_row == group * of_head:
         strides = (of_batch, group * of_head, of_row if group == 1 else of_head, of_dim)
         if fits_copy_engine((dtype, shape, strides, aligned)):
             return PackedRows(shape, strides, copied=False)
