@@ -147,9 +147,7 @@ def test_a_sink_takes_its_share_of_the_weights() -> None:
         scores = q @ k.mT / 2
         return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
-    batch: Any = SimpleNamespace(
-        plans={module: SimpleNamespace(window=None)}, attend=attend, position_ids=None
-    )
+    batch: Any = SimpleNamespace(plans={module: SimpleNamespace(window=None)}, attend=attend, position_ids=None)
     out, _ = exchanged_attention(module, q, k, v, None, s_aux=sink, sequence_parallel=batch)
     scores = torch.cat([q @ k.mT / 2, sink[None, :, None, None].expand(2, 3, 5, 1)], dim=-1)
     want = (scores.softmax(-1)[..., :-1] @ v).transpose(1, 2)
