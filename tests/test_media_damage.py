@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 from pathlib import Path
 
@@ -165,3 +166,13 @@ def test_a_file_that_is_something_else_is_called_that(tmp_path: Path, data: byte
 def test_a_film_among_images_is_called_that(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="it is a video; give it under 'video'"):
         probe_image(str(write_film(tmp_path / "film.mp4", [0, 50])))
+
+
+def test_too_many_open_files_are_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (8, 8)), "PNG"))
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(MediaError, match=r"Too many open files.*ulimit -n"):
+        Media("image", (str(tmp_path / "a.png"),), (0,)).decode([0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from ds_lvxattn.data.media.complete import ASF, EBML, MP4, is_cut_off
 
 BEGINNINGS = (
@@ -30,8 +32,8 @@ def what_it_is(source: str | bytes, image: bool = False) -> str:
     try:
         head = source[:READ] if isinstance(source, bytes) else _head(source)
         cut_off = isinstance(source, str) and is_cut_off(source)
-    except OSError:  # it cannot be opened once more
-        return ""
+    except OSError as error:  # it cannot be opened once more
+        return "; raise the limit of open files (ulimit -n)" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     found = next((said for start, said in BEGINNINGS if head.startswith(start)), "")
     if not found and text.startswith(MARKUP):
