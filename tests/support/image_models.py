@@ -14,7 +14,6 @@ from transformers import (
     AyaVisionProcessor,
     CLIPVisionConfig,
     Gemma4Config,
-    Gemma4Processor,
     Glm4vConfig,
     Glm4vProcessor,
     InternVLConfig,
@@ -27,8 +26,6 @@ from transformers import (
     Qwen2Config,
     SiglipVisionConfig,
 )
-from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
-from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -158,12 +155,16 @@ def glm4v() -> tuple[Any, Any]:
     return config, Glm4v(images, tokenizer, VideoProcessor({}))
 
 
-class Gemma4(OwnVideos, Gemma4Processor):
-    """Without a video processor, whose videos are not asked for."""
-
-
 def gemma4() -> tuple[Any, Any]:
-    """Images of up to 70 tokens, which see themselves in both directions in layers with a shorter window."""
+    """Images of up to 70 tokens, which see themselves in both directions in layers with a shorter window.
+
+    Raises:
+        ImportError: of an earlier release, whose processor needs torchvision.
+    """
+    from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
+    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+    from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
+
     start, end, audio = "<boi>", "<eoi>", ("<audio>", "<boa>", "<eoa>")
     named = dict(zip(("audio_token", "boa_token", "eoa_token"), audio, strict=True))
     tokenizer, text = tagged(
@@ -182,7 +183,18 @@ def gemma4() -> tuple[Any, Any]:
     }  # fmt: skip
     config = Gemma4Config(vision_config=vision, text_config=of_text, audio_config=None, image_token_id=IMAGE_TOKEN)
     images = Gemma4ImageProcessorPil(patch_size=patch, pooling_kernel_size=2, max_soft_tokens=70, **PIXELS)
-    return config, Gemma4(Gemma4AudioFeatureExtractor(), images, tokenizer, VideoProcessor({}))
+    # Without a video processor, whose videos are not asked for.
+    own: Any = type("Gemma4", (OwnVideos, Gemma4Processor), {})
+    return config, own(Gemma4AudioFeatureExtractor(), images, tokenizer, VideoProcessor({}))
+
+
+def loads(make: Callable[[], tuple[Any, Any]]) -> bool:
+    """Whether the processor of a model is one that this release of transformers has without torchvision."""
+    try:
+        make()
+    except ImportError:
+        return False
+    return True
 
 
 # Configs and processors by the model's type.
@@ -192,7 +204,7 @@ IMAGE_MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "internvl": internvl,
     "aya_vision": aya_vision,
     "glm4v": glm4v,
-    "gemma4": gemma4,
+    **({"gemma4": gemma4} if loads(gemma4) else {}),
 }
 # What their chat templates write around an image.
 AROUND = {"glm4v": ("<|begin_of_image|>", "<|end_of_image|>")}
