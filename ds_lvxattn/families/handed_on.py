@@ -23,7 +23,7 @@ def drops_arguments(module: nn.Module) -> bool:
     kinds = inspect.signature(forward).parameters.values()
     others = next((p.name for p in kinds if p.kind is inspect.Parameter.VAR_KEYWORD), None)
     return others is None or not any(
-        step.opname.startswith("LOAD") and others in (step.argval if isinstance(step.argval, tuple) else (step.argval,))
+        "LOAD" in step.opname and others in (step.argval if isinstance(step.argval, tuple) else (step.argval,))
         for step in dis.get_instructions(forward)
     )
 
