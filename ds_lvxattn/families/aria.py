@@ -79,10 +79,10 @@ class Aria(Crops, Concatenation):
         if not processor.split_image:
             return ()
         settings = {"max_image_size": self.config.vision_config.image_size, "split_image": True}
-        return (processor.get_number_of_imagepatches_of(size.height, size.width, settings),)
+        return (processor.get_number_of_image_patches(size.height, size.width, settings),)
 
     def cut(self, frame: np.ndarray, processor: Any) -> list[np.ndarray]:
-        squares = processor.get_imagepatches_of(
+        squares = processor.get_image_patches(
             frame.transpose(2, 0, 1),
             processor.split_resolutions,
             self.config.vision_config.image_size,
