@@ -198,6 +198,7 @@ def test_the_path_without_exchange_is_exact_too() -> None:
         ("gemma3", {}, "tokens of an image see each other in both directions"),
         ("paligemma", {}, "tokens of an image see each other in both directions"),
         ("molmo2", {}, "what its rows see, or where they stand, follows from which are of images"),
+        ("gemma4_unified", {}, "its images see themselves in other layers in its forward"),
         ("ernie4_5_vl_moe", {}, "its layers compute rows of images in another way ['moe_mm_token_type_ids']"),
         ("qwen2_5_omni_thinker", {}, "its rotary positions follow from more than the places of its images"),
         ("lfm2_vl", {"text_config": {"model_type": "lfm2", "layer_types": ["conv"], "num_hidden_layers": 1}},

@@ -49,6 +49,21 @@ def has_masks_by_kind(model_class: Any) -> bool:
     return make is not None and KINDS in inspect.signature(make).parameters
 
 
+def makes_same_masks(model_class: Any, inner_class: Any) -> bool:
+    """Whether ``inner_class.forward`` makes masks by the functions that ``create_masks_for_generate`` makes them by.
+
+    That of Gemma 4 Unified does not: in training its images see themselves in other layers than in generation.
+    """
+    forward, asked = (_mask_makers(x) for x in (inner_class.forward, model_class.create_masks_for_generate))
+    return forward == asked
+
+
+def _mask_makers(function: Any) -> set[str]:
+    """The functions for masks that it calls, by name."""
+    names = inspect.unwrap(function).__code__.co_names
+    return {name for name in names if name.startswith("create_") and "mask" in name}
+
+
 def image_blocks(model_class: Any, config: Any) -> ImageBlocks | None:
     """What the images of such a model are; None: its masks are not those of any ``ImageBlocks``."""
     if not has_masks_by_kind(model_class):

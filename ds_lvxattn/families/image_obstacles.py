@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ds_lvxattn.families.image_masks import KINDS, has_masks_by_kind, image_blocks
+from ds_lvxattn.families.image_masks import KINDS, has_masks_by_kind, image_blocks, makes_same_masks
 from ds_lvxattn.families.text_only import OBSTACLES
 
 # Ends of names of what models give of their encoders, and no forward asks for.
@@ -41,7 +41,10 @@ def image_obstacles(model: Any) -> Iterator[str | None]:
         yield f"its rotary positions follow from more than the places of its images, {ROPE_INDEX} of 'get_rope_index'"
     if "token_type_ids" in arguments:
         yield "tokens of an image see each other in both directions ('token_type_ids')"
-    if image_blocks(type(model), config) is None:
+    blocks = image_blocks(type(model), config)
+    if blocks is not None and blocks.exist and not makes_same_masks(type(model), type(inner)):
+        yield "its images see themselves in other layers in its forward than by its 'create_masks_for_generate'"
+    if blocks is None:
         yield f"what its rows see, or where they stand, follows from which are of images, of all together ('{KINDS}')"
     if KINDS in arguments and not positions and not has_masks_by_kind(type(model)):
         yield f"what its rows see, or where they stand, follows from which are of images ('{KINDS}')"
