@@ -209,6 +209,8 @@ def test_the_path_without_exchange_is_exact_too() -> None:
     ],
 )  # fmt: skip
 def test_models_that_would_be_wrong_are_refused_by_reason(kind: str, others: dict[str, Any], reason: str) -> None:
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this release of transformers has no {kind}")
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[kind](**others))
     with pytest.raises(ConfigError, match=f"cannot be sequence-parallel: {re.escape(reason)}"):
