@@ -94,22 +94,22 @@ def encode_tiles(vision: Any, pixels: Tensor, ids: Tensor, mask: Tensor, *, tile
 
 
 def _layer(
-    layer: Any, forward: Callable[..., Any], hidden_states: Tensor, attention_mask: Any = None,
-    read: int | None = None, overwrite: bool = False,
-) -> Tensor:  # fmt: skip
-    """A layer of the encoder; with a mask that is no interval its own forward.
+    layer: Any, forward: Callable[..., Any], *args: Any, read: int | None = None, overwrite: bool = False, **named: Any
+) -> Tensor:
+    """A layer of the encoder; with a mask that is no interval its own forward, whose names differ by release.
 
     Args:
         layer, forward: the module and its own forward.
-        hidden_states: ``[f, rows, d]``.
-        attention_mask: what each row sees.
+        args, named: ``hidden_states [f, rows, d]``, and by its name what each row sees.
         read: rows that are computed, the first ones; they still see all. None: all.
         overwrite: whether ``hidden_states`` are not needed any more.
     """
-    if not isinstance(attention_mask, KVInterval):
-        own: Tensor = forward(hidden_states, attention_mask=attention_mask)
+    seen = named.get("attention_mask")
+    if not isinstance(seen, KVInterval):
+        own: Tensor = forward(*args, **named)
         return own
-    attention, rows, seen = layer.self_attn, hidden_states, attention_mask
+    (hidden_states,) = args
+    attention, rows = layer.self_attn, hidden_states
     normed = of_rows = layer.input_layernorm(hidden_states)
     if read is not None and read < hidden_states.shape[1]:
         rows, of_rows = hidden_states[:, :read], normed[:, :read]
