@@ -398,9 +398,11 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
             if parts is not None:
                 axis.hlines(parts["floor"], place - 0.4, place + 0.4, color="black", linestyle="--", linewidth=1)
             axis.text(place, max(whole, bottom), f"{whole:.2f}", ha="center", va="bottom", fontsize=8)
+        axis.margins(y=0.1)  # for the numbers above the bars
         axis.set_xticks(range(len(run["strategies"])), list(run["strategies"]), rotation=30, ha="right", fontsize=8)
         axis.set_title(
-            f"{run['link']}, ZeRO-{run['stage']}\n{run['frames']} x {run['tiles']} tiles, text {run['text']}",
+            f"{run['ranks']} {run['device'].removeprefix('NVIDIA ').split()[0]}, {run['link']}, ZeRO-{run['stage']}\n"
+            f"{run['frames']} x {run['tiles']} tiles, text {run['text']}",
             fontsize=8,
         )
     axes[0][0].set_ylabel("seconds a step (dashed: floor)")
