@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+
 import numpy as np
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 from transformers.vision_utils import get_vision_window_index
 
@@ -28,5 +31,11 @@ class Qwen25VL(QwenVL):
 
     def time_of(self, part: Part) -> int | None:
         # The model multiplies in float32, and what it rounds down may be as near to a whole number as that is exact.
-        seconds = np.float32(self.config.vision_config.tokens_per_second) * np.float32(part.seconds)
-        return int(np.float32(part.number) * seconds)
+        seconds = np.float32(int(part.seconds) if _takes_whole_seconds() else part.seconds)
+        return int(np.float32(part.number) * (np.float32(self.config.vision_config.tokens_per_second) * seconds))
+
+
+@functools.cache
+def _takes_whole_seconds() -> bool:
+    """Whether the model counts the seconds between pairs of frames in whole ones, as that of transformers 5.17 does."""
+    return "int" in inspect.unwrap(Qwen2_5_VLModel.get_rope_index).__code__.co_names
