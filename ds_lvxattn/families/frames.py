@@ -33,6 +33,7 @@ def encode_in_portions(
     recomputation: Recomputation | None,
     ragged: bool = False,
     patches: int = 0,
+    behind: int = 0,
 ) -> Tensor:
     """``encode(*inputs)`` by ``module``, computed portion by portion of the frames.
 
@@ -49,15 +50,17 @@ def encode_in_portions(
             one after another.
         batch: says what they are, and in how many portions they are encoded.
         recomputation: the model's; None: nothing is computed again.
+        behind: rows that ``encode`` gives behind those of the rank's last frame, in the same portion, if ``ragged``.
 
     Returns:
-        ``[frames, tokens, d]``, or ``[tokens, d]``.
+        ``[frames, tokens, d]``, or ``[tokens + behind, d]``.
     """
     shapes, portions = batch.shapes, batch.portions
     counts = [count for count in split_by_size([shape.encoder_tokens for shape in shapes], portions) if count]
     own = runs(counts)
     parts = [*own, *[range(1)] * (portions - len(own))]
     rows = [sum(shapes[i].tokens + shapes[i].padding for i in part) if ragged else len(part) for part in parts]
+    rows[len(own) - 1] += behind
 
     def encoded(part: range, again: bool = False) -> Tensor:
         begin, end = (sum(shape.encoder_tokens for shape in shapes[:at]) for at in (part.start, part.stop))

@@ -36,7 +36,7 @@ from ds_lvxattn.families.family import FrameLimits
 from ds_lvxattn.families.frames import encode_in_portions
 from ds_lvxattn.families.handed_on import hand_down
 from ds_lvxattn.families.image_masks import KINDS, ImageBlocks, image_blocks, runs_of_images
-from ds_lvxattn.families.image_obstacles import image_obstacles, inner_of
+from ds_lvxattn.families.image_obstacles import INDICATORS, image_obstacles, indicators_of, inner_of
 from ds_lvxattn.families.processors import cut_into, cuts, limited_to, without_video_processor, written
 from ds_lvxattn.families.text_only import refuse
 from ds_lvxattn.families.videos import VideoProcessor
@@ -324,6 +324,7 @@ class _Asked:
         self.family, self.inner, self.recomputation = family, inner, recomputation
         self.features = inner.get_image_features
         self.names = inspect.signature(self.features).parameters
+        self.indicators = indicators_of(family.config)
         self.batch: SequenceParallelBatch | None = None
         self.pixels: dict[str, Tensor] = {}
         inner.register_forward_pre_hook(self.take, with_kwargs=True)
@@ -357,13 +358,19 @@ class _Asked:
             # What projects the output of a frozen encoder keeps little; the encoder need not run twice for it.
             self.recomputation if any(p.requires_grad for e in encoders for p in e.parameters()) else None,
             ragged=True,
+            behind=self.indicators,
         )
+        if self.indicators:
+            tokens, indicators = tokens.split([len(tokens) - self.indicators, self.indicators])
         assert batch.visual_rows is not None
         in_rows = batch.visual_rows.fetch(tokens, batch.comm)
         name, listed, dimensions = form[0]
         in_rows = in_rows[(None,) * (dimensions - 2)]
         answer: Any = {name: [in_rows] if listed else in_rows}
-        return BaseModelOutputWithPooling(**answer)
+        output = BaseModelOutputWithPooling(**answer)
+        if self.indicators:
+            setattr(output, INDICATORS, indicators)
+        return output
 
     def _needed(self, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
         """What the forward asks with that has no default."""
@@ -401,6 +408,9 @@ class _Asked:
                 f"{type(self.inner).__name__} makes {len(tokens)} visual tokens of pictures whose text has {wanted}; "
                 "its processor and its config do not fit together"
             )
+        if self.indicators and last == len(of_rank):
+            # Beside the tokens, so that every rank's backward pass goes through the same modules.
+            tokens = torch.cat((tokens, getattr(made, INDICATORS)))
         return tokens
 
 

@@ -14,6 +14,9 @@ from ds_lvxattn.families.text_only import OBSTACLES
 
 # Ends of names of what models give of their encoders, and no forward asks for.
 STATES = ("hidden_state", "hidden_states", "attentions")
+# Embeddings of text tokens around and between images, in the order of their ids in the config: the same for any images,
+# and put into the rows of those tokens by the forward (Ovis 2).
+INDICATORS = "visual_indicator_features"
 # What a model's ``get_rope_index`` is asked with, by name.
 ROPE_INDEX = ("input_ids", KINDS, "image_grid_thw")
 
@@ -22,6 +25,12 @@ def inner_of(model: Any) -> Any:
     """The module whose forward puts the visual tokens into the text: ``model.model``, or the model itself (Llama 4)."""
     inner = getattr(model, "model", None)
     return inner if hasattr(inner, "get_image_features") or not hasattr(model, "get_placeholder_mask") else model
+
+
+def indicators_of(config: Any) -> int:
+    """How many rows ``INDICATORS`` has: 0 for a model without them, or whose config says two numbers of them."""
+    ids = getattr(config, "visual_indicator_token_ids", None) or ()
+    return len(ids) if len(ids) == getattr(config.vision_config, "num_visual_indicator_tokens", None) else 0
 
 
 def image_obstacles(model: Any) -> Iterator[str | None]:
@@ -61,7 +70,7 @@ def image_obstacles(model: Any) -> Iterator[str | None]:
         more = sorted(
             key
             for key in _fields(asked.return_annotation) - _fields(BaseModelOutputWithPooling)
-            if not key.endswith(STATES)
+            if not key.endswith(STATES) and not (key == INDICATORS and indicators_of(config))
         )
         if more:
             yield f"its 'get_image_features' gives more than visual tokens {more}"
