@@ -205,7 +205,8 @@ def test_the_path_without_exchange_is_exact_too() -> None:
          "it has layers of the types ['conv']"),
         ("granite4_vision", {"deepstack_layer_map": [[0, 1]], "downsample_rate": "1/2"},
          "visual features go into several of its layers"),
-        ("ovis2", {"visual_indicator_token_ids": [1]}, "its 'get_image_features' gives more than visual tokens"),
+        ("ovis2", {"vision_config": {"num_visual_indicator_tokens": 2}, "visual_indicator_token_ids": [1]},
+         "its config names 1 'visual_indicator_token_ids', and its vision config has 2 of them"),
         ("florence2", {}, "it is an encoder and a decoder"),
     ],
 )  # fmt: skip

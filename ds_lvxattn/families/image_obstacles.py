@@ -28,9 +28,8 @@ def inner_of(model: Any) -> Any:
 
 
 def indicators_of(config: Any) -> int:
-    """How many rows ``INDICATORS`` has: 0 for a model without them, or whose config says two numbers of them."""
-    ids = getattr(config, "visual_indicator_token_ids", None) or ()
-    return len(ids) if len(ids) == getattr(config.vision_config, "num_visual_indicator_tokens", None) else 0
+    """How many rows ``INDICATORS`` has: 0 for a model without them."""
+    return len(getattr(config, "visual_indicator_token_ids", None) or ())
 
 
 def image_obstacles(model: Any) -> Iterator[str | None]:
@@ -44,6 +43,10 @@ def image_obstacles(model: Any) -> Iterator[str | None]:
         yield "its config has no 'text_config' beside a 'vision_config'"
     if getattr(config, "image_token_id", None) is None and getattr(config, "image_token_index", None) is None:
         yield "its config names no token that stands for an image"
+    named = indicators_of(config)
+    made = getattr(getattr(config, "vision_config", None), "num_visual_indicator_tokens", 0)
+    if made != named:
+        yield f"its config names {named} 'visual_indicator_token_ids', and its vision config has {made} of them"
     arguments = inspect.signature(inner.forward).parameters
     positions = hasattr(inner, "get_rope_index")
     if positions and not {*ROPE_INDEX} <= {*inspect.signature(inner.get_rope_index).parameters}:
