@@ -25,7 +25,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.processing_utils import ProcessorMixin
 
@@ -33,10 +32,10 @@ from ds_lvxattn.data.sample import FrameShape, FrameSize, SampleError
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.concatenation import Concatenation
 from ds_lvxattn.families.family import FrameLimits
-from ds_lvxattn.families.frames import encode_in_portions
 from ds_lvxattn.families.handed_on import hand_down
+from ds_lvxattn.families.image_answers import Asked, visual_parts
 from ds_lvxattn.families.image_masks import KINDS, ImageBlocks, image_blocks, runs_of_images
-from ds_lvxattn.families.image_obstacles import INDICATORS, image_obstacles, indicators_of, inner_of
+from ds_lvxattn.families.image_obstacles import image_obstacles, inner_of
 from ds_lvxattn.families.processors import cut_into, cuts, limited_to, without_video_processor, written
 from ds_lvxattn.families.text_only import refuse
 from ds_lvxattn.families.videos import VideoProcessor
@@ -104,19 +103,19 @@ class ImageFeatures(Concatenation):
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         hand_down(model, self.role_of)
-        _Asked(self, inner_of(model), recomputation)
+        Asked(self, inner_of(model), recomputation)
 
     def encode(
         self, model: Any, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
     ) -> Tensor:
-        raise NotImplementedError("pixels have no fixed order here: see _Asked")
+        raise NotImplementedError("pixels have no fixed order here: see image_answers.Asked")
 
     def trainable_by_default(self) -> tuple[str, ...]:
         """All but vision encoders: parts that hold attention, beside the language model."""
         with torch.device("meta"):
             model = _class_of(self.config)(self.config)
         inner, ahead = inner_of(model), "" if inner_of(model) is model else "model."
-        encoders = {part for part in _visual_parts(inner) if any(map(self.is_local, part.modules()))}
+        encoders = {part for part in visual_parts(inner) if any(map(self.is_local, part.modules()))}
         parts = [(name, part) for name, part in inner.named_children() if any(True for _ in part.parameters())]
         names = [name for name, part in parts if part not in encoders]
         alone = [name for name, _ in inner.named_parameters(recurse=False)]
@@ -311,109 +310,6 @@ class ImageFeatures(Concatenation):
         return {key: torch.as_tensor(x[0]) for key, x in pixels.items()}
 
 
-class _Asked:
-    """``get_image_features`` of a model that is attached: the visual tokens of the rank's own rows, in their order.
-
-    Args:
-        family: the model's family.
-        inner: the module inside the model for conditional generation.
-        recomputation: see ``encode_in_portions``.
-    """
-
-    def __init__(self, family: ImageFeatures, inner: Any, recomputation: Recomputation) -> None:
-        self.family, self.inner, self.recomputation = family, inner, recomputation
-        self.features = inner.get_image_features
-        self.names = inspect.signature(self.features).parameters
-        self.indicators = indicators_of(family.config)
-        self.batch: SequenceParallelBatch | None = None
-        self.pixels: dict[str, Tensor] = {}
-        inner.register_forward_pre_hook(self.take, with_kwargs=True)
-        inner.get_image_features = self.answer
-
-    def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before the model: note the batch, which its forward does not hand on."""
-        batch: SequenceParallelBatch | None = kwargs.get("sequence_parallel")
-        if batch is None or not batch.brings_frames:
-            self.batch = None
-            return None
-        known = [key for key in self.names if isinstance(kwargs.get(key), (Tensor, np.ndarray))]
-        given = {key: torch.as_tensor(kwargs[key][0]) for key in known}
-        self.batch, self.pixels = batch, given
-        return args, {**kwargs, **given}
-
-    def answer(self, *args: Any, **options: Any) -> Any:
-        """What the model's forward gets when it asks for the visual tokens of its text."""
-        if self.batch is None:
-            return self.features(*args, **options)
-        (batch, self.batch), (pixels, self.pixels) = (self.batch, None), (self.pixels, {})
-        parts = _visual_parts(self.inner)
-        encoders = [part for part in parts if any(map(self.family.is_local, part.modules()))]
-        needed = {key: x for key, x in self._needed(args, options).items() if key not in pixels}
-        form: list[Any] = []
-        tokens = encode_in_portions(
-            _holder(self.inner, parts),
-            functools.partial(self._portion, pixels, needed, form, batch.shapes),
-            [torch.arange(len(batch.shapes))],  # on the host: which frames a portion has
-            batch,
-            # What projects the output of a frozen encoder keeps little; the encoder need not run twice for it.
-            self.recomputation if any(p.requires_grad for e in encoders for p in e.parameters()) else None,
-            ragged=True,
-            behind=self.indicators,
-        )
-        if self.indicators:
-            tokens, indicators = tokens.split([len(tokens) - self.indicators, self.indicators])
-        assert batch.visual_rows is not None
-        in_rows = batch.visual_rows.fetch(tokens, batch.comm)
-        name, listed, dimensions = form[0]
-        in_rows = in_rows[(None,) * (dimensions - 2)]
-        answer: Any = {name: [in_rows] if listed else in_rows}
-        output = BaseModelOutputWithPooling(**answer)
-        if self.indicators:
-            setattr(output, INDICATORS, indicators)
-        return output
-
-    def _needed(self, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
-        """What the forward asks with that has no default."""
-        given = inspect.signature(self.features).bind(*args, **options).arguments
-        wanted = (key for key, x in self.names.items() if x.default is x.empty and x.kind is x.POSITIONAL_OR_KEYWORD)
-        return {key: given[key] for key in wanted}
-
-    def _portion(
-        self,
-        pixels: Mapping[str, Tensor],
-        needed: Mapping[str, Any],
-        form: list[Any],
-        of_rank: Sequence[FrameShape],
-        frames: Tensor,
-        shapes: Sequence[FrameShape],
-    ) -> Tensor:
-        """The visual tokens of some of the rank's frames, ``[tokens, d]``; notes in what form the model gives them."""
-        first, last = int(frames[0]), int(frames[-1]) + 1
-        rows = [0, *np.cumsum([shape.grid[0] for shape in of_rank]).tolist()]
-        given = {}
-        for key, x in pixels.items():
-            begin, end = (first, last) if len(x) == len(of_rank) else (rows[first], rows[last])
-            given[key] = x[begin:end]
-        made = self.features(**needed, **given, return_dict=True)
-        # Where the forward projects them itself, they are the encoder's (Llama 4).
-        name = "last_hidden_state" if made.pooler_output is None else "pooler_output"
-        features: Any = getattr(made, name)
-        listed = isinstance(features, (list, tuple))
-        parts = features if listed else [features]
-        form[:] = [(name, listed, parts[0].dim())]
-        tokens = torch.cat([part.flatten(0, -2) for part in parts])
-        wanted = sum(shape.tokens for shape in shapes)
-        if len(tokens) != wanted:
-            raise ValueError(
-                f"{type(self.inner).__name__} makes {len(tokens)} visual tokens of pictures whose text has {wanted}; "
-                "its processor and its config do not fit together"
-            )
-        if self.indicators and last == len(of_rank):
-            # Beside the tokens, so that every rank's backward pass goes through the same modules.
-            tokens = torch.cat((tokens, getattr(made, INDICATORS)))
-        return tokens
-
-
 def _ties(config: Any) -> bool:
     """Whether the head shares the weights of the embedding; some configs say so only for their language model."""
     return bool(getattr(config, "tie_word_embeddings", getattr(config.text_config, "tie_word_embeddings", False)))
@@ -422,20 +318,6 @@ def _ties(config: Any) -> bool:
 def _class_of(config: Any) -> Any:
     """The class of the models with such a config."""
     return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-
-
-def _visual_parts(inner: Any) -> list[nn.Module]:
-    """The parts of a model beside its language model."""
-    decoder = inner.get_decoder()
-    return [part for part in inner.children() if decoder not in part.modules()]
-
-
-def _holder(inner: nn.Module, parts: Sequence[nn.Module]) -> nn.Module:
-    """A module with the parameters of ``parts`` and with those of ``inner`` itself."""
-    holder = nn.ModuleList(parts)
-    for name, parameter in inner.named_parameters(recurse=False):
-        holder.register_parameter(name, parameter)
-    return holder
 
 
 def _whole(processor: Any) -> Any:

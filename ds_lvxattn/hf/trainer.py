@@ -27,6 +27,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
 from ds_lvxattn.hf.accelerator import use_groups
+from ds_lvxattn.hf.arguments import REFUSED, check_arguments, packing_of
 from ds_lvxattn.hf.checkpoints import check_resumable
 from ds_lvxattn.hf.decisions import agree, decide_together
 from ds_lvxattn.hf.rows import Found, as_dataset, as_made, as_they_are, bind
@@ -35,18 +36,8 @@ from ds_lvxattn.plan.layer_plan import write_plan
 from ds_lvxattn.plan.planner import Plan
 from ds_lvxattn.training.attach import Attached, group_loss, loaded_model
 from ds_lvxattn.training.plan_times import PlanTimes
-from ds_lvxattn.training.settings import BLOCK_KEY, finetuning_config
 from ds_lvxattn.training.tokens import with_gradient
 from ds_lvxattn.training.trained import check_trains
-
-# What Trainers can be given and this one does not take: why.
-REFUSED = {
-    "data_collator": "micro-batches are made where the ranks of a group agree on them",
-    "compute_loss_func": "a rank has the logits of its own rows alone; the model's own loss is taken",
-    "model_init": "the model is attached when the Trainer is made; give the model",
-    "peft_config": "adapters come with the model; give peft.get_peft_model(model, peft_config)",
-    "formatting_func": "rows are conversations already; map the dataset",
-}
 
 
 class SequenceParallelTrainer(Trainer):
@@ -91,7 +82,7 @@ class SequenceParallelTrainer(Trainer):
         for name, why in REFUSED.items():
             if others.pop(name, None) is not None:
                 raise ConfigError(f"{name} was given, which SequenceParallelTrainer does not take: {why}; leave it out")
-        _check_arguments(args)
+        check_arguments(args)
         if on_bad_sample not in ("skip", "fail"):
             raise ConfigError(f"on_bad_sample is {on_bad_sample!r}; choose 'skip' or 'fail'")
         self._attach = (model, processing_class, on_bad_sample == "skip", limits)
@@ -137,7 +128,7 @@ class SequenceParallelTrainer(Trainer):
         # That of the arguments, or of accelerate launch --deepspeed_config_file.
         plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
         ds_config = {} if plugin is None else plugin.hf_ds_config.config
-        packing = _packing(ds_config)
+        packing = packing_of(ds_config)
         config = sequence_parallel_config(ds_config, self.args.world_size)
         if not self.is_deepspeed_enabled and self.args.world_size > 1:
             raise ConfigError(
@@ -460,61 +451,6 @@ class SequenceParallelTrainer(Trainer):
             if name in self.args.include_for_metrics:
                 named[key] = given.get(key)
         return EvalPrediction(**named)
-
-
-def _check_arguments(args: TrainingArguments) -> None:
-    """Raise ``ConfigError`` for arguments that divided text has no room for."""
-    refused = {
-        "label_smoothing_factor": args.label_smoothing_factor != 0,
-        "train_sampling_strategy": getattr(args, "train_sampling_strategy", "random") not in ("random", "sequential"),
-        "include_num_input_tokens_seen": args.include_num_input_tokens_seen not in ("no", False),
-        "parallelism_config": args.parallelism_config is not None,
-        "auto_find_batch_size": args.auto_find_batch_size,
-        # A rank saves at the step at which its own signal comes.
-        "enable_jit_checkpoint": getattr(args, "enable_jit_checkpoint", False),
-        # Its noise follows from the number of rows, of which a rank has a part.
-        "neftune_noise_alpha": args.neftune_noise_alpha is not None,
-        # It replaces forwards of a model that is attached by then.
-        "use_liger_kernel": args.use_liger_kernel,
-        # Evaluation computes in the dtype that trains.
-        "bf16_full_eval": args.bf16_full_eval,
-        "fp16_full_eval": args.fp16_full_eval,
-    }
-    for name, given in refused.items():
-        if given:
-            raise ConfigError(
-                f"TrainingArguments.{name} is {getattr(args, name)!r}, which SequenceParallelTrainer does not do; "
-                "leave it out"
-            )
-    accumulation = getattr(args.accelerator_config, "gradient_accumulation_kwargs", None) or {}
-    if "num_steps" in accumulation:
-        raise ConfigError(
-            f"accelerator_config.gradient_accumulation_kwargs.num_steps is {accumulation['num_steps']}, which comes "
-            "after the DeepSpeed config has been filled in; set TrainingArguments.gradient_accumulation_steps"
-        )
-    if args.n_gpu > 1:
-        raise ConfigError(
-            f"one process has {args.n_gpu} GPUs, over which the Trainer would copy the model (DataParallel) and divide "
-            "samples that ranks divide here; start the script with deepspeed or torchrun, or show it one GPU "
-            "(CUDA_VISIBLE_DEVICES=0)"
-        )
-    if args.optim == "adagrad" and args.deepspeed_plugin is not None:
-        raise ConfigError(
-            "TrainingArguments.optim is 'adagrad', which DeepSpeed's ZeRO makes anew with one group of parameters, and "
-            "then fails on the others; choose adamw_torch or another optimizer"
-        )
-
-
-def _packing(ds_config: dict[str, Any]) -> int | None:
-    """``packing`` of the block of ``train/finetune.py``, of which the Trainer takes nothing else."""
-    config = finetuning_config(ds_config)
-    others = sorted(config.model_fields_set - {"packing"})
-    if others:
-        raise ConfigError(
-            f"'{BLOCK_KEY}.{others[0]}' is in the DeepSpeed config, and of this block of train/finetune.py the Trainer "
-            "takes 'packing' alone; give TrainingArguments and Rows the rest, and take it out"
-        )
-    return config.packing
 
 
 def _apart(layout: BatchLayout, padding: int, x: Tensor) -> Tensor:
