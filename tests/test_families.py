@@ -47,7 +47,8 @@ from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.families import FAMILIES, VisualFamily, family_of, family_of_config, idefics, mllama
 from ds_lvxattn.families.blip2 import Blip2
 from ds_lvxattn.families.family import ANY_SIZE
-from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingo, OpenFlamingoConfig, OpenFlamingoModel
+from ds_lvxattn.families.flamingo.model import OpenFlamingoConfig, OpenFlamingoModel
+from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingo
 from ds_lvxattn.families.idefics import Idefics
 from ds_lvxattn.families.rotary import check_positions, self_attention_role
 from ds_lvxattn.families.text_only import TextOnly

@@ -12,7 +12,7 @@ import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
 from ds_lvxattn.families import family, qwen_vl
-from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingoConfig
+from ds_lvxattn.families.flamingo.model import OpenFlamingoConfig
 from ds_lvxattn.plan.__main__ import main, report
 from ds_lvxattn.plan.cluster import model_sizes as model_sizes_of_models
 from ds_lvxattn.plan.cluster import segments, work

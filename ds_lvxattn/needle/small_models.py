@@ -62,7 +62,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingoConfig, OpenFlamingoModel
+from ds_lvxattn.families.flamingo.model import OpenFlamingoConfig, OpenFlamingoModel
 from ds_lvxattn.families.idefics import with_loss_over_all_tokens
 from ds_lvxattn.families.instructblip import InstructedImages, with_features_of_frames_alone
 from ds_lvxattn.families.owl.hyper_qwen2 import MPlugOwl3Config, mPLUGOwl3Model
