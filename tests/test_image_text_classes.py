@@ -44,7 +44,7 @@ KINDS = (
     "cohere2_vision", "mistral3", "lighton_ocr", "vipllava", "video_llava", "qianfan_ocr", "exaone4_5",
     "hyperclovax_vision_v2", "video_llama_3", "got_ocr2", "glm4v_moe", "glm46v", "glm_ocr", "paddleocr_vl",
     "hunyuan_vl", "cosmos3_edge", "llava", "deepseek_vl", "deepseek_vl_hybrid", "janus", "llama4",
-    "gemma4", "ovis2",
+    "gemma4", "ovis2", "molmo2",
 )  # fmt: skip
 # What a config is made with, beside those sizes.
 GIVEN: dict[str, dict[str, Any]] = {
@@ -81,6 +81,15 @@ GIVEN: dict[str, dict[str, Any]] = {
             "moe_layers": [1], "num_local_experts": 4, "intermediate_size_mlp": 64,
         },
     },
+    "molmo2": {
+        "adapter_config": {
+            "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8,
+            "intermediate_size": 64, "text_hidden_size": 32, "vision_feature_layer": [-1, 0],
+        },
+        "vision_config": {"image_size": [SIDE, SIDE]},
+        "text_config": {"num_hidden_layers": 2, "additional_vocab_size": 0},
+        "image_patch_id": IMAGE,
+    },
     "janus": {
         "vision_config": {"projection_dim": 32},
         "vq_config": {
@@ -98,8 +107,8 @@ SECTIONS = {
 SINGLE = ("cohere2_vision", "glm4v_moe", "glm46v", "cosmos3_edge", "llama4", "gemma4")
 # Whose norms are computed in float64 here: in float32, a last bit more or less decides which way they round.
 NORMS = ("ovis2",)
-# Whose images see themselves in both directions.
-BOTH_WAYS = ("gemma4",)
+# Whose images see themselves in both directions, and the tokens that are of an image.
+BOTH_WAYS: dict[str, tuple[int, ...]] = {"gemma4": (IMAGE,), "molmo2": (IMAGE, *ENDS)}
 TEXT_OF_SAMPLES = ("tt<I>taat<I>ta", "tItaa", "ttata")
 
 
@@ -107,6 +116,7 @@ class StandIn:
     """A processor of pictures of one size, for a model that has none here."""
 
     image_processor = object()
+    image_token_ids = (IMAGE, *ENDS)
 
     def __init__(self, model: Any) -> None:
         self.inner, self.tokenizer, self.image_token = getattr(model, "model", model), self, f"<{IMAGE}>"
@@ -138,6 +148,17 @@ class StandIn:
             patches = pixels[0].unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).permute(1, 2, 3, 4, 0)
             places = torch.tensor([[column, row] for row in range(rows) for column in range(rows)])
             made = {"pixel_values": patches.flatten(2).flatten(0, 1)[None], "image_position_ids": places[None]}
+        if "image_token_pooling" in self.names:  # of the whole picture, and of its one square, whose last is smaller
+            rows = SIDE // PATCH
+            patches = pixels[0].unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).permute(1, 2, 3, 4, 0)
+            values = patches.flatten(2).flatten(0, 1)
+            pooled = torch.arange(rows**2).reshape(rows // 2, 2, rows // 2, 2).transpose(1, 2).reshape(-1, 4)
+            pooled = torch.cat((pooled, pooled + rows**2))
+            pooled[-1, 2:] = -1
+            made = {
+                "pixel_values": torch.stack((values, values.flip(0))), "image_token_pooling": pooled,
+                "image_grids": torch.full((1, 4), rows // 2),
+            }  # fmt: skip
         return {key: x for key, x in made.items() if key in self.names}
 
     @functools.cached_property
@@ -215,12 +236,17 @@ def in_transformers(kind: str) -> tuple[float, Gradients]:
     model, losses, items = small(kind), [], 0
     for sample in samples():
         pictures = [model.own_processor.arrays(x) for x in sample.load_frames(range(sample.num_frames))]
+        for number, made in enumerate(pictures):
+            if "image_token_pooling" in made:  # places among the patches of all images
+                pooled, patches = made["image_token_pooling"], made["pixel_values"].shape[:2].numel()
+                made["image_token_pooling"] = torch.where(pooled >= 0, pooled + number * patches, -1)
         arguments = {key: torch.cat([made[key] for made in pictures]) for key in (pictures[0] if pictures else ())}
         repeats = torch.tensor([model.own_processor.tokens if token == IMAGE else 1 for token in sample.input_ids])
         rows, labels = (torch.tensor(x).repeat_interleave(repeats) for x in (sample.input_ids, sample.labels))
         targets = torch.cat((labels[1:], torch.tensor([IGNORE])))
-        if pictures and (kind in SECTIONS or kind in BOTH_WAYS):
-            arguments["mm_token_type_ids"] = (rows == IMAGE).long()[None]
+        if kind in BOTH_WAYS or (pictures and kind in SECTIONS):
+            of_images = torch.tensor(BOTH_WAYS.get(kind, (IMAGE,)))
+            arguments["mm_token_type_ids"] = torch.isin(rows, of_images).long()[None]
         logits = model(input_ids=rows[None], **arguments).logits[0]
         losses.append(cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum"))
         items += int((targets != IGNORE).sum())

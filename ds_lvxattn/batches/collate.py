@@ -233,10 +233,13 @@ class Collator:
                 continue
             size, between = self._node_size(layout), None
             if size is not None and ranges is not None:
-                rows = KVInterval(*ranges).of_nodes(shards.q, size)
+                rows = _interval(*ranges).of_nodes(shards.q, size)
                 between = routed_rows(rows.start, rows.stop, shards.of_nodes(size))
             # Of rows that are dealt out, ranges move from one unit to the next, which is between tiles.
-            drift = None if ranges is None or shards.q.stripe or shards.q.units else drift_of(*in_kernel_order(*ranges))
+            drift = None
+            if ranges is not None and not shards.q.stripe and not shards.q.units:
+                # Of several ranges a row, that of the first, which most rows have alone.
+                drift = drift_of(*in_kernel_order(*_each(*ranges)[0]))
             shapes[kind] = CallShape(
                 rows_of_batch, shards.q.lengths, shards.kv.lengths, element,
                 None if ranges is None else routed_rows(*ranges, shards),
@@ -447,11 +450,20 @@ class Collator:
         if comm.ranks > 1 and (False in routed or (True in routed and one_level)):
             routes = Routes.build(start, stop, shards, comm.rank, self.device)
         if True in routed and 1 < size < comm.ranks:
-            rows = KVInterval(start, stop).of_nodes(shards.q, size)
+            rows = _interval(start, stop).of_nodes(shards.q, size)
             nodes = shards.of_nodes(size)
             between = Routes.build(rows.start, rows.stop, nodes, comm.rank // size, self.device)
-        interval = KVInterval.from_host(start, stop, self.device)
+        interval = KVInterval.several([KVInterval.from_host(*bounds, self.device) for bounds in _each(start, stop)])
         return AttentionInputs(shards, interval, routes, routes if one_level else between, copied)
+
+
+def _each(start: Tensor, stop: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The ranges of ``BatchLayout.ranges_of`` by themselves, each ``[n, B, s_max]``: one, or several."""
+    return [(start, stop)] if start.dim() == 3 else list(zip(start.unbind(-1), stop.unbind(-1), strict=True))
+
+
+def _interval(start: Tensor, stop: Tensor) -> KVInterval:
+    return KVInterval(start, stop, ranges=None if start.dim() == 3 else start.shape[-1])
 
 
 def _padded(samples: Sequence[Tensor], frames: int) -> Tensor:

@@ -46,7 +46,7 @@ class BatchLayout:
         ranges: per sample, per token, the frames it sees; a frame's image token is one token here.
         visual: int64 ``[B, S]``, the visual token that a token takes, counted over the sample's frames; -1 for text.
         blocks: per sample, runs of its tokens that see each other in both directions; see ``Family.blocks``.
-        blocks_in_full, blocks_in_window: see ``Family``.
+        blocks_in_full, blocks_in_window, blocks_joined: see ``Family``.
         keys_in_text: see ``Family``.
         portions: how often the rank with most work calls the vision encoder, at least once: with a blank frame.
     """
@@ -66,6 +66,7 @@ class BatchLayout:
     blocks: tuple[tuple[tuple[int, int], ...], ...]
     blocks_in_full: bool
     blocks_in_window: bool
+    blocks_joined: bool
     keys_in_text: bool
     portions: int
 
@@ -143,7 +144,8 @@ class BatchLayout:
 
     def ranges_of(self, role: str, window: int | None = None, chunk: int | None = None) -> tuple[Tensor, Tensor]:
         """``start, stop`` of the rows of every rank in attention of ``role``: int32 on the CPU, ``[n, B, s_max]``, or
-        ``[n, 1, B * s_max]`` for ``cross``; ``n`` is 1 where every rank has all rows.
+        ``[n, 1, B * s_max]`` for ``cross``; ``n`` is 1 where every rank has all rows. Where rows see several ranges,
+        both have a last dimension more: the ranges.
 
         Args:
             window: of ``self``, the last keys that a row sees; None: all before it in its sample.
@@ -161,12 +163,37 @@ class BatchLayout:
                     own = np.arange(span.stop - span.start)
                     start[place] = np.maximum(start[place], span.start + own - own % chunk)
                 # To the end of the block: with what a row sees before it, still one range.
-                for first, last in blocks if self.blocks_in_full or window is not None else ():
+                for first, last in self._blocks_with(window, blocks):
                     block = span.row, slice(span.start + first, span.start + last)
                     stop[block] = span.start + last
                     if not self.blocks_in_window:
                         start[block] = np.minimum(start[block], span.start + first)
+            more = self._later_blocks(window)
+            if more:
+                bounds = zip((start, stop), *more, strict=True)
+                of_rows, to = (torch.stack([self._by_rank(x, False) for x in every], dim=-1) for every in bounds)
+                return of_rows, to
         return self._by_rank(start, role == "cross"), self._by_rank(stop, role == "cross")
+
+    def _blocks_with(self, window: int | None, blocks: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+        """``blocks``, if they are some in layers with such a window."""
+        return blocks if self.blocks_in_full or window is not None else ()
+
+    def _later_blocks(self, window: int | None) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Further ranges ``start, stop``, int32 ``[B, S]``, of rows that see the later blocks of their sample too."""
+        if not self.blocks_joined:
+            return []
+        of_samples = [self._blocks_with(window, blocks) for blocks in self.blocks]
+        more = [
+            (np.zeros(self.input_ids.shape, dtype=np.int32), np.zeros(self.input_ids.shape, dtype=np.int32))
+            for _ in range(max(map(len, of_samples), default=0) - 1)
+        ]
+        for span, blocks in zip(self.spans, of_samples, strict=True):
+            for number, (first, last) in enumerate(blocks):
+                rows = span.row, slice(span.start + first, span.start + last)
+                for (start, stop), (begin, end) in zip(more, blocks[number + 1 :], strict=False):
+                    start[rows], stop[rows] = span.start + begin, span.start + end
+        return more
 
     def _by_rank(self, rows: np.ndarray, packed: bool) -> Tensor:
         batch, longest = rows.shape[0], self.text.longest
@@ -309,7 +336,8 @@ def lay_out(
             takes = ids == image_id
             visual[span.place][takes] = np.arange(takes.sum())
     blocks = [
-        tuple(family.blocks(visual[span.place], labels)) for (_, labels), span in zip(rows_of, spans, strict=True)
+        tuple(family.blocks(ids, labels, visual[span.place], of_frames))
+        for (ids, labels), span, of_frames in zip(rows_of, spans, shapes, strict=True)
     ]
     hidden_see_all = isinstance(family, VisualFamily) and family.hidden_rows_see_all()
     start, stop, sees_frame = _visible(seen_of if own_keys else (), spans, shapes, size, hidden_see_all)
@@ -319,7 +347,7 @@ def lay_out(
     ]
     return BatchLayout(
         spans, text, keys, owners, tuple(map(tuple, shapes)), input_ids, shift_labels, start, stop, sees_frame,
-        tuple(seen_of), visual, tuple(blocks), family.blocks_in_full, family.blocks_in_window,
+        tuple(seen_of), visual, tuple(blocks), family.blocks_in_full, family.blocks_in_window, family.blocks_joined,
         family.keys_in_text, max(map(portions_of, work)),
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ from ds_lvxattn.families.internvl import InternVL
 from ds_lvxattn.families.llava import Llava
 from ds_lvxattn.families.llava_onevision import LlavaOnevision
 from ds_lvxattn.families.mllama import Mllama
+from ds_lvxattn.families.molmo2 import Molmo2
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
 from ds_lvxattn.families.paligemma import PaliGemma
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
@@ -50,6 +51,7 @@ FAMILIES: tuple[type[Family], ...] = (
     PaliGemma,
     LlavaOnevision,
     InternVL,
+    Molmo2,
     ImageFeatures,  # any other model of transformers with images in its text
     TextOnly,  # last: any causal language model of transformers
 )

@@ -69,6 +69,8 @@ class Family(ABC):
             takes frames, stand in the place of its image token, and attention of the role ``self`` is all there is.
         blocks_in_full: whether the rows of a block (see ``blocks``) see each other in layers without a sliding window.
         blocks_in_window: whether a sliding window also limits what a row of a block sees of it.
+        blocks_joined: whether the blocks of a sample are one: each of their rows sees all rows of all of them. A window
+            then limits what is ahead.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Family(ABC):
     keys_in_text: bool = False
     blocks_in_full: bool = True
     blocks_in_window: bool = True
+    blocks_joined: bool = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -208,12 +211,14 @@ class Family(ABC):
         """
         return np.arange(len(visual))
 
-    def blocks(self, visual: np.ndarray, labels: np.ndarray) -> Sequence[tuple[int, int]]:
+    def blocks(
+        self, ids: np.ndarray, labels: np.ndarray, visual: np.ndarray, shapes: Sequence[FrameShape]
+    ) -> Sequence[tuple[int, int]]:
         """Runs ``[first, last)`` of a sample's rows that see each other in both directions, ascending; here none.
 
         Args:
-            visual: see ``positions``.
-            labels: int64 ``[S]``, labels of the rows themselves.
+            ids, labels: int64 ``[S]``, token ids and labels of the rows themselves.
+            visual, shapes: see ``positions``.
         """
         return ()
 

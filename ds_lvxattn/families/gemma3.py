@@ -44,7 +44,9 @@ class Gemma3(Concatenation):
     ) -> Tensor:
         return model.multi_modal_projector(last_hidden_states(model.vision_tower, pixels, batch, recomputation))
 
-    def blocks(self, visual: np.ndarray, labels: np.ndarray) -> Sequence[tuple[int, int]]:
+    def blocks(
+        self, ids: np.ndarray, labels: np.ndarray, visual: np.ndarray, shapes: Sequence[FrameShape]
+    ) -> Sequence[tuple[int, int]]:
         return runs_of_images(visual)
 
     def block_arguments(self, in_block: np.ndarray) -> Mapping[str, np.ndarray]:

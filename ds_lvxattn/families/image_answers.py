@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from ds_lvxattn.families.image_obstacles import INDICATORS, indicators_of
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
 
+Portion = Callable[[Mapping[str, Tensor], Sequence[FrameShape], int, int], Mapping[str, Tensor]]
+
 
 class Asked:
     """``get_image_features`` of a model that is attached: the visual tokens of the rank's own rows, in their order.
@@ -31,10 +33,11 @@ class Asked:
         family: the model's family.
         inner: the module inside the model for conditional generation.
         recomputation: see ``encode_in_portions``.
+        portion: see ``ImageFeatures``.
     """
 
-    def __init__(self, family: Concatenation, inner: Any, recomputation: Recomputation) -> None:
-        self.family, self.inner, self.recomputation = family, inner, recomputation
+    def __init__(self, family: Concatenation, inner: Any, recomputation: Recomputation, portion: Portion) -> None:
+        self.family, self.inner, self.recomputation, self.portion = family, inner, recomputation, portion
         self.features = inner.get_image_features
         self.names = inspect.signature(self.features).parameters
         self.indicators = indicators_of(family.config)
@@ -102,11 +105,7 @@ class Asked:
     ) -> Tensor:
         """The visual tokens of some of the rank's frames, ``[tokens, d]``; notes in what form the model gives them."""
         first, last = int(frames[0]), int(frames[-1]) + 1
-        rows = [0, *np.cumsum([shape.grid[0] for shape in of_rank]).tolist()]
-        given = {}
-        for key, x in pixels.items():
-            begin, end = (first, last) if len(x) == len(of_rank) else (rows[first], rows[last])
-            given[key] = x[begin:end]
+        given = self.portion(pixels, of_rank, first, last)
         made = self.features(**needed, **given, return_dict=True)
         # Where the forward projects them itself, they are the encoder's (Llama 4).
         name = "last_hidden_state" if made.pooler_output is None else "pooler_output"

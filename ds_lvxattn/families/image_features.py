@@ -45,7 +45,7 @@ from ds_lvxattn.runtime.recompute import Recomputation
 
 SQUARE = 336  # pixels of a side, where the vision config has no image size
 # Arguments that models read on the host: on the device they would be waited for.
-ON_HOST = ("image_sizes", "batch_num_images")
+ON_HOST = ("image_sizes", "batch_num_images", "image_grids")
 
 
 class ImageFeatures(Concatenation):
@@ -69,6 +69,7 @@ class ImageFeatures(Concatenation):
         # Of a model that is refused, as those of no kind known here.
         self._images = image_blocks(_class_of(config), config) or ImageBlocks()
         self.blocks_in_full, self.blocks_in_window = self._images.in_full, self._images.in_window
+        self.blocks_joined = self._images.joined
 
     @classmethod
     def has_model(cls, model: nn.Module) -> bool:
@@ -103,7 +104,7 @@ class ImageFeatures(Concatenation):
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         hand_down(model, self.role_of)
-        Asked(self, inner_of(model), recomputation)
+        Asked(self, inner_of(model), recomputation, self.portion)
 
     def encode(
         self, model: Any, pixels: Sequence[Tensor], batch: SequenceParallelBatch, recomputation: Recomputation
@@ -173,7 +174,9 @@ class ImageFeatures(Concatenation):
     def has_blocks(self) -> bool:
         return self._images.exist
 
-    def blocks(self, visual: np.ndarray, labels: np.ndarray) -> Sequence[tuple[int, int]]:
+    def blocks(
+        self, ids: np.ndarray, labels: np.ndarray, visual: np.ndarray, shapes: Sequence[FrameShape]
+    ) -> Sequence[tuple[int, int]]:
         return runs_of_images(visual) if self._images.exist else ()
 
     def block_arguments(self, in_block: np.ndarray) -> Mapping[str, np.ndarray]:
@@ -299,6 +302,22 @@ class ImageFeatures(Concatenation):
             )
         return made
 
+    def portion(
+        self, pixels: Mapping[str, Tensor], shapes: Sequence[FrameShape], first: int, last: int
+    ) -> Mapping[str, Tensor]:
+        """Of the arguments of ``get_image_features`` for a rank's pictures those for ``[first, last)`` of them.
+
+        Args:
+            pixels: of all of them, without the dimension of a batch.
+            shapes: of all of them.
+        """
+        rows = [0, *np.cumsum([shape.grid[0] for shape in shapes]).tolist()]
+        given = {}
+        for key, x in pixels.items():
+            begin, end = (first, last) if len(x) == len(shapes) else (rows[first], rows[last])
+            given[key] = x[begin:end]
+        return given
+
     def blank(self, processor: Any, limits: FrameLimits) -> Mapping[str, Any]:
         shape = self.shape_of(None, processor, limits)
         return self.pixels([np.zeros((self._square, self._square, 3), np.uint8)], [shape], processor)
@@ -367,7 +386,10 @@ def made_by(processor: Any, pictures: Sequence[np.ndarray], most: int = 0) -> di
     text = processor.image_token * len(pictures)
     given = list(pictures) if len(pictures) == 1 else [list(pictures)]
     made = processor(given, text=[text], return_tensors="pt", add_special_tokens=False, **cut)
-    return {**made, "input_ids": made["input_ids"][0].tolist()}
+    ids = made["input_ids"][0].tolist()
+    # Some put the token that begins a text ahead of it, whatever they are told.
+    begins = {getattr(processor.tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos")}
+    return {**made, "input_ids": ids[1:] if ids and ids[0] in begins else ids}
 
 
 def on_host(arguments: Mapping[str, Tensor]) -> dict[str, Any]:

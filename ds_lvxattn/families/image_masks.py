@@ -18,6 +18,7 @@ import torch
 
 KINDS = "mm_token_type_ids"  # of each row: 0 for text, 1 for an image
 ASKED = (0, 1, 1, 1, 1, 0, 1, 1, 0)
+PLAIN, OF_ALL_KINDS = "create_causal_mask", "create_masks_for_generate"
 WINDOW = 2  # shorter than an image of ``ASKED``
 TYPES = {"full_attention": None, "sliding_attention": WINDOW}
 
@@ -30,11 +31,13 @@ class ImageBlocks:
         exist: whether an image is a block, in layers with a sliding window at least.
         in_full: whether it is one in layers without a window too.
         in_window: whether the window limits what a row sees of its block.
+        joined: whether all images of a row are one block.
     """
 
     exist: bool = False
     in_full: bool = False
     in_window: bool = True
+    joined: bool = False
 
 
 def runs_of_images(visual: np.ndarray) -> list[tuple[int, int]]:
@@ -49,12 +52,17 @@ def has_masks_by_kind(model_class: Any) -> bool:
     return make is not None and KINDS in inspect.signature(make).parameters
 
 
-def makes_same_masks(model_class: Any, inner_class: Any) -> bool:
+def makes_same_masks(model_class: Any, inner_class: Any, config: Any) -> bool:
     """Whether ``inner_class.forward`` makes masks by the functions that ``create_masks_for_generate`` makes them by.
 
     That of Gemma 4 Unified does not: in training its images see themselves in other layers than in generation.
     """
     forward, asked = (_mask_makers(x) for x in (inner_class.forward, model_class.create_masks_for_generate))
+    text = config.get_text_config()
+    limits = ("layer_types", "sliding_window", "attention_chunk_size")
+    if all(getattr(text, limit, None) is None for limit in limits):
+        # Layers of one kind: transformers' function for masks of all kinds makes what its causal one does.
+        forward, asked = ({PLAIN if name == OF_ALL_KINDS else name for name in names} for names in (forward, asked))
     return forward == asked
 
 
@@ -82,7 +90,9 @@ def image_blocks(model_class: Any, config: Any) -> ImageBlocks | None:
     if not masks.keys() <= TYPES.keys():
         return None
     shown = {kind: (mask[0, 0] == 0).numpy() for kind, mask in masks.items()}
-    kinds = ImageBlocks(), *(ImageBlocks(True, *rest) for rest in itertools.product((False, True), (True, False)))
+    apart = itertools.product((False, True), (True, False), (False,))
+    joined = itertools.product((False, True), (True,), (True,))
+    kinds = ImageBlocks(), *(ImageBlocks(True, *rest) for rest in itertools.chain(apart, joined))
     return next((blocks for blocks in kinds if _shows(blocks, shown)), None)
 
 
@@ -96,6 +106,8 @@ def _mask(blocks: ImageBlocks, window: int | None) -> np.ndarray:
     sees = key <= row
     inside = np.zeros_like(sees)
     if blocks.in_full if window is None else blocks.exist:
+        if blocks.joined:
+            inside |= np.outer(ASKED, ASKED).astype(bool)
         for first, last in runs_of_images(np.array(ASKED) - 1):
             inside[first:last, first:last] = True
     if window is None:

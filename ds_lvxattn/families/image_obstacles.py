@@ -54,7 +54,7 @@ def image_obstacles(model: Any) -> Iterator[str | None]:
     if "token_type_ids" in arguments:
         yield "tokens of an image see each other in both directions ('token_type_ids')"
     blocks = image_blocks(type(model), config)
-    if blocks is not None and blocks.exist and not makes_same_masks(type(model), type(inner)):
+    if blocks is not None and blocks.exist and not makes_same_masks(type(model), type(inner), config):
         yield "its images see themselves in other layers in its forward than by its 'create_masks_for_generate'"
     if blocks is None:
         yield f"what its rows see, or where they stand, follows from which are of images, of all together ('{KINDS}')"

@@ -47,7 +47,9 @@ class PaliGemma(Concatenation):
     def positions(self, visual: np.ndarray, shapes: Sequence[FrameShape]) -> np.ndarray:
         return super().positions(visual, shapes) + 1
 
-    def blocks(self, visual: np.ndarray, labels: np.ndarray) -> Sequence[tuple[int, int]]:
+    def blocks(
+        self, ids: np.ndarray, labels: np.ndarray, visual: np.ndarray, shapes: Sequence[FrameShape]
+    ) -> Sequence[tuple[int, int]]:
         answers = np.flatnonzero(labels != IGNORE)
         return [(0, int(answers[0]) if len(answers) else len(labels))]
 

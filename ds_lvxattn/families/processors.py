@@ -24,11 +24,13 @@ def written(text: str, token: str, pieces: Iterable[str]) -> str:
 
 def cuts(images: Any) -> bool:
     """Whether an image processor cuts images into a number of tiles, and a thumbnail of the whole."""
-    return hasattr(images, "max_patches")
+    return hasattr(images, "max_patches") or hasattr(images, "max_crops")
 
 
 def cut_into(most: int, images: Any) -> dict[str, Any]:
     """Arguments with which such a processor makes at most so many tiles of an image, the thumbnail not counted."""
+    if hasattr(images, "max_crops"):  # Molmo 2
+        return {"max_crops": most}
     return {"crop_to_patches": most > 1, "min_patches": min(images.min_patches, most), "max_patches": most}
 
 

@@ -188,6 +188,38 @@ def gemma4() -> tuple[Any, Any]:
     return config, own(Gemma4AudioFeatureExtractor(), images, tokenizer, VideoProcessor({}))
 
 
+def molmo2() -> tuple[Any, Any]:
+    """A view of the whole, and up to two squares that overlap; four patches a token, a line break behind each row."""
+    from transformers.models.molmo2.configuration_molmo2 import Molmo2Config
+    from transformers.models.molmo2.image_processing_molmo2 import Molmo2ImageProcessor
+    from transformers.models.molmo2.processing_molmo2 import Molmo2Processor
+
+    tags = (
+        "<im_patch>", "<im_col>", "<im_start>", "<low_res_im_start>", "<frame_start>", "<im_end>", "<frame_end>",
+        "<im_low>", "<|video|>",
+    )  # fmt: skip
+    tokenizer, text = tagged(tags, image_token=IMAGE)
+    patch, heads = SIZE // 6, {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    vision = {
+        **heads, "hidden_size": TINY.vision_width, "num_hidden_layers": 2, "intermediate_size": 32,
+        "image_size": [6 * patch, 6 * patch], "patch_size": patch,
+    }  # fmt: skip
+    adapter = {
+        **heads, "hidden_size": TINY.vision_width, "intermediate_size": 32, "text_hidden_size": TINY.width,
+        "vision_feature_layer": [-1, 0],
+    }  # fmt: skip
+    config = Molmo2Config(
+        vision_config=vision, adapter_config=adapter, text_config={**text, "additional_vocab_size": 0, "head_dim": 8},
+        image_patch_id=tokenizer.convert_tokens_to_ids("<im_patch>"),
+    )  # fmt: skip
+    images = Molmo2ImageProcessor(
+        size={"height": 6 * patch, "width": 6 * patch}, patch_size=patch, max_crops=2, overlap_margins=[1, 1]
+    )
+    # Without a video processor, whose videos are not asked for.
+    own: Any = type("Molmo2", (OwnVideos, Molmo2Processor), {})
+    return config, own(images, VideoProcessor({}), tokenizer)
+
+
 def loads(make: Callable[[], tuple[Any, Any]]) -> bool:
     """Whether the processor of a model is one that this release of transformers has without torchvision."""
     try:
@@ -205,6 +237,7 @@ IMAGE_MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "aya_vision": aya_vision,
     "glm4v": glm4v,
     **({"gemma4": gemma4} if loads(gemma4) else {}),
+    **({"molmo2": molmo2} if loads(molmo2) else {}),
 }
 # What their chat templates write around an image.
 AROUND = {"glm4v": ("<|begin_of_image|>", "<|end_of_image|>")}
