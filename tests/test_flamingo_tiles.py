@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -123,14 +124,15 @@ def answers(model: Any, batches: Batches, samples: Sequence[Sample]) -> list[lis
 
 def on_ranks(sees: str, modes: Sequence[tuple[str, str, str]]) -> tuple[list[tuple[float, Gradients]], list[list[int]]]:
     results, samples = [], rows_of(sees)
-    encoding.TOKENS_AT_ONCE = 3 * family_of(tiny(sees)).encoder_tokens()  # tiles at once
-    for mode in modes:
-        model: Any = tiny(sees, torch.float64).train()
-        batches = batches_of(model, mode, samples, recompute="kv")
-        loss = loss_of(model, samples, batches)
-        loss.backward()
-        results.append(sum_over_ranks(loss, gradients_of(model)))
-    return results, answers(model, batches, samples)
+    # Three tiles at once. Put back afterwards: other portions in later tests of this process round otherwise.
+    with mock.patch.object(encoding, "TOKENS_AT_ONCE", 3 * family_of(tiny(sees)).encoder_tokens()):
+        for mode in modes:
+            model: Any = tiny(sees, torch.float64).train()
+            batches = batches_of(model, mode, samples, recompute="kv")
+            loss = loss_of(model, samples, batches)
+            loss.backward()
+            results.append(sum_over_ranks(loss, gradients_of(model)))
+        return results, answers(model, batches, samples)
 
 
 @pytest.mark.parametrize(("sees", "ranks"), [(SEES[0], 2), slow(SEES[1], 2), slow(SEES[0], 4)])
