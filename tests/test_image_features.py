@@ -32,7 +32,7 @@ from tests.support.tiny_model import IMAGE_TOKEN, MODES, attach, loss_of, tiny_b
 BATCH = (("ttItIttaItta", ((56, 70), (98, 60), (30, 31))), ("tItaa", ((64, 200),)), ("ttta", ()))
 # Of an image that is alone in its row LLaVA-OneVision's processor makes tiles, of several it does not.
 WITH_VIDEOS = (("tIItItaIIa", ((2, 40, 61), (120, 117), (2, 30, 33))), ("IIItta", ((3, 28, 28),)), *BATCH)
-BATCHES = {"llava_onevision": WITH_VIDEOS, "internvl": WITH_VIDEOS}
+BATCHES = {"llava_onevision": WITH_VIDEOS, "internvl": WITH_VIDEOS, "llava_next_video": WITH_VIDEOS}
 # Rotary positions of GLM's patches, and Gemma's norms, are computed in float32, whatever the model.
 SINGLE = ("glm4v", "gemma4")
 NEW = 3  # tokens that are generated
@@ -175,7 +175,7 @@ def test_answers_are_those_of_the_model_with_its_own_processor(kind: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision", "internvl"])
+@pytest.mark.parametrize("kind", ["llava_next", "llava_next_video", "llava_onevision", "internvl"])
 def test_losses_under_zero3(kind: str) -> None:
     """With line breaks, parameters of the model around its parts."""
     want, got = train(kind, 1), run(2, train, kind, 2)[0]
@@ -183,13 +183,14 @@ def test_losses_under_zero3(kind: str) -> None:
     assert got == pytest.approx(want, rel=1e-4)
 
 
-def test_the_path_without_exchange_is_exact_too() -> None:
+@pytest.mark.parametrize("kind", ["llava_next_video", "llava_onevision"])
+def test_the_path_without_exchange_is_exact_too(kind: str) -> None:
     """With videos that the model's own code would want equally long."""
-    model = image_model("llava_onevision", torch.float64)
+    model = image_model(kind, torch.float64)
     loss = loss_of(model, samples(model))
     loss.backward()
     got = loss.item(), gradients_of(model)
-    assert max(largest_differences(got, in_transformers("llava_onevision"))) < 1e-11
+    assert max(largest_differences(got, in_transformers(kind))) < 1e-11
 
 
 @pytest.mark.parametrize(

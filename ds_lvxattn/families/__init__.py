@@ -20,6 +20,7 @@ from ds_lvxattn.families.image_features import ImageFeatures
 from ds_lvxattn.families.instructblip import InstructBlip, InstructBlipVideo
 from ds_lvxattn.families.internvl import InternVL
 from ds_lvxattn.families.llava import Llava
+from ds_lvxattn.families.llava_next_video import LlavaNextVideo
 from ds_lvxattn.families.llava_onevision import LlavaOnevision
 from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.molmo2 import Molmo2
@@ -50,6 +51,7 @@ FAMILIES: tuple[type[Family], ...] = (
     Gemma3,
     PaliGemma,
     LlavaOnevision,
+    LlavaNextVideo,
     InternVL,
     Molmo2,
     ImageFeatures,  # any other model of transformers with images in its text

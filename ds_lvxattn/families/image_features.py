@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.image_utils import SizeDict
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.processing_utils import ProcessorMixin
 
@@ -263,21 +264,20 @@ class ImageFeatures(Concatenation):
         """Settings of the video processor where no file has them: those of the image processor, as in transformers."""
         if not self.video_processor:
             return {}
-        shared = (
+        shared: tuple[str, ...] = (
             "do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "rescale_factor", "resample", "image_mean",
             "image_std",
         )  # fmt: skip
         size = {"height": self._square, "width": self._square}
-        return {
-            "video_processor_type": self.video_processor,
-            "size": size,
-            **{key: getattr(images, key) for key in shared},
-        }
+        if getattr(images, "do_center_crop", False):
+            shared = (*shared, "do_center_crop", "crop_size", "size")
+        made = {"size": size, **{key: getattr(images, key) for key in shared}}
+        plain = {key: dict(x) if isinstance(x, (SizeDict, dict)) else x for key, x in made.items()}
+        return {"video_processor_type": self.video_processor, **plain}
 
     def scaled(self, frames: np.ndarray, processor: Any) -> Tensor:
         """Frames of a video, uint8 ``[f, H, W, 3]``, as the model's video processor makes them, ``[f, 3, h, w]``."""
-        video = VideoProcessor.of(processor.video_processor)
-        return video.scaled(frames, video.settings["size"]["height"], video.settings["size"]["width"])
+        return VideoProcessor.of(processor.video_processor).fitted(frames)
 
     def pixels(self, frames: Sequence[np.ndarray], shapes: Sequence[FrameShape], processor: Any) -> Mapping[str, Any]:
         model_class = _class_of(self.config)

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers.utils import PushToHubMixin, cached_file
 
+from ds_lvxattn.errors import ConfigError
+
 FILE = "video_preprocessor_config.json"
 WHOLE_FILE = "processor_config.json"  # of a whole processor, its parts inside
 MODES = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
@@ -79,6 +81,31 @@ class VideoProcessor(PushToHubMixin):
             mode = MODES[Image.Resampling(self.settings["resample"])]
             x = interpolate(x.contiguous(), size=(height, width), mode=mode, antialias=True, align_corners=False)
         return self._normalized(x)
+
+    def fitted(self, frames: np.ndarray) -> Tensor:
+        """uint8 frames ``[f, H, W, 3]`` as processors without limits of their own make them, ``[f, 3, h, w]``.
+
+        Scaled to a height and a width, or to a shorter edge and then cropped, normalized.
+
+        Raises:
+            ConfigError: they are to be cropped to more than they are scaled to.
+        """
+        size = self.settings["size"]
+        if "shortest_edge" not in size:
+            return self.scaled(frames, size["height"], size["width"])
+        short, long = sorted(frames.shape[1:3])
+        to = size["shortest_edge"], int(size["shortest_edge"] * long / short)
+        x = self.scaled(frames, *(to if frames.shape[1] == short else reversed(to)))
+        if not self.settings.get("do_center_crop"):
+            return x
+        height, width = (self.settings["crop_size"][side] for side in ("height", "width"))
+        if max(height, width) > size["shortest_edge"]:
+            raise ConfigError(
+                f"the video processor scales frames to a shorter edge of {size['shortest_edge']} pixels and crops them "
+                f"to {width} x {height}; set 'crop_size' of {FILE} to no more than 'size'"
+            )
+        top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
+        return x[..., top : top + height, left : left + width]
 
     def patches(self, frames: np.ndarray, height: int, width: int) -> Tensor:
         """The patches of frames that are merged.

@@ -21,6 +21,8 @@ from transformers import (
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextProcessor,
+    LlavaNextVideoConfig,
+    LlavaNextVideoProcessor,
     LlavaOnevisionConfig,
     LlavaOnevisionProcessor,
     Qwen2Config,
@@ -71,8 +73,7 @@ class Videos(VideoProcessor):
     """Makes of videos what transformers' video processors make, which need torchvision."""
 
     def __call__(self, videos: Sequence[np.ndarray], **options: Any) -> dict[str, torch.Tensor]:
-        sides = self.settings["size"]["height"], self.settings["size"]["width"]
-        return {"pixel_values_videos": torch.stack([self.scaled(video, *sides) for video in videos])}
+        return {"pixel_values_videos": torch.stack([self.fitted(video) for video in videos])}
 
 
 class InternVL(OwnVideos, InternVLProcessor):
@@ -81,6 +82,27 @@ class InternVL(OwnVideos, InternVLProcessor):
 
 class LlavaOnevision(OwnVideos, LlavaOnevisionProcessor):
     """With such videos."""
+
+
+class LlavaNextVideo(OwnVideos, LlavaNextVideoProcessor):
+    """With such videos."""
+
+
+def llava_next_video() -> tuple[Any, Any]:
+    """As LLaVA-NeXT, with one token for a frame of a video."""
+    tokenizer, text = tagged(("<video>",))
+    config = LlavaNextVideoConfig(
+        vision_config=CLIPVisionConfig(**TINY.vision, num_hidden_layers=2), text_config=LlamaConfig(**text),
+        image_token_index=IMAGE_TOKEN, image_grid_pinpoints=PINPOINTS, vision_feature_layer=[-2, -1],
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+    )  # fmt: skip
+    images = LlavaNextImageProcessorPil(size=SQUARE, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS, **PIXELS)
+    videos = Videos(family_of_config(config).video_settings(images))
+    processor = LlavaNextVideo(
+        videos, images, tokenizer, patch_size=SIZE // 2, vision_feature_select_strategy="default",
+        image_token=IMAGE, num_additional_image_tokens=1,
+    )  # fmt: skip
+    return config, processor
 
 
 def llava_onevision() -> tuple[Any, Any]:
@@ -232,6 +254,7 @@ def loads(make: Callable[[], tuple[Any, Any]]) -> bool:
 # Configs and processors by the model's type.
 IMAGE_MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava_next": llava_next,
+    "llava_next_video": llava_next_video,
     "llava_onevision": llava_onevision,
     "internvl": internvl,
     "aya_vision": aya_vision,
