@@ -17,13 +17,13 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from ds_lvxattn.batches.generation import generate
 from ds_lvxattn.data.sample import IGNORE, FrameSize, Part, Sample, in_one_row
 from ds_lvxattn.errors import ConfigError
-from ds_lvxattn.families import VisualFamily, family_of
+from ds_lvxattn.families import VisualFamily, family_of, family_of_config, image_features
 from ds_lvxattn.families.family import ANY_SIZE
 from ds_lvxattn.families.image_features import ImageFeatures
 from ds_lvxattn.families.processors import ChannelsLast
 from ds_lvxattn.needle.task import IMAGE
 from tests.support.distributed import run
-from tests.support.image_models import AROUND, IMAGE_MODELS, image_model
+from tests.support.image_models import AROUND, IMAGE_MODELS, image_model, loads, molmo2
 from tests.support.marks import slow, slow_but
 from tests.support.parity import Gradients, gradients_of, largest_differences, losses_of_steps, sum_over_ranks
 from tests.support.tiny_model import IMAGE_TOKEN, MODES, attach, loss_of, tiny_batches, tiny_sample
@@ -217,3 +217,12 @@ def test_models_that_would_be_wrong_are_refused_by_reason(kind: str, others: dic
         model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[kind](**others))
     with pytest.raises(ConfigError, match=f"cannot be sequence-parallel: {re.escape(reason)}"):
         ImageFeatures(model.config).attention_layers(model)
+
+
+@pytest.mark.skipif(not loads(molmo2), reason="this release of transformers has no Molmo 2")
+def test_a_processor_that_would_fail_at_its_first_image_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, processor = molmo2()
+    monkeypatch.setattr(image_features.AutoProcessor, "from_pretrained", lambda *args, **kwargs: processor)
+    monkeypatch.setattr(image_features, "is_torchvision_available", lambda: False)
+    with pytest.raises(ConfigError, match="Molmo2ImageProcessor needs torchvision: pip install torchvision"):
+        family_of_config(config).load_processor("molmo2")

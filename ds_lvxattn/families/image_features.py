@@ -25,9 +25,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import SizeDict
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import is_torchvision_available
 
 from ds_lvxattn.data.sample import FrameShape, FrameSize, SampleError
 from ds_lvxattn.errors import ConfigError
@@ -258,6 +260,10 @@ class ImageFeatures(Concatenation):
             found = without_video_processor(name, self.config, self.video_settings)
         if found is None:
             raise ConfigError(f"its processor does not load here: {reason}")
+        images = _whole(found).image_processor
+        if isinstance(images, TorchvisionBackend) and not is_torchvision_available():
+            # It loads, and fails at the first image.
+            raise ConfigError(f"its {type(images).__name__} needs torchvision: pip install torchvision")
         return found
 
     def video_settings(self, images: Any) -> dict[str, Any]:

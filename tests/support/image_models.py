@@ -32,6 +32,7 @@ from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProce
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.utils import is_torchvision_available
 
 from ds_lvxattn.families import family_of_config
 from ds_lvxattn.families.processors import OwnVideos
@@ -260,7 +261,8 @@ IMAGE_MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "aya_vision": aya_vision,
     "glm4v": glm4v,
     **({"gemma4": gemma4} if loads(gemma4) else {}),
-    **({"molmo2": molmo2} if loads(molmo2) else {}),
+    # Its processor loads without torchvision, and fails at the first image.
+    **({"molmo2": molmo2} if is_torchvision_available() and loads(molmo2) else {}),
 }
 # What their chat templates write around an image.
 AROUND = {"glm4v": ("<|begin_of_image|>", "<|end_of_image|>")}
