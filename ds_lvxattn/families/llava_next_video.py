@@ -15,43 +15,67 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlavaNextVideoForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava_next_video.modeling_llava_next_video import image_size_to_num_patches
 
 from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.families.family import FrameLimits
-from ds_lvxattn.families.image_features import ImageFeatures, on_host
-from ds_lvxattn.runtime.recompute import Recomputation
+from ds_lvxattn.families.image_features import on_host
+from ds_lvxattn.families.video_features import Features, VideoFeatures
 
 FRAME = (0, 0)  # in ``image_sizes``: a frame of a video
 
 
-class LlavaNextVideo(ImageFeatures):
-    """The LLaVA-NeXT-Video family; see ``ImageFeatures``.
+class _Features(Features):
+    """``get_image_features`` of a model, which also takes frames of videos; see ``Features``."""
+
+    def __call__(self, pixel_values: Tensor, image_sizes: Tensor, **options: Any) -> Any:
+        inner, config = self.inner, self.inner.config
+        sizes = [tuple(size) for size in torch.as_tensor(image_sizes).tolist()]
+        trained = any(True for _ in inner.vision_resampler.parameters())  # then every rank calls it
+        if FRAME not in sizes and not (trained and pixel_values.dim() == 4):
+            return self.own(pixel_values, image_sizes, **options)
+        layers = config.vision_feature_layer
+        states = inner.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+        squares = torch.cat([states[layer] for layer in ([layers] if isinstance(layers, int) else layers)], dim=-1)
+        if config.vision_feature_select_strategy == "default":
+            squares = squares[:, 1:]
+        counts = [1 if size == FRAME else self.squares(size) for size in sizes]
+        parts = list(squares.split(counts))
+        frames = [at for at, size in enumerate(sizes) if size == FRAME]
+        pooled = inner.vision_resampler(torch.cat([parts[at] for at in frames] or [squares[:1]]))
+        for at, frame in zip(frames, pooled, strict=False):
+            parts[at] = frame[None]
+        rows = torch.cat([part.flatten(0, 1) for part in parts])
+        if not frames:
+            rows = torch.cat((rows, pooled[0]))  # of no use, but for the order of the backward passes of ranks
+        projected = inner.multi_modal_projector(rows)[: sum(part.shape[:2].numel() for part in parts)]
+        features = list(projected.split([part.shape[:2].numel() for part in parts]))
+        for at, size in enumerate(sizes):
+            if size != FRAME:
+                packed, _ = inner.pack_image_features(
+                    [features[at].unflatten(0, parts[at].shape[:2])],
+                    [size],
+                    config.vision_feature_select_strategy,
+                    image_newline=inner.image_newline,
+                )
+                features[at] = packed[0]
+        return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
+
+
+class LlavaNextVideo(VideoFeatures):
+    """The LLaVA-NeXT-Video family; see ``VideoFeatures``.
 
     ``FrameShape.grid``: squares, height and width that the processor gets, and whether it is a frame of a video.
     """
 
     name = "LLaVA-NeXT-Video"
     model_class = LlavaNextVideoForConditionalGeneration
-    video_token = video_text = "<video>"
     video_processor = "LlavaNextVideoVideoProcessor"
-
-    def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
-        self.fit_unattached(model)
-        super().install_hooks(model, recomputation)
-
-    def fit_unattached(self, model: nn.Module) -> None:
-        inner: Any = model.get_submodule("model")
-        if not isinstance(inner.get_image_features, _Features):
-            inner.get_image_features = _Features(inner)
+    features = _Features
 
     # Visual tokens
-
-    def video_parts(self, times: Sequence[float], seconds: float) -> str:
-        return self.image_token * len(times)
 
     def looked_at(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> tuple[FrameShape, str]:
         vision = self.config.vision_config
@@ -76,54 +100,3 @@ class LlavaNextVideo(ImageFeatures):
                 values.append(made["pixel_values"][0])
                 sizes.append(made["image_sizes"][0])
         return on_host({"pixel_values": torch.cat(values)[None], "image_sizes": torch.stack(sizes)[None]})
-
-
-class _Features:
-    """``get_image_features`` of a model, which also takes frames of videos.
-
-    Called as by the model's forward with what the model's own processor made, it is the model's own.
-
-    Args:
-        inner: the module inside the model for conditional generation.
-    """
-
-    def __init__(self, inner: Any) -> None:
-        self.inner, self.own = inner, inner.get_image_features
-
-    def __call__(self, pixel_values: Tensor, image_sizes: Tensor, **options: Any) -> Any:
-        inner, config = self.inner, self.inner.config
-        sizes = [tuple(size) for size in torch.as_tensor(image_sizes).tolist()]
-        trained = any(True for _ in inner.vision_resampler.parameters())  # then every rank calls it
-        if FRAME not in sizes and not (trained and pixel_values.dim() == 4):
-            return self.own(pixel_values, image_sizes, **options)
-        layers = config.vision_feature_layer
-        states = inner.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
-        squares = torch.cat([states[layer] for layer in ([layers] if isinstance(layers, int) else layers)], dim=-1)
-        if config.vision_feature_select_strategy == "default":
-            squares = squares[:, 1:]
-        counts = [1 if size == FRAME else self._squares(size) for size in sizes]
-        parts = list(squares.split(counts))
-        frames = [at for at, size in enumerate(sizes) if size == FRAME]
-        pooled = inner.vision_resampler(torch.cat([parts[at] for at in frames] or [squares[:1]]))
-        for at, frame in zip(frames, pooled, strict=False):
-            parts[at] = frame[None]
-        rows = torch.cat([part.flatten(0, 1) for part in parts])
-        if not frames:
-            rows = torch.cat((rows, pooled[0]))  # of no use, but for the order of the backward passes of ranks
-        projected = inner.multi_modal_projector(rows)[: sum(part.shape[:2].numel() for part in parts)]
-        features = list(projected.split([part.shape[:2].numel() for part in parts]))
-        for at, size in enumerate(sizes):
-            if size != FRAME:
-                packed, _ = inner.pack_image_features(
-                    [features[at].unflatten(0, parts[at].shape[:2])],
-                    [size],
-                    config.vision_feature_select_strategy,
-                    image_newline=inner.image_newline,
-                )
-                features[at] = packed[0]
-        return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
-
-    def _squares(self, size: Sequence[int]) -> int:
-        """Squares of an image of that height and width."""
-        config = self.inner.config
-        return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)

@@ -18,44 +18,62 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
-from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from ds_lvxattn.data.sample import FrameShape, FrameSize
 from ds_lvxattn.families.family import FrameLimits
-from ds_lvxattn.families.image_features import ImageFeatures, made_by, on_host
-from ds_lvxattn.runtime.recompute import Recomputation
+from ds_lvxattn.families.image_features import made_by, on_host
+from ds_lvxattn.families.video_features import Features, VideoFeatures
 
 # What a picture is, in ``batch_num_images``, where the model wants the number of images in the row of an image: so the
 # first is what it means to the model.
 ALONE, SQUARE, FRAME, LAST_FRAME = 1, -1, -2, -3
 
 
-class LlavaOnevision(ImageFeatures):
-    """The LLaVA-OneVision family; see ``ImageFeatures``.
+class _Features(Features):
+    """``get_image_features`` of a model, which also takes pictures of the other kinds; see ``Features``."""
+
+    def __call__(
+        self, pixel_values: Tensor, image_sizes: Tensor, batch_num_images: Tensor | None = None, **options: Any
+    ) -> Any:
+        kinds = [] if batch_num_images is None else batch_num_images.tolist()
+        if not any(kind < 0 for kind in kinds):
+            return self.own(pixel_values, image_sizes, batch_num_images=batch_num_images, **options)
+        # The model takes the number of images of each row: rows of one image first, then one row of all others.
+        alone = [at for at, kind in enumerate(kinds) if kind == ALONE]
+        others = [at for at, kind in enumerate(kinds) if kind != ALONE]
+        order, sizes = [*alone, *others], image_sizes.tolist()
+        counts = [self.squares(sizes[at]) if kind == ALONE else 1 for at, kind in enumerate(kinds)]
+        if order != sorted(order):
+            parts = pixel_values.split(counts)
+            pixel_values = torch.cat([parts[at] for at in order])
+        rows = [1] * len(alone) + [max(len(others), 2)]  # it looks at no more images than there are
+        answer = self.own(pixel_values, image_sizes[order], batch_num_images=rows, **options)
+        features = [x for _, x in sorted(zip(order, answer.pooler_output, strict=True), key=lambda pair: pair[0])]
+        frames = [at for at, kind in enumerate(kinds) if kind in (FRAME, LAST_FRAME)]
+        if frames:
+            # A square of several ends with a line break.
+            pooled = self.inner.apply_pooling(torch.stack([features[at][:-1] for at in frames]))
+            for at, frame in zip(frames, pooled, strict=True):
+                end = features[at][-1:] if kinds[at] == LAST_FRAME else frame[:0]
+                features[at] = torch.cat((frame, end))
+        answer.pooler_output = features
+        return answer
+
+
+class LlavaOnevision(VideoFeatures):
+    """The LLaVA-OneVision family; see ``VideoFeatures``.
 
     ``FrameShape.grid``: squares, height and width that the processor gets, and what the picture is.
     """
 
     name = "LLaVA-OneVision"
     model_class = LlavaOnevisionForConditionalGeneration
-    video_token = video_text = "<video>"
     video_processor = "LlavaOnevisionVideoProcessor"
-
-    def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
-        self.fit_unattached(model)
-        super().install_hooks(model, recomputation)
-
-    def fit_unattached(self, model: nn.Module) -> None:
-        inner: Any = model.get_submodule("model")
-        if not isinstance(inner.get_image_features, _Features):
-            inner.get_image_features = _Features(inner)
+    features = _Features
 
     # Visual tokens
-
-    def video_parts(self, times: Sequence[float], seconds: float) -> str:
-        return self.image_token * len(times)
 
     def looked_at(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> tuple[FrameShape, str]:
         if size is not None and size.part is not None:
@@ -101,51 +119,6 @@ class LlavaOnevision(ImageFeatures):
             sizes.append(torch.tensor(shape.grid[1:3]))
         given = {"image_sizes": torch.stack(sizes), "batch_num_images": torch.tensor(kinds)}
         return on_host({"pixel_values": torch.cat(values)[None], **{key: x[None] for key, x in given.items()}})
-
-
-class _Features:
-    """``get_image_features`` of a model, which also takes pictures of the other kinds.
-
-    Called as by the model's forward with what the model's own processor made, it is the model's own.
-
-    Args:
-        inner: the module inside the model for conditional generation.
-    """
-
-    def __init__(self, inner: Any) -> None:
-        self.inner, self.own = inner, inner.get_image_features
-
-    def __call__(
-        self, pixel_values: Tensor, image_sizes: Tensor, batch_num_images: Tensor | None = None, **options: Any
-    ) -> Any:
-        kinds = [] if batch_num_images is None else batch_num_images.tolist()
-        if not any(kind < 0 for kind in kinds):
-            return self.own(pixel_values, image_sizes, batch_num_images=batch_num_images, **options)
-        # The model takes the number of images of each row: rows of one image first, then one row of all others.
-        alone = [at for at, kind in enumerate(kinds) if kind == ALONE]
-        others = [at for at, kind in enumerate(kinds) if kind != ALONE]
-        order, sizes = [*alone, *others], image_sizes.tolist()
-        counts = [self._squares(sizes[at]) if kind == ALONE else 1 for at, kind in enumerate(kinds)]
-        if order != sorted(order):
-            parts = pixel_values.split(counts)
-            pixel_values = torch.cat([parts[at] for at in order])
-        rows = [1] * len(alone) + [max(len(others), 2)]  # it looks at no more images than there are
-        answer = self.own(pixel_values, image_sizes[order], batch_num_images=rows, **options)
-        features = [x for _, x in sorted(zip(order, answer.pooler_output, strict=True), key=lambda pair: pair[0])]
-        frames = [at for at, kind in enumerate(kinds) if kind in (FRAME, LAST_FRAME)]
-        if frames:
-            # A square of several ends with a line break.
-            pooled = self.inner.apply_pooling(torch.stack([features[at][:-1] for at in frames]))
-            for at, frame in zip(frames, pooled, strict=True):
-                end = features[at][-1:] if kinds[at] == LAST_FRAME else frame[:0]
-                features[at] = torch.cat((frame, end))
-        answer.pooler_output = features
-        return answer
-
-    def _squares(self, size: Sequence[int]) -> int:
-        """Squares of an image that is alone, of that height and width."""
-        config = self.inner.config
-        return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
 
 
 def _squares(processor: Any, frames: Sequence[np.ndarray]) -> Tensor:
