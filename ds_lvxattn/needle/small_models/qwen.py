@@ -1,0 +1,101 @@
+"""Small models of Qwen, with images and videos of any size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import (
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from ds_lvxattn.families.processors import ImagesAndVideos
+from ds_lvxattn.families.videos import VideoProcessor
+from ds_lvxattn.needle.small_models.scale import HEADS, IMAGE_ID, PIXELS, SIZE, SQUARE, Scale
+
+
+def qwen_vl_text(scale: Scale) -> dict[str, Any]:
+    """The language model of a model of Qwen, whose rotary embedding has three parts."""
+    third = scale.width // HEADS // 6
+    section = [scale.width // HEADS // 2 - 2 * third, third, third]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}
+    return {**scale.text, "rope_parameters": rope}
+
+
+def qwen2_vl(scale: Scale) -> PreTrainedModel:
+    """Qwen2-VL with four visual tokens a frame."""
+    config = Qwen2VLConfig(
+        image_token_id=IMAGE_ID,
+        vision_config={
+            "depth": 2, "embed_dim": scale.vision_width, "mlp_ratio": 2, "num_heads": scale.vision_heads,
+            "patch_size": SIZE // 4, "hidden_size": scale.width, "image_size": SIZE,
+            "initializer_range": scale.spread,
+        },
+        text_config=qwen_vl_text(scale),
+    )  # fmt: skip
+    return Qwen2VLForConditionalGeneration(config)
+
+
+def qwen2_5_vl(scale: Scale) -> PreTrainedModel:
+    """Qwen2.5-VL with four visual tokens a frame; the last of its vision layers attends beyond a window."""
+    config = Qwen2_5_VLConfig(
+        image_token_id=IMAGE_ID,
+        vision_config={
+            "depth": 2, "hidden_size": scale.vision_width, "intermediate_size": 2 * scale.vision_width,
+            "num_heads": scale.vision_heads, "patch_size": SIZE // 4, "window_size": SIZE // 2,
+            "out_hidden_size": scale.width, "fullatt_block_indexes": [1], "image_size": SIZE,
+            "initializer_range": scale.spread,
+        },
+        text_config=qwen_vl_text(scale),
+    )  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3_vl(scale: Scale) -> PreTrainedModel:
+    """Qwen3-VL with four visual tokens a frame, and features of two vision layers added behind two text layers."""
+    text = {**qwen_vl_text(scale), "head_dim": scale.width // HEADS}
+    config = Qwen3VLConfig(image_token_id=IMAGE_ID, vision_config=qwen3_vl_vision(scale), text_config=text)
+    return Qwen3VLForConditionalGeneration(config)
+
+
+def qwen3_vl_moe(scale: Scale, **options: Any) -> PreTrainedModel:
+    """Qwen3-VL with four experts, two for each token."""
+    text = {
+        **qwen_vl_text(scale), "head_dim": scale.width // HEADS, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": scale.width,
+    }  # fmt: skip
+    config = Qwen3VLMoeConfig(image_token_id=IMAGE_ID, vision_config=qwen3_vl_vision(scale), text_config=text)
+    return Qwen3VLMoeForConditionalGeneration._from_config(config, **options)
+
+
+def qwen3_vl_vision(scale: Scale) -> dict[str, Any]:
+    return {
+        "depth": 3, "hidden_size": scale.vision_width, "intermediate_size": 2 * scale.vision_width,
+        "num_heads": scale.vision_heads, "patch_size": SIZE // 4, "out_hidden_size": scale.width,
+        "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1], "image_size": SIZE,
+        "initializer_range": scale.spread,
+    }  # fmt: skip
+
+
+def qwen_vl_processor(kind: str, pixels: int) -> Any:
+    """Images and videos for a model of Qwen.
+
+    Args:
+        kind: transformers' class of the video processor.
+        pixels: of a frame, or of a video, at most.
+    """
+    images = Qwen2VLImageProcessorPil(patch_size=SIZE // 4, **PIXELS)
+    settings = {
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, **PIXELS, "resample": 3,
+        "patch_size": SIZE // 4, "merge_size": 2, "temporal_patch_size": 2, "video_processor_type": kind,
+        "size": {"shortest_edge": SQUARE["height"] ** 2, "longest_edge": pixels},
+    }  # fmt: skip
+    return ImagesAndVideos(images, VideoProcessor(settings))
