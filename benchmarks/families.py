@@ -73,18 +73,29 @@ def samples(batches: Batches) -> list[Sample]:
 
     Both begin with an image: in transformers, text ahead of the first one sees the blank frames that pad a batch.
     """
-    size = FrameSize(SIZE, SIZE)
-    crops = len(rows_of_frames(batches.collator.family, batches.collator.processor, ANY_SIZE)(size))
-    patterns = ("ItIIttt" + "ta" * 40 + "IaIIIta" + "ta" * 30, "It" + "ta" * 25)
-    return [_sample(pattern.replace("I", "I" * crops), crops, size, seed) for seed, pattern in enumerate(patterns)]
+    size, patterns = FrameSize(SIZE, SIZE), ("ItIIttt" + "ta" * 40 + "IaIIIta" + "ta" * 30, "It" + "ta" * 25)
+    frame = _frame(batches, size)
+    return [_sample(pattern, frame, size, seed) for seed, pattern in enumerate(patterns)]
 
 
-def _sample(pattern: str, crops: int, size: FrameSize, seed: int) -> Sample:
-    """``crops`` image tokens stand for one picture, as many as the model's processor cuts it into."""
+def _frame(batches: Batches, size: FrameSize) -> list[int]:
+    """The tokens that stand for a picture: what the model's processor writes of it, as far as the tokenizer has it."""
+    family, processor = batches.collator.family, batches.collator.processor
+    if hasattr(processor, "tokenizer"):
+        text = family.write(IMAGE, [size], processor, ANY_SIZE)
+        return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [IMAGE_ID] * len(rows_of_frames(family, processor, ANY_SIZE)(size))
+
+
+def _sample(pattern: str, frame: list[int], size: FrameSize, seed: int) -> Sample:
     draw = np.random.default_rng(seed)
-    ids = [IMAGE_ID if c == "I" else int(draw.integers(3, IMAGE_ID)) for c in pattern]
-    labels = [token if c == "a" else IGNORE for token, c in zip(ids, pattern, strict=True)]
-    frames = draw.integers(0, 256, (pattern.count("I") // crops, size.height, size.width, 3), dtype=np.uint8)
+    ids: list[int] = []
+    labels: list[int] = []
+    for c in pattern:
+        tokens = frame if c == "I" else [int(draw.integers(3, IMAGE_ID))]
+        ids += tokens
+        labels += tokens if c == "a" else [IGNORE] * len(tokens)
+    frames = draw.integers(0, 256, (pattern.count("I"), size.height, size.width, 3), dtype=np.uint8)
     take = functools.partial(_take, frames)
     return Sample(ids, labels, len(frames), take, f"sample {seed}", [size] * len(frames))
 

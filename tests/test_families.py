@@ -53,6 +53,7 @@ from ds_lvxattn.families.idefics import Idefics
 from ds_lvxattn.families.rotary import check_positions, self_attention_role
 from ds_lvxattn.families.text_only import TextOnly
 from ds_lvxattn.needle.small_models import SMALL_MODELS
+from ds_lvxattn.needle.small_models.own_processors import OWN_PROCESSORS
 from ds_lvxattn.needle.task import IMAGE, build_tokenizer
 from ds_lvxattn.runtime.registration import exchanged_attention
 from ds_lvxattn.training.attach import loaded_model
@@ -361,8 +362,15 @@ def test_an_export_cuts_images_as_training_did(split: bool) -> None:
 
 # Models by name
 
+# Whose image processor is saved apart; those with a whole one are served in tests/test_serving.py.
+PLAIN = [
+    name
+    for name in SMALL_MODELS
+    if name not in {"quickstart", *(f"small-{kind.replace('_', '-')}" for kind in OWN_PROCESSORS)}
+]
 
-@pytest.mark.parametrize("name", [name for name in SMALL_MODELS if name != "quickstart"])
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_saved_small_model_loads_by_its_folder(name: str, tmp_path: Path) -> None:
     saved = load_model(name, {}, seed=3)
     saved.save(tmp_path, {key: p.detach().clone() for key, p in saved.model.named_parameters()})

@@ -21,12 +21,16 @@ from ds_lvxattn.families import VisualFamily, family_of, family_of_config, image
 from ds_lvxattn.families.family import ANY_SIZE
 from ds_lvxattn.families.image_features import ImageFeatures
 from ds_lvxattn.families.processors import ChannelsLast
+from ds_lvxattn.needle.small_models.own_processors import molmo2
 from ds_lvxattn.needle.task import IMAGE
+from ds_lvxattn.training.dataset import load_sources
+from ds_lvxattn.training.loading import load_model
+from ds_lvxattn.training.settings import FinetuningConfig
 from tests.support.distributed import run
-from tests.support.image_models import AROUND, IMAGE_MODELS, image_model, loads, molmo2
+from tests.support.image_models import AROUND, IMAGE_MODELS, image_model
 from tests.support.marks import slow, slow_but
 from tests.support.parity import Gradients, gradients_of, largest_differences, losses_of_steps, sum_over_ranks
-from tests.support.tiny_model import IMAGE_TOKEN, MODES, attach, loss_of, tiny_batches, tiny_sample
+from tests.support.tiny_model import IMAGE_TOKEN, MODES, TINY, attach, loss_of, tiny_batches, tiny_sample
 
 # Patterns of text, and heights and widths of their images in pixels; of videos the number of frames is ahead of them.
 BATCH = (("ttItIttaItta", ((56, 70), (98, 60), (30, 31))), ("tItaa", ((64, 200),)), ("ttta", ()))
@@ -219,10 +223,18 @@ def test_models_that_would_be_wrong_are_refused_by_reason(kind: str, others: dic
         ImageFeatures(model.config).attention_layers(model)
 
 
-@pytest.mark.skipif(not loads(molmo2), reason="this release of transformers has no Molmo 2")
 def test_a_processor_that_would_fail_at_its_first_image_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, processor = molmo2()
+    config, processor = molmo2(TINY)
     monkeypatch.setattr(image_features.AutoProcessor, "from_pretrained", lambda *args, **kwargs: processor)
     monkeypatch.setattr(image_features, "is_torchvision_available", lambda: False)
     with pytest.raises(ConfigError, match="Molmo2ImageProcessor needs torchvision: pip install torchvision"):
         family_of_config(config).load_processor("molmo2")
+
+
+def test_rows_of_the_needle_task_have_what_the_processor_writes_around_an_image() -> None:
+    loaded = load_model("small-glm4v", {}, seed=1)
+    train, _ = load_sources("needle", loaded, FinetuningConfig(eval_examples=0), rows=1, seed=1)
+    words = loaded.tokenizer.convert_ids_to_tokens(train.sample(0).input_ids)
+    images = [at for at, word in enumerate(words) if word == IMAGE]
+    start, end = AROUND["glm4v"]
+    assert images and all(words[at - 1 : at + 2] == [start, IMAGE, end] for at in images)

@@ -24,12 +24,13 @@ from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.config import SequenceParallelConfig
 from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.needle.small_models import SMALL_MODELS
+from ds_lvxattn.needle.small_models.own_processors import Videos
 from ds_lvxattn.needle.task import build_tokenizer
 from ds_lvxattn.training.dataset import text_of_model
 from ds_lvxattn.training.loading import LoadedModel, image_token_of, load_model
 from tests.support import qwen_videos
 from tests.support.distributed import run
-from tests.support.image_models import IMAGE_MODELS, SERVED, WITH_VIDEOS, Videos, image_model
+from tests.support.image_models import IMAGE_MODELS, SERVED, WITH_VIDEOS, image_model
 from tests.support.marks import slow, slow_but
 from tests.support.tiny_families import CUTTING, TOKENS, cutting, cutting_processor, tagged_tokenizer, tiny
 from tests.support.tiny_model import CPU, ds_config, groups_of, tiny_config, tiny_model

@@ -19,13 +19,14 @@ class NeedleSource:
         seed: equal seeds give equal rows.
         tokenizer: has the words of the task.
         task: shape of a sample.
+        frame: how the model's text has a frame.
     """
 
     def __init__(
-        self, split: Split, size: int, seed: int, tokenizer: PreTrainedTokenizerFast, task: NeedleTask
+        self, split: Split, size: int, seed: int, tokenizer: PreTrainedTokenizerFast, task: NeedleTask, frame: str
     ) -> None:
         self.rows = needle_dataset(split, size, seed, task)
-        self.tokenizer, self.task = tokenizer, task
+        self.tokenizer, self.task, self.frame = tokenizer, task, frame
         self.cache = ClipCache(task.image_size)
         self.name = f"needle/{split}"
 
@@ -43,7 +44,7 @@ class NeedleSource:
 
     def sample(self, index: int) -> Sample:
         row = self.rows[index]
-        input_ids, labels = encode_row(row, self.tokenizer)
+        input_ids, labels = encode_row(row, self.tokenizer, self.frame)
         return Sample(
             input_ids,
             labels,

@@ -248,8 +248,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def encode_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+def encode_row(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast, frame: str = IMAGE
+) -> tuple[list[int], list[int]]:
     """Tokenise the conversation of a row.
+
+    Args:
+        frame: how the model's text has a frame.
 
     Returns:
         `(input_ids, labels)` of equal length; labels are `IGNORE` except on the answers, and not shifted.
@@ -258,7 +263,7 @@ def encode_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> tu
     words: list[str] = []
     supervised: list[bool] = []
     for answer in row["answer"]:
-        prompt = tokenizer.tokenize(IMAGE * per_segment + QUESTION)
+        prompt = tokenizer.tokenize(frame * per_segment + QUESTION)
         words += [*prompt, str(answer)]
         supervised += [False] * len(prompt) + [True]
     words, supervised = [tokenizer.bos_token, *words, tokenizer.eos_token], [False, *supervised, False]

@@ -22,7 +22,7 @@ from ds_lvxattn.families import VisualFamily, family_of
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
 from ds_lvxattn.families.processors import written
 from ds_lvxattn.needle.source import NeedleSource
-from ds_lvxattn.needle.task import VOCABULARY, NeedleTask
+from ds_lvxattn.needle.task import IMAGE, VOCABULARY, NeedleTask
 from ds_lvxattn.training.loading import LoadedModel
 from ds_lvxattn.training.settings import FinetuningConfig
 
@@ -69,10 +69,12 @@ def load_sources(
     """
     if data == NEEDLE:
         task = NeedleTask()
-        needles = NeedleSource("train", rows, seed, loaded.tokenizer, task)
+        frame = text_of_model(loaded).write(IMAGE, [FrameSize(task.image_size, task.image_size, video=True)])
+        needles = functools.partial(NeedleSource, seed=seed, tokenizer=loaded.tokenizer, task=task, frame=frame)
+        train_rows = needles("train", rows)
         if not finetuning.eval_examples:
-            return needles, None
-        return needles, NeedleSource("eval", finetuning.eval_examples, seed, loaded.tokenizer, task)
+            return train_rows, None
+        return train_rows, needles("eval", finetuning.eval_examples)
     conversations = functools.partial(
         ConversationSource,
         data,

@@ -136,6 +136,8 @@ def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
     if name in SMALL_MODELS:
         small, processor = small_model(name, seed)
         nn.Module.to(small, model_dtype(ds_config))
+        if isinstance(processor, ProcessorMixin):
+            return LoadedModel(small, processor.tokenizer, processor, IMAGE, processor)
         return LoadedModel(small, build_tokenizer(), processor, IMAGE)
     # Alive while the model loads: transformers partitions what it loads when a ZeRO-3 config is.
     zero3 = HfDeepSpeedConfig(ds_config) if ds_config.get("zero_optimization", {}).get("stage") == 3 else None

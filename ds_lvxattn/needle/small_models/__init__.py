@@ -33,6 +33,7 @@ from ds_lvxattn.needle.small_models.in_text import (
     llava,
     paligemma,
 )
+from ds_lvxattn.needle.small_models.own_processors import OWN_PROCESSORS, model_with_processor, processor_alone
 from ds_lvxattn.needle.small_models.qwen import (
     qwen2_5_vl,
     qwen2_vl,
@@ -115,11 +116,18 @@ SMALL_MODELS: dict[str, tuple[Callable[[Scale], PreTrainedModel], Callable[[], A
     "small-qwen3-vl-moe": (qwen3_vl_moe, lambda: qwen_vl_processor("Qwen3VLVideoProcessor", 64 * SIZE**2)),
     "small-gemma3": (gemma3, lambda: Gemma3ImageProcessorPil(size=SQUARE, **PIXELS)),
     "small-paligemma": (paligemma, lambda: SiglipImageProcessorPil(size=SQUARE, **PIXELS)),
+    **{
+        f"small-{kind.replace('_', '-')}": (
+            functools.partial(model_with_processor, kind),
+            functools.partial(processor_alone, kind),
+        )
+        for kind in OWN_PROCESSORS
+    },
 }
 
 
 def small_model(name: str, seed: int) -> tuple[PreTrainedModel, Any]:
-    """The model called ``name`` in ``SMALL_MODELS`` and its image processor.
+    """The model called ``name`` in ``SMALL_MODELS`` and its image processor, or its whole one.
 
     In float32 on the CPU; equal seeds give equal weights on every rank, and the caller's random state stays as it is.
     """
