@@ -23,17 +23,12 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import z3_leaf_module
 from torch import nn
 
-from ds_lvxattn.batches.prepare import Loaded
 from ds_lvxattn.data.sample import Sample
-from ds_lvxattn.errors import ConfigError
-from ds_lvxattn.families import family_of
 from ds_lvxattn.plan.zero import gradient_bucket
 from ds_lvxattn.runtime import gathers as gathers_module
 from ds_lvxattn.runtime.gathers import Gathers
 from ds_lvxattn.runtime.kept_parameters import KeptParameters
-from ds_lvxattn.training.attach import Attached
 from ds_lvxattn.training.loading import parameter_groups, partition_over_all_ranks, select_trainable
-from ds_lvxattn.training.tokens import check_reached_alike, step_of
 from ds_lvxattn.training.zero3 import LIVE, PREFETCH, REDUCE, take_as_wholes
 from tests.support.distributed import run
 from tests.support.marks import slow
@@ -269,57 +264,3 @@ def test_sizes_that_the_config_has_stay() -> None:
     assert sizes[REDUCE] == sum(p.numel() for p in model.parameters() if p.requires_grad), "all in one, of little"
     assert gradient_bucket(218e6, 1.8e9) == 218e6 and gradient_bucket(9e6, 1e9) == 50e6
     assert gradient_bucket(1e9, 2e9) == 5e8 and gradient_bucket(1e6, 4e7) == 4e7
-
-
-def with_images_on_one_rank(alike: bool) -> str:
-    """What a step of the unmodified model says, whose second micro-batch has images on one rank alone."""
-    frames = [(2, 0), (0, dist.get_rank())]
-    loaded: Any = [
-        Loaded(SimpleNamespace(supervised_tokens=3, frames=each), {}, 0, 1)  # type: ignore[arg-type]
-        for each in frames
-    ]
-    try:
-        made, _ = step_of(loaded, groups_of(1), dist.group.WORLD, alike)
-        assert [each.mixed for each in made] == [False, True]
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
-def test_images_on_some_ranks_alone_are_refused_on_all() -> None:
-    for said in run(2, with_images_on_one_rank, True):
-        assert "of the 2 ranks only 1 have images in a micro-batch" in said and "'finetuning.packing'" in said
-    assert run(2, with_images_on_one_rank, False) == ["", ""]
-
-
-def reaching_on_one_rank(stage: int) -> str:
-    """What is said of a loss that reaches a layer on rank 0 alone; the other layer does not train on any rank."""
-    module = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("text", "images", "frozen")})
-    module["frozen"].requires_grad_(False)
-    hidden = module["frozen"](torch.ones(1, 2))
-    hidden = module["images"](hidden) if dist.get_rank() == 0 else hidden
-    engine = SimpleNamespace(module=module, zero_optimization_stage=lambda: stage)
-    try:
-        check_reached_alike(module["text"](hidden).sum(), engine, dist.group.WORLD)
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
-def test_parameters_that_only_some_ranks_reach_are_named_where_zero_would_mix_their_gradients() -> None:
-    for said in run(2, reaching_on_one_rank, 2):
-        assert "reach 2 of the parameters that train ('images.bias')" in said and "'finetuning.packing'" in said
-    assert run(2, reaching_on_one_rank, 0) == ["", ""]
-
-
-def test_only_unmodified_models_that_skip_their_encoder_must_have_them_on_all() -> None:
-    def calls_alike(family: str, stage: int, parallel: Any = None) -> bool:
-        collator = SimpleNamespace(family=family_of(tiny(family)))
-        attached: Any = SimpleNamespace(
-            parallel=parallel, batches=SimpleNamespace(collator=collator), ds_config=ds_config(stage, 1, 1)
-        )
-        return Attached.calls_alike.fget(attached)  # type: ignore[attr-defined]
-
-    assert calls_alike("llava", 3)
-    assert not any((calls_alike("llava", 2), calls_alike("llava", 3, object()), calls_alike("idefics", 3)))
-    assert not calls_alike("text only", 3)

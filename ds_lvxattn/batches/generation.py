@@ -24,13 +24,14 @@ from ds_lvxattn.batches.agreement import agree
 from ds_lvxattn.batches.collate import Collator
 from ds_lvxattn.batches.layout import BatchLayout
 from ds_lvxattn.batches.prepare import Batches, Loaded
-from ds_lvxattn.data.sample import IGNORE, Sample
+from ds_lvxattn.data.sample import IGNORE, Sample, without_labels
 from ds_lvxattn.exchange.comm import Communicator
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
 from ds_lvxattn.families import VisualFamily, unwrapped
 from ds_lvxattn.plan.layer_plan import LayerPlan
 from ds_lvxattn.runtime.decoding import DecodingStep, KeyCache, NewTokens
+from ds_lvxattn.runtime.zero3 import is_partitioned
 
 Plans = Mapping[nn.Module, LayerPlan]
 
@@ -67,6 +68,7 @@ def generate(model: Any, batches: Batches, samples: Sequence[Sample], *, seed: i
 
     Raises:
         SampleError: on every rank of the group, when the frames of a sample cannot be decoded on one of them.
+        ConfigError: on all ranks, where only some have images under ZeRO-3 (see ``Batches.prepare``).
         ValueError: no samples, an empty prompt, a prompt whose last image only what follows it would see, a model that
             cannot generate, or a setting that cannot work (``LIMITS``).
     """
@@ -76,7 +78,7 @@ def generate(model: Any, batches: Batches, samples: Sequence[Sample], *, seed: i
     if not min(lengths, default=0):
         raise ValueError(f"the prompts have {lengths} tokens; give at least one prompt, each with at least one token")
     # Nothing of a prompt is an answer, whatever it is labelled.
-    samples = [collator.check(replace(s, labels=[IGNORE] * len(s.input_ids))) for s in samples]
+    samples = [collator.check(without_labels(s)) for s in samples]
     if not collator.family.generates(model):
         raise ValueError(
             f"{collator.family.name} cannot generate: {type(model).__name__} is not a model that transformers "
@@ -123,13 +125,30 @@ def _on_one_rank(model: Any, batches: Batches, samples: Sequence[Sample], settin
         for s, n in zip(samples, padding, strict=True)
     ]
     loaded = batches.load(padded)
+    together = _waits_for_others(model, ranks=1)
+    if together:
+        loaded = _with_other_groups(loaded, collator.device)
     inputs = batches.prepare(loaded).inputs
     inputs = {key: value for key, value in inputs.items() if key not in TRAINING}
     if isinstance(collator.family, VisualFamily):
         arguments = collator.family.prompt_arguments(loaded.layout.positions(collator.family))
         inputs |= {key: x.to(collator.device) for key, x in arguments.items()}
     inputs["attention_mask"] = _attention_mask(padding, longest, collator.device)
-    return model.generate(**inputs, **settings)[:, longest:]
+    return model.generate(**inputs, **{"synced_gpus": together, **settings})[:, longest:]
+
+
+def _waits_for_others(model: nn.Module, ranks: int) -> bool:
+    """Whether groups of ``ranks`` wait for one another in every forward: ZeRO-3 partitions the model over several."""
+    return is_partitioned(model) and dist.get_world_size() > ranks
+
+
+def _with_other_groups(loaded: Loaded, device: torch.device) -> Loaded:
+    """``loaded``, whose forward all groups run together; all ranks call it."""
+    has_images = any(loaded.layout.frames)
+    found = torch.tensor((loaded.portions, has_images, not has_images), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    portions, some, others = found.tolist()
+    return replace(loaded, portions=portions, mixed=bool(some and others))
 
 
 def _on_all_ranks(model: Any, batches: Batches, samples: Sequence[Sample], settings: dict[str, Any]) -> Tensor:
@@ -148,8 +167,7 @@ def _on_all_ranks(model: Any, batches: Batches, samples: Sequence[Sample], setti
                 "on one rank"
             )
     layout = collator.layout(samples)
-    # Where ZeRO-3 partitions the model over several groups, they wait for one another in every forward.
-    together = any(hasattr(p, "ds_id") for p in model.parameters()) and dist.get_world_size() > parallel.comm.ranks
+    together = _waits_for_others(model, parallel.comm.ranks)
     loaded = agree(
         lambda: batches.load(samples, layout),
         lambda _: ", ".join(f"{s.name}: {len(s.input_ids)} tokens, {s.num_frames} frames" for s in samples),
@@ -190,9 +208,7 @@ def _on_all_ranks(model: Any, batches: Batches, samples: Sequence[Sample], setti
 def _prefill(model: Any, batches: Batches, loaded: Loaded, together: bool) -> tuple[Cache, KeyCache]:
     """One forward over the prompts. Returns the model's cache of this rank's rows, and the keys that stay divided."""
     if together:
-        most = torch.tensor(loaded.portions, device=batches.collator.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        loaded = replace(loaded, portions=int(most))
+        loaded = _with_other_groups(loaded, batches.collator.device)
     inputs = batches.prepare(loaded).inputs
     kept: KeyCache = {}
     role = "self" if loaded.layout.keys_in_text else "cross"

@@ -22,7 +22,7 @@ from ds_lvxattn.batches.collate import Pixels
 from ds_lvxattn.batches.layout import BatchLayout
 from ds_lvxattn.batches.prepare import Batches, Loaded
 from ds_lvxattn.batches.processors import processors_of_rank
-from ds_lvxattn.data.sample import IGNORE, Sample, SampleError, SampleSource
+from ds_lvxattn.data.sample import IGNORE, Sample, SampleError, SampleSource, without_labels
 from ds_lvxattn.groups import SequenceParallelGroups
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,8 @@ class SampleLoader:
             pixels = self._pixels(begun, images)
             broken = self._compare([i if isinstance(i, SampleError) else "" for i in images])
             if not any(broken):
-                return Loaded(begun.layout, pixels, begun.skipped, self._portions(begun.layout))
+                portions, mixed = self._of_all_groups(begun.layout)
+                return Loaded(begun.layout, pixels, begun.skipped, portions, mixed=mixed)
             # Without them other frames lie on this rank, which may be broken too.
             samples = [self._nothing if bad else s for s, bad in zip(begun.samples, broken, strict=True)]
             begun = self._decode(samples, begun.skipped + sum(broken))
@@ -191,11 +192,13 @@ class SampleLoader:
                 logger.warning("skipped a sample: %s", problem)
         return [bool(problem) for problem in problems]
 
-    def _portions(self, layout: BatchLayout) -> int:
-        control = self.control
+    def _of_all_groups(self, layout: BatchLayout) -> tuple[int, bool]:
+        """The most portions that a group has, and whether some groups have images and others have none."""
+        control, mine = self.control, (layout.portions, any(layout.frames))
         if control is None or dist.get_world_size(control.everyone) == dist.get_world_size(control.sequence):
-            return layout.portions
-        return max(self._gather(layout.portions, "everyone"))
+            return layout.portions, False
+        portions, with_images = zip(*self._gather(mine, "everyone"), strict=True)
+        return max(portions), any(with_images) and not all(with_images)
 
     def _gather(self, mine: Any, ranks: Literal["sequence", "everyone"]) -> list[Any]:
         """``mine`` of every rank of a group of ``control``."""
@@ -244,14 +247,23 @@ class Loader(SampleLoader):
         self.source = source
 
     def load(self, rows: Sequence[int | None]) -> Loaded:
-        """The micro-batch of dataset ``rows``; None is a sample without content."""
+        """The micro-batch of dataset ``rows``; None is a sample whose answers no rank is to count.
+
+        It has no content, or where the model skips its vision encoder for text alone that of the last row, since other
+        ranks may have images.
+        """
         return self.load_samples(self._samples(rows))
 
     def _samples(self, rows: Sequence[int | None]) -> list[MakeSample | None]:
-        return [
-            None if row is None else functools.partial(attempt, self.source.sample, row, f"sample {row}")
-            for row in rows
-        ]
+        return [self._make(row) for row in rows]
+
+    def _make(self, row: int | None) -> MakeSample | None:
+        if row is not None:
+            return functools.partial(attempt, self.source.sample, row, f"sample {row}")
+        if not self.batches.skips_encoder:
+            return None
+        last = len(self.source) - 1
+        return functools.partial(attempt, lambda row: without_labels(self.source.sample(row)), last, f"sample {last}")
 
     def stream(self, rows: Callable[[int], Sequence[int | None]], first: int, last: int) -> Iterator[Loaded]:
         """Micro-batches ``first`` to ``last - 1``, loaded ahead.

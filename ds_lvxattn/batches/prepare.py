@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_lvxattn.batches.collate import Collator, Division, MicroBatch, Pixels, Vocabulary
@@ -21,6 +22,13 @@ from ds_lvxattn.families.processors import ChannelsLast
 from ds_lvxattn.plan.layer_plan import LayerPlan
 from ds_lvxattn.plan.planner import BatchSizes, Plan, Planner
 from ds_lvxattn.runtime.layer_times import LayerTimes
+from ds_lvxattn.runtime.zero3 import is_partitioned
+
+# What to do about images that only some ranks have.
+IMAGES_EVERYWHERE = (
+    "Set 'finetuning.packing' (in a loop of your own, attach(packing=...)) or 'sequence_parallel_size' (above 1), with "
+    "which a rank without images encodes a blank one, or leave rows of text out"
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,8 @@ class Batches:
     Attributes:
         collator: makes arguments of samples.
         planner: plans the attached model; None for the unmodified one.
+        skips_encoder: whether the model does not call its vision encoder for a micro-batch without images: it is the
+            unmodified one.
 
     Raises:
         ConfigError: on every rank, when the kernel that is set cannot run a layer, or the model does not follow what
@@ -99,6 +109,8 @@ class Batches:
                 "model.resize_token_embeddings(len(tokenizer)), or set tokenizer.pad_token to one that the model knows"
             )
         self.collator = Collator(family, processor, pad_token, image_id, device, dtype, division, limits, vocabulary)
+        self.skips_encoder = parallel is None and isinstance(family, VisualFamily) and not family.needs_frames
+        self._model = model
         self._plan: Plan = ()
         self._plans: Mapping[nn.Module, LayerPlan] = {}
 
@@ -167,9 +179,19 @@ class Batches:
         Args:
             batch: what a ``Loader`` or ``load`` loaded, or samples for ``load``.
             times: measures the attention layers; None: nothing is measured.
+
+        Raises:
+            ConfigError: on all ranks, where only some have images, the model skips its vision encoder on the others,
+                and ZeRO-3 gathers the parameters of a module on all of them together.
         """
         if not isinstance(batch, Loaded):
             batch = self.load(batch)
+        if batch.mixed and self.skips_encoder and is_partitioned(self._model):
+            raise ConfigError(
+                f"only some of the {dist.get_world_size()} ranks have images in a micro-batch: the unmodified model "
+                "does not call its vision encoder for text alone, and ZeRO-3, which gathers a module on all ranks "
+                f"together, would wait for ever. {IMAGES_EVERYWHERE}"
+            )
         plans = self.plans(batch.layout)
         return self.collator.collate(batch.layout, batch.pixels, plans, batch.portions, times, batch.tokens)
 

@@ -175,6 +175,11 @@ class Sample:
         return pictures
 
 
+def without_labels(sample: Sample) -> Sample:
+    """``sample``, no token of which is an answer."""
+    return replace(sample, labels=[IGNORE] * len(sample.input_ids))
+
+
 class SampleSource(Protocol):
     """A dataset whose rows become samples on request.
 

@@ -22,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify
 from ds_lvxattn.batches.layout import BatchLayout
 from ds_lvxattn.batches.prepare import Loaded
 from ds_lvxattn.config import sequence_parallel_config
-from ds_lvxattn.data.sample import IGNORE
+from ds_lvxattn.data.sample import IGNORE, Sample, without_labels
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
 from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
@@ -36,7 +36,6 @@ from ds_lvxattn.plan.layer_plan import write_plan
 from ds_lvxattn.plan.planner import Plan
 from ds_lvxattn.training.attach import Attached, group_loss, loaded_model
 from ds_lvxattn.training.plan_times import PlanTimes
-from ds_lvxattn.training.tokens import with_gradient
 from ds_lvxattn.training.trained import check_trains
 
 
@@ -99,6 +98,7 @@ class SequenceParallelTrainer(Trainer):
         self._step: int | None = None  # the one at hand, in training
         self._evaluates_alone = False
         self._whole = False  # whether the loss of the micro-batch at hand came by ``whole_loss``
+        self._mixed = False  # ... and whether only some ranks have images in it
         self._zero: dict[str, Any] | None = None  # what ``plan.json`` says of ZeRO
 
     def __init_subclass__(cls, **others: Any) -> None:
@@ -219,7 +219,7 @@ class SequenceParallelTrainer(Trainer):
         """Prepare what was loaded, planned for if it need be, and take the step; see ``Trainer.training_step``."""
         self._begin_step(inputs, self.state.global_step + 1)
         batch = self._plan_times.prepare(replace(inputs, tokens=num_items_in_batch))
-        self._whole = False
+        self._whole, self._mixed = False, inputs.mixed
         loss = super().training_step(model, batch.inputs, num_items_in_batch)
         self._check_whole()
         return loss
@@ -249,8 +249,7 @@ class SequenceParallelTrainer(Trainer):
         """
         self._whole = True
         if torch.is_grad_enabled():
-            self.attached.begin_backward()
-            part = with_gradient(part, self.model_wrapped) if self.is_deepspeed_enabled else part
+            part = self.attached.begin_backward(part, self._mixed)
         loss = group_loss(part, self.attached.loss_factor, self.attached.parallel)
         if self._averages_tokens and num_items_in_batch is not None:
             loss = loss * self._data_ranks  # ZeRO averages over the groups what is a share of all
@@ -388,12 +387,20 @@ class SequenceParallelTrainer(Trainer):
         return self.model_wrapped
 
     def _without_repeats(self, dataloader: Iterable[Sequence[Found]]) -> Iterator[list[Found | None]]:
-        """Batches of this rank's group; rows that are there again, so that all groups have as many, without content."""
+        """Batches of this rank's group; rows that are there again, so that all groups have as many, do not count.
+
+        They have no content, or where the model skips its vision encoder for text alone no labels.
+        """
         groups, size = self.attached.groups, len(dataloader.dataset)  # type: ignore[attr-defined]
         rank = 0 if groups is None else groups.get_data_parallel_rank()
         for number, samples in enumerate(dataloader):
             first = (number * self._data_ranks + rank) * self.args.eval_batch_size
-            yield [sample if first + row < size else None for row, sample in enumerate(samples)]
+            yield [sample if first + row < size else self._filling(sample) for row, sample in enumerate(samples)]
+
+    def _filling(self, sample: Found) -> Found | None:
+        if self.attached.batches.skips_encoder and isinstance(sample, Sample):
+            return without_labels(sample)
+        return None
 
     def _predictions(self, outputs: Any, layout: BatchLayout) -> dict[str, Any]:
         """What ``compute_metrics`` may ask for, ``[B, S, ...]``, on every rank of the group."""

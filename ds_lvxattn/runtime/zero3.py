@@ -19,6 +19,11 @@ from torch import nn
 HOOKS_OF = "deepspeed."
 
 
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has partitioned ``model``, and gathers what a module needs as it is called."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 @contextlib.contextmanager
 def gathered_once(module: nn.Module) -> Iterator[None]:
     """Calls of ``module`` inside, of any number, are one to ZeRO-3: it gathers once, and releases once behind them.

@@ -33,7 +33,7 @@ from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
 from ds_lvxattn.runtime.kept_parameters import KeptParameters
 from ds_lvxattn.runtime.tiled import TiledLogits
 from ds_lvxattn.training.dataset import text_limit, text_of_model
-from ds_lvxattn.training.ds_config import batch_sizes, with_fused_adam
+from ds_lvxattn.training.ds_config import batch_sizes, with_fused_adam, zero_stage
 from ds_lvxattn.training.loading import (
     LoadedModel,
     image_token_of,
@@ -47,6 +47,7 @@ from ds_lvxattn.training.loading import (
 from ds_lvxattn.training.memory_plan import MemoryPlan, memory_plan, model_states
 from ds_lvxattn.training.order import Order
 from ds_lvxattn.training.peft_methods import refuse_methods
+from ds_lvxattn.training.reach import check_reached_alike, with_gradient
 from ds_lvxattn.training.tokens import step_of
 from ds_lvxattn.training.trained import Trained, check_trains
 from ds_lvxattn.training.zero3 import frozen_of, keep, may_keep_trained
@@ -113,10 +114,15 @@ class Attached:
         )  # fmt: skip
         setattr(model, MARK, True)
         self.trained: Trained | None = None
+        self._model: nn.Module = model  # that of the engine
+        self._stage = zero_stage(ds_config)
+        self._mixed = False  # whether only some ranks had images in a micro-batch that was prepared here
         self._calibrated = False
         self._planned_memory = False
         self._loader: SampleLoader | None = None
         self._made: list[dist.ProcessGroup] = []  # groups for host messages, of loaders that have not ended
+        compares = self.batches.skips_encoder and groups is not None and groups.get_data_parallel_world_size() > 1
+        self._comparing = self.everyone() if compares else None
 
     def close(self) -> None:
         """End the process groups that were made for the model, and their threads; after their last use, on every rank.
@@ -225,7 +231,7 @@ class Attached:
     ) -> Iterator[MicroBatch]:
         assert self.groups is not None
         while step := list(itertools.islice(loaded, accumulation)):
-            for each in step_of(step, self.groups, everyone, self.calls_alike)[0]:
+            for each in step_of(step, self.groups, everyone)[0]:
                 yield self._prepared(each)
         self._end(made)
 
@@ -252,14 +258,6 @@ class Attached:
             comm.group, layouts, self.device, self.batches.collator.dtype, inner_size=comm.node_size
         )
         self._calibrated = True
-
-    @property
-    def calls_alike(self) -> bool:
-        """Whether all ranks must have images in the same micro-batches: ZeRO-3 gathers a module's parameters on all of
-        them together, and an unmodified model calls its vision encoder only where there are images."""
-        family = self.batches.collator.family
-        skips = self.parallel is None and isinstance(family, VisualFamily) and not family.needs_frames
-        return skips and self.ds_config.get("zero_optimization", {}).get("stage") == 3
 
     def plan_memory(self, first: Loaded) -> MemoryPlan | None:
         """The memory plan for micro-batches like ``first``, by which ZeRO-3 keeps parameters that do not train; all
@@ -290,6 +288,7 @@ class Attached:
 
     def _prepared(self, loaded: Loaded) -> MicroBatch:
         """``loaded`` as a micro-batch; the first one decides what ZeRO-3 keeps."""
+        self._mixed |= loaded.mixed
         batch = self.batches.prepare(loaded)
         if self.trained is not None and not self._planned_memory:
             self.plan_memory(loaded)
@@ -327,12 +326,28 @@ class Attached:
 
     def note_engine(self, model: nn.Module) -> None:
         """DeepSpeed makes an engine of ``model`` now, with the groups."""
-        self.trained = Trained(model)
+        self.trained, self._model = Trained(model), model
 
-    def begin_backward(self) -> None:
-        """Ahead of the backward pass of a micro-batch; see ``Trained.begin``."""
-        if self.trained is not None:
-            self.trained.begin()
+    def begin_backward(self, part: Tensor, mixed: bool) -> Tensor:
+        """Ahead of the backward pass of a micro-batch: see ``Trained.begin``; all ranks call it.
+
+        Args:
+            part: this rank's part of the loss.
+            mixed: whether only some ranks may have images; the same on all of them.
+
+        Returns:
+            ``part``, with a gradient, if only of 0; as it is where DeepSpeed was given nothing.
+
+        Raises:
+            ConfigError: on all ranks, where only some have images and their losses reach other parameters; and see
+                ``Trained.begin`` and ``with_gradient``.
+        """
+        if self.trained is None:
+            return part
+        if mixed and self._comparing is not None:
+            check_reached_alike(part, self._model, self._stage, self._comparing)
+        self.trained.begin()
+        return with_gradient(part, self._model, self._stage)
 
     def loss(self, part: Tensor) -> Tensor:
         """The loss of the micro-batch, for ``engine.backward``, from this rank's part of it, which the model returned.
@@ -342,14 +357,16 @@ class Attached:
             ZeRO is to sum it.
 
         Raises:
-            ConfigError: DeepSpeed was not given what ``engine_arguments`` gives, or other parameters train than then.
+            ConfigError: DeepSpeed was not given what ``engine_arguments`` gives, or other parameters train than then;
+                and see ``begin_backward``.
         """
         if self.trained is None:
             raise ConfigError(
                 "a loss before deepspeed.initialize(**engine_arguments()): without the groups of engine_arguments "
                 "gradients would not be summed over the ranks of a sequence; call it first"
             )
-        self.begin_backward()
+        # Which micro-batch it is of is not known here: from the first mixed one on, all are compared.
+        part = self.begin_backward(part, self._mixed)
         return group_loss(part, self.loss_factor, self.parallel)
 
 

@@ -59,6 +59,11 @@ def resolve_ds_config(ds_config: dict[str, Any], steps: int, data_ranks: int) ->
     return resolved
 
 
+def zero_stage(ds_config: Mapping[str, Any]) -> int:
+    """The stage of ZeRO; 0 without it."""
+    return (ds_config.get("zero_optimization") or {}).get("stage", 0)
+
+
 def with_fused_adam(ds_config: Mapping[str, Any]) -> dict[str, Any]:
     """``ds_config`` whose Adam is torch's fused one, unless it chooses another or its optimizer is on the CPU.
 

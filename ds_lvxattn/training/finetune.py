@@ -25,7 +25,7 @@ from ds_lvxattn.groups import launched_ranks, start_distributed
 from ds_lvxattn.training.build_locks import await_builds
 from ds_lvxattn.training.checkpoint import check_run_folder
 from ds_lvxattn.training.dataset import check_files, load_sources
-from ds_lvxattn.training.ds_config import BATCH, fill_model_sizes
+from ds_lvxattn.training.ds_config import BATCH, fill_model_sizes, zero_stage
 from ds_lvxattn.training.launcher import follow_launcher
 from ds_lvxattn.training.loading import QUICKSTART, load_model, select_trainable
 from ds_lvxattn.training.loop import Job, Trainer
@@ -64,7 +64,7 @@ def finetune(args: argparse.Namespace, watchdog: Watchdog | None = None) -> None
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", args.local_rank)))
     ds_config = settings.ds_config
     known = {
-        "world_size": dist.get_world_size(), "zero_stage": ds_config.get("zero_optimization", {}).get("stage", 0),
+        "world_size": dist.get_world_size(), "zero_stage": zero_stage(ds_config),
         "train_batch_size": ds_config[BATCH], "seed": args.seed,
     }  # fmt: skip
     check_run_folder(args.output_dir, args.resume, known, dist.new_group(backend="gloo"))

@@ -32,7 +32,7 @@ from ds_lvxattn.groups import SequenceParallelGroups, launched_ranks, start_dist
 from ds_lvxattn.training.build_locks import await_builds
 from ds_lvxattn.training.config_check import check_ds_config, check_names
 from ds_lvxattn.training.dataset import text_limit, text_of_model
-from ds_lvxattn.training.ds_config import fill_model_sizes
+from ds_lvxattn.training.ds_config import fill_model_sizes, zero_stage
 from ds_lvxattn.training.engine import start_engine
 from ds_lvxattn.training.launcher import follow_launcher
 from ds_lvxattn.training.loading import LoadedModel, load_model, model_dtype, partition_over_all_ranks
@@ -118,7 +118,7 @@ def place(
     loaded: LoadedModel, ds_config: dict[str, Any], groups: SequenceParallelGroups | None, device: torch.device
 ) -> Any:
     """The model where it runs: whole on every rank, or under ZeRO-3 partitioned over them."""
-    if groups is None or ds_config.get("zero_optimization", {}).get("stage") != 3:
+    if groups is None or zero_stage(ds_config) != 3:
         return torch.nn.Module.to(loaded.model, device)
     partition_over_all_ranks(loaded.model, ds_config, groups)
     return start_engine(model=loaded.model, config=ds_config, mpu=groups).module

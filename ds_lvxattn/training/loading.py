@@ -34,6 +34,7 @@ from ds_lvxattn.families.processors import ImagesAndVideos
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.needle.small_models import SMALL_MODELS, small_model
 from ds_lvxattn.needle.task import IMAGE, build_tokenizer
+from ds_lvxattn.training.ds_config import zero_stage
 from ds_lvxattn.training.zero3 import take_as_wholes
 
 QUICKSTART = "quickstart"
@@ -140,7 +141,7 @@ def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
             return LoadedModel(small, processor.tokenizer, processor, IMAGE, processor)
         return LoadedModel(small, build_tokenizer(), processor, IMAGE)
     # Alive while the model loads: transformers partitions what it loads when a ZeRO-3 config is.
-    zero3 = HfDeepSpeedConfig(ds_config) if ds_config.get("zero_optimization", {}).get("stage") == 3 else None
+    zero3 = HfDeepSpeedConfig(ds_config) if zero_stage(ds_config) == 3 else None
     try:
         name = at_revision(name)
         family = family_of_config(config_of(name))
@@ -248,7 +249,7 @@ def partition_over_all_ranks(model: nn.Module, ds_config: dict[str, Any], groups
     Raises:
         ConfigError: it is partitioned over some of the ranks.
     """
-    if ds_config.get("zero_optimization", {}).get("stage") != 3:
+    if zero_stage(ds_config) != 3:
         return
     ds_config["zero_optimization"] = take_as_wholes(model, ds_config["zero_optimization"])
     partitioned = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
@@ -285,10 +286,9 @@ def loss_factor(ds_config: dict[str, Any], sequence_parallel_size: int) -> int:
     Raises:
         ConfigError: stage 3 without reduce-scatter, which divides large parameters in one way and small in the other.
     """
-    zero = ds_config.get("zero_optimization", {})
-    if zero.get("stage") != 3 or sequence_parallel_size == 1:
+    if zero_stage(ds_config) != 3 or sequence_parallel_size == 1:
         return 1
-    if not zero.get("reduce_scatter", True):
+    if not ds_config["zero_optimization"].get("reduce_scatter", True):
         raise ConfigError(
             "'zero_optimization.reduce_scatter' is false, with which DeepSpeed's stage 3 scales the gradients of "
             f"sequence parallelism (size {sequence_parallel_size}) differently for small and large parameters; leave "

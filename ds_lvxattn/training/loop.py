@@ -42,7 +42,7 @@ from ds_lvxattn.training.provenance import write_provenance
 from ds_lvxattn.training.run_folder import RunFolder
 from ds_lvxattn.training.run_log import RunLog
 from ds_lvxattn.training.settings import FinetuningConfig
-from ds_lvxattn.training.tokens import check_reached_alike, step_of, with_gradient
+from ds_lvxattn.training.tokens import step_of
 from ds_lvxattn.training.watchdog import Watchdog, group_timeout
 
 
@@ -253,18 +253,14 @@ class Trainer:
         rate = self.engine.get_lr()[0]
         # All micro-batches of the step: their tokens are counted ahead of it.
         loaded_now = [self._next(batches) for _ in range(accumulation)]
-        micro_batches, counts = step_of(loaded_now, self.groups, self.everyone, self.attached.calls_alike)
+        micro_batches, counts = step_of(loaded_now, self.groups, self.everyone)
         waited = time.perf_counter() - began
         self.learning.note_samples(counts)
         self.skipped += sum(loaded.skipped for loaded in micro_batches)
         for loaded in micro_batches:
             self.watchdog.tick()
             batch = self.plan_times.prepare(loaded)
-            loss = self.engine(**batch.inputs).loss
-            if loaded.mixed and self.parallel is None:
-                check_reached_alike(loss, self.engine, self.everyone)
-            loss = with_gradient(loss, self.engine)
-            self.attached.begin_backward()
+            loss = self.attached.begin_backward(self.engine(**batch.inputs).loss, loaded.mixed)
             self.engine.backward(loss * self.loss_factor)
             self.engine.step()
             total += loss.detach()

@@ -16,6 +16,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of, unwrapped
 from ds_lvxattn.plan.zero import gradient_bucket
 from ds_lvxattn.runtime.kept_parameters import KeptParameters
+from ds_lvxattn.training.ds_config import zero_stage
 from ds_lvxattn.training.memory_plan import Frozen, KeptFrozen
 
 # Share of the device's memory that a frozen encoder may take while all portions of the frames go through it.
@@ -84,9 +85,9 @@ def frozen_of(kept: KeptParameters, ds_config: dict[str, Any], wish: bool | str)
     Raises:
         ConfigError: the config wants them kept, and something else in it does not let them be.
     """
-    zero = ds_config.get("zero_optimization", {})
-    if zero.get("stage") != 3:
+    if zero_stage(ds_config) != 3:
         return None
+    zero = ds_config["zero_optimization"]
     obstacle = None
     if (zero.get("offload_param") or {}).get("device", "none") != "none":
         obstacle = "'zero_optimization.offload_param' leaves parameters off the device"

@@ -114,8 +114,8 @@ def tiny_processor() -> Any:
     return SMALL_MODELS["quickstart"][1]()
 
 
-def tiny_loaded(config: MllamaConfig | None = None) -> LoadedModel:
-    return LoadedModel(tiny_model(config), build_tokenizer(), tiny_processor(), IMAGE)
+def tiny_loaded(config: MllamaConfig | None = None, model: nn.Module | None = None) -> LoadedModel:
+    return LoadedModel(model or tiny_model(config), build_tokenizer(), tiny_processor(), IMAGE)
 
 
 def tiny_sample(pattern: str, seed: int = 0, name: str = "") -> Sample:

@@ -13,6 +13,7 @@ from ds_lvxattn.config import sequence_parallel_config
 from ds_lvxattn.data.sample import SampleError, SampleSource
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.training import finetune as command
+from ds_lvxattn.training.loading import LoadedModel
 from ds_lvxattn.training.loop import Job, Trainer
 from ds_lvxattn.training.settings import FinetuningConfig
 from tests.support.processes import REPOSITORY
@@ -72,6 +73,7 @@ def train(
     resume: bool = False,
     seed: int = 0,
     new_data: bool = False,
+    loaded: LoadedModel | None = None,
     **finetuning: Any,
 ) -> dict[str, Any]:
     """Run the whole loop on this rank; its evaluation, on the training samples, when it is asked for."""
@@ -82,7 +84,7 @@ def train(
     evaluation = source if settings.eval_every else None
     parallel = sequence_parallel_config(case.config, case.ranks)
     job = Job(
-        case.config, parallel, settings, tiny_loaded(), source, evaluation, case.steps, seed, folder, resume,
+        case.config, parallel, settings, loaded or tiny_loaded(), source, evaluation, case.steps, seed, folder, resume,
         new_data=new_data,
     )  # fmt: skip
     return Trainer(job).run()
