@@ -59,7 +59,7 @@ def compile_only() -> None:
     JITFunction.run = compiled
     launch.Launch.__call__ = settled
     for module in (backward, backward_launches, forward):
-        module.multiprocessors = lambda device: MULTIPROCESSORS
+        module.units_to_fill = lambda device: MULTIPROCESSORS
 
 
 def _compile(call: Callable[..., object], kernel: str, arguments: tuple[Any, ...]) -> tuple[float, str]:

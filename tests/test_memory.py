@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ds_lvxattn import KVInterval
 from ds_lvxattn.exchange.strategies.ulysses import padded_order
 from ds_lvxattn.plan.layer_sizes import LayerSizes
-from ds_lvxattn.plan.memory import POLICIES, ModelStates, frames_that_fit, kept_bytes, step_bytes
+from ds_lvxattn.plan.memory import POLICIES, ModelStates, kept_bytes, largest_that_fits, step_bytes
 from ds_lvxattn.plan.modes import eligible_modes
 from ds_lvxattn.plan.profile import load_profile
 from ds_lvxattn.plan.zero import StageTime, Work, advice, fastest, gradient_advice, stages_of_run
@@ -244,6 +244,6 @@ def test_frames_that_fit() -> None:
     def step(frames: int) -> int:
         return step_bytes([cross_layer(1601 * frames)] * 8, "kv", ModelStates(10**9, 0, 2, 1, 1), 0, True)
 
-    most = frames_that_fit(step, 80 * 2**30)
+    most = largest_that_fits(step, 80 * 2**30)
     assert step(most) <= 80 * 2**30 < step(most + 1)
-    assert frames_that_fit(step, 10**9) == 0
+    assert largest_that_fits(step, 10**9) == 0

@@ -30,6 +30,11 @@ logger = logging.getLogger(__name__)
 MakeSample = Callable[[], Sample | SampleError]  # a sample, or why it cannot be used
 
 
+def made_already(sample: Sample | SampleError) -> MakeSample:
+    """What a loader takes, for a sample that is made already."""
+    return lambda: sample
+
+
 class ControlGroups(NamedTuple):
     """gloo groups for host messages, so that the device is never waited for.
 

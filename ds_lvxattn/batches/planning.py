@@ -15,7 +15,7 @@ from ds_lvxattn.families import VisualFamily
 from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.dispatch import select_kernel, usable_kernels
 from ds_lvxattn.plan.layer_plan import AttentionLayer, LayerPlan, PlanSettings
-from ds_lvxattn.plan.planner import ModelSizes, Planner
+from ds_lvxattn.plan.planner import DenseSizes, Planner
 from ds_lvxattn.plan.profile import Profile, profile_for_device
 
 
@@ -56,7 +56,7 @@ def planner_for(parallel: SequenceParallel, device: torch.device, dtype: torch.d
     usable = {name for call in calls for name in usable_kernels(call)}
     return Planner(
         layers, settings, parallel.comm.ranks,
-        model_sizes(parallel), shipped_profile(device), lambda: parallel.recomputation.policy, room, share,
+        dense_sizes(parallel), shipped_profile(device), lambda: parallel.recomputation.policy, room, share,
         usable,
     )  # fmt: skip
 
@@ -80,7 +80,7 @@ def made_by_first(make: Callable[[], list[LayerPlan]], group: dist.ProcessGroup 
     return answer[0]
 
 
-def model_sizes(parallel: SequenceParallel) -> ModelSizes:
+def dense_sizes(parallel: SequenceParallel) -> DenseSizes:
     """Sizes of an attached model, whose parameters may be partitioned already."""
     family = parallel.family
     text = family.text_config
@@ -88,7 +88,7 @@ def model_sizes(parallel: SequenceParallel) -> ModelSizes:
     inner = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", 4 * text.hidden_size)
     inner = inner if isinstance(inner, int) else max(inner)  # of each layer, in Gemma 3n
     frame_tokens = family.frame_tokens() if isinstance(family, VisualFamily) else 1
-    return ModelSizes(
+    return DenseSizes(
         text.hidden_size, inner, frame_tokens, *_dense_operations(parallel), parallel.config.tiled_mlp,
         _pair_operations(parallel), _token_pixels(family.config),
     )  # fmt: skip

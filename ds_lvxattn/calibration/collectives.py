@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_lvxattn.calibration.clock import Clock, slowest_of
 from ds_lvxattn.calibration.extent import Extent
-from ds_lvxattn.exchange.comm import Communicator, Message, Part, Transfer
+from ds_lvxattn.exchange.comm import AllToAllTensor, Communicator, Message, Transfer
 from ds_lvxattn.exchange.grid import grid_of, node_size
 from ds_lvxattn.plan.profile import Curve, Link, Profile
 
@@ -30,7 +30,7 @@ def collective_curves(comm: Communicator, clock: Clock, extent: Extent, device: 
     def all_to_all(size: int) -> tuple[int, Callable[[], object]]:
         there = torch.zeros((n, max(size // (n - 1), 1)), dtype=torch.uint8, device=device)
         back = torch.empty_like(there)
-        part = Part("calibration", there, back)
+        part = AllToAllTensor("calibration", there, back)
         return (n - 1) * there.shape[1], lambda: comm.start_all_to_all([part]).wait()
 
     def send(size: int) -> tuple[int, Callable[[], object]]:

@@ -122,7 +122,7 @@ def open_table(data: Data) -> Table:
     if os.path.isfile(data):
         rows, unit = _read_json(data)
         return Table(data, rows.with_format("arrow"), True, unit, folder)
-    check_file(data)
+    check_rows_file(data)
     name, *selection = data.split(":")
     if os.path.isfile(name):
         raise ValueError(f"{data}: a file has no splits; give {name}")
@@ -136,7 +136,7 @@ def open_table(data: Data) -> Table:
     return Table(data, rows, False, "row", name if os.path.isdir(name) else "")
 
 
-def check_file(data: str | os.PathLike[str]) -> None:
+def check_rows_file(data: str | os.PathLike[str]) -> None:
     """Refuse what is named as a file of rows and is not there.
 
     Raises:

@@ -22,7 +22,7 @@ from ds_lvxattn.kernels.torch_internals import start
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Part(NamedTuple):
+class AllToAllTensor(NamedTuple):
     """One tensor of an all-to-all.
 
     Slices of ``send`` and ``receive`` along dimension 0 go to and come from the ranks; both are contiguous.
@@ -128,7 +128,7 @@ class Communicator:
         together = len(calls) > 1 and sent[0].is_cuda
         return Transfer(start(calls, self.group, together), sent)
 
-    def start_all_to_all(self, parts: Sequence[Part]) -> Transfer:
+    def start_all_to_all(self, parts: Sequence[AllToAllTensor]) -> Transfer:
         """Start sending slice ``j`` of each part to rank ``j``; slice ``i`` of what arrives comes from rank ``i``.
 
         Several parts travel in one launch where the backend can. Whether an evenly divided part is empty is the same

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ds_lvxattn.exchange.comm import Communicator, Part, Transfer, communicator_by_name
+from ds_lvxattn.exchange.comm import AllToAllTensor, Communicator, Transfer, communicator_by_name
 
 # Parts of the same rows from several ranks, ``[k, B, H, s, ...]`` of each kind, to one, ``[B, H, s, ...]``.
 Combine = Callable[[list[Tensor]], list[Tensor]]
@@ -126,7 +126,7 @@ def start_return(computed: Sequence[tuple[str, Tensor]], comm: Communicator, own
     parts = []
     for what, x in computed:
         wire = _rows_first(x).contiguous()
-        parts.append(Part(what, wire, torch.empty_like(wire)))
+        parts.append(AllToAllTensor(what, wire, torch.empty_like(wire)))
     transfer = comm.start_all_to_all(parts)
     return [_by_rank(part.receive, comm.ranks, own) for part in parts], transfer
 

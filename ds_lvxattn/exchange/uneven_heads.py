@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_lvxattn.exchange.arguments import Attend
-from ds_lvxattn.exchange.comm import Communicator, Part
+from ds_lvxattn.exchange.comm import AllToAllTensor, Communicator
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
 from ds_lvxattn.kernels.base import lse_dtype
 from ds_lvxattn.kernels.settled import settled_tables
@@ -58,7 +58,7 @@ class _Division:
     to_sequence: Tensor | None
     to_ranks: Tensor | None
 
-    def send_heads(self, x: Tensor, comm: Communicator, what: str) -> Part:
+    def send_heads(self, x: Tensor, comm: Communicator, what: str) -> AllToAllTensor:
         """The rank's own tokens ``[B, H, s, D]``, to each rank its heads; see ``received_heads``."""
         batch, _, own, size = x.shape
         sent = [own * batch * len(heads) for heads in self.heads]
@@ -66,9 +66,9 @@ class _Division:
         send = x.new_empty((sum(sent), size))
         for heads, piece in zip(self.heads, send.split(sent), strict=True):
             piece.view(own, batch, len(heads), size).copy_(x[:, heads.start : heads.stop].permute(2, 0, 1, 3))
-        return Part(what, send, x.new_empty((sum(arriving), size)), (sent, arriving))
+        return AllToAllTensor(what, send, x.new_empty((sum(arriving), size)), (sent, arriving))
 
-    def received_heads(self, part: Part, like: Tensor, comm: Communicator) -> Tensor:
+    def received_heads(self, part: AllToAllTensor, like: Tensor, comm: Communicator) -> Tensor:
         """The rank's heads of all tokens, ``[B, heads, S, D]`` in the order of the sequence."""
         batch, size = like.shape[0], like.shape[3]
         x = part.receive.view(sum(self.lengths), batch, len(self.heads[comm.rank]), size)
@@ -76,7 +76,7 @@ class _Division:
             x = x.index_select(0, self.to_sequence)
         return x.permute(1, 2, 0, 3)
 
-    def send_tokens(self, x: Tensor, comm: Communicator, what: str) -> Part:
+    def send_tokens(self, x: Tensor, comm: Communicator, what: str) -> AllToAllTensor:
         """The rank's heads of all tokens, ``[B, heads, S, D]``, to each rank its tokens; see ``received_tokens``."""
         batch, count, _, size = x.shape
         own = self.lengths[comm.rank]
@@ -84,9 +84,9 @@ class _Division:
         arriving = [own * batch * len(heads) for heads in self.heads]
         x = x.permute(2, 0, 1, 3)
         x = x.contiguous() if self.to_ranks is None else x.index_select(0, self.to_ranks)
-        return Part(what, x.view(-1, size), x.new_empty((sum(arriving), size)), (sent, arriving))
+        return AllToAllTensor(what, x.view(-1, size), x.new_empty((sum(arriving), size)), (sent, arriving))
 
-    def received_tokens(self, part: Part, like: Tensor, comm: Communicator) -> Tensor:
+    def received_tokens(self, part: AllToAllTensor, like: Tensor, comm: Communicator) -> Tensor:
         """The rank's own tokens with all heads, ``[B, H, s, D]``; what comes of one head from several ranks, added."""
         batch, own, size = like.shape[0], self.lengths[comm.rank], like.shape[3]
         shared = sum(len(heads) for heads in self.heads) > self.heads[-1].stop

@@ -25,13 +25,13 @@ def decide_together(handler: CallbackHandler, group: dist.ProcessGroup) -> None:
     def call_event(event: str, args: Any, state: Any, control: TrainerControl, **others: Any) -> TrainerControl:
         control = call(event, args, state, control, **others)
         if event in EVENTS:
-            agree(control, group)
+            share_decisions(control, group)
         return control
 
     vars(handler)["call_event"] = call_event
 
 
-def agree(control: TrainerControl, group: dist.ProcessGroup) -> None:
+def share_decisions(control: TrainerControl, group: dist.ProcessGroup) -> None:
     """Set in ``control`` what is set on any rank; all ranks call it."""
     decided = torch.tensor([getattr(control, name) for name in DECISIONS], dtype=torch.uint8)
     dist.all_reduce(decided, dist.ReduceOp.MAX, group)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import datasets
 from torch.utils.data import Dataset
 
-from ds_lvxattn.batches.loader import MakeSample, attempt
+from ds_lvxattn.batches.loader import MakeSample, attempt, made_already
 from ds_lvxattn.data.sample import Sample, SampleError, SampleSource
 from ds_lvxattn.data.table import Data, check_has_rows, name_of
 from ds_lvxattn.errors import ConfigError
@@ -126,8 +125,4 @@ def as_made(samples: Sequence[Found | None]) -> list[MakeSample | None]:
                 f"the Trainer's data loader gave a {type(sample).__name__} in a {type(samples).__name__}; let it give "
                 "lists of ds_lvxattn.Sample (collate_fn=list), of which micro-batches are made for the ranks of a group"
             )
-    return [None if sample is None else functools.partial(_same, sample) for sample in samples]
-
-
-def _same(sample: Found) -> Found:
-    return sample
+    return [None if sample is None else made_already(sample) for sample in samples]

@@ -29,7 +29,7 @@ from ds_lvxattn.groups import SequenceParallelGroups, start_distributed
 from ds_lvxattn.hf.accelerator import use_groups
 from ds_lvxattn.hf.arguments import REFUSED, check_arguments, packing_of
 from ds_lvxattn.hf.checkpoints import check_resumable
-from ds_lvxattn.hf.decisions import agree, decide_together
+from ds_lvxattn.hf.decisions import decide_together, share_decisions
 from ds_lvxattn.hf.rows import Found, as_dataset, as_made, as_they_are, bind
 from ds_lvxattn.hf.sft import of_trl, row_settings
 from ds_lvxattn.plan.layer_plan import write_plan
@@ -289,7 +289,7 @@ class SequenceParallelTrainer(Trainer):
         acts = control.should_log or control.should_evaluate or control.should_save
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if acts and self._everyone is not None:
-            agree(self.control, self._everyone)
+            share_decisions(self.control, self._everyone)
 
     def _write_plan(self, plan: Plan) -> None:
         """``plan.json`` in the output directory."""

@@ -31,7 +31,7 @@ def _fake_backward(
 _inputs = {"x": Tensor, "weight": Tensor}
 _operator = define_operator(
     "rms_norm", {**_inputs, "epsilon": float}, tuple[Tensor, Tensor], kernels.rms_norm,
-    lambda x, weight, epsilon: kernels.empty_results(x, weight),
+    lambda x, weight, epsilon: kernels.empty_norms(x, weight),
 )  # fmt: skip
 _operator_backward = define_operator(
     "rms_norm_backward",

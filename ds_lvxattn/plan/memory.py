@@ -164,7 +164,7 @@ def step_bytes(
     return states.device_bytes + shared + kept + work
 
 
-def frames_that_fit(step: Callable[[int], int], capacity: int, most: int = 1 << 24) -> int:
+def largest_that_fits(step: Callable[[int], int], capacity: int, most: int = 1 << 24) -> int:
     """The largest number of frames, at most ``most``, whose ``step`` (bytes, growing) fits ``capacity`` bytes."""
     low, high = 0, most + 1
     while high - low > 1:

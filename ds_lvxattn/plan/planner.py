@@ -32,7 +32,7 @@ Plan = tuple[LayerPlan, ...]  # a layer each, in the model's order
 
 
 @dataclass(frozen=True)
-class ModelSizes:
+class DenseSizes:
     """What the planner must know of a model beside its attention layers.
 
     Attributes:
@@ -111,7 +111,7 @@ class Planner:
         layers: Sequence[AttentionLayer],
         settings: PlanSettings,
         ranks: int,
-        model: ModelSizes,
+        model: DenseSizes,
         profile: Profile,
         policy: Callable[[], str],
         room: Callable[[], float | None],
@@ -272,7 +272,7 @@ class Planner:
         return noted
 
 
-def _layer_sizes(plan: LayerPlan, layer: AttentionLayer, shape: CallShape, model: ModelSizes) -> LayerSizes:
+def _layer_sizes(plan: LayerPlan, layer: AttentionLayer, shape: CallShape, model: DenseSizes) -> LayerSizes:
     rows, keys = max(shape.q_lengths), max(shape.kv_lengths)
     if layer.role == "cross":
         keys = max(keys, model.frame_tokens)  # a rank without frames has a blank one

@@ -23,7 +23,7 @@ from ds_lvxattn.plan.layer_plan import LayerPlan
 from ds_lvxattn.plan.modes import REPLICATED
 from ds_lvxattn.runtime.decoding import KeyCache
 from ds_lvxattn.runtime.layer_times import LayerTimes
-from ds_lvxattn.runtime.packing import packed, unpacked
+from ds_lvxattn.runtime.one_sequence import as_one_sequence, by_sample
 from ds_lvxattn.runtime.visual_rows import VisualRows
 
 
@@ -152,7 +152,11 @@ class SequenceParallelBatch:
         shared = inputs.copied and not alone
         if plan.role == "cross":
             keys = inputs.layout.kv.lengths[0 if alone else self.comm.rank]
-            query, key, value = packed(query), packed(key)[:, :, :keys], packed(value)[:, :, :keys]
+            query, key, value = (
+                as_one_sequence(query),
+                as_one_sequence(key)[:, :, :keys],
+                as_one_sequence(value)[:, :, :keys],
+            )
         if self.kept is not None and plan.role == self.kept_role:
             if module in self.kept:
                 raise ValueError(
@@ -180,4 +184,4 @@ class SequenceParallelBatch:
             inner_size=plan.inner_size,
         )
         out, lse = attend() if self.times is None else self.times.measure(module, (query, key, value), attend)
-        return (unpacked(out, samples), unpacked(lse, samples)) if plan.role == "cross" else (out, lse)
+        return (by_sample(out, samples), by_sample(lse, samples)) if plan.role == "cross" else (out, lse)

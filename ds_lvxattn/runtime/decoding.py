@@ -21,7 +21,7 @@ from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.merge_attention import merge_attention
 from ds_lvxattn.exchange.shards import ShardLayout
 from ds_lvxattn.plan.layer_plan import LayerPlan
-from ds_lvxattn.runtime.packing import packed, unpacked
+from ds_lvxattn.runtime.one_sequence import as_one_sequence, by_sample
 
 KeyCache = dict[nn.Module, tuple[Tensor, Tensor]]
 
@@ -101,8 +101,8 @@ class DecodingStep:
             raise ValueError(f"a decoding step has {query.shape[2]} new tokens a sample; generate one at a time")
         plan = self.plans[module]
         if plan.role == "cross":
-            out, lse = self._over_divided(module, packed(query), self.interval, scale, softcap)
-            return unpacked(out, query.shape[0]), unpacked(lse, query.shape[0])
+            out, lse = self._over_divided(module, as_one_sequence(query), self.interval, scale, softcap)
+            return by_sample(out, query.shape[0]), by_sample(lse, query.shape[0])
         if module not in self.divided:
             return self._over_text(query, key, value, plan.window, scale, softcap)
         interval = self.interval

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds_lvxattn.exchange.comm import Communicator, Part
+from ds_lvxattn.exchange.comm import AllToAllTensor, Communicator
 from ds_lvxattn.exchange.shards import SequenceShards
 
 
@@ -108,5 +108,5 @@ def _exchange(x: Tensor, comm: Communicator, sent: tuple[int, ...], received: tu
     if comm.ranks == 1:
         return x  # every row takes a token of this rank
     arriving = x.new_empty((sum(received), *x.shape[1:]))
-    comm.start_all_to_all([Part(what, x.contiguous(), arriving, (sent, received))]).wait()
+    comm.start_all_to_all([AllToAllTensor(what, x.contiguous(), arriving, (sent, received))]).wait()
     return arriving

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ds_lvxattn.batches.collate import MicroBatch
-from ds_lvxattn.batches.loader import ControlGroups, Loader, SampleLoader
+from ds_lvxattn.batches.loader import ControlGroups, Loader, SampleLoader, made_already
 from ds_lvxattn.batches.prepare import Batches, Loaded
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel, tile_rows
 from ds_lvxattn.calibrate import calibrated
@@ -48,7 +47,7 @@ from ds_lvxattn.training.memory_plan import MemoryPlan, memory_plan, model_state
 from ds_lvxattn.training.order import Order
 from ds_lvxattn.training.peft_methods import refuse_methods
 from ds_lvxattn.training.reach import check_reached_alike, with_gradient
-from ds_lvxattn.training.tokens import step_of
+from ds_lvxattn.training.tokens import counted_step
 from ds_lvxattn.training.trained import Trained, check_trains
 from ds_lvxattn.training.zero3 import frozen_of, keep, may_keep_trained
 
@@ -200,7 +199,7 @@ class Attached:
         if self._loader is None:
             self._loader = self.loader()
         self.calibrate()
-        return self._prepared(self._loader.load_samples([functools.partial(_same, sample) for sample in samples]))
+        return self._prepared(self._loader.load_samples([made_already(sample) for sample in samples]))
 
     def micro_batches(self, source: SampleSource, first: int, last: int) -> Iterator[MicroBatch]:
         """Micro-batches ``first`` to ``last - 1`` of ``source``, decoded one ahead; all ranks call it alike.
@@ -231,7 +230,7 @@ class Attached:
     ) -> Iterator[MicroBatch]:
         assert self.groups is not None
         while step := list(itertools.islice(loaded, accumulation)):
-            for each in step_of(step, self.groups, everyone)[0]:
+            for each in counted_step(step, self.groups, everyone)[0]:
                 yield self._prepared(each)
         self._end(made)
 
@@ -445,10 +444,6 @@ def attach(
     device = torch.device(get_accelerator().current_device_name())
     skip_bad = on_bad_sample == "skip"
     return Attached(loaded, ds_config, config, groups, device, skip_bad, limits=limits, packing=packing)
-
-
-def _same(sample: Sample) -> Sample:
-    return sample
 
 
 def loaded_model(model: Any, tokenizer: Any = None, processor: Any = None, whole: Any = None) -> LoadedModel:

@@ -16,7 +16,7 @@ from ds_lvxattn.data.conversations import ConversationSource
 from ds_lvxattn.data.media import PixelLimits
 from ds_lvxattn.data.model_text import ModelText
 from ds_lvxattn.data.sample import FrameSize, SampleSource
-from ds_lvxattn.data.table import check_file, check_folder
+from ds_lvxattn.data.table import check_folder, check_rows_file
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of
 from ds_lvxattn.families.family import ANY_SIZE, FrameLimits
@@ -36,9 +36,9 @@ def check_files(data: str, finetuning: FinetuningConfig) -> None:
         ConfigError: naming the setting and the file.
     """
     with _read_from(f"--data {data}"):
-        check_file(data)
+        check_rows_file(data)
     with _read_from("'finetuning.eval_data'"):
-        check_file(finetuning.eval_data or data)
+        check_rows_file(finetuning.eval_data or data)
     with _read_from("'finetuning.media_root'"):
         check_folder(finetuning.media_root)
 

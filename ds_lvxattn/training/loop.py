@@ -42,7 +42,7 @@ from ds_lvxattn.training.provenance import write_provenance
 from ds_lvxattn.training.run_folder import RunFolder
 from ds_lvxattn.training.run_log import RunLog
 from ds_lvxattn.training.settings import FinetuningConfig
-from ds_lvxattn.training.tokens import step_of
+from ds_lvxattn.training.tokens import counted_step
 from ds_lvxattn.training.watchdog import Watchdog, group_timeout
 
 
@@ -253,7 +253,7 @@ class Trainer:
         rate = self.engine.get_lr()[0]
         # All micro-batches of the step: their tokens are counted ahead of it.
         loaded_now = [self._next(batches) for _ in range(accumulation)]
-        micro_batches, counts = step_of(loaded_now, self.groups, self.everyone)
+        micro_batches, counts = counted_step(loaded_now, self.groups, self.everyone)
         waited = time.perf_counter() - began
         self.learning.note_samples(counts)
         self.skipped += sum(loaded.skipped for loaded in micro_batches)

@@ -13,7 +13,7 @@ from torch import nn
 from ds_lvxattn.batches.layout import BatchLayout
 from ds_lvxattn.families.family import TOKENS_AT_ONCE
 from ds_lvxattn.plan.layer_sizes import LayerSizes
-from ds_lvxattn.plan.memory import FITS, POLICIES, ModelStates, frames_that_fit, kept_bytes, logits_bytes, step_bytes
+from ds_lvxattn.plan.memory import FITS, POLICIES, ModelStates, kept_bytes, largest_that_fits, logits_bytes, step_bytes
 from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.plan.tiling import Tiles
 from ds_lvxattn.plan.zero import StageTime, Work, advice, fastest, gradient_advice, stages_of_run
@@ -165,11 +165,11 @@ def memory_plan(
             # Features that need no gradient would leave room for more.
             return step_bytes(some, each, of, shared(some), True, logits(some))
 
-        frames = {each: frames_that_fit(functools.partial(step, each), capacity) for each in POLICIES}
+        frames = {each: largest_that_fits(functools.partial(step, each), capacity) for each in POLICIES}
         may_keep = frozen is None or (frozen.obstacle is None and frozen.wish is not False)
         stages = stages_of_run(profile, layers, policy, states, shared(layers), True, work, capacity, may_keep)
         if frozen is not None and any(layout.frames):
-            most_kept = frames_that_fit(functools.partial(step, policy, of=whole), int(FITS * capacity))
+            most_kept = largest_that_fits(functools.partial(step, policy, of=whole), int(FITS * capacity))
             at_once = max(TOKENS_AT_ONCE * sum(layout.frames) // max(layout.encoder_tokens, 1), 1)  # frames
             portions = most_kept * layout.rows // (layers[0].ranks * at_once)
     needed = step_bytes(layers, policy, whole, shared(layers), True, logits(layers)) if layers else 0

@@ -31,7 +31,7 @@ class StepCounts:
     skipped: int
 
 
-def step_of(
+def counted_step(
     micro_batches: Sequence[Loaded], groups: SequenceParallelGroups, everyone: dist.ProcessGroup
 ) -> tuple[list[Loaded], StepCounts]:
     """The micro-batches of one optimizer step with what their losses are divided by; all ranks call it.

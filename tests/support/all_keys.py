@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ds_lvxattn.exchange.arguments import Exchange
-from ds_lvxattn.exchange.comm import Communicator, Part, communicator_by_name
+from ds_lvxattn.exchange.comm import AllToAllTensor, Communicator, communicator_by_name
 from ds_lvxattn.exchange.shards import SequenceShards
 from ds_lvxattn.kernels.differentiable import attention_operator
 from ds_lvxattn.kernels.local import BackwardPass, LocalAttention
@@ -56,7 +56,7 @@ def all_keys_backward(
     wire = both.new_zeros((keys.ranks * keys.longest, *both.shape[1:]))
     wire[_order(keys, dq.device)] = both
     home = torch.empty_like(wire)
-    comm.start_all_to_all([Part("key and value gradients", wire, home)]).wait()
+    comm.start_all_to_all([AllToAllTensor("key and value gradients", wire, home)]).wait()
     summed = home.unflatten(0, (keys.ranks, -1)).sum(dim=0)[: given.k.shape[2]].movedim(0, 2)
     dk, dv = summed.split([given.k.shape[3], given.v.shape[3]], dim=3)
     return dq, dk, dv

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ds_lvxattn.exchange.arguments import Exchange
-from ds_lvxattn.exchange.comm import Communicator, Part, communicator_by_name
+from ds_lvxattn.exchange.comm import AllToAllTensor, Communicator, communicator_by_name
 from ds_lvxattn.exchange.routes import Routes
 from ds_lvxattn.exchange.strategies.gather import gather_attention
 from ds_lvxattn.kernels.base import empty_results
@@ -54,7 +54,7 @@ class _Post:
         for what, x in named:
             wire = x.transpose(1, 2).flatten(0, 1).index_select(0, self.send_rows)
             receive = wire.new_empty((sum(self.received), *wire.shape[1:]))
-            parts.append(Part(what, wire, receive, (self.sent, self.received)))
+            parts.append(AllToAllTensor(what, wire, receive, (self.sent, self.received)))
         self.comm.start_all_to_all(parts).wait()
         return [self._place(part.receive).unflatten(0, (self.batch, -1)).transpose(1, 2) for part in parts]
 
@@ -65,7 +65,7 @@ class _Post:
             wire = x.transpose(1, 2).flatten(0, 1)
             wire = wire.contiguous() if self.slots is None else wire.index_select(0, self.slots)
             receive = wire.new_empty((sum(self.sent), *wire.shape[1:]))
-            parts.append(Part(what, wire, receive, (self.received, self.sent)))
+            parts.append(AllToAllTensor(what, wire, receive, (self.received, self.sent)))
         self.comm.start_all_to_all(parts).wait()
         return [part.receive for part in parts]
 

@@ -16,7 +16,7 @@ from ds_lvxattn.kernels.derived import derived_of
 from ds_lvxattn.kernels.fa4.block_lists import as_lists, block_lists, padded_ranges
 from ds_lvxattn.kernels.fa4.kept import keeping_compiled
 from ds_lvxattn.kernels.fa4.shares import forward_in_shares
-from ds_lvxattn.kernels.triton.forward import key_splits, multiprocessors
+from ds_lvxattn.kernels.triton.forward import key_splits, units_to_fill
 
 with keeping_compiled():
     from flash_attn.cute import interface, utils
@@ -120,7 +120,7 @@ def _shares(q: Tensor, k: Tensor, tile: int) -> int:
     batch, heads, rows, _ = q.shape
     kv_heads, keys = k.shape[1:3]
     tiles = kv_heads * -(-rows * (heads // kv_heads) // tile)
-    blocks, units = -(-keys // KEYS_OF_BLOCK), multiprocessors(q.device)
+    blocks, units = -(-keys // KEYS_OF_BLOCK), units_to_fill(q.device)
     return 1 if key_splits(batch * tiles, blocks, units) == 1 else key_splits(tiles, blocks, units)
 
 

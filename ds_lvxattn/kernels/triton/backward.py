@@ -28,7 +28,7 @@ from ds_lvxattn.kernels.pattern import UNKNOWN
 from ds_lvxattn.kernels.triton.backward_launches import RowLaunches, Shapes, dense_strides, row_launches
 from ds_lvxattn.kernels.triton.backward_plan import WORKSPACE_BYTES, ChunkPlan, plan_masked, rows_at_once
 from ds_lvxattn.kernels.triton.backward_rows import pack_ranges_kernel, seen_tiles_kernel
-from ds_lvxattn.kernels.triton.forward import multiprocessors, rows_for_copy_engine
+from ds_lvxattn.kernels.triton.forward import rows_for_copy_engine, units_to_fill
 from ds_lvxattn.kernels.triton.launch import KEPT, fits_copy_engine, layout, place
 from ds_lvxattn.kernels.triton.tiles import BackwardConfig, backward_config, is_hopper
 
@@ -150,7 +150,7 @@ def _plan(
     room = workspace_bytes // (heads_kv * config.block_n * config.tile * dtype.itemsize)
     run = seq_q
     if config.keep_ds or of_ranges is None:
-        group, units = heads_q // heads_kv, multiprocessors(device)
+        group, units = heads_q // heads_kv, units_to_fill(device)
         run = rows_at_once(seq_q, seq_kv, group, batch, heads_kv, head_dims, config, room, units)
     whole = None
     if run == seq_q:

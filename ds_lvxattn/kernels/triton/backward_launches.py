@@ -17,7 +17,7 @@ from ds_lvxattn.kernels.triton.backward_kernels import (
 )
 from ds_lvxattn.kernels.triton.backward_plan import ChunkPlan, plan_dense
 from ds_lvxattn.kernels.triton.backward_rows import pack_rows_kernel
-from ds_lvxattn.kernels.triton.forward import multiprocessors
+from ds_lvxattn.kernels.triton.forward import units_to_fill
 from ds_lvxattn.kernels.triton.launch import KEPT, Launch, Layout, Tiles, fits_copy_engine, row_tiles
 from ds_lvxattn.kernels.triton.tiles import BackwardConfig, split_head_backward
 
@@ -155,7 +155,7 @@ class RowLaunches:
         self._key_strides = tuple(stride for strides in strides_of_keys for stride in strides[:3])
         self._config, self._block_d_2, self._has_interval = config, block_d_2, has_interval
         self._pairs, self._heads_kv, self._seq_kv, self._tiles, self._blocks = pairs, heads_kv, seq_kv, tiles, blocks
-        programs = multiprocessors(device) * config.resident
+        programs = units_to_fill(device) * config.resident
         self.dense = None if has_interval else plan_dense(blocks, batch, heads_kv, tiles, room, programs)
         self.together = has_interval and config.together
         self.again = has_interval and not config.keep_ds and not config.together

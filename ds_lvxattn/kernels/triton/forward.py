@@ -241,7 +241,7 @@ def rows_for_copy_engine(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
+def units_to_fill(device: torch.device) -> int:
     """Multiprocessors to fill; 8 on the interpreter, so that small tests take the split path too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
@@ -346,7 +346,7 @@ def _plan(
     config = config or forward_config((head_dim, value_dim), dtype.itemsize, of_ranges, is_hopper(device))
     group = heads_q // heads_kv
     tiles = triton.cdiv(seq_q * group, config.block_m)
-    slots = multiprocessors(device) * config.resident
+    slots = units_to_fill(device) * config.resident
     splits = key_splits(tiles * heads_kv * batch, triton.cdiv(seq_kv, config.block_n), slots)
     if splits == 1:
         out = empty_rows(torch.empty_strided(q[1], q_strides, device="meta"), value_dim)

@@ -104,7 +104,7 @@ if triton is not None:
 
     def rms_norm_triton(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         """``rms_norm`` in one pass over memory, for inputs narrower than float64."""
-        out, inverse = empty_results(x, weight)
+        out, inverse = empty_norms(x, weight)
         if out.numel() == 0:
             return out, inverse
         x, weight = _rows(x), weight.contiguous()
@@ -201,7 +201,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]
         return out, inverse.squeeze(-1)
     if triton is not None and x.is_cuda and torch.float64 not in (x.dtype, weight.dtype):
         return rms_norm_triton(x, weight, epsilon)
-    out, inverse = empty_results(x, weight)
+    out, inverse = empty_norms(x, weight)
     wide = x.to(inverse.dtype)
     inverse.copy_(torch.rsqrt(wide.pow(2).mean(-1) + epsilon))
     return out.copy_(wide * inverse.unsqueeze(-1) * weight), inverse
@@ -246,7 +246,7 @@ def by_torch(x: Tensor, weight: Tensor) -> bool:
     return few and (x.is_contiguous() or (x.dim() == 4 and x.transpose(1, 2).is_contiguous()))
 
 
-def empty_results(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def empty_norms(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """What ``rms_norm`` returns, not filled."""
     dtype = torch.promote_types(x.dtype, weight.dtype)
     out = empty_like_rows(x, dtype)

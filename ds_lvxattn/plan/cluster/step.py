@@ -154,4 +154,4 @@ def frames_that_fit(job: ClusterJob, cross: Mode, own: Mode, profile: Profile) -
     def step(frames: int) -> int:
         return int(memory_bytes(replace(job, frames=frames), cross, own, profile))
 
-    return memory.frames_that_fit(step, int(USABLE * profile.memory), most=1 << 26)
+    return memory.largest_that_fits(step, int(USABLE * profile.memory), most=1 << 26)
