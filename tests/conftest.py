@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.support.distributed import fork_the_server
+from tests.support.distributed import BACKEND, fork_the_server
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which any test module may do
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # and that when DeepSpeed is imported
+if BACKEND != "nccl":  # the ranks compute on CPUs, on a machine with GPUs too
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
 
 # A machine that does other work too may stop a test for any time.
 settings.register_profile("no deadline", deadline=None)

@@ -144,6 +144,74 @@ def test_half_a_film_is_none(tmp_path: Path) -> None:
         probe_video(tmp_path / "unfinished.mp4")
 
 
+# Of formats that tell no size of the whole: the codec of a film in it, and whether something may stand behind it.
+IN_UNITS = {
+    "ts": ("libx264", True), "m2ts": ("libx264", True), "mpg": ("mpeg2video", True), "vob": ("mpeg2video", True),
+    "flv": ("flv", True), "ogg": ("libvpx", False), "ivf": ("libvpx", False), "mxf": ("mpeg2video", False),
+    "y4m": ("rawvideo", False),
+}  # fmt: skip
+
+
+def write_noise(path: Path, codec: str, frames: int = 20) -> bytes:
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(frames):
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", IN_UNITS)
+def test_a_film_that_ends_inside_a_unit_is_cut_off(kind: str, tmp_path: Path) -> None:
+    codec, anything_behind = IN_UNITS[kind]
+    film = tmp_path / f"film.{kind}"
+    data = write_noise(film, codec)
+    assert probe_video(film).num_frames == 20 and not is_cut_off(str(film))
+    if anything_behind:
+        film.write_bytes(data + bytes(50))
+        assert not is_cut_off(str(film))
+    for end in (len(data) - 5, len(data) * 3 // 4 + 3, len(data) // 2 + 3):
+        film.write_bytes(data[:end])
+        with pytest.raises(MediaError, match=rf"film.{kind}: damaged: the file is cut off"):
+            probe_video(film)
+    between = 0
+    for end in range(len(data) // 2, len(data) // 2 + 400):
+        film.write_bytes(data[:end])
+        between += not is_cut_off(str(film))
+    assert between <= 10
+
+
+def test_a_recording_may_end_between_units(tmp_path: Path) -> None:
+    film = tmp_path / "film.ts"
+    film.write_bytes(write_noise(film, "mpeg2video")[: 188 * 100])
+    assert 0 < probe_video(film).num_frames < 20
+    film = tmp_path / "film.flv"
+    film.write_bytes(write_noise(film, "flv")[:-4])  # of the last tag, the size behind it
+    assert probe_video(film).num_frames == 20
+
+
+@pytest.mark.parametrize(
+    "pixels", ["yuv420p", "yuv411p", "yuv422p", "yuv444p", "yuva444p", "gray", "yuv420p10le", "gray16le"]
+)
+def test_frames_of_y4m_are_of_its_colour_space(pixels: str, tmp_path: Path) -> None:
+    film = tmp_path / "film.y4m"
+    with av.open(str(film), "w", options={"strict": "-1"}) as container:
+        stream = container.add_stream("rawvideo", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 63, 47, pixels
+        for level in (10, 100, 200):
+            frame = av.VideoFrame.from_ndarray(np.full((47, 63, 3), level, dtype=np.uint8), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format=pixels)))
+        container.mux(stream.encode())
+    data = film.read_bytes()
+    assert not is_cut_off(str(film)) and probe_video(film).num_frames == 3
+    for end in (len(data) - 1, len(data) // 2):
+        film.write_bytes(data[:end])
+        assert is_cut_off(str(film))
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [

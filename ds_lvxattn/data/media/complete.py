@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import BinaryIO
 
+from ds_lvxattn.data.media.last_unit import ends_inside_a_unit
+
 EBML, SEGMENT = bytes.fromhex("1a45dfa3"), bytes.fromhex("18538067")
 MP4 = (b"ftyp", b"moov", b"mdat", b"wide")  # what an MP4 or QuickTime file begins with
 ASF, ASF_FILE = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"), bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
@@ -12,7 +14,8 @@ RIFF_SLACK = 8  # some count the eight bytes of the head with what follows it
 
 
 def is_cut_off(path: str) -> bool:
-    """Whether a Matroska, WebM, MP4, AVI, WebP or ASF file ends ahead of what it tells; False for other files.
+    """Whether a Matroska, WebM, MP4, AVI, WebP or ASF file ends ahead of what it tells, or one of other kinds inside a
+    unit (``last_unit``); False where it cannot be told.
 
     FFmpeg reads such a file up to its end and says nothing; of MP4, that is one of fragments, each of which is whole.
     An MP4 file whose list of frames was never written, or is lost, is cut off too.
@@ -22,6 +25,8 @@ def is_cut_off(path: str) -> bool:
         head = file.read(1 << 12)
         if head[4:8] in MP4:
             return _boxes_are_cut_off(file, end)
+        if ends_inside_a_unit(file, end):
+            return True
     if head[:4] == b"RIFF":
         told = int.from_bytes(head[4:8], "little")
         return 0 < told < 0xFFFFFFFF and end + RIFF_SLACK < 8 + told  # what was streamed tells no size
