@@ -60,7 +60,7 @@ from ds_lvxattn.training.attach import loaded_model
 from ds_lvxattn.training.check_data import encode_for
 from ds_lvxattn.training.loading import load_model
 from tests.support.text_models import SIZES
-from tests.support.tiny_families import CUTTING, tiny
+from tests.support.tiny_families import CUTTING, REFUSED, tiny
 from tests.support.tiny_families import FAMILIES as SMALL_FAMILIES
 from tests.support.tiny_model import CPU, IMAGE_TOKEN, TINY, tiny_batches, tiny_model, tiny_processor, tiny_sample
 
@@ -366,7 +366,7 @@ def test_an_export_cuts_images_as_training_did(split: bool) -> None:
 PLAIN = [
     name
     for name in SMALL_MODELS
-    if name not in {"quickstart", *(f"small-{kind.replace('_', '-')}" for kind in OWN_PROCESSORS)}
+    if name not in {"quickstart", *(f"small-{kind.replace('_', '-')}" for kind in (*OWN_PROCESSORS, *REFUSED))}
 ]
 
 

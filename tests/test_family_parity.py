@@ -32,6 +32,7 @@ ZERO3 = (
     "llava",
     "qwen2.5-vl",
     "qwen3-vl-moe",
+    *(family for family in FAMILIES if family.endswith("omni")),
     "blip2",
     "idefics2",
     "instructblip",

@@ -213,7 +213,7 @@ def train(name: str, rows: Path, ranks: int) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "qwen2-vl"])
 def test_losses_under_zero3(name: str, rows: Path) -> None:
     want, got = train(name, rows, 1), run(2, train, name, rows, 2)[0]
     assert want[-1] < want[0]

@@ -291,7 +291,6 @@ class Collator:
         answers, num_answers = number_answers(layout.shift_labels)
         inputs: dict[str, Any] = {
             "input_ids": torch.from_numpy(layout.input_ids[:, own]),
-            "position_ids": torch.from_numpy(np.ascontiguousarray(layout.positions(self.family)[..., own])),
             "use_cache": False,
             # The model's own loss: summed over its rows and divided by a count that is the same on the whole group.
             "labels": labels,
@@ -303,6 +302,9 @@ class Collator:
         inputs |= images if isinstance(images, dict) else self.pixels(layout, images)
         inputs = {key: self._to_device(value) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         inputs["labels"] = inputs["shift_labels"]  # one tensor, by which the model's forward knows them
+        # In their own dtype: fractions (Qwen3-Omni) would not survive the training dtype.
+        positions = torch.from_numpy(np.ascontiguousarray(layout.positions(self.family)[..., own]))
+        inputs["position_ids"] = positions.to(self.device, non_blocking=True)
         if self.division:
             batch = self._exchange(layout, own, plans, portions or layout.portions, times)
             blocks = {key: inputs[key] for key in of_blocks}

@@ -274,7 +274,7 @@ class BatchLayout:
         return holder, token
 
     def positions(self, family: Family) -> np.ndarray:
-        """Position ids, int64 ``[..., B, S]``: of each sample its own, which go on in what pads the row behind it."""
+        """Position ids ``[..., B, S]``: of each sample its ``Family.positions``, which go on in what pads the row."""
         rows = []
         for visual, samples in zip(self.visual, self.samples_of_rows, strict=True):
             parts = np.split(visual, [self.spans[sample].start for sample in samples[1:]])

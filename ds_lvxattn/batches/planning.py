@@ -17,6 +17,7 @@ from ds_lvxattn.kernels.dispatch import select_kernel, usable_kernels
 from ds_lvxattn.plan.layer_plan import AttentionLayer, LayerPlan, PlanSettings
 from ds_lvxattn.plan.planner import DenseSizes, Planner
 from ds_lvxattn.plan.profile import Profile, profile_for_device
+from ds_lvxattn.runtime.kept_parameters import UNUSED
 
 
 def planner_for(parallel: SequenceParallel, device: torch.device, dtype: torch.dtype) -> Planner:
@@ -98,7 +99,7 @@ def _dense_operations(parallel: SequenceParallel) -> tuple[float, float]:
     """Operations, forward and backward, of a text row and of a token of the vision encoder, attention left out."""
 
     def parameters(module: nn.Module) -> dict[nn.Parameter, int]:
-        return {p: getattr(p, "ds_numel", p.numel()) for p in module.parameters()}
+        return {p: getattr(p, "ds_numel", p.numel()) for p in module.parameters() if not hasattr(p, UNUSED)}
 
     model = parallel.model
     decoder = {p: n for layer in parallel.decoder_layers for p, n in parameters(layer).items()}

@@ -56,6 +56,8 @@ MEDIUM_KEYS = {"type", "url", "path", "bytes", "base64", CHECKSUM}
 OTHER_NAME = re.compile(
     r"(image|img|pic|picture|photo|video|vid|clip|movie|frame|media|medium)s?(path|file|filename|url|uri|src)?s?"
 )
+# How other tools ask for sound, beside the turns or with a video.
+AUDIO_KEYS = ("audio", "audios", "use_audio_in_video", "load_audio_from_video")
 INLINE_IMAGE = re.compile(r"<img>\s*[^<>\n]+?\s*</img>")  # of the first Qwen-VL: a path in the text
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".ppm"}
 
@@ -71,8 +73,9 @@ def read_row(row: Mapping[str, Any], answered: bool = True) -> list[Turn]:
 
     Raises:
         SampleError: no turns, a turn without a known role or text, placeholders that do not match the media, media
-            without a turn of the user.
+            without a turn of the user, audio.
     """
+    _check_no_audio(row)
     turns = _turns(row)
     if answered and not any(role == "assistant" for role, _, _ in turns):
         raise SampleError("no answer (a turn from 'gpt' or 'assistant'), so nothing to learn from")
@@ -145,6 +148,15 @@ def unknown_keys(row: Mapping[str, Any]) -> set[str]:
                 is_text = isinstance(part, Mapping) and part.get("type") == "text"
                 found |= _unread(f"{key}[].content[].", part, {"type", "text"} if is_text else read)
     return found
+
+
+def _check_no_audio(held: Mapping[str, Any]) -> None:
+    """Check that a row, or a part of a turn, asks for no sound. Raises ``SampleError``."""
+    for key in AUDIO_KEYS:
+        value = held.get(key)
+        empty = isinstance(value, str | bytes | list | tuple | dict) and not value
+        if value is not None and value is not False and not empty:
+            raise SampleError(f"{key!r} asks for audio, which no model is given here; leave it out to train without")
 
 
 def _check_no_medium_is_missed(row: Mapping[str, Any], turns: Sequence[RawTurn]) -> None:
@@ -307,11 +319,13 @@ def _parts(content: Any) -> Iterator[str | MediaRef | Slot]:
         elif kind in ("image", "image_url", "video", "video_url"):
             yield _media_part(part, "image" if kind.startswith("image") else "video")
         else:
-            raise SampleError(f"a turn holds {part!r}; give text, or parts of the type text, image or video")
+            sound = ", not audio" if isinstance(kind, str) and "audio" in kind else ""
+            raise SampleError(f"a turn holds {part!r}; give text, or parts of the type text, image or video{sound}")
 
 
 def _media_part(part: Mapping[str, Any], kind: MediaKind) -> MediaRef | Slot:
     """A part with its medium, or without one: a place for the next medium beside the turns."""
+    _check_no_audio(part)
     for key in (kind, f"{kind}_url", "url", "path", "base64"):
         value = part.get(key)
         if value is not None:

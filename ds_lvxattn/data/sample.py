@@ -115,7 +115,7 @@ class FrameShape:
     encoder_tokens: int
     grid: tuple[int, ...] = ()
     padding: int = 0
-    time: int | None = None
+    time: float | None = None
     pictures: int = 1
     crop: int = 0
     runs: tuple[int, ...] = ()

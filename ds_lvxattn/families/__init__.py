@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.aria import Aria
@@ -26,8 +26,10 @@ from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.molmo2 import Molmo2
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
 from ds_lvxattn.families.paligemma import PaliGemma
+from ds_lvxattn.families.qwen2_5_omni import Qwen25Omni
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.families.qwen2_vl import Qwen2VL
+from ds_lvxattn.families.qwen3_omni import Qwen3Omni
 from ds_lvxattn.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
 from ds_lvxattn.families.text_only import TextOnly
 
@@ -48,6 +50,8 @@ FAMILIES: tuple[type[Family], ...] = (
     Qwen25VL,
     Qwen3VL,
     Qwen3VLMoe,
+    Qwen25Omni,
+    Qwen3Omni,
     Gemma3,
     PaliGemma,
     LlavaOnevision,
@@ -86,9 +90,11 @@ def family_of(model: nn.Module) -> Family:
             return family(config)
     for name, part in model.named_children():
         if any(family.has_model(part) for family in FAMILIES):
+            several = isinstance(model, PreTrainedModel)
+            what = "is several models in one" if several else "is no model of transformers"
             raise ConfigError(
-                f"{type(model).__name__} is no model of transformers; attach the {type(part).__name__} in it "
-                f"('{name}'), and give engine_arguments what is around it"
+                f"{type(model).__name__} {what}; attach the {type(part).__name__} in it ('{name}'), "
+                + ("and train that one alone" if several else "and give engine_arguments what is around it")
             )
     raise ConfigError(_unknown(type(model).__name__, getattr(model, "config", None)))
 

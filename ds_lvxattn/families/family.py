@@ -202,7 +202,9 @@ class Family(ABC):
     # Data
 
     def positions(self, visual: np.ndarray, shapes: Sequence[FrameShape]) -> np.ndarray:
-        """Position ids of a sample's rows, int64 ``[..., S]``: here their places in the sequence.
+        """Position ids of a sample's rows ``[..., S]``, int64, or float32 where they have fractions.
+
+        Here their places in the sequence.
 
         Args:
             visual: int64 ``[S]``, for each row the visual token that it takes, counted over the sample's frames, -1 for

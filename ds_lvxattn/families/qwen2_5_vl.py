@@ -6,8 +6,8 @@ import functools
 import inspect
 
 import numpy as np
-from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 from transformers.vision_utils import get_vision_window_index
 
@@ -20,8 +20,8 @@ class Qwen25VL(QwenVL):
     """The Qwen2.5-VL family: positions in time are seconds, and most layers of its encoder attend within windows."""
 
     name = "Qwen2.5-VL"
-    model_class = Qwen2_5_VLForConditionalGeneration
-    vision_attention = Qwen2_5_VLVisionAttention
+    model_class: type[PreTrainedModel] = Qwen2_5_VLForConditionalGeneration
+    vision_attention: type[nn.Module] = Qwen2_5_VLVisionAttention
     video_processor = ("Qwen2VLVideoProcessor", VIDEO_SIZE)
 
     def encoder_arguments(self, grid: Tensor) -> dict[str, Tensor]:
@@ -29,7 +29,7 @@ class Qwen25VL(QwenVL):
         index, lengths = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
         return {**super().encoder_arguments(grid), "window_index": index, "cu_window_seqlens": lengths}
 
-    def time_of(self, part: Part) -> int | None:
+    def time_of(self, part: Part) -> float | None:
         # The model multiplies in float32, and what it rounds down may be as near to a whole number as that is exact.
         seconds = np.float32(int(part.seconds) if _takes_whole_seconds() else part.seconds)
         return int(np.float32(part.number) * (np.float32(self.config.vision_config.tokens_per_second) * seconds))

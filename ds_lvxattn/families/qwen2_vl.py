@@ -19,7 +19,7 @@ class Qwen2VL(QwenVL):
     vision_attention = VisionAttention
     video_processor = ("Qwen2VLVideoProcessor", VIDEO_SIZE)
 
-    def time_of(self, part: Part) -> int | None:
+    def time_of(self, part: Part) -> float | None:
         return part.number
 
     def visual_widths(self) -> tuple[int, ...]:

@@ -106,8 +106,8 @@ class Qwen3VLMoe(Qwen3VL):
     """The Qwen3-VL family with experts, which work token by token on the rank of the token."""
 
     name = "Qwen3-VL with experts"
-    model_class = Qwen3VLMoeForConditionalGeneration
-    vision_attention = Qwen3VLMoeVisionAttention
+    model_class: type[PreTrainedModel] = Qwen3VLMoeForConditionalGeneration
+    vision_attention: type[nn.Module] = Qwen3VLMoeVisionAttention
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         if getattr(self.text_config, "output_router_logits", False):

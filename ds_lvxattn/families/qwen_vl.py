@@ -151,7 +151,7 @@ class QwenVL(Concatenation):
         patches = grid[0] * grid[1]
         return FrameShape(patches // merge**2, patches, grid, time=time, pictures=pictures)
 
-    def time_of(self, part: Part) -> int | None:
+    def time_of(self, part: Part) -> float | None:
         """How far a part of a video is behind its first in time, in positions; see ``FrameShape``."""
         return None
 

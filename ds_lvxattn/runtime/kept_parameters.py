@@ -36,6 +36,8 @@ from ds_lvxattn.runtime.zero3 import of_zero3
 
 logger = logging.getLogger(__name__)
 
+UNUSED = "_ds_lvxattn_unused"  # an attribute of frozen parameters that no forward pass reads: nothing to keep
+
 
 class _AtHand(ZeROOrderedDict):
     """A module's parameters that are always there: reading one is not DeepSpeed's to see."""
@@ -67,7 +69,8 @@ class KeptParameters:
         inside = [*model.modules()] if self._optimizer is not None else []
         hooked = [module for module in inside if of_zero3(module._forward_pre_hooks)]
         owned = {p for module in inside for p in module.parameters(recurse=False)}
-        frozen, trains = {p for p in owned if not p.requires_grad}, {p for p in owned if p.requires_grad and trained}
+        frozen = {p for p in owned if not p.requires_grad and not hasattr(p, UNUSED)}
+        trains = {p for p in owned if p.requires_grad and trained}
         for module in hooked:
             fetched = _fetched_for(module)
             # The model itself keeps DeepSpeed's hooks, which begin a step.

@@ -141,10 +141,13 @@ def encoder_attention(
 # Arguments of transformers' attention functions and models that say what a row sees, apart from masks; see what they
 # ask for in ``_OTHERWISE``.
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+# Of the models with ears (Qwen's Omni).
+AUDIO = ("input_features", "feature_attention_mask", "audio_feature_lengths", "use_audio_in_video")
 # Arguments of a model's forward beside a batch: why it does not follow them, and what to do.
 _OTHERWISE = {
     **dict.fromkeys(PACKED, "documents that share a row are samples of their own, see packing of ds_lvxattn.attach"),
     "is_causal": "what a row sees are the batch's intervals; leave it out",
+    **dict.fromkeys(AUDIO, "no rank encodes audio, which has no rows among the batch's; leave it out"),
     "output_attentions": "no rank has the weights of whole rows; leave it out",
     "output_router_logits": "the loss that balances experts is not a sum over the ranks' tokens; set it to False",
 }
@@ -204,7 +207,7 @@ def refuse_other_arguments(
                 "each row sees; pass the batch's inputs as they are"
             )
     for name, why in _OTHERWISE.items():
-        switch = name.startswith("output_")  # which the config may set too
+        switch = name.startswith(("output_", "use_"))  # which the config may set too
         value = given.get(name, getattr(config, name, None) if switch else None)
         if value is not None and not (switch and value is False):
             raise ValueError(f"{name} is {value!r} beside sequence_parallel: {why}")

@@ -457,7 +457,9 @@ def loaded_model(model: Any, tokenizer: Any = None, processor: Any = None, whole
     try:
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            whole = whole_processor(name) if isinstance(family, VisualFamily) else None
+            if isinstance(family, VisualFamily):
+                whole = whole_processor(name)
+                take_template(tokenizer, whole, name)
         if processor is None and isinstance(family, VisualFamily):
             processor = family.load_processor(name)
     except (OSError, ValueError) as error:

@@ -21,6 +21,7 @@ from typing import Any
 
 import datasets
 from transformers import AutoTokenizer
+from transformers.processing_utils import ProcessorMixin
 
 from ds_lvxattn.data.check import Encode, Findings, check_rows
 from ds_lvxattn.data.media import Media
@@ -31,7 +32,7 @@ from ds_lvxattn.data.turns import Turn
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of_config
 from ds_lvxattn.training.dataset import text_of_family
-from ds_lvxattn.training.loading import at_revision, config_of
+from ds_lvxattn.training.loading import at_revision, config_of, take_template
 from ds_lvxattn.training.settings import FinetuningConfig
 
 SHOWN = 20  # bad rows that the report for people lists
@@ -110,6 +111,8 @@ def encode_for(name: str) -> tuple[Encode, int]:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         visual = family if isinstance(family, VisualFamily) else None
         processor = None if visual is None else visual.load_processor(name)
+        if visual is not None:
+            take_template(tokenizer, processor if isinstance(processor, ProcessorMixin) else None, name)
     except ConfigError as error:
         raise ConfigError(f"--model {name}: {error}") from error
     except (OSError, ValueError) as error:

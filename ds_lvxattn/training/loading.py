@@ -158,7 +158,7 @@ def load_model(name: str, ds_config: dict[str, Any], seed: int) -> LoadedModel:
     whole = None
     if isinstance(family, VisualFamily):
         whole = processor if isinstance(processor, ProcessorMixin) else whole_processor(name)
-    take_template(tokenizer, whole)
+        take_template(tokenizer, whole, name)
     try:
         return LoadedModel(model, tokenizer, processor, image_token_of(model, tokenizer), whole)
     except ConfigError as error:
@@ -182,10 +182,19 @@ def image_token_of(model: nn.Module, tokenizer: Any) -> str | None:
     return found
 
 
-def take_template(tokenizer: Any, whole: Any) -> None:
-    """Give ``tokenizer`` the chat template of the whole processor, with which alone it may stand."""
-    if not tokenizer.chat_template and getattr(whole, "chat_template", None):
-        tokenizer.chat_template = whole.chat_template
+def take_template(tokenizer: Any, whole: Any, name: str = "") -> None:
+    """Give ``tokenizer`` the chat template of the whole processor, with which alone it may stand.
+
+    Args:
+        whole: that processor; None where it does not load.
+        name: the local path or hub name whose files have its template all the same.
+    """
+    if tokenizer.chat_template:
+        return
+    of_files = ProcessorMixin.get_processor_dict(name)[0] if whole is None and name else {}
+    template = getattr(whole, "chat_template", None) or of_files.get("chat_template")
+    if template:
+        tokenizer.chat_template = template
 
 
 def whole_processor(name: str) -> Any:

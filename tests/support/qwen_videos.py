@@ -26,14 +26,18 @@ from ds_lvxattn.needle.small_models import SMALL_MODELS, random
 from ds_lvxattn.training.dataset import text_of_model
 from ds_lvxattn.training.loading import LoadedModel
 from tests.support.conversations import make_tokenizer
-from tests.support.tiny_families import tiny
+from tests.support.tiny_families import REFUSED, tiny
 
 FILE = Path(__file__).with_suffix(".npz")
 FAMILIES = {
     "qwen2-vl": "Qwen2VLProcessor",
     "qwen2.5-vl": "Qwen2_5_VLProcessor",
     "qwen3-vl": "Qwen3VLProcessor",
+    "qwen2.5-omni": "Qwen2_5OmniProcessor",
+    "qwen3-omni": "Qwen3OmniMoeProcessor",
 }
+for refused in REFUSED:
+    del FAMILIES[refused]
 # As the published ones: a turn is parts, an image and a video each one token between two others.
 TEMPLATE = (
     "{% for m in messages %}<|start_header_id|>{{ m.role }}\n"
@@ -44,9 +48,12 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|start_header_id|>assistant\n{% endif %}"
 )
 TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+OTHER_TOKENS = {"qwen2.5-omni": ("<|vision_bos|>", "<|vision_eos|>", "<|IMAGE|>", "<|VIDEO|>")}
+# What processors with audio ask of their tokenizer.
+AUDIO = {"audio_token": "<|audio|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}
 ARGUMENTS = (
     "input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw",
-    "second_per_grid_ts",
+    "second_per_grid_ts", "video_second_per_grid",
 )  # fmt: skip
 VIDEO_TOKENS = 20  # of a video, at most, where frames are capped
 MAX_FRAMES = 13  # of the first row: an image, and six of each video
@@ -67,21 +74,32 @@ def frames_of(height: int, width: int, frames: int = 1, rate: int = 0) -> list[n
     return [np.asarray(Image.fromarray(picture).resize((width, height), 0)) for picture in small]
 
 
-def tokenizer() -> Any:
-    made = make_tokenizer(TEMPLATE)
-    made.add_tokens(list(TOKENS), special_tokens=True)
+def tokens_of(name: str) -> tuple[str, ...]:
+    return OTHER_TOKENS.get(name, TOKENS)
+
+
+def template_of(name: str) -> str:
+    made = TEMPLATE
+    for usual, own in zip(TOKENS, tokens_of(name), strict=True):
+        made = made.replace(usual, own)
+    return made
+
+
+def tokenizer(name: str) -> Any:
+    made = make_tokenizer(template_of(name))
+    made.add_tokens(list(tokens_of(name)), special_tokens=True)
     made.pad_token = made.eos_token
     return made
 
 
 def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """The tiny model of a family for the words of ``tokenizer``, the same at every call."""
-    known = tokenizer()
+    known = tokenizer(name)
     like: Any = tiny(name)
     config = copy.deepcopy(like.config)
     config.text_config.vocab_size = len(known)
     config.text_config.max_position_embeddings = 512
-    for kind, token in zip(("vision_start", "vision_end", "image", "video"), TOKENS, strict=True):
+    for kind, token in zip(("vision_start", "vision_end", "image", "video"), tokens_of(name), strict=True):
         setattr(config, f"{kind}_token_id", known.convert_tokens_to_ids(token))
 
     def build() -> nn.Module:
@@ -96,7 +114,7 @@ def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def loaded(name: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     model = model_of(name, dtype)
-    return LoadedModel(model, tokenizer(), SMALL_MODELS[f"small-{name}"][1](), family_of(model).image_token)
+    return LoadedModel(model, tokenizer(name), SMALL_MODELS[f"small-{name}"][1](), family_of(model).image_token)
 
 
 def write_rows(folder: Path) -> Path:
@@ -138,6 +156,8 @@ def arguments_of(name: str, row: int, dtype: torch.dtype) -> dict[str, torch.Ten
     prefix = f"{name}/{row}/"
     arrays = made_by_transformers()
     found = {key[len(prefix) :]: torch.from_numpy(x) for key, x in arrays.items() if key.startswith(prefix)}
+    if name.endswith("omni"):
+        found["attention_mask"] = torch.ones_like(found["input_ids"])  # without which it takes all for text
     return {key: x.to(dtype) if key.startswith("pixel") else x for key, x in found.items()}
 
 
@@ -146,8 +166,18 @@ def whole_processor(made: LoadedModel, name: str) -> Any:
     kind = made.processor.video.settings["video_processor_type"]
     settings = {**made.processor.video.settings, "cap_pixels_per_frame": False, "max_video_tokens": VIDEO_TOKENS}
     videos = getattr(transformers, kind)(**settings)
-    images = SMALL_MODELS[f"small-{name}"][1]()._processor
-    return getattr(transformers, FAMILIES[name])(images, made.tokenizer, videos, chat_template=TEMPLATE)
+    images, kind = SMALL_MODELS[f"small-{name}"][1]()._processor, getattr(transformers, FAMILIES[name])
+    if not name.endswith("omni"):
+        return kind(images, made.tokenizer, videos, chat_template=TEMPLATE)
+    start, end, image, video = tokens_of(name)
+    named = {"image_token": image, "video_token": video, "vision_bos_token": start, "vision_eos_token": end, **AUDIO}
+    for key, token in named.items():
+        setattr(made.tokenizer, key, token)
+        setattr(made.tokenizer, f"{key}_id", made.tokenizer.convert_tokens_to_ids(token))
+    audio = transformers.WhisperFeatureExtractor()
+    whole = kind(images, videos, audio, made.tokenizer, chat_template=template_of(name))
+    whole.videos_kwargs = {**whole.videos_kwargs, "size": settings["size"]}  # ahead of that of the video processor
+    return whole
 
 
 def processed(processor: Any, row: int) -> Any:
@@ -170,7 +200,11 @@ def processed(processor: Any, row: int) -> Any:
     more = {key: value for key, value in given.items() if value}
     if "videos" in more:
         more["do_sample_frames"] = False
-    return processor(text=[text], **more, return_tensors="pt")
+    made = processor(text=[text], **more, return_tensors="pt")
+    if "video_second_per_grid" in made:  # of one rate, whatever the videos' own
+        rates = [len(x["frames_indices"]) / x["total_num_frames"] * x["fps"] for x in given["video_metadata"]]
+        made["video_second_per_grid"] = torch.tensor([processor.video_processor.temporal_patch_size / x for x in rates])
+    return made
 
 
 def make() -> None:

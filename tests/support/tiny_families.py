@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
 
 from ds_lvxattn.families import family_of
 from ds_lvxattn.needle import small_models
@@ -48,6 +48,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen2.5-vl": functools.partial(small_models.qwen2_5_vl, TINY),
     "qwen3-vl": functools.partial(small_models.qwen3_vl, TINY),
     "qwen3-vl-moe": functools.partial(small_models.qwen3_vl_moe, TINY, experts_implementation="eager"),
+    "qwen2.5-omni": functools.partial(small_models.qwen2_5_omni, TINY),
+    "qwen3-omni": functools.partial(small_models.qwen3_omni, TINY, experts_implementation="eager"),
     "gemma3": functools.partial(small_models.gemma3, TINY, window=5, head=True),
     "paligemma": functools.partial(small_models.paligemma, TINY),
     "paligemma2": functools.partial(small_models.paligemma, TINY, **GEMMA2),
@@ -56,6 +58,12 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "mplug_owl3, gate": mplug_owl3("gate"),
     "mplug_owl3, gate_proj": mplug_owl3("gate_proj"),
 }
+# Made in another way before transformers 5.21, and refused there.
+REFUSED = (
+    () if Qwen2_5OmniThinkerForConditionalGeneration.base_model_prefix == "model" else ("qwen2.5-omni", "qwen3-omni")
+)
+for refused in REFUSED:
+    del FAMILIES[refused]
 
 
 # Those whose image processor cuts pictures, with the tokens that it writes around them.

@@ -40,8 +40,10 @@ from ds_lvxattn.families.llava import Llava
 from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
 from ds_lvxattn.families.paligemma import PaliGemma
+from ds_lvxattn.families.qwen2_5_omni import Qwen25Omni
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.families.qwen2_vl import Qwen2VL
+from ds_lvxattn.families.qwen3_omni import Qwen3Omni
 from ds_lvxattn.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.needle.small_models import SIZE, SMALL_MODELS, Scale, mllama_config, random
@@ -171,6 +173,8 @@ PROCESSORS: dict[type, str] = {
     Qwen25VL: "small-qwen2.5-vl",
     Qwen3VL: "small-qwen3-vl",
     Qwen3VLMoe: "small-qwen3-vl-moe",
+    Qwen25Omni: "small-qwen2.5-omni",
+    Qwen3Omni: "small-qwen3-omni",
 }
 
 

@@ -35,8 +35,10 @@ from ds_lvxattn.needle.small_models.in_text import (
 )
 from ds_lvxattn.needle.small_models.own_processors import OWN_PROCESSORS, model_with_processor, processor_alone
 from ds_lvxattn.needle.small_models.qwen import (
+    qwen2_5_omni,
     qwen2_5_vl,
     qwen2_vl,
+    qwen3_omni,
     qwen3_vl,
     qwen3_vl_moe,
     qwen3_vl_vision,
@@ -67,8 +69,10 @@ __all__ = [
     "mplug_owl3",
     "open_flamingo",
     "paligemma",
+    "qwen2_5_omni",
     "qwen2_5_vl",
     "qwen2_vl",
+    "qwen3_omni",
     "qwen3_vl",
     "qwen3_vl_moe",
     "qwen3_vl_vision",
@@ -114,6 +118,8 @@ SMALL_MODELS: dict[str, tuple[Callable[[Scale], PreTrainedModel], Callable[[], A
     "small-qwen2.5-vl": (qwen2_5_vl, lambda: qwen_vl_processor("Qwen2VLVideoProcessor", 16 * SIZE**2)),
     "small-qwen3-vl": (qwen3_vl, lambda: qwen_vl_processor("Qwen3VLVideoProcessor", 64 * SIZE**2)),
     "small-qwen3-vl-moe": (qwen3_vl_moe, lambda: qwen_vl_processor("Qwen3VLVideoProcessor", 64 * SIZE**2)),
+    "small-qwen2.5-omni": (qwen2_5_omni, lambda: qwen_vl_processor("Qwen2VLVideoProcessor", 16 * SIZE**2)),
+    "small-qwen3-omni": (qwen3_omni, lambda: qwen_vl_processor("Qwen2VLVideoProcessor", 16 * SIZE**2)),
     "small-gemma3": (gemma3, lambda: Gemma3ImageProcessorPil(size=SQUARE, **PIXELS)),
     "small-paligemma": (paligemma, lambda: SiglipImageProcessorPil(size=SQUARE, **PIXELS)),
     **{

@@ -8,8 +8,12 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3OmniMoeThinkerConfig,
+    Qwen3OmniMoeThinkerForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -20,6 +24,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from ds_lvxattn.families.processors import ImagesAndVideos
 from ds_lvxattn.families.videos import VideoProcessor
 from ds_lvxattn.needle.small_models.scale import HEADS, IMAGE_ID, PIXELS, SIZE, SQUARE, Scale
+
+# Their models look for it, and the needle task has no such token.
+NO_START: dict[str, Any] = {"vision_start_token_id": -1}
 
 
 def qwen_vl_text(scale: Scale) -> dict[str, Any]:
@@ -46,17 +53,36 @@ def qwen2_vl(scale: Scale) -> PreTrainedModel:
 
 def qwen2_5_vl(scale: Scale) -> PreTrainedModel:
     """Qwen2.5-VL with four visual tokens a frame; the last of its vision layers attends beyond a window."""
-    config = Qwen2_5_VLConfig(
-        image_token_id=IMAGE_ID,
-        vision_config={
-            "depth": 2, "hidden_size": scale.vision_width, "intermediate_size": 2 * scale.vision_width,
-            "num_heads": scale.vision_heads, "patch_size": SIZE // 4, "window_size": SIZE // 2,
-            "out_hidden_size": scale.width, "fullatt_block_indexes": [1], "image_size": SIZE,
-            "initializer_range": scale.spread,
-        },
-        text_config=qwen_vl_text(scale),
-    )  # fmt: skip
+    vision, text = qwen2_5_vl_vision(scale), qwen_vl_text(scale)
+    config = Qwen2_5_VLConfig(image_token_id=IMAGE_ID, vision_config=vision, text_config=text)
     return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen2_5_vl_vision(scale: Scale) -> dict[str, Any]:
+    return {
+        "depth": 2, "hidden_size": scale.vision_width, "intermediate_size": 2 * scale.vision_width,
+        "num_heads": scale.vision_heads, "patch_size": SIZE // 4, "window_size": SIZE // 2,
+        "out_hidden_size": scale.width, "fullatt_block_indexes": [1], "image_size": SIZE,
+        "initializer_range": scale.spread,
+    }  # fmt: skip
+
+
+def qwen2_5_omni(scale: Scale) -> PreTrainedModel:
+    """Qwen2.5-Omni's thinker: Qwen2.5-VL beside an audio encoder."""
+    config = Qwen2_5OmniThinkerConfig(
+        image_token_index=IMAGE_ID, vision_config=qwen2_5_vl_vision(scale), text_config=qwen_vl_text(scale),
+        audio_config={**audio(scale), "n_window": 8}, **NO_START,
+    )  # fmt: skip
+    return Qwen2_5OmniThinkerForConditionalGeneration(config)
+
+
+def audio(scale: Scale) -> dict[str, Any]:
+    """An audio encoder, which nothing here calls."""
+    return {
+        "d_model": scale.vision_width, "encoder_layers": 1, "encoder_attention_heads": scale.vision_heads,
+        "encoder_ffn_dim": scale.vision_width, "num_mel_bins": 8, "max_source_positions": 16,
+        "output_dim": scale.width,
+    }  # fmt: skip
 
 
 def qwen3_vl(scale: Scale) -> PreTrainedModel:
@@ -68,12 +94,25 @@ def qwen3_vl(scale: Scale) -> PreTrainedModel:
 
 def qwen3_vl_moe(scale: Scale, **options: Any) -> PreTrainedModel:
     """Qwen3-VL with four experts, two for each token."""
-    text = {
+    vision, text = qwen3_vl_vision(scale), qwen3_vl_moe_text(scale)
+    config = Qwen3VLMoeConfig(image_token_id=IMAGE_ID, vision_config=vision, text_config=text)
+    return Qwen3VLMoeForConditionalGeneration._from_config(config, **options)
+
+
+def qwen3_vl_moe_text(scale: Scale) -> dict[str, Any]:
+    return {
         **qwen_vl_text(scale), "head_dim": scale.width // HEADS, "num_experts": 4, "num_experts_per_tok": 2,
         "moe_intermediate_size": scale.width,
     }  # fmt: skip
-    config = Qwen3VLMoeConfig(image_token_id=IMAGE_ID, vision_config=qwen3_vl_vision(scale), text_config=text)
-    return Qwen3VLMoeForConditionalGeneration._from_config(config, **options)
+
+
+def qwen3_omni(scale: Scale, **options: Any) -> PreTrainedModel:
+    """Qwen3-Omni's thinker: Qwen3-VL with experts beside an audio encoder."""
+    config = Qwen3OmniMoeThinkerConfig(
+        image_token_id=IMAGE_ID, vision_config=qwen3_vl_vision(scale), text_config=qwen3_vl_moe_text(scale),
+        audio_config={**audio(scale), "downsample_hidden_size": 8}, **NO_START,
+    )  # fmt: skip
+    return Qwen3OmniMoeThinkerForConditionalGeneration._from_config(config, **options)
 
 
 def qwen3_vl_vision(scale: Scale) -> dict[str, Any]:
