@@ -41,49 +41,87 @@ def attention_operator(
         The operator, ``(q, k, v, start, stop, *more tensors, scale, softcap, kernel, pattern, *more settings)``, to be
         called by position with arguments of these types.
     """
+    types, results, count = _arguments_of(forward)
+    run, run_backward = _runs(forward, backward, count, kept is not None)
+    fake, fake_backward = _fakes(kept, count)
+    operator = define_operator(name, {"q": Tensor, "k": Tensor, "v": Tensor, **types}, results, run, fake)
+    given = {"dout": Tensor, "dlse": Optional[Tensor], "q": Tensor, **({} if kept is None else {"kept": Tensor})}
+    given |= {"k": Tensor, "v": Tensor, "out": Tensor, "lse": Tensor, **types}
+    gradients = tuple[Tensor, Tensor, Tensor]
+    operator_backward = define_operator(f"{name}_backward", given, gradients, run_backward, fake_backward)
+    place_of_out = 2 if kept is None else 3
+    function = _autograd_function(name, run_backward, operator_backward, count, place_of_out, kept_holds_queries)
+    return _called(name, run, operator, function, count)
+
+
+def _arguments_of(forward: Callable[..., Any]) -> tuple[dict[str, Any], Any, int]:
+    """Types of an operator's arguments behind q, k and v, by name; of its results; how many of ``more`` are tensors."""
     hints = get_type_hints(forward)
     results = hints.pop("return")
     more = dict(list(hints.items())[4:])
     tensors = {key: hint for key, hint in more.items() if hint in (Tensor, Optional[Tensor])}
     settings = {key: hint for key, hint in more.items() if key not in tensors}
-    common = {
+    types = {
         "start": Optional[Tensor], "stop": Optional[Tensor], **tensors,
         "scale": float, "softcap": Optional[float], "kernel": str, "pattern": str, **settings,
     }  # fmt: skip
-    q_k_v = {"q": Tensor, "k": Tensor, "v": Tensor}
-    count = len(tensors)
-    saved = 5 + count  # tensors among the arguments
-    no_gradients = (None,) * (2 + count)  # of the tensors behind q, k and v
+    return types, results, len(tensors)
 
-    def split(start: Tensor | None, stop: Tensor | None, *more: Any) -> tuple[LocalAttention, tuple[Any, ...]]:
-        return LocalAttention(start, stop, *more[count : count + 4]), more[:count] + more[count + 4 :]
+
+def _split(count: int, start: Tensor | None, stop: Tensor | None, *more: Any) -> tuple[LocalAttention, tuple[Any, ...]]:
+    """An operator's arguments behind q, k and v, as its functions take them."""
+    return LocalAttention(start, stop, *more[count : count + 4]), more[:count] + more[count + 4 :]
+
+
+def _runs(
+    forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., Any], count: int, keeps: bool
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What the operator and its backward operator compute."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        local, more = split(*args)
+        local, more = _split(count, *args)
         out, lse, *extra = forward(q, k, v, local, *more)
         return _like(out, q), lse.contiguous(), *extra
 
     def run_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        extra, (k, v, out, lse, *rest) = (None, args) if kept is None else (args[0], args[1:])
-        local, more = split(*rest)
+        extra, (k, v, out, lse, *rest) = (args[0], args[1:]) if keeps else (None, args)
+        local, more = _split(count, *rest)
         dq, dk, dv = backward(BackwardPass(dout, dlse, q, extra, k, v, out, lse, local), *more)
         return _like(dq, q), _like(dk, k), _like(dv, v)
+
+    return run, run_backward
+
+
+def _fakes(kept: Callable[..., Tensor] | None, count: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The same without numbers, for tracing."""
 
     def fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
         if kept is None:
             return empty_results(q, v)
-        local, more = split(*args)
+        local, more = _split(count, *args)
         return *empty_results(q, v), kept(q, k, v, local, *more)
 
     def fake_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         k, v = args[:2] if kept is None else args[1:3]
         return empty_rows(q, k.shape[3]), torch.empty_like(k), torch.empty_like(v)
 
-    operator = define_operator(name, q_k_v | common, results, run, fake)
-    given = {"dout": Tensor, "dlse": Optional[Tensor], "q": Tensor, **({} if kept is None else {"kept": Tensor})}
-    given |= {"k": Tensor, "v": Tensor, "out": Tensor, "lse": Tensor, **common}
-    gradients = tuple[Tensor, Tensor, Tensor]
-    operator_backward = define_operator(f"{name}_backward", given, gradients, run_backward, fake_backward)
+    return fake, fake_backward
+
+
+def _autograd_function(
+    name: str,
+    run_backward: Callable[..., Any],
+    operator_backward: Callable[..., Any],
+    count: int,
+    place_of_out: int,
+    kept_holds_queries: bool,
+) -> Callable[..., tuple[Tensor, ...]]:
+    """``(function, settings, *tensors) -> function(*tensors, *settings)``, differentiable.
+
+    Args:
+        place_of_out: of ``out`` among what is saved behind the queries.
+    """
+    no_gradients = (None,) * (2 + count)  # of the tensors behind q, k and v
 
     class Attention(torch.autograd.Function):
         # The settings come as one: autograd looks at every argument.
@@ -104,7 +142,7 @@ def attention_operator(
         def backward(ctx, dout, dlse, *_):
             _refuse_batched(name, dout, dlse)
             q, *more = ctx.saved_tensors
-            out = more[2 if kept is None else 3]
+            out = more[place_of_out]
             dout = torch.zeros_like(out) if dout is None else dout
             dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # that of a sum is one number, expanded
             q = out if q is None else q
@@ -119,12 +157,25 @@ def attention_operator(
             with below_autograd():
                 return None, None, *run_backward(*inputs, *ctx.settings), *no_gradients
 
-    def differentiable(function: Callable[..., tuple[Tensor, ...]], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    return Attention.apply
+
+
+def _called(
+    name: str,
+    run: Callable[..., tuple[Tensor, ...]],
+    operator: Callable[..., Any],
+    function: Callable[..., tuple[Tensor, ...]],
+    count: int,
+) -> Callable[..., Any]:
+    """What calls the operator, or ``run`` where nothing looks on; by the autograd ``function`` for a gradient."""
+    saved = 5 + count  # tensors among the arguments
+
+    def differentiable(called: Callable[..., tuple[Tensor, ...]], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         q, k, v = args[:3]
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            return Attention.apply(function, args[saved:], *args[:saved])
+            return function(called, args[saved:], *args[:saved])
         with below_autograd():
-            return function(*args)
+            return called(*args)
 
     def autograd(*args: Any) -> tuple[Tensor, ...]:
         return differentiable(operator if seen(args[:saved]) else run, args)
