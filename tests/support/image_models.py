@@ -12,7 +12,12 @@ from transformers import AutoModelForImageTextToText
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.needle.small_models import random
-from ds_lvxattn.needle.small_models.own_processors import OWN_PROCESSORS, InternVL, LlavaOnevision, with_own_processor
+from ds_lvxattn.needle.small_models.own_processors import (
+    OWN_PROCESSORS,
+    InternVLOwnVideos,
+    LlavaOnevisionOwnVideos,
+    with_own_processor,
+)
 from tests.support.tiny_model import TINY
 
 
@@ -32,7 +37,7 @@ IMAGE_MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
 # What their chat templates write around an image.
 AROUND = {"glm4v": ("<|begin_of_image|>", "<|end_of_image|>")}
 # Those whose whole processor has one for videos, which needs torchvision.
-WITH_VIDEOS: dict[str, Any] = {"llava_onevision": LlavaOnevision, "internvl": InternVL}
+WITH_VIDEOS: dict[str, Any] = {"llava_onevision": LlavaOnevisionOwnVideos, "internvl": InternVLOwnVideos}
 SERVED = ("llava_next", "aya_vision", *WITH_VIDEOS)
 
 

@@ -80,15 +80,15 @@ class Videos(VideoProcessor):
         return {"pixel_values_videos": torch.stack([self.fitted(video) for video in videos])}
 
 
-class InternVL(OwnVideos, InternVLProcessor):
+class InternVLOwnVideos(OwnVideos, InternVLProcessor):
     """With such videos."""
 
 
-class LlavaOnevision(OwnVideos, LlavaOnevisionProcessor):
+class LlavaOnevisionOwnVideos(OwnVideos, LlavaOnevisionProcessor):
     """With such videos."""
 
 
-class LlavaNextVideo(OwnVideos, LlavaNextVideoProcessor):
+class LlavaNextVideoOwnVideos(OwnVideos, LlavaNextVideoProcessor):
     """With such videos."""
 
 
@@ -109,7 +109,7 @@ def llava_next_video(scale: Scale) -> tuple[Any, Any]:
     )  # fmt: skip
     images = LlavaNextImageProcessorPil(size=SQUARE, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS, **PIXELS)
     videos = videos_of(config, images)
-    processor = LlavaNextVideo(
+    processor = LlavaNextVideoOwnVideos(
         videos, images, tokenizer, patch_size=SIZE // 2, vision_feature_select_strategy="default",
         image_token=IMAGE, num_additional_image_tokens=1,
     )  # fmt: skip
@@ -128,7 +128,7 @@ def llava_onevision(scale: Scale) -> tuple[Any, Any]:
     )  # fmt: skip
     images = LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=pinpoints, **PIXELS)
     videos = videos_of(config, images)
-    processor = LlavaOnevision(
+    processor = LlavaOnevisionOwnVideos(
         images, tokenizer, videos, num_image_tokens=4, vision_feature_select_strategy="full", image_token=IMAGE
     )
     return config, processor
@@ -147,7 +147,7 @@ def internvl(scale: Scale) -> tuple[Any, Any]:
     )
     images = GotOcr2ImageProcessorPil(size=SQUARE, max_patches=3, **PIXELS)
     videos = videos_of(config, images)
-    return config, InternVL(images, tokenizer, videos, image_seq_length=4)
+    return config, InternVLOwnVideos(images, tokenizer, videos, image_seq_length=4)
 
 
 def aya_vision(scale: Scale) -> tuple[Any, Any]:
