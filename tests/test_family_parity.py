@@ -33,6 +33,8 @@ ZERO3 = (
     "qwen2.5-vl",
     "qwen3-vl-moe",
     *(family for family in FAMILIES if family.endswith("omni")),
+    "qwen3.5",
+    "qwen3.5-moe",
     "blip2",
     "idefics2",
     "instructblip",

@@ -39,7 +39,7 @@ ONE_ROW = 1000
 PATTERNS = ("tItaItIItta", "ttIIta", "ttata", "Ita")
 # Ranks of a group, tokens of a row, and how attention crosses the ranks; most families the first way alone.
 WAYS = ((2, 16, MODES[4]), (2, ONE_ROW, MODES[0]), (2, ONE_ROW, MODES[2]), (1, ONE_ROW, MODES[5]))
-EVERY_WAY = (MLLAMA, "llava", "qwen2.5-vl", "text only")
+EVERY_WAY = (MLLAMA, "llava", "qwen2.5-vl", "qwen3.5", "text only")
 
 
 def patterns_of(family: str) -> tuple[str, ...]:

@@ -38,8 +38,9 @@ from tests.support.tiny_model import attach, loss_of
 # Their norms, or their routers of experts, compute in float32, whatever the model.
 SINGLE = (
     "gemma2", "gemma3_text", "gpt_oss", "cohere2", "deepseek_v3", "deepseek_v2", "longcat_flash", "glm4_moe_lite",
-    "mimo_v2_flash", "gemma3n_text", "gemma4_text", "llama4_text", "moshi",
+    "mimo_v2_flash", "gemma3n_text", "gemma4_text", "llama4_text", "moshi", "qwen3_5_text", "qwen3_next", "olmo_hybrid",
 )  # fmt: skip
+LINEAR_ATTENTION = ("qwen3_5_text", "qwen3_next", "olmo_hybrid")
 KINDS = tuple(kind for kind in TEXT_MODELS if kind in CONFIG_MAPPING)  # of this release of transformers
 MODES = (("lv_xattn", "gather", "contiguous"), ("ulysses", "auto", "striped"), ("ring", "ring", "contiguous"))
 
@@ -62,7 +63,7 @@ def on_all_ranks(kind: str) -> list[tuple[float, Gradients]]:
 
 
 @pytest.mark.parametrize(
-    "kind", slow_but(KINDS, "llama", "qwen3", "gemma3_text", "gpt_oss", "gpt2", "deepseek_v3", "nemotron")
+    "kind", slow_but(KINDS, "llama", "qwen3", "gemma3_text", "gpt_oss", "gpt2", "deepseek_v3", "nemotron", "qwen3_next")
 )
 def test_loss_and_gradients(kind: str) -> None:
     for patterns, got in zip((TEXT[0], TEXT[4], TEXT[1]), run(2, on_all_ranks, kind)[0], strict=True):
@@ -86,9 +87,15 @@ def answers(kind: str) -> list[list[int]]:
     return made
 
 
-# Their caches hold latents, each key once that two heads repeat, and nothing of layers that attend to others' keys.
+# Their caches hold latents, each key once that two heads repeat, nothing of layers that attend to others' keys, and
+# states of linear attention.
 @pytest.mark.parametrize(
-    "kind", slow_but(("deepseek_v3", "jetmoe", "gemma3n_text", "gemma4_text", "llama4_text", "nemotron"), "deepseek_v3")
+    "kind",
+    slow_but(
+        ("deepseek_v3", "jetmoe", "gemma3n_text", "gemma4_text", "llama4_text", "nemotron", *LINEAR_ATTENTION),
+        "deepseek_v3",
+        "qwen3_next",
+    ),
 )
 def test_answers_where_the_cache_is_not_what_is_attended_to(kind: str) -> None:
     assert run(2, answers, kind)[0] == answers(kind)
@@ -104,7 +111,7 @@ def train(kind: str, ranks: int) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gpt_oss", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["gpt_oss", "gemma3_text", *LINEAR_ATTENTION])
 def test_losses_under_zero3(kind: str) -> None:
     assert run(2, train, kind, 2)[0] == pytest.approx(train(kind, 1), rel=1e-4)
 

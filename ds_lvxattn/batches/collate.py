@@ -424,6 +424,7 @@ class Collator:
             portions,
             sees_frame[:, None, :, None].to(self.device),
             visual_rows,
+            documents=layout.documents,
         )
 
     def _kinds(self, layout: BatchLayout) -> Iterator[tuple[str, ShardLayout, tuple[Tensor, Tensor] | None]]:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from ds_lvxattn.batches.agreement import agree
 from ds_lvxattn.batches.collate import Collator
@@ -30,7 +31,7 @@ from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
 from ds_lvxattn.families import VisualFamily, unwrapped
 from ds_lvxattn.plan.layer_plan import LayerPlan
-from ds_lvxattn.runtime.decoding import DecodingStep, KeyCache, NewTokens
+from ds_lvxattn.runtime.decoding import DecodingStep, KeyCache, MixerStates, NewTokens
 from ds_lvxattn.runtime.zero3 import is_partitioned
 
 Plans = Mapping[nn.Module, LayerPlan]
@@ -173,11 +174,12 @@ def _on_all_ranks(model: Any, batches: Batches, samples: Sequence[Sample], setti
         lambda _: ", ".join(f"{s.name}: {len(s.input_ids)} tokens, {s.num_frames} frames" for s in samples),
         parallel.comm.group,
     )
-    cache, divided = _prefill(model, batches, loaded, together)
+    cache, divided, states = _prefill(model, batches, loaded, together)
     plans = batches.plans(layout)
     padding = [layout.text.total - length for length in layout.lengths]
     if layout.keys_in_text:
         _keep_new_tokens(cache, divided, layout.text.total)
+        _go_on_from(cache, states)
     else:
         _gather_text(cache, parallel.comm, plans, layout.text, padding)
     step = _step(collator, layout, plans, divided)
@@ -205,14 +207,22 @@ def _on_all_ranks(model: Any, batches: Batches, samples: Sequence[Sample], setti
     return tokens[:, layout.text.total :]
 
 
-def _prefill(model: Any, batches: Batches, loaded: Loaded, together: bool) -> tuple[Cache, KeyCache]:
-    """One forward over the prompts. Returns the model's cache of this rank's rows, and the keys that stay divided."""
+def _prefill(
+    model: Any, batches: Batches, loaded: Loaded, together: bool
+) -> tuple[Cache, KeyCache, MixerStates | None]:
+    """One forward over the prompts. Returns the model's cache of this rank's rows, the keys that stay divided, and the
+    states ahead of the last token of each prompt, which is the first step's, of modules that mix tokens otherwise."""
     if together:
         loaded = _with_other_groups(loaded, batches.collator.device)
     inputs = batches.prepare(loaded).inputs
     kept: KeyCache = {}
     role = "self" if loaded.layout.keys_in_text else "cross"
     batch = replace(inputs["sequence_parallel"], kept=kept, kept_role=role)
+    states: MixerStates | None = None
+    if batches.parallel is not None and batches.parallel.family.mixers(model):
+        states = {}
+        ends = tuple((span.row, span.start, span.stop - 1) for span in loaded.layout.spans)
+        batch = replace(batch, documents=ends, states=states)
     taken = {key: value for key, value in inputs.items() if key not in TRAINING}
     taken |= {"position_ids": inputs["position_ids"], "sequence_parallel": batch}
     # A cache that knows nothing of sliding windows: what lies out of sight of a rank's rows is seen by others'.
@@ -223,7 +233,7 @@ def _prefill(model: Any, batches: Batches, loaded: Loaded, together: bool) -> tu
         rows = inputs["position_ids"].shape[-1]
         last = torch.arange(max(rows - 1, 0), rows, device=inputs["position_ids"].device)
     model(**taken, past_key_values=cache, use_cache=True, logits_to_keep=last)
-    return cache, kept
+    return cache, kept, states
 
 
 def _keep_new_tokens(cache: Cache, divided: KeyCache, rows: int) -> None:
@@ -237,6 +247,17 @@ def _keep_new_tokens(cache: Cache, divided: KeyCache, rows: int) -> None:
         index = int(module.layer_idx)  # type: ignore[arg-type]
         if index < len(cache.layers):
             cache.layers[index] = NewTokens(rows - 1)
+
+
+def _go_on_from(cache: Cache, states: MixerStates | None) -> None:
+    """The states of modules that mix tokens outside attention in the model's cache, from where they go on."""
+    for module, (channels, state) in (states or {}).items():
+        index = int(module.layer_idx)  # type: ignore[arg-type]
+        cache.layers += [DynamicLayer() for _ in range(len(cache.layers), index + 1)]
+        layer = LinearAttentionLayer()
+        layer.update_conv_state(channels)
+        layer.update_recurrent_state(state)
+        cache.layers[index] = layer
 
 
 def _gather_text(cache: Cache, comm: Communicator, plans: Plans, text: SequenceShards, padding: Sequence[int]) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from ds_lvxattn.batches.packing import Span, first_fit, samples_of_rows
 from ds_lvxattn.batches.placement import frame_owners, key_shards
 from ds_lvxattn.data.sample import IGNORE, FrameShape, Sample
+from ds_lvxattn.exchange.sequence_mixing import Document
 from ds_lvxattn.exchange.shards import SequenceShards, ShardLayout
 from ds_lvxattn.families.family import Family, VisualFamily, portions_of
 
@@ -84,6 +85,13 @@ class BatchLayout:
     def samples_of_rows(self) -> list[list[int]]:
         """The samples of each row, in the order in which they lie there."""
         return samples_of_rows(self.spans)
+
+    @property
+    def documents(self) -> tuple[Document, ...] | None:
+        """The samples, where some share a row; see ``MixedRows``."""
+        if len(self.spans) == self.rows:
+            return None
+        return tuple(sorted((span.row, span.start, span.stop) for span in self.spans))
 
     @property
     def frames(self) -> tuple[int, ...]:

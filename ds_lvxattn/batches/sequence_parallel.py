@@ -85,6 +85,7 @@ class SequenceParallel:
                 "in the model's config"
             )
         check_positions(text)
+        self._check_heads()
         register_with_transformers()
         if self.family.attention_config is not None:
             model.set_attn_implementation({self.family.attention_config: IMPLEMENTATION})
@@ -108,7 +109,7 @@ class SequenceParallel:
         self.family.install_hooks(model, self.recomputation)
         set_temperature_apart(self._exchanged)
         self.tiled_logits = tile_rows(model, self.layers, config)
-        refuse_copies([model, *self._exchanged])
+        refuse_copies([model, *self._exchanged, *self.family.mixers(model)])
         if config.compile:
             compile_layers(self.compilable)
         self._forget_tables = weakref.finalize(model, forget_tables)
@@ -117,6 +118,16 @@ class SequenceParallel:
         """End the groups of its grids, not those that it was given; after their last use, on every rank."""
         close_levels(self.comm)
         self._forget_tables()
+
+    def _check_heads(self) -> None:
+        """Raise ``ConfigError`` where a module outside attention has fewer heads than ranks are to share."""
+        names = {module: name for name, module in self.model.named_modules()}
+        for module, heads in self.family.mixers(self.model).items():
+            if heads < self.comm.ranks:
+                raise ConfigError(
+                    f"{names[module]} ({type(module).__name__}) has {heads} value heads, of which each rank takes at "
+                    f"least one, and 'sequence_parallel_size' is {self.comm.ranks}; set it to {heads} or less"
+                )
 
     def _reach_copies(self) -> None:
         """Set the implementation where parts were copied ahead of attaching, as PEFT's ``modules_to_save`` does.
@@ -144,7 +155,7 @@ class SequenceParallel:
 
     @property
     def decoder_layers(self) -> list[GradientCheckpointingLayer]:
-        """The layers around exchanged attention, which transformers can checkpoint."""
+        """The layers around exchanged attention and beside those, which transformers can checkpoint."""
         return decoder_layers(self.model, self.layers)
 
     @functools.cached_property
@@ -180,13 +191,13 @@ class SequenceParallel:
 
 
 def decoder_layers(model: nn.Module, layers: Mapping[nn.Module, AttentionLayer]) -> list[GradientCheckpointingLayer]:
-    """The layers of ``model`` around its attention modules ``layers`` but those of encoders."""
+    """The layers of ``model`` around its attention modules ``layers`` but those of encoders, and those beside them,
+    which may have something else in the place of attention."""
     attention = {module for module, layer in layers.items() if layer.role != "local"}
-    return [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, GradientCheckpointingLayer) and attention.intersection(layer.modules())
-    ]
+    around = {layer for layer in model.modules() if attention.intersection(layer.modules())}
+    lists = [x for x in model.modules() if isinstance(x, nn.ModuleList) and not around.isdisjoint(x)]
+    beside = {layer for some in lists for layer in some}
+    return [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer) and (x in around or x in beside)]
 
 
 def tile_rows(

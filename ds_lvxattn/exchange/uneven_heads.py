@@ -29,21 +29,21 @@ def redistributed_uneven_heads(
     ``attend`` is called for each run of heads in which equally many query heads read a key head: at most three times.
     """
     shards = head_shards(q.shape[1], k.shape[1], comm.ranks)
-    rows = _division(tuple(shard.queries for shard in shards), layout.q, members, q.device)
-    keys = _division(tuple(shard.keys for shard in shards), layout.kv, members, q.device)
+    rows = head_division(tuple(shard.queries for shard in shards), layout.q, members, q.device)
+    keys = head_division(tuple(shard.keys for shard in shards), layout.kv, members, q.device)
     names = ("queries", "keys and values", "keys and values")
-    q, k, v = _Redistribution.apply(comm, names, (rows, keys, keys), True, q, k, v)
+    q, k, v = redistribute(comm, names, (rows, keys, keys), True, q, k, v)
     # A split's backward pass is one concatenation, where a slice's fills a whole tensor.
     query_heads, key_heads = zip(*shards[comm.rank].parts, strict=True)
     parts = zip(q.split(query_heads, dim=1), k.split(key_heads, dim=1), v.split(key_heads, dim=1), strict=True)
     outs, lses = zip(*(attend(*part) for part in parts), strict=True)
     out, lse = (x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in (outs, lses))
-    out, lse = _Redistribution.apply(comm, ("outputs", "lse"), (rows, rows), False, out, lse.unsqueeze(-1))
+    out, lse = redistribute(comm, ("outputs", "lse"), (rows, rows), False, out, lse.unsqueeze(-1))
     return out, lse.squeeze(-1).contiguous()
 
 
 @dataclass(frozen=True)
-class _Division:
+class HeadDivision:
     """Heads and tokens of one sequence, of every rank of a group.
 
     Attributes:
@@ -100,13 +100,34 @@ class _Division:
 
 
 @settled_tables
-def _division(heads: tuple[range, ...], shards: SequenceShards, members: range, device: torch.device) -> _Division:
+def head_division(
+    heads: tuple[range, ...], shards: SequenceShards, members: range, device: torch.device
+) -> HeadDivision:
+    """The division of some heads of the tokens of ``shards`` over the ranks ``members`` of it."""
     lengths = tuple(shards.lengths[rank] for rank in members)
     order = shards.order_from_ranks(members)
     if order is None:
-        return _Division(heads, lengths, None, None)
+        return HeadDivision(heads, lengths, None, None)
     inverse = np.argsort(order)
-    return _Division(heads, lengths, torch.tensor(order, device=device), torch.tensor(inverse, device=device))
+    return HeadDivision(heads, lengths, torch.tensor(order, device=device), torch.tensor(inverse, device=device))
+
+
+def redistribute(
+    comm: Communicator, names: Sequence[str], divisions: Sequence[HeadDivision], to_heads: bool, *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """The rank's tokens ``[B, H, s, D]`` with all heads to its heads ``[B, heads, S, D]`` of all tokens, in the order
+    of the sequence; or back.
+
+    Differentiable: gradients go the other way, and those of heads that several ranks have are added up. All tensors
+    travel at once.
+
+    Args:
+        names: what each of the tensors carries, for the count.
+        divisions: of each of them; see ``head_division``.
+        to_heads: False for the way back, which takes and gives the other of the two.
+    """
+    moved: tuple[Tensor, ...] = _Redistribution.apply(comm, names, divisions, to_heads, *tensors)
+    return moved
 
 
 class _Redistribution(torch.autograd.Function):
@@ -118,7 +139,7 @@ class _Redistribution(torch.autograd.Function):
         ctx,
         comm: Communicator,
         names: Sequence[str],
-        divisions: Sequence[_Division],
+        divisions: Sequence[HeadDivision],
         to_heads: bool,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -138,14 +159,14 @@ class _Redistribution(torch.autograd.Function):
 def _redistribute(
     comm: Communicator,
     names: Sequence[str],
-    divisions: Sequence[_Division],
+    divisions: Sequence[HeadDivision],
     to_heads: bool,
     tensors: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     send, received = (
-        (_Division.send_heads, _Division.received_heads)
+        (HeadDivision.send_heads, HeadDivision.received_heads)
         if to_heads
-        else (_Division.send_tokens, _Division.received_tokens)
+        else (HeadDivision.send_tokens, HeadDivision.received_tokens)
     )
     parts = [send(division, x, comm, what) for division, x, what in zip(divisions, tensors, names, strict=True)]
     comm.start_all_to_all(parts).wait()

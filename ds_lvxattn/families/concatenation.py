@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ds_lvxattn.data.sample import FrameShape
 from ds_lvxattn.families.family import Family, VisualFamily
+from ds_lvxattn.families.gated_delta import divide, mixers
 from ds_lvxattn.families.handed_on import hand_down
 from ds_lvxattn.families.rotary import (
     self_attention_chunk,
@@ -102,6 +103,12 @@ class Concatenation(VisualFamily):
         blocks = type(self).blocks is not Family.blocks
         refuse(model, (hinders(model.get_decoder()) for hinders in OBSTACLES if not (blocks and hinders is causality)))
         return super().attention_layers(model)
+
+    def reach_attention(self, model: nn.Module) -> None:
+        divide(model)
+
+    def mixers(self, model: nn.Module) -> dict[nn.Module, int]:
+        return mixers(model)
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         module: Any

@@ -157,9 +157,10 @@ class Family(ABC):
                     name, role, *self.sizes_of(module), window=self.window_of(module), chunk=self.chunk_of(module),
                     capped=self.capped(module), value_dim=self.value_dim_of(module),
                 )  # fmt: skip
-        inside = {part for module in layers for part in module.modules()}
+        given = {*layers, *self.mixers(model)}
+        inside = {part for module in given for part in module.modules()}
         for name, module in model.named_modules():
-            known = module in inside or not layers.keys().isdisjoint(module.modules())
+            known = module in inside or not given.isdisjoint(module.modules())
             if "Attention" in type(module).__name__ and not known:
                 raise ConfigError(
                     f"module {name} is of class {type(module).__name__}, an attention that the family {self.name} "
@@ -169,11 +170,16 @@ class Family(ABC):
         return layers
 
     def reach_attention(self, model: nn.Module) -> None:
-        """Let attention modules that do not look up transformers' registry call ``exchanged_attention``.
+        """Let attention modules that do not look up transformers' registry call ``exchanged_attention``, and those of
+        ``mixers`` take divided text.
 
         Called once, ahead of everything that wraps those modules.
         """
         return None
+
+    def mixers(self, model: nn.Module) -> dict[nn.Module, int]:
+        """Modules that mix tokens outside attention, each with the most ranks that can share its heads."""
+        return {}
 
     def recomputed(self, layers: Mapping[nn.Module, AttentionLayer]) -> list[nn.Module]:
         """The modules that project visual keys and attend to them, which policy ``kv`` computes again."""

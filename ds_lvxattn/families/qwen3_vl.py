@@ -1,9 +1,11 @@
-"""Qwen3-VL: ``Qwen3VLForConditionalGeneration`` of transformers, unmodified, and that with experts; see ``QwenVL``.
-
-What some layers of the vision encoder give is added to the visual rows behind the first layers of the language model
-(deep-stack). These features belong to a visual token as its embedding does, and travel to its row with it.
+"""Qwen3-VL and Qwen3.5: ``Qwen3VLForConditionalGeneration``, ``Qwen3_5ForConditionalGeneration`` of transformers,
+unmodified, and those with experts; see ``QwenVL``.
 
 Each part of a video has its time in the text ahead of it, and positions of its own.
+
+In Qwen3-VL, what some layers of the vision encoder give is added to the visual rows behind the first layers of the
+language model (deep-stack). These features belong to a visual token as its embedding does, and travel to its row with
+it. Most layers of Qwen3.5 are linear attention; see ``families/gated_delta.py``.
 """
 
 from __future__ import annotations
@@ -13,14 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration
+from transformers import (
+    PreTrainedModel,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
+)
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionAttention
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeVisionAttention
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionAttention
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionAttention
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 from ds_lvxattn.data.sample import FrameSize, Part
-from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.family import FrameLimits
 from ds_lvxattn.families.qwen_vl import QwenVL
 from ds_lvxattn.families.videos import VideoProcessor
@@ -30,30 +39,11 @@ from ds_lvxattn.runtime.recompute import Recomputation
 DEEP_STACK = "deep_stack"  # argument that the model hands down to its language model
 
 
-class Qwen3VL(QwenVL):
-    """The Qwen3-VL family."""
+class Qwen3Vision(QwenVL):
+    """What the families have in common: the encoder's positions, and the times of videos."""
 
-    name = "Qwen3-VL"
-    model_class: type[PreTrainedModel] = Qwen3VLForConditionalGeneration
-    vision_attention: type[nn.Module] = Qwen3VLVisionAttention
-    trained = (*QwenVL.trained, "*visual.deepstack_merger_list.*")
     # Pixels of all frames of a video.
     video_processor = ("Qwen3VLVideoProcessor", {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768})
-
-    def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
-        super().install_hooks(model, recomputation)
-        language_model: Any = model.get_submodule("model.language_model")
-        language_model.register_forward_pre_hook(_hand_over, with_kwargs=True)
-        own = language_model._deepstack_process
-
-        def add(hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
-            if visual_pos_masks.dtype == torch.bool:
-                return own(hidden_states, visual_pos_masks, visual_embeds)
-            # The rows by their numbers: a mask would have to be counted on the device first.
-            added = hidden_states.flatten(0, 1).index_add(0, visual_pos_masks, visual_embeds.to(hidden_states.dtype))
-            return added.view_as(hidden_states)
-
-        setattr(language_model, "_deepstack_process", add)  # noqa: B010
 
     def encoder_arguments(self, grid: Tensor) -> dict[str, Tensor]:
         config = self.config.vision_config
@@ -65,21 +55,6 @@ class Qwen3VL(QwenVL):
             spatial_merge_size=config.spatial_merge_size,
         )
         return {**super().encoder_arguments(grid), "interp_indices": places, "interp_weights": weights}
-
-    def features(self, encoded: Any) -> Tensor:
-        """A visual token's embedding and its deep-stack features side by side."""
-        return torch.cat((encoded.pooler_output, *encoded.deepstack_features), dim=-1)
-
-    def placed(self, text: Tensor, visual: Tensor, batch: SequenceParallelBatch) -> Mapping[str, Any]:
-        rows = batch.visual_rows
-        assert rows is not None
-        embeddings, *deep = rows.travel(visual.to(text.dtype), batch.comm).split(text.shape[-1], dim=-1)
-        whole = text.flatten(0, 1).index_copy(0, rows.rows, embeddings).view_as(text)
-        return {"inputs_embeds": whole, DEEP_STACK: (rows.rows, deep)}
-
-    def visual_widths(self) -> tuple[int, ...]:
-        features, inner = super().visual_widths()
-        return (features * (1 + len(self.config.vision_config.deepstack_visual_indexes)), inner)
 
     def video_sides(self, video: VideoProcessor, part: Part, size: FrameSize) -> tuple[int, int]:
         """As the processor does: its limits are those of a whole video."""
@@ -102,6 +77,45 @@ class Qwen3VL(QwenVL):
         return "".join(f"<{time:.1f} seconds>{self.frame_text}" for time in times)
 
 
+class Qwen3VL(Qwen3Vision):
+    """The Qwen3-VL family."""
+
+    name = "Qwen3-VL"
+    model_class: type[PreTrainedModel] = Qwen3VLForConditionalGeneration
+    vision_attention: type[nn.Module] = Qwen3VLVisionAttention
+    trained = (*QwenVL.trained, "*visual.deepstack_merger_list.*")
+
+    def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
+        super().install_hooks(model, recomputation)
+        language_model: Any = model.get_submodule("model.language_model")
+        language_model.register_forward_pre_hook(_hand_over, with_kwargs=True)
+        own = language_model._deepstack_process
+
+        def add(hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
+            if visual_pos_masks.dtype == torch.bool:
+                return own(hidden_states, visual_pos_masks, visual_embeds)
+            # The rows by their numbers: a mask would have to be counted on the device first.
+            added = hidden_states.flatten(0, 1).index_add(0, visual_pos_masks, visual_embeds.to(hidden_states.dtype))
+            return added.view_as(hidden_states)
+
+        setattr(language_model, "_deepstack_process", add)  # noqa: B010
+
+    def features(self, encoded: Any) -> Tensor:
+        """A visual token's embedding and its deep-stack features side by side."""
+        return torch.cat((encoded.pooler_output, *encoded.deepstack_features), dim=-1)
+
+    def placed(self, text: Tensor, visual: Tensor, batch: SequenceParallelBatch) -> Mapping[str, Any]:
+        rows = batch.visual_rows
+        assert rows is not None
+        embeddings, *deep = rows.travel(visual.to(text.dtype), batch.comm).split(text.shape[-1], dim=-1)
+        whole = text.flatten(0, 1).index_copy(0, rows.rows, embeddings).view_as(text)
+        return {"inputs_embeds": whole, DEEP_STACK: (rows.rows, deep)}
+
+    def visual_widths(self) -> tuple[int, ...]:
+        features, inner = super().visual_widths()
+        return (features * (1 + len(self.config.vision_config.deepstack_visual_indexes)), inner)
+
+
 class Qwen3VLMoe(Qwen3VL):
     """The Qwen3-VL family with experts, which work token by token on the rank of the token."""
 
@@ -109,13 +123,21 @@ class Qwen3VLMoe(Qwen3VL):
     model_class: type[PreTrainedModel] = Qwen3VLMoeForConditionalGeneration
     vision_attention: type[nn.Module] = Qwen3VLMoeVisionAttention
 
-    def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
-        if getattr(self.text_config, "output_router_logits", False):
-            raise ConfigError(
-                "the model's 'text_config.output_router_logits' is true, so that its loss balances experts over all "
-                "tokens, of which a rank has a part; set it to false, or 'sequence_parallel_size' to 1"
-            )
-        super().install_hooks(model, recomputation)
+
+class Qwen35(Qwen3Vision):
+    """The Qwen3.5 family."""
+
+    name = "Qwen3.5"
+    model_class: type[PreTrainedModel] = Qwen3_5ForConditionalGeneration
+    vision_attention: type[nn.Module] = Qwen3_5VisionAttention
+
+
+class Qwen35Moe(Qwen35):
+    """The Qwen3.5 family with experts."""
+
+    name = "Qwen3.5 with experts"
+    model_class = Qwen3_5MoeForConditionalGeneration
+    vision_attention = Qwen3_5MoeVisionAttention
 
 
 def _hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

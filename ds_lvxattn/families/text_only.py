@@ -18,7 +18,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.family import Family
-from ds_lvxattn.families.handed_on import MASK, around, drops_arguments, hand_down, makes_masks
+from ds_lvxattn.families.gated_delta import divide, mixers
+from ds_lvxattn.families.handed_on import MASK, around, drops_arguments, hand_down, makes_masks, names
 from ds_lvxattn.families.rotary import (
     self_attention_chunk,
     self_attention_role,
@@ -31,7 +32,8 @@ from ds_lvxattn.runtime.recompute import Recomputation
 
 # Types of layers, by transformers' names, whose attention is intervals.
 INTERVALS = ("full_attention", "sliding_attention", "chunked_attention")
-# Modules that hand something from one token to the next besides attention; a rank has only its part of the tokens.
+# Modules that hand something from one token to the next besides attention; a rank has only its part of the tokens. What
+# those of ``gated_delta`` hand on is exchanged by heads.
 RECURRENT = ("mamba", "rwkv", "recurrent", "lightningattention", "gateddeltanet", "shortconv")
 
 
@@ -67,6 +69,12 @@ class TextOnly(Family):
         refuse(model, (hinders(model) for hinders in OBSTACLES))
         return super().attention_layers(model)
 
+    def reach_attention(self, model: nn.Module) -> None:
+        divide(model)
+
+    def mixers(self, model: nn.Module) -> dict[nn.Module, int]:
+        return mixers(model)
+
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:
         """The model takes the rank's tokens and positions as they are; where its layers do not hand on what says how
         they are divided (Nemotron), it goes the way of a mask."""
@@ -90,7 +98,9 @@ def refuse(model: nn.Module, reasons: Iterable[str | None]) -> None:
 
 
 def _registry(model: Any) -> str | None:
-    if not model._supports_attention_backend:
+    # Models with other layers beside attention do not say so (Qwen3.5).
+    named = [names(attention, "ALL_ATTENTION_FUNCTIONS") for _, attention in _attentions(model)]
+    if not model._supports_attention_backend and not (named and all(named)):
         return "its attention does not look up transformers' registry of attention functions"
     return None
 
@@ -125,6 +135,11 @@ def _not_handed_on(model: nn.Module) -> str | None:
             # One layer alone can bring the batch in the place of a mask.
             if len(dropping) > 1 or MASK not in inspect.signature(type(module).forward).parameters:
                 return f"module {name} ({type(module).__name__}) hands no further arguments on to its attention"
+    divided = mixers(model)
+    for path, mixer in model.named_modules():
+        for name, module in around(model, path) if mixer in divided else ():
+            if drops_arguments(module):
+                return f"module {name} ({type(module).__name__}) hands no further arguments on to what is in it"
     return None
 
 
@@ -144,13 +159,17 @@ def _windows_of_masks(model: nn.Module) -> str | None:
 
 
 def _kinds_of_layers(model: Any) -> str | None:
-    kinds = sorted({*(getattr(model.config, "layer_types", None) or ())} - {*INTERVALS})
-    return f"it has layers of the types {kinds}, and only {list(INTERVALS)} are supported" if kinds else None
+    supported = (*INTERVALS, *(["linear_attention"] if mixers(model) else []))
+    kinds = sorted({*(getattr(model.config, "layer_types", None) or ())} - {*supported})
+    return f"it has layers of the types {kinds}, and only {list(supported)} are supported" if kinds else None
 
 
 def _recurrence(model: nn.Module) -> str | None:
+    divided = {part for module in mixers(model) for part in module.modules()}
     for name, module in model.named_modules():
         kind = type(module).__name__
+        if module in divided:
+            continue
         if isinstance(module, nn.Conv1d) or any(word in kind.lower() for word in RECURRENT):
             return f"module {name} ({kind}) mixes neighbouring tokens outside attention, and a rank has a part of them"
     return None

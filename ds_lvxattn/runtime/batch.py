@@ -18,10 +18,11 @@ from ds_lvxattn.exchange.attention import sp_attention
 from ds_lvxattn.exchange.comm import Communicator
 from ds_lvxattn.exchange.interval import KVInterval
 from ds_lvxattn.exchange.routes import Routes
+from ds_lvxattn.exchange.sequence_mixing import Document, MixedRows
 from ds_lvxattn.exchange.shards import ShardLayout
 from ds_lvxattn.plan.layer_plan import LayerPlan
 from ds_lvxattn.plan.modes import REPLICATED
-from ds_lvxattn.runtime.decoding import KeyCache
+from ds_lvxattn.runtime.decoding import KeyCache, MixerStates
 from ds_lvxattn.runtime.layer_times import LayerTimes
 from ds_lvxattn.runtime.one_sequence import as_one_sequence, by_sample
 from ds_lvxattn.runtime.visual_rows import VisualRows
@@ -107,6 +108,8 @@ class SequenceParallelBatch:
         kept: collects the rank's keys and values of each module of ``kept_role``, as it attends to them, in the prefill
             of a generation; None in training.
         kept_role: role of the modules whose keys then stay divided.
+        documents: those that share rows, as ``MixedRows`` has them; None: each row is one.
+        states: collects those of modules that mix tokens outside attention, behind each document, in such a prefill.
     """
 
     comm: Communicator
@@ -125,8 +128,15 @@ class SequenceParallelBatch:
     checked: bool = False
     kept: KeyCache | None = None
     kept_role: str = "cross"
+    documents: tuple[Document, ...] | None = None
+    states: MixerStates | None = None
 
     brings_frames: ClassVar[bool] = True
+
+    @property
+    def mixed_rows(self) -> MixedRows:
+        """The rows of text, for what mixes them outside attention."""
+        return MixedRows(self.comm, self.roles["self"].layout.q, self.documents)
 
     def attend(
         self,

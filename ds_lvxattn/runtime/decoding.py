@@ -24,6 +24,9 @@ from ds_lvxattn.plan.layer_plan import LayerPlan
 from ds_lvxattn.runtime.one_sequence import as_one_sequence, by_sample
 
 KeyCache = dict[nn.Module, tuple[Tensor, Tensor]]
+# Of modules that mix tokens outside attention, with a state that goes on from token to token: what a convolution
+# reaches back to, ``[B, channels, kernel]``, and the state of a recurrence, ``[B, H, D, D_v]``.
+MixerStates = dict[nn.Module, tuple[Tensor, Tensor]]
 
 
 class NewTokens(DynamicLayer):

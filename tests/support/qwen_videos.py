@@ -35,6 +35,7 @@ FAMILIES = {
     "qwen3-vl": "Qwen3VLProcessor",
     "qwen2.5-omni": "Qwen2_5OmniProcessor",
     "qwen3-omni": "Qwen3OmniMoeProcessor",
+    "qwen3.5": "Qwen3VLProcessor",
 }
 for refused in REFUSED:
     del FAMILIES[refused]
@@ -55,6 +56,8 @@ ARGUMENTS = (
     "input_ids", "mm_token_type_ids", "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw",
     "second_per_grid_ts", "video_second_per_grid",
 )  # fmt: skip
+# The processors of both are one, and so is what they make.
+MADE_FOR = {"qwen3.5": "qwen3-vl"}
 VIDEO_TOKENS = 20  # of a video, at most, where frames are capped
 MAX_FRAMES = 13  # of the first row: an image, and six of each video
 
@@ -153,7 +156,7 @@ def made_by_transformers() -> dict[str, np.ndarray]:
 
 def arguments_of(name: str, row: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """What the model's own processor makes of a row: arguments of the model."""
-    prefix = f"{name}/{row}/"
+    prefix = f"{MADE_FOR.get(name, name)}/{row}/"
     arrays = made_by_transformers()
     found = {key[len(prefix) :]: torch.from_numpy(x) for key, x in arrays.items() if key.startswith(prefix)}
     if name.endswith("omni"):
@@ -210,13 +213,18 @@ def processed(processor: Any, row: int) -> Any:
 def make() -> None:
     """Write the file."""
     arrays = {}
-    for name in FAMILIES:
+    for name in FAMILIES.keys() - MADE_FOR.keys():
         processor = whole_processor(loaded(name), name)
         for row in range(len(ROWS)):
             of_row = processed(processor, row)
             arrays |= {f"{name}/{row}/{key}": of_row[key].numpy() for key in ARGUMENTS if key in of_row}
         arrays[f"{name}/sizes"] = np.array(list(_sizes(processor.video_processor)))
     np.savez_compressed(FILE, **arrays)
+
+
+def sizes_made(name: str) -> np.ndarray:
+    """See ``_sizes``, of the video processor of a model."""
+    return made_by_transformers()[f"{MADE_FOR.get(name, name)}/sizes"]
 
 
 def _sizes(processor: Any) -> Iterator[tuple[int, ...]]:

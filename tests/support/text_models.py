@@ -23,6 +23,11 @@ LATENT = {
     "num_key_value_heads": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "kv_lora_rank": 16,
     "q_lora_rank": 12, "head_dim": 4,
 }  # fmt: skip
+# Linear attention: four value heads, two read a key head; a convolution over three tokens.
+LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}  # fmt: skip
 ROUTED = {
     "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
     "moe_intermediate_size": 16, "first_k_dense_replace": 1, "experts_implementation": "eager",
@@ -69,6 +74,10 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
     "nemotron": {"partial_rotary_factor": 0.5},  # its layers hand a mask on, and nothing else
     "moshi": {"sliding_window": 5, "ffn_dim": 64},  # a window that nothing reads
     "mimo_v2_flash": {**ROUTED, "v_head_dim": 6, "sliding_window": 5, "layer_types": ONE_WINDOW["layer_types"]},
+    "qwen3_5_text": {**LINEAR, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
+                                                   "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}},
+    "qwen3_next": {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 16, "experts_implementation": "eager"},
+    "olmo_hybrid": {**LINEAR, "linear_allow_neg_eigval": True},
 }  # fmt: skip
 
 

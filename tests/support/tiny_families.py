@@ -50,6 +50,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen3-vl-moe": functools.partial(small_models.qwen3_vl_moe, TINY, experts_implementation="eager"),
     "qwen2.5-omni": functools.partial(small_models.qwen2_5_omni, TINY),
     "qwen3-omni": functools.partial(small_models.qwen3_omni, TINY, experts_implementation="eager"),
+    "qwen3.5": functools.partial(small_models.qwen3_5, TINY),
+    "qwen3.5-moe": functools.partial(small_models.qwen3_5_moe, TINY, experts_implementation="eager"),
     "gemma3": functools.partial(small_models.gemma3, TINY, window=5, head=True),
     "paligemma": functools.partial(small_models.paligemma, TINY),
     "paligemma2": functools.partial(small_models.paligemma, TINY, **GEMMA2),
@@ -123,8 +125,8 @@ def cutting(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return tiny(build, dtype)
 
 
-# Their norms compute in float32, whatever the model.
-SINGLE = ("gemma3", "paligemma", "paligemma2")
+# Their norms, or their linear attention, compute in float32, whatever the model.
+SINGLE = ("gemma3", "paligemma", "paligemma2", "qwen3.5", "qwen3.5-moe")
 
 
 def tiny(name: str | Callable[[], Any], dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -44,7 +44,7 @@ from ds_lvxattn.families.qwen2_5_omni import Qwen25Omni
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.families.qwen2_vl import Qwen2VL
 from ds_lvxattn.families.qwen3_omni import Qwen3Omni
-from ds_lvxattn.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
+from ds_lvxattn.families.qwen3_vl import Qwen3VL, Qwen3VLMoe, Qwen35, Qwen35Moe
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.needle.small_models import SIZE, SMALL_MODELS, Scale, mllama_config, random
 from ds_lvxattn.needle.task import IMAGE, VOCABULARY, build_tokenizer
@@ -175,6 +175,8 @@ PROCESSORS: dict[type, str] = {
     Qwen3VLMoe: "small-qwen3-vl-moe",
     Qwen25Omni: "small-qwen2.5-omni",
     Qwen3Omni: "small-qwen3-omni",
+    Qwen35: "small-qwen3.5",
+    Qwen35Moe: "small-qwen3.5-moe",
 }
 
 

@@ -12,6 +12,10 @@ from transformers import (
     Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3OmniMoeThinkerConfig,
     Qwen3OmniMoeThinkerForConditionalGeneration,
     Qwen3VLConfig,
@@ -113,6 +117,44 @@ def qwen3_omni(scale: Scale, **options: Any) -> PreTrainedModel:
         audio_config={**audio(scale), "downsample_hidden_size": 8}, **NO_START,
     )  # fmt: skip
     return Qwen3OmniMoeThinkerForConditionalGeneration._from_config(config, **options)
+
+
+def qwen3_5(scale: Scale) -> PreTrainedModel:
+    """Qwen3.5 with four visual tokens a frame; its layers but the second one are linear attention."""
+    config = Qwen3_5Config(
+        image_token_id=IMAGE_ID, vision_config=qwen3_5_vision(scale), text_config=qwen3_5_text(scale)
+    )
+    return Qwen3_5ForConditionalGeneration(config)
+
+
+def qwen3_5_moe(scale: Scale, **options: Any) -> PreTrainedModel:
+    """Qwen3.5 with four experts, two for each token, and one for all."""
+    text = {
+        **qwen3_5_text(scale), "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": scale.width,
+        "shared_expert_intermediate_size": scale.width,
+    }  # fmt: skip
+    config = Qwen3_5MoeConfig(image_token_id=IMAGE_ID, vision_config=qwen3_5_vision(scale), text_config=text)
+    return Qwen3_5MoeForConditionalGeneration._from_config(config, **options)
+
+
+def qwen3_5_text(scale: Scale) -> dict[str, Any]:
+    """Four value heads of linear attention, two of which read a key head; a quarter of a head rotates."""
+    kinds = ["full_attention" if layer == 1 else "linear_attention" for layer in range(scale.layers)]
+    rope = {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75, "mrope_section": [1, 1, 1],
+    }  # fmt: skip
+    return {
+        **scale.text, "head_dim": scale.width // HEADS, "rope_parameters": rope, "layer_types": kinds,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": scale.width // HEADS,
+        "linear_value_head_dim": scale.width // HEADS, "linear_conv_kernel_dim": 4,
+    }  # fmt: skip
+
+
+def qwen3_5_vision(scale: Scale) -> dict[str, Any]:
+    """That of Qwen3-VL, without features for several layers."""
+    vision = qwen3_vl_vision(scale)
+    del vision["deepstack_visual_indexes"]
+    return vision
 
 
 def qwen3_vl_vision(scale: Scale) -> dict[str, Any]:
