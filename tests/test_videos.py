@@ -94,9 +94,9 @@ def in_modes(name: str, rows: Path, modes: list[Mode]) -> list[tuple[float, Grad
 def test_loss_and_gradients_are_those_of_the_model_with_its_own_processor(name: str, rows: Path) -> None:
     want = in_transformers(name, samples_of(name, rows))
     modes: list[Mode] = [(MODES[0], None), (MODES[2], None), (MODES[4], ONE_ROW)]
+    limits = limits_of(name)
     for mode, got in zip(modes, run(2, in_modes, name, rows, modes)[0], strict=True):
         loss, gradient = largest_differences(got, want)
-        limits = limits_of(name)
         assert loss < limits[0] and gradient < limits[1], (mode, loss, gradient)
 
 

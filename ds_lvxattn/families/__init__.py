@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.aria import Aria
 from ds_lvxattn.families.blip2 import Blip2
+from ds_lvxattn.families.cohere_compass import CohereCompass
 from ds_lvxattn.families.family import Family, VisualFamily
 from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingo
 from ds_lvxattn.families.gemma3 import Gemma3
@@ -54,6 +55,7 @@ FAMILIES: tuple[type[Family], ...] = (
     Qwen3Omni,
     Qwen35,
     Qwen35Moe,
+    CohereCompass,
     Gemma3,
     PaliGemma,
     LlavaOnevision,

@@ -33,6 +33,7 @@ FAMILIES = {
     "qwen2-vl": "Qwen2VLProcessor",
     "qwen2.5-vl": "Qwen2_5_VLProcessor",
     "qwen3-vl": "Qwen3VLProcessor",
+    "cohere-compass": "CohereCompassProcessor",
     "qwen2.5-omni": "Qwen2_5OmniProcessor",
     "qwen3-omni": "Qwen3OmniMoeProcessor",
     "qwen3.5": "Qwen3VLProcessor",
@@ -49,7 +50,10 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|start_header_id|>assistant\n{% endif %}"
 )
 TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-OTHER_TOKENS = {"qwen2.5-omni": ("<|vision_bos|>", "<|vision_eos|>", "<|IMAGE|>", "<|VIDEO|>")}
+OTHER_TOKENS = {
+    "qwen2.5-omni": ("<|vision_bos|>", "<|vision_eos|>", "<|IMAGE|>", "<|VIDEO|>"),
+    "cohere-compass": ("<|VISION_START|>", "<|VISION_END|>", "<|IMAGE_PAD|>", "<|VIDEO_PAD|>"),
+}
 # What processors with audio ask of their tokenizer.
 AUDIO = {"audio_token": "<|audio|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}
 ARGUMENTS = (
@@ -171,7 +175,7 @@ def whole_processor(made: LoadedModel, name: str) -> Any:
     videos = getattr(transformers, kind)(**settings)
     images, kind = SMALL_MODELS[f"small-{name}"][1]()._processor, getattr(transformers, FAMILIES[name])
     if not name.endswith("omni"):
-        return kind(images, made.tokenizer, videos, chat_template=TEMPLATE)
+        return kind(images, made.tokenizer, videos, chat_template=template_of(name))
     start, end, image, video = tokens_of(name)
     named = {"image_token": image, "video_token": video, "vision_bos_token": start, "vision_eos_token": end, **AUDIO}
     for key, token in named.items():

@@ -48,6 +48,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen2.5-vl": functools.partial(small_models.qwen2_5_vl, TINY),
     "qwen3-vl": functools.partial(small_models.qwen3_vl, TINY),
     "qwen3-vl-moe": functools.partial(small_models.qwen3_vl_moe, TINY, experts_implementation="eager"),
+    "cohere-compass": functools.partial(small_models.cohere_compass, TINY, window=5),
     "qwen2.5-omni": functools.partial(small_models.qwen2_5_omni, TINY),
     "qwen3-omni": functools.partial(small_models.qwen3_omni, TINY, experts_implementation="eager"),
     "qwen3.5": functools.partial(small_models.qwen3_5, TINY),
@@ -126,7 +127,7 @@ def cutting(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 # Their norms, or their linear attention, compute in float32, whatever the model.
-SINGLE = ("gemma3", "paligemma", "paligemma2", "qwen3.5", "qwen3.5-moe")
+SINGLE = ("gemma3", "paligemma", "paligemma2", "qwen3.5", "qwen3.5-moe", "cohere-compass")
 
 
 def tiny(name: str | Callable[[], Any], dtype: torch.dtype = torch.float32) -> nn.Module:

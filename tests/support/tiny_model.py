@@ -30,6 +30,7 @@ from ds_lvxattn.families import family as encoding
 from ds_lvxattn.families import family_of
 from ds_lvxattn.families.aria import Aria
 from ds_lvxattn.families.blip2 import Blip2
+from ds_lvxattn.families.cohere_compass import CohereCompass
 from ds_lvxattn.families.flamingo.open_flamingo import OpenFlamingo
 from ds_lvxattn.families.gemma3 import Gemma3
 from ds_lvxattn.families.idefics import Idefics
@@ -173,6 +174,7 @@ PROCESSORS: dict[type, str] = {
     Qwen25VL: "small-qwen2.5-vl",
     Qwen3VL: "small-qwen3-vl",
     Qwen3VLMoe: "small-qwen3-vl-moe",
+    CohereCompass: "small-cohere-compass",
     Qwen25Omni: "small-qwen2.5-omni",
     Qwen3Omni: "small-qwen3-omni",
     Qwen35: "small-qwen3.5",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import (
+    CohereCompassConfig,
+    CohereCompassForConditionalGeneration,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -94,6 +96,18 @@ def qwen3_vl(scale: Scale) -> PreTrainedModel:
     text = {**qwen_vl_text(scale), "head_dim": scale.width // HEADS}
     config = Qwen3VLConfig(image_token_id=IMAGE_ID, vision_config=qwen3_vl_vision(scale), text_config=text)
     return Qwen3VLForConditionalGeneration(config)
+
+
+def cohere_compass(scale: Scale, window: int = 64) -> PreTrainedModel:
+    """Qwen3-VL with the text of Cohere 2: every third layer sees beyond a window, and has no rotary positions."""
+    of_qwen = qwen_vl_text(scale)
+    kinds = ["full_attention" if layer % 3 == 2 else "sliding_attention" for layer in range(scale.layers)]
+    text = {
+        **of_qwen, "rope_parameters": {"sliding_attention": of_qwen["rope_parameters"], "full_attention": None},
+        "layer_types": kinds, "sliding_window": window, "head_dim": scale.width // HEADS, "logit_scale": 0.5,
+    }  # fmt: skip
+    config = CohereCompassConfig(image_token_id=IMAGE_ID, vision_config=qwen3_vl_vision(scale), text_config=text)
+    return CohereCompassForConditionalGeneration(config)
 
 
 def qwen3_vl_moe(scale: Scale, **options: Any) -> PreTrainedModel:
