@@ -15,7 +15,7 @@ from ds_lvxattn.kernels.base import Call
 from ds_lvxattn.kernels.derived import derived_of
 from ds_lvxattn.kernels.dispatch import select_kernel
 from ds_lvxattn.kernels.fa4.block_lists import as_lists, block_lists, padded_ranges
-from ds_lvxattn.kernels.fa4.kernel import FlashAttention4Kernel
+from ds_lvxattn.kernels.fa4.kernel import FlashAttention4Kernel, installed
 from ds_lvxattn.kernels.fa4.packed import last_rows_first, packed_backward, packed_ranges
 from ds_lvxattn.kernels.fa4.shares import forward_in_shares
 from ds_lvxattn.kernels.math import MathKernel
@@ -330,6 +330,11 @@ def test_captured_in_a_cuda_graph(make_problem):
 def test_unsupported_names_what_is_wrong(monkeypatch, call, reason):
     monkeypatch.setattr("ds_lvxattn.kernels.fa4.kernel.installed", lambda: True)
     assert reason in KERNEL.unsupported(call)
+
+
+def test_torch_compile_goes_over_whether_it_is_installed():
+    compiled = torch.compile(lambda x: x + installed(), fullgraph=True, backend="aot_eager")
+    assert compiled(torch.zeros(())) == float(installed())
 
 
 def test_unsupported_where_it_is_not_installed_and_on_older_chips(monkeypatch):

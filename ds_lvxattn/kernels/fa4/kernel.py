@@ -15,6 +15,7 @@ from ds_lvxattn.kernels.pattern import GROWING, UNKNOWN
 MANY_KEYS = 1 << 16
 
 
+@torch.compiler.assume_constant_result  # torch.compile does not trace what looks for modules
 @functools.cache
 def installed() -> bool:
     """Whether the extra ``fa4`` is installed."""

@@ -214,7 +214,7 @@ def gemma4(scale: Scale) -> tuple[Any, Any]:
     }  # fmt: skip
     of_text = {
         **text, "head_dim": size, "global_head_dim": size, "use_bidirectional_attention": "vision",
-        "sliding_window": 40, "layer_types": kinds, "hidden_size_per_layer_input": 4,
+        "sliding_window": 40, "layer_types": kinds, "hidden_size_per_layer_input": scale.width // 2,
         "vocab_size_per_layer_input": text["vocab_size"], "max_position_embeddings": max(scale.positions, 1024),
     }  # fmt: skip
     config = Gemma4Config(vision_config=vision, text_config=of_text, audio_config=None, image_token_id=IMAGE_ID)
@@ -287,8 +287,18 @@ def with_own_processor(kind: str, scale: Scale) -> tuple[Any, Any]:
 
 
 def model_with_processor(kind: str, scale: Scale) -> PreTrainedModel:
-    """Such a model."""
-    return AutoModelForImageTextToText.from_config(with_own_processor(kind, scale)[0])
+    """Such a model.
+
+    Where scores are as large as the norm of queries leaves them (Gemma 4), that makes them as large as a scale would:
+    beside those of a weight of 1, a softmax would see one key alone, and rounding decides which.
+    """
+    model = AutoModelForImageTextToText.from_config(with_own_processor(kind, scale)[0])
+    for module in model.modules():
+        norm: Any = getattr(module, "q_norm", None)
+        if norm is not None and getattr(module, "scaling", None) == 1.0:
+            with torch.no_grad():
+                norm.weight.fill_(norm.weight.numel() ** -0.5)
+    return model
 
 
 def processor_alone(kind: str) -> Any:
