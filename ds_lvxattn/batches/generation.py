@@ -189,6 +189,9 @@ def _on_all_ranks(model: Any, batches: Batches, samples: Sequence[Sample], setti
     for row, length in enumerate(layout.lengths):
         input_ids[row, padding[row] :] = layout.input_ids[row, :length]
     processors = settings.pop("logits_processor", None) or ()
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None  # of the prompts before, of which there may have been another number
     # transformers takes no keyword that it does not know: the step joins the arguments of each forward.
     hook = decoder.register_forward_pre_hook(
         functools.partial(_with_step, step, layout.text.total), prepend=True, with_kwargs=True
