@@ -219,7 +219,7 @@ class Qwen3NextGatedDeltaNet(nn.Module):
 
 def test_code_that_is_not_known_is_not_divided() -> None:
     known = module_of("qwen3_next", (2, 4))
-    assert mixers(known) == {known: 4}
+    assert {module: layer.heads for module, layer in mixers(known).items()} == {known: 4}
     other = Qwen3NextGatedDeltaNet()
     assert not mixers(other)
     for name, value in vars(known).items():
@@ -241,8 +241,19 @@ def too_few_heads() -> str:
 
 def test_fewer_heads_than_ranks_are_refused() -> None:
     [message, *_] = run(4, too_few_heads)
-    assert "layers.0.linear_attn (Qwen3NextGatedDeltaNet) has 2 value heads" in message
+    assert "layers.0.linear_attn (Qwen3NextGatedDeltaNet) has 2 heads" in message
     assert "set it to 2 or less" in message
+
+
+def sizes_counted() -> list[tuple[str, int, int]]:
+    samples = samples_of(("tIItaIItta", "ta"))
+    batches = attach(tiny("qwen3.5"), dist.get_world_size(), MODES[1], samples)
+    layers = batches.planner.layer_sizes(batches.collator.sizes(batches.collator.layout(samples)).shapes())
+    return [(layer.strategy, layer.heads, layer.kv_heads) for layer in layers]
+
+
+def test_memory_is_planned_for_all_layers() -> None:
+    assert run(2, sizes_counted)[0] == [(MODES[1][0], 4, 2), ("ulysses", 4, 2), ("ulysses", 4, 2)]
 
 
 def by_policy(policies: tuple[str, ...]) -> list[tuple[tuple[float, Gradients], int]]:

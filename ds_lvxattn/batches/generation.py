@@ -222,7 +222,7 @@ def _prefill(
     role = "self" if loaded.layout.keys_in_text else "cross"
     batch = replace(inputs["sequence_parallel"], kept=kept, kept_role=role)
     states: MixerStates | None = None
-    if batches.parallel is not None and batches.parallel.family.mixers(model):
+    if batches.parallel is not None and batches.parallel.mixers:
         states = {}
         ends = tuple((span.row, span.start, span.stop - 1) for span in loaded.layout.spans)
         batch = replace(batch, documents=ends, states=states)

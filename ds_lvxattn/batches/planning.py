@@ -58,7 +58,7 @@ def planner_for(parallel: SequenceParallel, device: torch.device, dtype: torch.d
     return Planner(
         layers, settings, parallel.comm.ranks,
         dense_sizes(parallel), shipped_profile(device), lambda: parallel.recomputation.policy, room, share,
-        usable,
+        usable, list(parallel.mixers.values()),
     )  # fmt: skip
 
 

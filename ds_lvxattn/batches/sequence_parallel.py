@@ -53,6 +53,7 @@ class SequenceParallel:
 
     Attributes:
         layers: the model's attention modules, in its order, with roles and sizes.
+        mixers: modules that mix tokens outside attention, with sizes.
         recomputation: what its layers compute again in the backward pass.
         comm: communicator of the sequence-parallel group.
         tiled_logits: its output layer and loss by tiles; None: all rows at once.
@@ -85,6 +86,7 @@ class SequenceParallel:
                 "in the model's config"
             )
         check_positions(text)
+        self.mixers: Mapping[nn.Module, AttentionLayer] = MappingProxyType(self.family.mixers(model))
         self._check_heads()
         register_with_transformers()
         if self.family.attention_config is not None:
@@ -109,7 +111,7 @@ class SequenceParallel:
         self.family.install_hooks(model, self.recomputation)
         set_temperature_apart(self._exchanged)
         self.tiled_logits = tile_rows(model, self.layers, config)
-        refuse_copies([model, *self._exchanged, *self.family.mixers(model)])
+        refuse_copies([model, *self._exchanged, *self.mixers])
         if config.compile:
             compile_layers(self.compilable)
         self._forget_tables = weakref.finalize(model, forget_tables)
@@ -121,12 +123,11 @@ class SequenceParallel:
 
     def _check_heads(self) -> None:
         """Raise ``ConfigError`` where a module outside attention has fewer heads than ranks are to share."""
-        names = {module: name for name, module in self.model.named_modules()}
-        for module, heads in self.family.mixers(self.model).items():
-            if heads < self.comm.ranks:
+        for module, layer in self.mixers.items():
+            if layer.heads < self.comm.ranks:
                 raise ConfigError(
-                    f"{names[module]} ({type(module).__name__}) has {heads} value heads, of which each rank takes at "
-                    f"least one, and 'sequence_parallel_size' is {self.comm.ranks}; set it to {heads} or less"
+                    f"{layer.name} ({type(module).__name__}) has {layer.heads} heads, of which each rank takes at "
+                    f"least one, and 'sequence_parallel_size' is {self.comm.ranks}; set it to {layer.heads} or less"
                 )
 
     def _reach_copies(self) -> None:

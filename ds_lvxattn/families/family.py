@@ -177,8 +177,9 @@ class Family(ABC):
         """
         return None
 
-    def mixers(self, model: nn.Module) -> dict[nn.Module, int]:
-        """Modules that mix tokens outside attention, each with the most ranks that can share its heads."""
+    def mixers(self, model: nn.Module) -> dict[nn.Module, AttentionLayer]:
+        """Modules that mix tokens outside attention, exchanged by heads as Ulysses exchanges those of self-attention,
+        with their sizes: each rank takes a query head or more."""
         return {}
 
     def recomputed(self, layers: Mapping[nn.Module, AttentionLayer]) -> list[nn.Module]:

@@ -26,6 +26,7 @@ from ds_lvxattn.exchange.sequence_mixing import heads_of_all_ranks, mixed_by_hea
 from ds_lvxattn.families.handed_on import names
 from ds_lvxattn.kernels.torch_internals import never_compiled
 from ds_lvxattn.plan.head_shards import head_shards
+from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 
 KNOWN = ("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet", "OlmoHybridGatedDeltaNet")
@@ -56,9 +57,15 @@ class _Code:
     repeats: bool
 
 
-def mixers(model: nn.Module) -> dict[nn.Module, int]:
-    """The modules of ``model`` that ``divide`` takes, with the number of ranks that can share the heads of each."""
-    return {module: int(module.num_v_heads) for module in model.modules() if _code_of(module) is not None}  # type: ignore[arg-type]
+def mixers(model: nn.Module) -> dict[nn.Module, AttentionLayer]:
+    """The modules of ``model`` that ``divide`` takes, with the sizes of each: value heads are its query heads."""
+    found: dict[nn.Module, AttentionLayer] = {}
+    module: Any
+    for name, module in model.named_modules():
+        if _code_of(module) is not None:
+            heads = module.num_v_heads, module.num_k_heads
+            found[module] = AttentionLayer(name, "self", *heads, module.head_k_dim, value_dim=module.head_v_dim)
+    return found
 
 
 def divide(model: nn.Module) -> None:

@@ -72,7 +72,7 @@ class TextOnly(Family):
     def reach_attention(self, model: nn.Module) -> None:
         divide(model)
 
-    def mixers(self, model: nn.Module) -> dict[nn.Module, int]:
+    def mixers(self, model: nn.Module) -> dict[nn.Module, AttentionLayer]:
         return mixers(model)
 
     def install_hooks(self, model: nn.Module, recomputation: Recomputation) -> None:

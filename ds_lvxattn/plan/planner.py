@@ -16,6 +16,7 @@ from ds_lvxattn.plan.dense import TEXT_LAYER, host_time
 from ds_lvxattn.plan.layer_plan import AttentionLayer, LayerPlan, PlanSettings, plan_layers, recomputed
 from ds_lvxattn.plan.layer_sizes import LayerSizes
 from ds_lvxattn.plan.memory import POLICIES, kept_bytes
+from ds_lvxattn.plan.modes import LOCAL, ModeKey, mode_named
 from ds_lvxattn.plan.profile import Profile
 from ds_lvxattn.plan.replicated_compute import (
     TEXT_SHARE,
@@ -100,6 +101,8 @@ class Planner:
         room: bytes that one layer's exchange may need while it runs; None: no limit.
         share: makes the ranks of a group follow the plan of the first.
         kernels: local kernels that can be used; None: all that a profile knows.
+        mixers: layers with something else in the place of attention that is exchanged by heads. Nothing of them is
+            planned; for memory each counts as self-attention by ``ulysses``.
 
     Attributes:
         profile: the machine that is planned for: ``profile``, or one that was measured.
@@ -117,10 +120,11 @@ class Planner:
         room: Callable[[], float | None],
         share: Share,
         kernels: Collection[str] | None = None,
+        mixers: Sequence[AttentionLayer] = (),
     ) -> None:
         if kernels is not None:
             profile = profile.limited_to(kernels)
-        self._kernels = kernels
+        self._kernels, self._mixers = kernels, mixers
         self._layers, self._settings, self._ranks, self._model = layers, settings, ranks, model
         self._shipped, self._policy, self._room, self._share = profile, policy, room, share
         self.profile = profile
@@ -248,13 +252,20 @@ class Planner:
 
     def layer_sizes(self, shapes: Mapping[str, CallShape]) -> list[LayerSizes]:
         """What the memory plan must know of each decoder layer, on the rank that holds most, by the plan at hand."""
-        return [sizes for _, sizes in self._with_sizes(self.plan, shapes) if sizes is not None]
+        found = [sizes for _, sizes in self._with_sizes(self.plan, shapes) if sizes is not None]
+        for layer in self._mixers:
+            mode = mode_named("ulysses") if shapes[layer.kind].ranks > 1 else LOCAL
+            found.append(_layer_sizes(mode.key, layer, shapes[layer.kind], self._model))
+        return found
 
     def _with_sizes(
         self, plans: Sequence[LayerPlan], shapes: Mapping[str, CallShape]
     ) -> list[tuple[LayerPlan, LayerSizes | None]]:
         return [
-            (plan, _layer_sizes(plan, layer, shapes[layer.kind], self._model) if layer.kind in shapes else None)
+            (
+                plan,
+                _layer_sizes(plan.mode.key, layer, shapes[layer.kind], self._model) if layer.kind in shapes else None,
+            )
             for plan, layer in zip(plans, self._layers, strict=True)
         ]
 
@@ -272,12 +283,12 @@ class Planner:
         return noted
 
 
-def _layer_sizes(plan: LayerPlan, layer: AttentionLayer, shape: CallShape, model: DenseSizes) -> LayerSizes:
+def _layer_sizes(mode: ModeKey, layer: AttentionLayer, shape: CallShape, model: DenseSizes) -> LayerSizes:
     rows, keys = max(shape.q_lengths), max(shape.kv_lengths)
     if layer.role == "cross":
         keys = max(keys, model.frame_tokens)  # a rank without frames has a blank one
     return LayerSizes(
-        layer.role, plan.strategy, plan.schedule, shape.batch, shape.ranks,
+        layer.role, *mode, shape.batch, shape.ranks,
         rows, rows, sum(shape.q_lengths), keys, max(sum(shape.kv_lengths), keys),
         layer.heads, layer.kv_heads, layer.head_dim, model.width, model.intermediate, shape.element, layer.shares_layer,
         shape.inner_size, model.tiled_mlp, layer.value_dim,
