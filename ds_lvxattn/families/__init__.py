@@ -31,7 +31,7 @@ from ds_lvxattn.families.qwen2_5_omni import Qwen25Omni
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.families.qwen2_vl import Qwen2VL
 from ds_lvxattn.families.qwen3_omni import Qwen3Omni
-from ds_lvxattn.families.qwen3_vl import Qwen3VL, Qwen3VLMoe, Qwen35, Qwen35Moe
+from ds_lvxattn.families.qwen3_vl import Cosmos3Omni, Qwen3VL, Qwen3VLMoe, Qwen35, Qwen35Moe
 from ds_lvxattn.families.text_only import TextOnly
 
 FAMILIES: tuple[type[Family], ...] = (
@@ -51,6 +51,7 @@ FAMILIES: tuple[type[Family], ...] = (
     Qwen25VL,
     Qwen3VL,
     Qwen3VLMoe,
+    Cosmos3Omni,
     Qwen25Omni,
     Qwen3Omni,
     Qwen35,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Cosmos3OmniForConditionalGeneration,
     PreTrainedModel,
     Qwen3_5ForConditionalGeneration,
     Qwen3_5MoeForConditionalGeneration,
@@ -114,6 +115,13 @@ class Qwen3VL(Qwen3Vision):
     def visual_widths(self) -> tuple[int, ...]:
         features, inner = super().visual_widths()
         return (features * (1 + len(self.config.vision_config.deepstack_visual_indexes)), inner)
+
+
+class Cosmos3Omni(Qwen3VL):
+    """The Cosmos 3 Omni family: Qwen3-VL by another name, in a checkpoint that may hold a generator of videos too."""
+
+    name = "Cosmos 3 Omni"
+    model_class: type[PreTrainedModel] = Cosmos3OmniForConditionalGeneration
 
 
 class Qwen3VLMoe(Qwen3VL):

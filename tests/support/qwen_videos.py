@@ -33,6 +33,7 @@ FAMILIES = {
     "qwen2-vl": "Qwen2VLProcessor",
     "qwen2.5-vl": "Qwen2_5_VLProcessor",
     "qwen3-vl": "Qwen3VLProcessor",
+    "cosmos3": "Qwen3VLProcessor",
     "cohere-compass": "CohereCompassProcessor",
     "qwen2.5-omni": "Qwen2_5OmniProcessor",
     "qwen3-omni": "Qwen3OmniMoeProcessor",
@@ -61,7 +62,7 @@ ARGUMENTS = (
     "second_per_grid_ts", "video_second_per_grid",
 )  # fmt: skip
 # The processors of both are one, and so is what they make.
-MADE_FOR = {"qwen3.5": "qwen3-vl"}
+MADE_FOR = {"qwen3.5": "qwen3-vl", "cosmos3": "qwen3-vl"}
 VIDEO_TOKENS = 20  # of a video, at most, where frames are capped
 MAX_FRAMES = 13  # of the first row: an image, and six of each video
 

@@ -48,6 +48,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen2.5-vl": functools.partial(small_models.qwen2_5_vl, TINY),
     "qwen3-vl": functools.partial(small_models.qwen3_vl, TINY),
     "qwen3-vl-moe": functools.partial(small_models.qwen3_vl_moe, TINY, experts_implementation="eager"),
+    "cosmos3": functools.partial(small_models.cosmos3_omni, TINY),
     "cohere-compass": functools.partial(small_models.cohere_compass, TINY, window=5),
     "qwen2.5-omni": functools.partial(small_models.qwen2_5_omni, TINY),
     "qwen3-omni": functools.partial(small_models.qwen3_omni, TINY, experts_implementation="eager"),

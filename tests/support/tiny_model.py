@@ -45,7 +45,7 @@ from ds_lvxattn.families.qwen2_5_omni import Qwen25Omni
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.families.qwen2_vl import Qwen2VL
 from ds_lvxattn.families.qwen3_omni import Qwen3Omni
-from ds_lvxattn.families.qwen3_vl import Qwen3VL, Qwen3VLMoe, Qwen35, Qwen35Moe
+from ds_lvxattn.families.qwen3_vl import Cosmos3Omni, Qwen3VL, Qwen3VLMoe, Qwen35, Qwen35Moe
 from ds_lvxattn.groups import SequenceParallelGroups
 from ds_lvxattn.needle.small_models import SIZE, SMALL_MODELS, Scale, mllama_config, random
 from ds_lvxattn.needle.task import IMAGE, VOCABULARY, build_tokenizer
@@ -174,6 +174,7 @@ PROCESSORS: dict[type, str] = {
     Qwen25VL: "small-qwen2.5-vl",
     Qwen3VL: "small-qwen3-vl",
     Qwen3VLMoe: "small-qwen3-vl-moe",
+    Cosmos3Omni: "small-cosmos3",
     CohereCompass: "small-cohere-compass",
     Qwen25Omni: "small-qwen2.5-omni",
     Qwen3Omni: "small-qwen3-omni",

@@ -36,6 +36,7 @@ from ds_lvxattn.needle.small_models.in_text import (
 from ds_lvxattn.needle.small_models.own_processors import OWN_PROCESSORS, model_with_processor, processor_alone
 from ds_lvxattn.needle.small_models.qwen import (
     cohere_compass,
+    cosmos3_omni,
     qwen2_5_omni,
     qwen2_5_vl,
     qwen2_vl,
@@ -61,6 +62,7 @@ __all__ = [
     "aria",
     "blip2",
     "cohere_compass",
+    "cosmos3_omni",
     "gemma3",
     "idefics",
     "idefics2",
@@ -124,6 +126,7 @@ SMALL_MODELS: dict[str, tuple[Callable[[Scale], PreTrainedModel], Callable[[], A
     "small-qwen2.5-vl": (qwen2_5_vl, lambda: qwen_vl_processor("Qwen2VLVideoProcessor", 16 * SIZE**2)),
     "small-qwen3-vl": (qwen3_vl, lambda: qwen_vl_processor("Qwen3VLVideoProcessor", 64 * SIZE**2)),
     "small-qwen3-vl-moe": (qwen3_vl_moe, lambda: qwen_vl_processor("Qwen3VLVideoProcessor", 64 * SIZE**2)),
+    "small-cosmos3": (cosmos3_omni, lambda: qwen_vl_processor("Qwen3VLVideoProcessor", 64 * SIZE**2)),
     "small-cohere-compass": (
         cohere_compass,
         lambda: qwen_vl_processor("CohereCompassVideoProcessor", 64 * SIZE**2),

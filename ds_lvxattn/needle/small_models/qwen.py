@@ -7,6 +7,8 @@ from typing import Any
 from transformers import (
     CohereCompassConfig,
     CohereCompassForConditionalGeneration,
+    Cosmos3OmniConfig,
+    Cosmos3OmniForConditionalGeneration,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -96,6 +98,13 @@ def qwen3_vl(scale: Scale) -> PreTrainedModel:
     text = {**qwen_vl_text(scale), "head_dim": scale.width // HEADS}
     config = Qwen3VLConfig(image_token_id=IMAGE_ID, vision_config=qwen3_vl_vision(scale), text_config=text)
     return Qwen3VLForConditionalGeneration(config)
+
+
+def cosmos3_omni(scale: Scale) -> PreTrainedModel:
+    """The same as Cosmos 3 Omni."""
+    text = {**qwen_vl_text(scale), "head_dim": scale.width // HEADS, "model_type": "qwen3_vl_text"}
+    config = Cosmos3OmniConfig(image_token_id=IMAGE_ID, vision_config=qwen3_vl_vision(scale), text_config=text)
+    return Cosmos3OmniForConditionalGeneration(config)
 
 
 def cohere_compass(scale: Scale, window: int = 64) -> PreTrainedModel:
