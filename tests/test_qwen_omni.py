@@ -195,6 +195,10 @@ def test_audio_in_a_text_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(SampleError, match=r"'<\|AUDIO\|>', which stands for audio"):
         source_of(made, tmp_path / "rows.jsonl").sample(0)
+    model: Any = tiny("qwen2.5-omni")
+    model.config.audio_token_id = 4
+    with pytest.raises(SampleError, match=r"clip 7 holds the token of audio \(4\)"):
+        tiny_batches(model).collator.check(replace(tiny_sample("tta"), input_ids=[3, 4, 5], name="clip 7"))
 
 
 def kept_under_zero3(name: str) -> tuple[list[str], list[float]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ds_lvxattn.data.sample import FrameShape, FrameSize, Part, SampleError
+from ds_lvxattn.data.sample import FrameShape, FrameSize, Part, Sample, SampleError
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.family import FrameLimits
 from ds_lvxattn.families.qwen_vl import QwenVL
@@ -101,6 +101,12 @@ class Thinker(QwenVL):
                 f"the text holds {self.audio_token!r}, which stands for audio, and there is none here; leave it out"
             )
         return super().write(text, sizes, processor, limits)
+
+    def told(self, shapes: list[FrameShape], sample: Sample, processor: Any) -> list[FrameShape]:
+        audio = self.config.audio_token_id
+        if audio in sample.input_ids:
+            raise SampleError(f"{sample.name} holds the token of audio ({audio}), and there is none here; leave it out")
+        return super().told(shapes, sample, processor)
 
     def time_of(self, part: Part) -> float | None:
         # In float32, as the model multiplies.
