@@ -59,7 +59,7 @@ from ds_lvxattn.runtime.registration import exchanged_attention
 from ds_lvxattn.training.attach import loaded_model
 from ds_lvxattn.training.check_data import encode_for
 from ds_lvxattn.training.loading import load_model
-from tests.support.text_models import SIZES
+from tests.support.text_models import LINEAR, SIZES
 from tests.support.tiny_families import CUTTING, REFUSED, tiny
 from tests.support.tiny_families import FAMILIES as SMALL_FAMILIES
 from tests.support.tiny_model import CPU, IMAGE_TOKEN, TINY, tiny_batches, tiny_model, tiny_processor, tiny_sample
@@ -267,10 +267,10 @@ def test_open_flamingo_is_saved_as_by_transformers(tmp_path: Path) -> None:
 
 
 def test_a_text_that_would_be_wrong_is_refused_in_open_flamingo() -> None:
-    vision, text = CLIPVisionConfig(**TINY.vision), {**SIZES, "layer_types": ["conv", *["full_attention"] * 2]}
+    vision, text = CLIPVisionConfig(**TINY.vision), {**SIZES, **LINEAR}
     with torch.device("meta"):
-        model = OpenFlamingoModel(OpenFlamingoConfig(vision, CONFIG_MAPPING["lfm2"](**text)))
-    with pytest.raises(ConfigError, match=r"layers of the types \['conv'\]"):
+        model = OpenFlamingoModel(OpenFlamingoConfig(vision, CONFIG_MAPPING["olmo_hybrid"](**text)))
+    with pytest.raises(ConfigError, match=r"layers\.0.*\(OlmoHybridGatedDeltaNet\) mixes neighbouring tokens outside"):
         family_of(model).attention_layers(model)
 
 

@@ -20,6 +20,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from ds_lvxattn.data.sample import IGNORE, FrameSize, Sample
 from tests.support.distributed import run
 from tests.support.parity import Gradients, gradients_of, largest_differences, sum_over_ranks
+from tests.support.text_models import TEXT_MODELS
 from tests.support.tiny_model import MODES, attach, loss_of
 
 SIDE, PATCH, IMAGE, VOCABULARY = 56, 14, 150, 160
@@ -44,7 +45,7 @@ KINDS = (  # some with the text of another model behind a blank
     "cohere2_vision", "mistral3", "mistral3 mistral4", "lighton_ocr", "vipllava", "video_llava", "qianfan_ocr",
     "exaone4_5", "hyperclovax_vision_v2", "video_llama_3", "got_ocr2", "glm4v_moe", "glm46v", "glm_ocr", "paddleocr_vl",
     "hunyuan_vl", "cosmos3_edge", "llava", "deepseek_vl", "deepseek_vl_hybrid", "janus", "llama4",
-    "gemma4", "ovis2", "molmo2",
+    "gemma4", "ovis2", "molmo2", "lfm2_vl", "lfm3_vl",
 )  # fmt: skip
 # What a config is made with, beside those sizes.
 GIVEN: dict[str, dict[str, Any]] = {
@@ -103,6 +104,11 @@ GIVEN: dict[str, dict[str, Any]] = {
         "text_config": {"num_hidden_layers": 2, "additional_vocab_size": 0},
         "image_patch_id": IMAGE,
     },
+    "lfm2_vl": {  # short convolutions along the text
+        "vision_config": {"num_patches": 16},
+        "text_config": {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    },
+    "lfm3_vl": {"text_config": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}},
     "janus": {
         "vision_config": {"projection_dim": 32},
         "vq_config": {
@@ -117,7 +123,7 @@ SECTIONS = {
     "hunyuan_vl": [1, 1, 1, 1],
 }
 # Parts of them compute in float32, whatever the model.
-SINGLE = ("cohere2_vision", "glm4v_moe", "glm46v", "cosmos3_edge", "llama4", "gemma4")
+SINGLE = ("cohere2_vision", "glm4v_moe", "glm46v", "cosmos3_edge", "llama4", "gemma4", "lfm2_vl", "lfm3_vl")
 # Whose norms are computed in float64 here: in float32, a last bit more or less decides which way they round.
 NORMS = ("ovis2",)
 # Whose images see themselves in both directions, and the tokens that are of an image.
@@ -155,6 +161,13 @@ class StandIn:
             made = {
                 "pixel_values": patches.flatten(0, 1) if as_pictures else values,
                 "image_grid_thw": torch.tensor([[1, rows, rows]]), "image_merge_sizes": torch.tensor([2]),
+            }  # fmt: skip
+        if "spatial_shapes" in self.names:
+            rows = SIDE // PATCH
+            patches = pixels[0].unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).permute(1, 2, 3, 4, 0)
+            made = {
+                "pixel_values": patches.flatten(2).flatten(0, 1)[None], "spatial_shapes": torch.tensor([[rows, rows]]),
+                "pixel_attention_mask": torch.ones(1, rows**2, dtype=torch.long),
             }  # fmt: skip
         if "image_position_ids" in self.names:
             rows = SIDE // PATCH
@@ -275,7 +288,12 @@ def on_ranks(kind: str) -> tuple[float, Gradients]:
     return sum_over_ranks(loss, gradients_of(model))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if {*kind.split()} <= {*CONFIG_MAPPING}])
+OF_RELEASE = [kind for kind in KINDS if {*kind.split()} <= {*CONFIG_MAPPING}]
+if "lfm2" not in TEXT_MODELS:
+    OF_RELEASE.remove("lfm2_vl")
+
+
+@pytest.mark.parametrize("kind", OF_RELEASE)
 def test_loss_and_gradients_are_those_of_the_unmodified_model(kind: str) -> None:
     loss, gradient = largest_differences(run(2, on_ranks, kind)[0], in_transformers(kind))
     assert loss < 1e-12 and gradient < (1e-6 if kind in SINGLE else 1e-11)

@@ -32,16 +32,17 @@ from tests.support.parity import (
     samples_of,
     sum_over_ranks,
 )
-from tests.support.text_models import LATENT, ROUTED, SIZES, TEXT_MODELS, text_model
+from tests.support.text_models import LATENT, ROUTED, SCANS, SIZES, TEXT_MODELS, text_model
 from tests.support.tiny_model import attach, loss_of
 
 # Their norms, or their routers of experts, compute in float32, whatever the model.
 SINGLE = (
     "gemma2", "gemma3_text", "gpt_oss", "cohere2", "deepseek_v3", "deepseek_v2", "longcat_flash", "glm4_moe_lite",
     "mimo_v2_flash", "gemma3n_text", "gemma4_text", "llama4_text", "moshi", "qwen3_5_text", "qwen3_next", "olmo_hybrid",
+    "lfm2", "lfm2_moe", "lfm3",
 )  # fmt: skip
-LINEAR_ATTENTION = ("qwen3_5_text", "qwen3_next", "olmo_hybrid")
 KINDS = tuple(kind for kind in TEXT_MODELS if kind in CONFIG_MAPPING)  # of this release of transformers
+MIXERS = tuple(kind for kind in KINDS if kind in ("qwen3_5_text", "qwen3_next", "olmo_hybrid", "lfm2", "lfm2_moe"))
 MODES = (("lv_xattn", "gather", "contiguous"), ("ulysses", "auto", "striped"), ("ring", "ring", "contiguous"))
 
 
@@ -88,11 +89,11 @@ def answers(kind: str) -> list[list[int]]:
 
 
 # Their caches hold latents, each key once that two heads repeat, nothing of layers that attend to others' keys, and
-# states of linear attention.
+# states of linear attention and convolutions.
 @pytest.mark.parametrize(
     "kind",
     slow_but(
-        ("deepseek_v3", "jetmoe", "gemma3n_text", "gemma4_text", "llama4_text", "nemotron", *LINEAR_ATTENTION),
+        ("deepseek_v3", "jetmoe", "gemma3n_text", "gemma4_text", "llama4_text", "nemotron", *MIXERS),
         "deepseek_v3",
         "qwen3_next",
     ),
@@ -111,7 +112,7 @@ def train(kind: str, ranks: int) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gpt_oss", "gemma3_text", *LINEAR_ATTENTION])
+@pytest.mark.parametrize("kind", ["gpt_oss", "gemma3_text", *MIXERS])
 def test_losses_under_zero3(kind: str) -> None:
     assert run(2, train, kind, 2)[0] == pytest.approx(train(kind, 1), rel=1e-4)
 
@@ -121,7 +122,7 @@ def test_losses_under_zero3(kind: str) -> None:
     [
         ("qwen3_moe", {"output_router_logits": True}, "'output_router_logits' is true"),
         ("mamba", {"state_size": 4}, "does not look up transformers' registry"),
-        ("lfm2", {"layer_types": ["conv", "full_attention", "full_attention"]}, r"layers of the types \['conv'\]"),
+        ("bamba", SCANS, r"layers of the types \['linear_attention'\]"),
         ("glm_moe_dsa", {**LATENT, **ROUTED, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4},
          r"\(GlmMoeDsaIndexer\) chooses the keys that a row attends to"),
         ("bloom", {}, "does not look up transformers' registry|ALiBi"),

@@ -259,7 +259,8 @@ def _go_on_from(cache: Cache, states: MixerStates | None) -> None:
         cache.layers += [DynamicLayer() for _ in range(len(cache.layers), index + 1)]
         layer = LinearAttentionLayer()
         layer.update_conv_state(channels)
-        layer.update_recurrent_state(state)
+        if state is not None:
+            layer.update_recurrent_state(state)
         cache.layers[index] = layer
 
 

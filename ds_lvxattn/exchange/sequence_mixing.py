@@ -87,6 +87,17 @@ def heads_of_all_ranks(x: Tensor, heads: Heads, comm: Communicator) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
+def last_tokens(x: Tensor, count: int) -> Tensor:
+    """The last ``count`` tokens of ``x [B, heads, S, D]``, zeros ahead of the first one."""
+    return pad(x[:, :, -count:], (0, 0, max(count - x.shape[2], 0), 0))
+
+
+def of_documents(made: Sequence[Tensor], documents: Sequence[Document], nothing: Tensor) -> Tensor:
+    """``[documents, ...]``: what was made of each that is not empty, ``[1, ...]``, and ``nothing`` for the others."""
+    found = iter(made)
+    return torch.cat([next(found) if first < end else nothing for _, first, end in documents])
+
+
 def _apart(
     tensors: Sequence[Tensor],
     shape: tuple[int, int, int, int],

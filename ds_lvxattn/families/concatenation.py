@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ds_lvxattn.data.sample import FrameShape
 from ds_lvxattn.families.family import Family, VisualFamily
-from ds_lvxattn.families.gated_delta import divide, mixers
 from ds_lvxattn.families.handed_on import hand_down
+from ds_lvxattn.families.mixers import divide, mixers
 from ds_lvxattn.families.rotary import (
     self_attention_chunk,
     self_attention_role,

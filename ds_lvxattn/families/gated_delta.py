@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, softplus
+from torch.nn.functional import softplus
 
-from ds_lvxattn.exchange.sequence_mixing import heads_of_all_ranks, mixed_by_heads
-from ds_lvxattn.families.handed_on import names
+from ds_lvxattn.exchange.sequence_mixing import heads_of_all_ranks, last_tokens, mixed_by_heads, of_documents
+from ds_lvxattn.families.handed_on import names, takes_others
 from ds_lvxattn.kernels.torch_internals import never_compiled
 from ds_lvxattn.plan.head_shards import head_shards
 from ds_lvxattn.plan.layer_plan import AttentionLayer
@@ -34,7 +34,8 @@ KNOWN = ("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDelta
 CONVOLUTION, RULE = "causal_conv1d_fn", "torch_chunk_gated_delta_rule"
 # What they have beside the names of one of ``PROJECTIONS``.
 PARTS = (
-    "num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "activation", "layer_idx", "conv1d", "A_log", "dt_bias",
+    "num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "activation", "layer_idx", "layer_type", "conv1d",
+    "conv_kernel_size", "A_log", "dt_bias",
 )  # fmt: skip
 FUSED = ("in_proj_qkvz", "in_proj_ba", "fix_query_key_value_ordering", "norm", "out_proj")
 MIXED = ("in_proj_qkv", "in_proj_b", "in_proj_a", "in_proj_z", "norm", "out_proj")
@@ -57,8 +58,8 @@ class _Code:
     repeats: bool
 
 
-def mixers(model: nn.Module) -> dict[nn.Module, AttentionLayer]:
-    """The modules of ``model`` that ``divide`` takes, with the sizes of each: value heads are its query heads."""
+def gated_delta(model: nn.Module) -> dict[nn.Module, AttentionLayer]:
+    """The modules of ``model`` that ``divide_gated_delta`` takes, with sizes, value heads as query heads."""
     found: dict[nn.Module, AttentionLayer] = {}
     module: Any
     for name, module in model.named_modules():
@@ -68,8 +69,8 @@ def mixers(model: nn.Module) -> dict[nn.Module, AttentionLayer]:
     return found
 
 
-def divide(model: nn.Module) -> None:
-    """Let the modules ``mixers(model)`` take divided text."""
+def divide_gated_delta(model: nn.Module) -> None:
+    """Let the modules ``gated_delta(model)`` take divided text."""
     for module in model.modules():
         code = _code_of(module)
         if code is not None:
@@ -86,7 +87,9 @@ def _code_of(module: nn.Module) -> _Code | None:
     has = (some for some in PROJECTIONS if all(hasattr(module, name) for name in (*PARTS, *some)))
     projections = next(has, None)
     calls = all(name in functions and names(module, name) for name in (CONVOLUTION, RULE))
-    return _Code(projections, functions, names(module, "repeat_interleave")) if projections and calls else None
+    if projections is None or not calls or not takes_others(module):
+        return None
+    return _Code(projections, functions, names(module, "repeat_interleave"))
 
 
 @never_compiled
@@ -103,8 +106,7 @@ def _forward(
     """The forward of ``module``, ``own`` where this rank has the whole text: ``hidden_states [B, s, d]``."""
     batch: SequenceParallelBatch | None = sequence_parallel
     # While text is generated, each new token is on every rank, and so are the states that it goes on from.
-    divided = batch is not None and batch.brings_frames
-    if batch is None or not divided or (batch.comm.ranks == 1 and batch.documents is None and batch.states is None):
+    if batch is None or not batch.brings_frames or batch.mixes_at_once:
         return own(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
     projected = _projected(module, code, hidden_states)
     values = _Mixer(module, code, batch).mixed(projected).transpose(1, 2)
@@ -203,7 +205,7 @@ class _Mixer:
             output_final_state=keeps, use_qk_l2norm_in_kernel=True,
         )  # fmt: skip
         if keeps:
-            self.states.append(([_last(x, self.module.conv_kernel_size) for x in channels], state))
+            self.states.append(([last_tokens(x, self.module.conv_kernel_size) for x in channels], state))
         made: Tensor = out.transpose(1, 2)
         return made
 
@@ -229,29 +231,14 @@ class _Mixer:
         Args:
             tensors: of the rank's tokens with all heads.
         """
-        module, comm = self.module, self.batch.comm
-        assert self.batch.documents is not None
-        kernel, made = module.conv_kernel_size, iter(self.states)
-        own, states = [], []
-        for _, first, end in self.batch.documents:
-            if first < end:
-                tails, state = next(made)
-            else:  # nothing was there yet
-                tails = [
-                    x.new_zeros(1, len(heads[comm.rank]), kernel, x.shape[3])
-                    for x, heads in zip(tensors, (self.keys, self.keys, self.values), strict=False)
-                ]
-                shape = 1, len(self.share.queries), module.head_k_dim, module.head_v_dim
-                state = tensors[0].new_zeros(shape, dtype=torch.float32)
-            own.append(tails)
-            states.append(state)
-        of_all = [
-            heads_of_all_ranks(torch.cat(tail), heads, comm).transpose(2, 3).flatten(1, 2)
-            for tail, heads in zip(zip(*own, strict=True), (self.keys, self.keys, self.values), strict=True)
-        ]
-        return torch.cat(of_all, dim=1), heads_of_all_ranks(torch.cat(states), self.values, comm)
-
-
-def _last(x: Tensor, count: int) -> Tensor:
-    """The last ``count`` tokens of ``x [B, heads, S, D]``, zeros ahead of the first one."""
-    return pad(x[:, :, -count:], (0, 0, max(count - x.shape[2], 0), 0))
+        module, comm, documents = self.module, self.batch.comm, self.batch.documents
+        assert documents is not None
+        tails, heads = [], (self.keys, self.keys, self.values)
+        for place, (of_ranks, x) in enumerate(zip(heads, tensors, strict=False)):
+            nothing = x.new_zeros(1, len(of_ranks[comm.rank]), module.conv_kernel_size, x.shape[3])
+            own = of_documents([made[place] for made, _ in self.states], documents, nothing)
+            tails.append(heads_of_all_ranks(own, of_ranks, comm).transpose(2, 3).flatten(1, 2))
+        sizes = len(self.share.queries), module.head_k_dim, module.head_v_dim
+        nothing = tensors[0].new_zeros(1, *sizes, dtype=torch.float32)
+        state = of_documents([state for _, state in self.states], documents, nothing)
+        return torch.cat(tails, dim=1), heads_of_all_ranks(state, self.values, comm)

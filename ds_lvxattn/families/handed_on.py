@@ -28,6 +28,12 @@ def drops_arguments(module: nn.Module) -> bool:
     )
 
 
+def takes_others(module: nn.Module) -> bool:
+    """Whether the forward of ``module`` takes further arguments; the layer around one that does not hands none on."""
+    kinds = inspect.signature(_forward(module)).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in kinds)
+
+
 def makes_masks(module: nn.Module) -> str | None:
     """The variable of an attention's forward that is a mask beside the one that it is given; None: there is none."""
     forward = _forward(module)

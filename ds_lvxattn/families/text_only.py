@@ -18,8 +18,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families.family import Family
-from ds_lvxattn.families.gated_delta import divide, mixers
 from ds_lvxattn.families.handed_on import MASK, around, drops_arguments, hand_down, makes_masks, names
+from ds_lvxattn.families.mixers import divide, mixers, types_of_layers
 from ds_lvxattn.families.rotary import (
     self_attention_chunk,
     self_attention_role,
@@ -33,7 +33,7 @@ from ds_lvxattn.runtime.recompute import Recomputation
 # Types of layers, by transformers' names, whose attention is intervals.
 INTERVALS = ("full_attention", "sliding_attention", "chunked_attention")
 # Modules that hand something from one token to the next besides attention; a rank has only its part of the tokens. What
-# those of ``gated_delta`` hand on is exchanged by heads.
+# those in ``families/mixers.py`` hand on is exchanged by heads.
 RECURRENT = ("mamba", "rwkv", "recurrent", "lightningattention", "gateddeltanet", "shortconv")
 
 
@@ -159,7 +159,7 @@ def _windows_of_masks(model: nn.Module) -> str | None:
 
 
 def _kinds_of_layers(model: Any) -> str | None:
-    supported = (*INTERVALS, *(["linear_attention"] if mixers(model) else []))
+    supported = (*INTERVALS, *types_of_layers(model))
     kinds = sorted({*(getattr(model.config, "layer_types", None) or ())} - {*supported})
     return f"it has layers of the types {kinds}, and only {list(supported)} are supported" if kinds else None
 
@@ -172,6 +172,13 @@ def _recurrence(model: nn.Module) -> str | None:
             continue
         if isinstance(module, nn.Conv1d) or any(word in kind.lower() for word in RECURRENT):
             return f"module {name} ({kind}) mixes neighbouring tokens outside attention, and a rank has a part of them"
+    return None
+
+
+def mixing(model: nn.Module) -> str | None:
+    """Why a family that does not divide ``mixers`` would compute them wrongly."""
+    for module, layer in mixers(model).items():
+        return f"module {layer.name} ({type(module).__name__}) mixes neighbouring tokens outside attention"
     return None
 
 

@@ -134,6 +134,12 @@ class SequenceParallelBatch:
     brings_frames: ClassVar[bool] = True
 
     @property
+    def mixes_at_once(self) -> bool:
+        """Whether what mixes tokens outside attention may run as it is: this rank has all of the text, rows are of one
+        sample each, and nobody asks for states."""
+        return self.comm.ranks == 1 and self.documents is None and self.states is None
+
+    @property
     def mixed_rows(self) -> MixedRows:
         """The rows of text, for what mixes them outside attention."""
         return MixedRows(self.comm, self.roles["self"].layout.q, self.documents)

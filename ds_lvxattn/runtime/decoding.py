@@ -25,8 +25,8 @@ from ds_lvxattn.runtime.one_sequence import as_one_sequence, by_sample
 
 KeyCache = dict[nn.Module, tuple[Tensor, Tensor]]
 # Of modules that mix tokens outside attention, with a state that goes on from token to token: what a convolution
-# reaches back to, ``[B, channels, kernel]``, and the state of a recurrence, ``[B, H, D, D_v]``.
-MixerStates = dict[nn.Module, tuple[Tensor, Tensor]]
+# reaches back to, ``[B, channels, kernel]``, and the state of a recurrence, ``[B, H, D, D_v]``, if there is one.
+MixerStates = dict[nn.Module, tuple[Tensor, Tensor | None]]
 
 
 class NewTokens(DynamicLayer):

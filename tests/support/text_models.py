@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
 
 from tests.support.tiny_model import IMAGE_TOKEN
 
@@ -28,6 +30,9 @@ LINEAR = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 8,
     "linear_conv_kernel_dim": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }  # fmt: skip
+CONVOLUTIONS = {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3, "conv_bias": True}
+# Mamba: a scan that nothing here divides.
+SCANS = {"attn_layer_indices": [1, 2], "mamba_n_heads": 4, "mamba_d_head": 16}
 ROUTED = {
     "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
     "moe_intermediate_size": 16, "first_k_dense_replace": 1, "experts_implementation": "eager",
@@ -79,6 +84,14 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
     "qwen3_next": {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 16, "experts_implementation": "eager"},
     "olmo_hybrid": {**LINEAR, "linear_allow_neg_eigval": True},
 }  # fmt: skip
+
+# Short convolutions, of releases whose layers hand arguments on to them.
+if "kwargs" in inspect.signature(Lfm2ShortConv.forward).parameters:
+    TEXT_MODELS |= {
+        "lfm2": CONVOLUTIONS,
+        "lfm3": CONVOLUTIONS,
+        "lfm2_moe": {**CONVOLUTIONS, **EXPERTS, "experts_implementation": "eager", "num_dense_layers": 1},
+    }
 
 
 def text_model(kind: str, dtype: torch.dtype = torch.float32, **others: Any) -> nn.Module:

@@ -33,7 +33,7 @@ from ds_lvxattn.families.rotary import (
     self_attention_sizes,
     self_attention_window,
 )
-from ds_lvxattn.families.text_only import OF_LAYERS, refuse
+from ds_lvxattn.families.text_only import OF_LAYERS, mixing, refuse
 from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.runtime.batch import Exchanging, SequenceParallelBatch
 from ds_lvxattn.runtime.recompute import Recomputation
@@ -65,7 +65,7 @@ class OpenFlamingo(VisualFamily):
 
     def attention_layers(self, model: Any) -> dict[nn.Module, AttentionLayer]:
         """See ``Family``. A text whose layers would be computed wrongly is refused, with the reason."""
-        refuse(model, (hinders(model.flamingo.lang_encoder) for hinders in OF_LAYERS))
+        refuse(model, (hinders(model.flamingo.lang_encoder) for hinders in (mixing, *OF_LAYERS)))
         return super().attention_layers(model)
 
     def sizes_of(self, module: Any) -> tuple[int, int, int]:
