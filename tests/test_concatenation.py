@@ -31,7 +31,7 @@ from ds_lvxattn.runtime.visual_rows import VisualRows
 from ds_lvxattn.training.loading import select_trainable
 from tests.support.distributed import device, run
 from tests.support.parity import Gradients, gradients_of, largest_differences, samples_of, sum_over_ranks
-from tests.support.text_models import SCANS, SIZES
+from tests.support.text_models import LIGHTNING, SIZES
 from tests.support.tiny_families import tiny
 from tests.support.tiny_model import IMAGE_TOKEN, TINY, attach, loss_of
 from tests.support.traffic import measured
@@ -208,11 +208,11 @@ def test_a_tower_without_a_fixed_number_of_tokens_is_of_the_general_family() -> 
     ("kind", "reason"),
     [
         ("doge", "DogeAttention makes a dense mask itself"),
-        ("bamba", r"layers of the types \['linear_attention'\]"),
+        ("minimax", r"layers of the types \['linear_attention'\]"),
     ],
 )
 def test_a_text_that_would_be_wrong_is_refused_beside_images_too(kind: str, reason: str) -> None:
-    others = SCANS if kind == "bamba" else {}
+    others = LIGHTNING if kind == "minimax" else {}
     text, vision = CONFIG_MAPPING[kind](**{**SIZES, **others}), CLIPVisionConfig(**TINY.vision)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision))

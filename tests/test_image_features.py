@@ -30,7 +30,7 @@ from tests.support.distributed import run
 from tests.support.image_models import AROUND, IMAGE_MODELS, image_model
 from tests.support.marks import slow, slow_but
 from tests.support.parity import Gradients, gradients_of, largest_differences, losses_of_steps, sum_over_ranks
-from tests.support.text_models import SCANS, SIZES
+from tests.support.text_models import LIGHTNING, SIZES
 from tests.support.tiny_model import IMAGE_TOKEN, MODES, TINY, attach, loss_of, tiny_batches, tiny_sample
 
 # Patterns of text, and heights and widths of their images in pixels; of videos the number of frames is ahead of them.
@@ -206,7 +206,7 @@ def test_the_path_without_exchange_is_exact_too(kind: str) -> None:
         ("gemma4_unified", {}, "its images see themselves in other layers in its forward"),
         ("ernie4_5_vl_moe", {}, "its layers compute rows of images in another way ['moe_mm_token_type_ids']"),
         ("qwen2_5_omni_thinker", {}, "its rotary positions follow from more than the places of its images"),
-        ("lfm2_vl", {"text_config": {"model_type": "bamba", **SIZES, **SCANS}},
+        ("lfm2_vl", {"text_config": {**SIZES, **LIGHTNING}},
          "it has layers of the types ['linear_attention']"),
         ("granite4_vision", {"deepstack_layer_map": [[0, 1]], "downsample_rate": "1/2"},
          "visual features go into several of its layers"),

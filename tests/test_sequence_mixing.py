@@ -158,19 +158,28 @@ def test_heads_of_all_ranks() -> None:
 KINDS = {
     "qwen3_next": "Qwen3NextGatedDeltaNet", "qwen3_5_text": "Qwen3_5GatedDeltaNet",
     "qwen3_5_moe_text": "Qwen3_5MoeGatedDeltaNet", "olmo_hybrid": "OlmoHybridGatedDeltaNet", "lfm2": "Lfm2ShortConv",
-    "lfm2_moe": "Lfm2MoeShortConv", "lfm3": "Lfm3ShortConv",
+    "lfm2_moe": "Lfm2MoeShortConv", "lfm3": "Lfm3ShortConv", "nemotron_h": "NemotronHMamba2Mixer",
+    "bamba": "BambaMixer", "granitemoehybrid": "GraniteMoeHybridMambaLayer",
 }  # fmt: skip
 # On three ranks: heads that divide, a key head that two ranks read, a rank whose runs of value heads differ.
 HEADS = ((3, 6), (2, 4), (3, 12), (2, 8))
 
 
 def module_of(kind: str, heads: tuple[int, int]) -> Any:
-    """A module of linear attention, in float32, as which it computes whatever it is given."""
+    """A module that mixes tokens, in float32, as which it computes whatever it is given."""
     keys, values = heads
-    more = {**LINEAR, "linear_num_key_heads": keys, "linear_num_value_heads": values}
-    if "moe" in kind or kind == "qwen3_next":
+    size = 16 if values == 6 else 8  # of a head in Bamba, whose inner width is a multiple of the model's
+    more: dict[str, Any] = {**LINEAR, "linear_num_key_heads": keys, "linear_num_value_heads": values}
+    if kind in ("qwen3_5_moe_text", "qwen3_next"):
         more |= {"num_experts": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
-    model = text_model(kind, **(CONVOLUTIONS if kind.startswith("lfm") else more))
+    elif kind.startswith("lfm"):
+        more = CONVOLUTIONS
+    elif kind == "nemotron_h":
+        more = {"mamba_num_heads": values, "n_groups": keys}
+    elif kind in ("bamba", "granitemoehybrid"):
+        expand = values * size // SIZES["hidden_size"]
+        more = {"mamba_n_heads": values, "mamba_n_groups": keys, "mamba_d_head": size, "mamba_expand": expand}
+    model = text_model(kind, **more)
     return next(module for module in model.modules() if type(module).__name__ == KINDS[kind])
 
 

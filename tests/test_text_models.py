@@ -32,17 +32,22 @@ from tests.support.parity import (
     samples_of,
     sum_over_ranks,
 )
-from tests.support.text_models import LATENT, ROUTED, SCANS, SIZES, TEXT_MODELS, text_model
+from tests.support.text_models import LATENT, LIGHTNING, ROUTED, SIZES, TEXT_MODELS, text_model
 from tests.support.tiny_model import attach, loss_of
 
 # Their norms, or their routers of experts, compute in float32, whatever the model.
 SINGLE = (
     "gemma2", "gemma3_text", "gpt_oss", "cohere2", "deepseek_v3", "deepseek_v2", "longcat_flash", "glm4_moe_lite",
     "mimo_v2_flash", "gemma3n_text", "gemma4_text", "llama4_text", "moshi", "qwen3_5_text", "qwen3_next", "olmo_hybrid",
-    "lfm2", "lfm2_moe", "lfm3",
+    "lfm2", "lfm2_moe", "lfm3", "bamba", "granitemoehybrid", "nemotron_h",
 )  # fmt: skip
 KINDS = tuple(kind for kind in TEXT_MODELS if kind in CONFIG_MAPPING)  # of this release of transformers
-MIXERS = tuple(kind for kind in KINDS if kind in ("qwen3_5_text", "qwen3_next", "olmo_hybrid", "lfm2", "lfm2_moe"))
+MIXERS = tuple(
+    kind
+    for kind in KINDS
+    if kind
+    in ("qwen3_5_text", "qwen3_next", "olmo_hybrid", "lfm2", "lfm2_moe", "bamba", "granitemoehybrid", "nemotron_h")
+)
 MODES = (("lv_xattn", "gather", "contiguous"), ("ulysses", "auto", "striped"), ("ring", "ring", "contiguous"))
 
 
@@ -122,7 +127,7 @@ def test_losses_under_zero3(kind: str) -> None:
     [
         ("qwen3_moe", {"output_router_logits": True}, "'output_router_logits' is true"),
         ("mamba", {"state_size": 4}, "does not look up transformers' registry"),
-        ("bamba", SCANS, r"layers of the types \['linear_attention'\]"),
+        ("minimax", LIGHTNING, r"layers of the types \['linear_attention'\]"),
         ("glm_moe_dsa", {**LATENT, **ROUTED, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4},
          r"\(GlmMoeDsaIndexer\) chooses the keys that a row attends to"),
         ("bloom", {}, "does not look up transformers' registry|ALiBi"),

@@ -1,13 +1,8 @@
 """Linear attention by the gated delta rule (``GatedDeltaNet`` of Qwen3-Next, Qwen3.5 and OLMo Hybrid) on divided text.
 
-The module projects each token by itself; a causal convolution runs along the text, channel by channel, and then a
-recurrence, head by head; what that gives is gated and projected, again token by token. So what is between the
-projections is exchanged by heads (``exchange/sequence_mixing.py``). It is computed by the functions that the module's
-own forward calls, for which transformers takes the kernels of other packages where those are installed.
-
-Equally many value heads read a key head. Ranks share the value heads, and each gets the key heads that its own read, as
-in Ulysses. A rank takes its heads' part of the parameters of convolution and decay too, so that their gradients are
-parts that add up over the ranks, as those of all parameters do.
+The module projects each token by itself; a causal convolution and a recurrence run along the text (``HeadMixer``); what
+that gives is gated and projected, again token by token. Both are computed by the functions that the module's own
+forward calls, for which transformers takes the kernels of other packages where those are installed.
 """
 
 from __future__ import annotations
@@ -22,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ds_lvxattn.exchange.sequence_mixing import heads_of_all_ranks, last_tokens, mixed_by_heads, of_documents
 from ds_lvxattn.families.handed_on import names, takes_others
+from ds_lvxattn.families.head_mixing import Channels, HeadMixer
 from ds_lvxattn.kernels.torch_internals import never_compiled
-from ds_lvxattn.plan.head_shards import head_shards
 from ds_lvxattn.plan.layer_plan import AttentionLayer
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 
@@ -109,7 +103,8 @@ def _forward(
     if batch is None or not batch.brings_frames or batch.mixes_at_once:
         return own(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
     projected = _projected(module, code, hidden_states)
-    values = _Mixer(module, code, batch).mixed(projected).transpose(1, 2)
+    channels = projected.query, projected.key, projected.value
+    values = _GatedDelta(module, code, batch).mixed(channels, projected.rates)
     separate = code.projections is SEPARATE
     norm, project = (module.o_norm, module.o_proj) if separate else (module.norm, module.out_proj)
     size = module.head_v_dim
@@ -145,100 +140,29 @@ def _projected(module: Any, code: _Code, x: Tensor) -> _Projected:
     return _Projected(q, k, v, torch.stack((b, a), dim=-1), gate.unflatten(-1, values))
 
 
-class _Mixer:
-    """Convolution and recurrence of a module over the text of a batch, for this rank's heads.
-
-    Args:
-        module: of a class in ``KNOWN``.
-        code: what its own forward does.
-        batch: the batch.
-    """
+class _GatedDelta(HeadMixer):
+    """The gated delta rule of a module of a class in ``KNOWN``; see ``HeadMixer``."""
 
     def __init__(self, module: Any, code: _Code, batch: SequenceParallelBatch) -> None:
-        self.module, self.batch = module, batch
-        shards = head_shards(module.num_v_heads, module.num_k_heads, batch.comm.ranks)
-        self.keys, self.values = tuple(x.keys for x in shards), tuple(x.queries for x in shards)
-        self.share = shards[batch.comm.rank]
-        self.convolve, self.rule = code.functions[CONVOLUTION], code.functions[RULE]
-        # The function does it where the module does not, and as many value heads read each key head.
-        several = len(self.share.queries) > len(self.share.keys)
-        self.repeats = len(self.share.parts) > 1 or (several and code.repeats)
-        channels = [module.num_k_heads * module.head_k_dim] * 2 + [module.num_v_heads * module.head_v_dim]
-        sizes = (module.head_k_dim, module.head_k_dim, module.head_v_dim)
-        own = [slice(x.start, x.stop) for x in (self.share.keys, self.share.keys, self.share.queries)]
+        keys = Channels(module.num_k_heads, module.head_k_dim, True)
+        values = Channels(module.num_v_heads, module.head_v_dim, False)
+        convolve = code.functions[CONVOLUTION]
+        super().__init__(module, (keys, keys, values), module.head_v_dim, convolve, code.repeats, batch)
+        self.rule = code.functions[RULE]
+        self.decay = -module.A_log[self.own].float().exp()
+        self.offset = module.dt_bias[self.own]
 
-        def of_own(x: Tensor) -> list[Tensor]:
-            """The parameters of the channels of this rank's queries, keys and values."""
-            parts = zip(x.split(channels), sizes, own, strict=True)
-            return [part.unflatten(0, (-1, size))[heads].flatten(0, 1) for part, size, heads in parts]
+    @property
+    def sizes_of_state(self) -> tuple[int, int]:
+        return self.module.head_k_dim, self.module.head_v_dim
 
-        self.weights = of_own(module.conv1d.weight.squeeze(1))
-        bias = module.conv1d.bias
-        self.biases: Sequence[Tensor | None] = [None] * 3 if bias is None else of_own(bias)
-        self.decay = -module.A_log[own[2]].float().exp()
-        self.offset = module.dt_bias[own[2]]
-        self.states: list[tuple[list[Tensor], Tensor]] = []
-
-    def mixed(self, projected: _Projected) -> Tensor:
-        """What the recurrence makes of the rank's tokens, with all heads: ``[B, H_v, s, D_v]``."""
-        tensors = [x.transpose(1, 2) for x in (projected.query, projected.key, projected.value, projected.rates)]
-        heads = (self.keys, self.keys, self.values, self.values)
-        result = self.values, self.module.head_v_dim
-        out = mixed_by_heads(tensors, heads, result, self.batch.mixed_rows, self._mix)
-        if self.batch.states is not None:
-            self.batch.states[self.module] = self._all_states(tensors)
-        return out
-
-    def _mix(self, *tensors: Tensor) -> Tensor:
-        """``query, key [B, heads, S, D]``, ``value [B, heads, S, D_v]`` and rates of this rank's heads to values."""
-        keeps = self.batch.states is not None
-        *channels, rates = tensors
-        query, key, value = map(self._convolved, channels, self.weights, self.biases)
-        if self.repeats:
-            query, key = self._repeated(query), self._repeated(key)
-        update, decay = rates.transpose(1, 2).unbind(-1)
+    def recur(self, channels: Sequence[Tensor], rates: Tensor, keeps: bool) -> tuple[Tensor, Tensor | None]:
+        update, decay = rates.unbind(-1)
         beta = update.sigmoid()
         if getattr(self.module, "allow_neg_eigval", False):
             beta = beta * 2.0
-        out, state = self.rule(
-            query, key, value, g=self.decay * softplus(decay.float() + self.offset), beta=beta, initial_state=None,
+        made: tuple[Tensor, Tensor | None] = self.rule(
+            *channels, g=self.decay * softplus(decay.float() + self.offset), beta=beta, initial_state=None,
             output_final_state=keeps, use_qk_l2norm_in_kernel=True,
         )  # fmt: skip
-        if keeps:
-            self.states.append(([last_tokens(x, self.module.conv_kernel_size) for x in channels], state))
-        made: Tensor = out.transpose(1, 2)
         return made
-
-    def _convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``x [B, heads, S, D]``, convolved along ``S``, as ``[B, S, heads, D]``."""
-        heads, size = x.shape[1], x.shape[3]
-        made = self.convolve(x.transpose(2, 3).flatten(1, 2), weight, bias, activation=self.module.activation)
-        convolved: Tensor = made.unflatten(1, (heads, size)).permute(0, 3, 1, 2)
-        return convolved
-
-    def _repeated(self, x: Tensor) -> Tensor:
-        """Key heads of ``x [B, S, heads, D]``, each for the value heads that read it."""
-        runs = x.split([keys for _, keys in self.share.parts], dim=2)
-        return torch.cat(
-            [run.repeat_interleave(values // keys, dim=2)
-             for run, (values, keys) in zip(runs, self.share.parts, strict=True)], dim=2,
-        )  # fmt: skip
-
-    def _all_states(self, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Behind each document, on every rank: the last channels ``[B, C, kernel]`` that the convolution took, queries,
-        keys and values, and the state of the recurrence ``[B, H_v, D, D_v]``.
-
-        Args:
-            tensors: of the rank's tokens with all heads.
-        """
-        module, comm, documents = self.module, self.batch.comm, self.batch.documents
-        assert documents is not None
-        tails, heads = [], (self.keys, self.keys, self.values)
-        for place, (of_ranks, x) in enumerate(zip(heads, tensors, strict=False)):
-            nothing = x.new_zeros(1, len(of_ranks[comm.rank]), module.conv_kernel_size, x.shape[3])
-            own = of_documents([made[place] for made, _ in self.states], documents, nothing)
-            tails.append(heads_of_all_ranks(own, of_ranks, comm).transpose(2, 3).flatten(1, 2))
-        sizes = len(self.share.queries), module.head_k_dim, module.head_v_dim
-        nothing = tensors[0].new_zeros(1, *sizes, dtype=torch.float32)
-        state = of_documents([state for _, state in self.states], documents, nothing)
-        return torch.cat(tails, dim=1), heads_of_all_ranks(state, self.values, comm)

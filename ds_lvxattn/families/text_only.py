@@ -32,6 +32,7 @@ from ds_lvxattn.runtime.recompute import Recomputation
 
 # Types of layers, by transformers' names, whose attention is intervals.
 INTERVALS = ("full_attention", "sliding_attention", "chunked_attention")
+ROW_BY_ROW = ("mlp", "moe")  # of layers with neither attention nor anything else that reaches beyond a row
 # Modules that hand something from one token to the next besides attention; a rank has only its part of the tokens. What
 # those in ``families/mixers.py`` hand on is exchanged by heads.
 RECURRENT = ("mamba", "rwkv", "recurrent", "lightningattention", "gateddeltanet", "shortconv")
@@ -159,9 +160,9 @@ def _windows_of_masks(model: nn.Module) -> str | None:
 
 
 def _kinds_of_layers(model: Any) -> str | None:
-    supported = (*INTERVALS, *types_of_layers(model))
-    kinds = sorted({*(getattr(model.config, "layer_types", None) or ())} - {*supported})
-    return f"it has layers of the types {kinds}, and only {list(supported)} are supported" if kinds else None
+    supported = [*INTERVALS, *types_of_layers(model)]
+    kinds = sorted({*(getattr(model.config, "layer_types", None) or ())} - {*supported, *ROW_BY_ROW})
+    return f"it has layers of the types {kinds}, and only {supported} are supported" if kinds else None
 
 
 def _recurrence(model: nn.Module) -> str | None:

@@ -31,8 +31,11 @@ LINEAR = {
     "linear_conv_kernel_dim": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }  # fmt: skip
 CONVOLUTIONS = {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3, "conv_bias": True}
-# Mamba: a scan that nothing here divides.
-SCANS = {"attn_layer_indices": [1, 2], "mamba_n_heads": 4, "mamba_d_head": 16}
+# Lightning attention, which nothing here divides.
+LIGHTNING = {"model_type": "minimax", "layer_types": ["linear_attention", "full_attention", "full_attention"]}
+# Mamba 2: eight heads in two groups, chunks of six tokens.
+SCANS = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_n_groups": 2, "mamba_d_state": 6,
+         "mamba_chunk_size": 6}  # fmt: skip
 ROUTED = {
     "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
     "moe_intermediate_size": 16, "first_k_dense_replace": 1, "experts_implementation": "eager",
@@ -78,11 +81,22 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
     "jetmoe": {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},  # two heads repeat each cached key
     "nemotron": {"partial_rotary_factor": 0.5},  # its layers hand a mask on, and nothing else
     "moshi": {"sliding_window": 5, "ffn_dim": 64},  # a window that nothing reads
+    "stablelm": {"use_qkv_bias": True, "qk_layernorm": True},
+    "biogpt": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "activation_dropout": 0.0},
     "mimo_v2_flash": {**ROUTED, "v_head_dim": 6, "sliding_window": 5, "layer_types": ONE_WINDOW["layer_types"]},
     "qwen3_5_text": {**LINEAR, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
                                                    "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}},
     "qwen3_next": {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 16, "experts_implementation": "eager"},
     "olmo_hybrid": {**LINEAR, "linear_allow_neg_eigval": True},
+    "bamba": {**SCANS, "attn_layer_indices": [1]},
+    "granitemoehybrid": {
+        **SCANS, **EXPERTS, "shared_intermediate_size": 16, "experts_implementation": "eager",
+        "layer_types": ["mamba", "attention", "mamba"],
+    },
+    "nemotron_h": {
+        "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 6, "chunk_size": 6,
+        "layers_block_type": ["mamba", "attention", "mlp"],
+    },
 }  # fmt: skip
 
 # Short convolutions, of releases whose layers hand arguments on to them.
