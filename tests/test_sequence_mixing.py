@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
 from ds_lvxattn import SequenceShards
+from ds_lvxattn.batches.generation import generate
 from ds_lvxattn.batches.packing import first_fit
 from ds_lvxattn.batches.sequence_parallel import SequenceParallel
 from ds_lvxattn.config import SequenceParallelConfig
@@ -35,7 +36,7 @@ from tests.support.parity import (
 from tests.support.sp_attention import EXAMPLES
 from tests.support.text_models import CONVOLUTIONS, LINEAR, SIZES, TEXT_MODELS, text_model
 from tests.support.tiny_families import tiny
-from tests.support.tiny_model import MODES, attach, groups_of, loss_of
+from tests.support.tiny_model import MODES, attach, groups_of, loss_of, tiny_batches
 
 
 @dataclass(frozen=True)
@@ -299,3 +300,18 @@ def train(recompute: str) -> list[float]:
 @pytest.mark.slow
 def test_losses_under_zero3_with_recomputation() -> None:
     assert run(2, train, "layer")[0] == pytest.approx(train("none"), rel=1e-4)
+
+
+def answers(kind: str, ranks: int) -> Tensor:
+    """Tokens behind prompts of one token, of as many as the convolution reaches back, and of more."""
+    model, prompts = text_model(kind), samples_of(("t", "tttt", "ttttttt"))
+    batches = attach(model, ranks, MODES[1], prompts) if ranks else tiny_batches(model)
+    return generate(model, batches, prompts, max_new_tokens=4, do_sample=False, eos_token_id=10_000)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "nemotron_h", "lfm2"])
+def test_answers_to_prompts_shorter_than_a_convolution(kind: str) -> None:
+    if kind not in TEXT_MODELS:
+        pytest.skip(f"this release of transformers hands no arguments on to the convolutions of {kind}")
+    want = answers(kind, 0).tolist()
+    assert run(1, answers, kind, 1)[0].tolist() == run(2, answers, kind, 2)[0].tolist() == want
