@@ -160,7 +160,7 @@ KINDS = {
     "qwen3_next": "Qwen3NextGatedDeltaNet", "qwen3_5_text": "Qwen3_5GatedDeltaNet",
     "qwen3_5_moe_text": "Qwen3_5MoeGatedDeltaNet", "olmo_hybrid": "OlmoHybridGatedDeltaNet", "lfm2": "Lfm2ShortConv",
     "lfm2_moe": "Lfm2MoeShortConv", "lfm3": "Lfm3ShortConv", "nemotron_h": "NemotronHMamba2Mixer",
-    "bamba": "BambaMixer", "granitemoehybrid": "GraniteMoeHybridMambaLayer",
+    "kimi_linear": "KimiLinearDeltaAttention", "bamba": "BambaMixer", "granitemoehybrid": "GraniteMoeHybridMambaLayer",
 }  # fmt: skip
 # On three ranks: heads that divide, a key head that two ranks read, a rank whose runs of value heads differ.
 HEADS = ((3, 6), (2, 4), (3, 12), (2, 8))
@@ -173,6 +173,8 @@ def module_of(kind: str, heads: tuple[int, int]) -> Any:
     more: dict[str, Any] = {**LINEAR, "linear_num_key_heads": keys, "linear_num_value_heads": values}
     if kind in ("qwen3_5_moe_text", "qwen3_next"):
         more |= {"num_experts": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+    elif kind == "kimi_linear":
+        more = {"linear_num_heads": values}
     elif kind.startswith("lfm"):
         more = CONVOLUTIONS
     elif kind == "nemotron_h":

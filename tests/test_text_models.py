@@ -39,15 +39,20 @@ from tests.support.tiny_model import attach, loss_of
 SINGLE = (
     "gemma2", "gemma3_text", "gpt_oss", "cohere2", "deepseek_v3", "deepseek_v2", "longcat_flash", "glm4_moe_lite",
     "mimo_v2_flash", "gemma3n_text", "gemma4_text", "llama4_text", "moshi", "qwen3_5_text", "qwen3_next", "olmo_hybrid",
-    "lfm2", "lfm2_moe", "lfm3", "bamba", "granitemoehybrid", "nemotron_h",
+    "lfm2", "lfm2_moe", "lfm3", "kimi_linear", "bamba", "granitemoehybrid", "nemotron_h",
 )  # fmt: skip
 KINDS = tuple(kind for kind in TEXT_MODELS if kind in CONFIG_MAPPING)  # of this release of transformers
-MIXERS = tuple(
-    kind
-    for kind in KINDS
-    if kind
-    in ("qwen3_5_text", "qwen3_next", "olmo_hybrid", "lfm2", "lfm2_moe", "bamba", "granitemoehybrid", "nemotron_h")
+OTHERWISE = (
+    "qwen3_5_text",
+    "qwen3_next",
+    "olmo_hybrid",
+    "kimi_linear",
+    "bamba",
+    "granitemoehybrid",
+    "nemotron_h",
+    "lfm2",
 )
+MIXERS = tuple(kind for kind in OTHERWISE if kind in KINDS)  # that mix tokens otherwise than by attention
 MODES = (("lv_xattn", "gather", "contiguous"), ("ulysses", "auto", "striped"), ("ring", "ring", "contiguous"))
 
 

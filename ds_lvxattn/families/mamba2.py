@@ -8,75 +8,25 @@ text is read in; in training its forward may call one that does all at once, whe
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ds_lvxattn.families.handed_on import names, takes_others
 from ds_lvxattn.families.head_mixing import Channels, HeadMixer
-from ds_lvxattn.kernels.torch_internals import never_compiled
-from ds_lvxattn.plan.layer_plan import AttentionLayer
+from ds_lvxattn.families.mixer_kind import Functions, MixerKind
 from ds_lvxattn.runtime.batch import SequenceParallelBatch
 
-KNOWN = ("NemotronHMamba2Mixer", "BambaMixer", "GraniteMoeHybridMambaLayer")
-CONVOLUTION, SCAN = "causal_conv1d_fn", "mamba2_chunk_scan"  # functions that their forward calls, by name
-PARTS = (
-    "num_heads", "n_groups", "head_dim", "ssm_state_size", "intermediate_size", "conv1d", "conv_kernel_size",
-    "activation", "A_log", "D", "dt_bias", "time_step_limit", "chunk_size", "in_proj", "norm", "out_proj", "layer_idx",
-    "layer_type",
-)  # fmt: skip
+CONVOLUTION, SCAN = "causal_conv1d_fn", "mamba2_chunk_scan"
 
 
-def scans(model: nn.Module) -> dict[nn.Module, AttentionLayer]:
-    """The modules of ``model`` that ``divide_scans`` takes, with sizes, groups as key heads."""
-    found: dict[nn.Module, AttentionLayer] = {}
-    module: Any
-    for name, module in model.named_modules():
-        if _functions_of(module) is not None:
-            sizes = module.num_heads, module.n_groups, module.ssm_state_size
-            found[module] = AttentionLayer(name, "self", *sizes, value_dim=module.head_dim)
-    return found
+def _sizes(module: Any) -> tuple[int, int, int, int]:
+    return module.num_heads, module.n_groups, module.ssm_state_size, module.head_dim
 
 
-def divide_scans(model: nn.Module) -> None:
-    """Let the modules ``scans(model)`` take divided text."""
-    for module in model.modules():
-        functions = _functions_of(module)
-        if functions is not None:
-            own = module.forward
-            divided = functools.wraps(own)(functools.partial(_forward, module, functions, own))
-            setattr(module, "forward", divided)  # noqa: B010
-
-
-def _functions_of(module: nn.Module) -> Mapping[str, Any] | None:
-    """What the forward of ``module`` finds by name; None: its class is not known, or written in another way."""
-    if type(module).__name__ not in KNOWN or not all(hasattr(module, name) for name in PARTS):
-        return None
-    functions: Mapping[str, Any] = inspect.unwrap(type(module).forward).__globals__
-    calls = all(name in functions and names(module, name) for name in (CONVOLUTION, SCAN))
-    return functions if calls and takes_others(module) else None
-
-
-@never_compiled
-def _forward(
-    module: Any,
-    functions: Mapping[str, Any],
-    own: Callable[..., Tensor],
-    hidden_states: Tensor,
-    cache_params: Any = None,
-    attention_mask: Tensor | None = None,
-    sequence_parallel: Any = None,
-    **kwargs: Any,
-) -> Tensor:
-    """The forward of ``module``, ``own`` where this rank has the whole text: ``hidden_states [B, s, d]``."""
-    batch: SequenceParallelBatch | None = sequence_parallel
-    # While text is generated, each new token is on every rank, and so are the states that it goes on from.
-    if batch is None or not batch.brings_frames or batch.mixes_at_once:
-        return own(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+def _forward(module: Any, functions: Functions, hidden_states: Tensor, batch: SequenceParallelBatch) -> Tensor:
+    """See ``MixerKind``."""
     of_groups = module.n_groups * module.ssm_state_size
     sizes = [module.intermediate_size, module.intermediate_size, of_groups, of_groups, module.num_heads]
     gate, x, written, read, steps = module.in_proj(hidden_states).split(sizes, dim=-1)
@@ -89,9 +39,9 @@ def _forward(
 
 
 class _Scan(HeadMixer):
-    """The scan of a module of a class in ``KNOWN``; see ``HeadMixer``."""
+    """The scan of a module; see ``HeadMixer``."""
 
-    def __init__(self, module: Any, functions: Mapping[str, Any], batch: SequenceParallelBatch) -> None:
+    def __init__(self, module: Any, functions: Functions, batch: SequenceParallelBatch) -> None:
         heads = Channels(module.num_heads, module.head_dim, False)
         groups = Channels(module.n_groups, module.ssm_state_size, True)
         super().__init__(module, (heads, groups, groups), module.head_dim, functions[CONVOLUTION], False, batch)
@@ -112,3 +62,13 @@ class _Scan(HeadMixer):
         )  # fmt: skip
         out, state = made if keeps else (made, None)
         return out, state
+
+
+MAMBA2 = MixerKind(
+    ("NemotronHMamba2Mixer", "BambaMixer", "GraniteMoeHybridMambaLayer"),
+    (
+        "num_heads", "n_groups", "head_dim", "ssm_state_size", "intermediate_size", "conv1d", "conv_kernel_size",
+        "activation", "A_log", "D", "dt_bias", "time_step_limit", "chunk_size", "in_proj", "norm", "out_proj",
+    ),
+    (CONVOLUTION, SCAN), _sizes, _forward,
+)  # fmt: skip

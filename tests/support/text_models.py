@@ -88,6 +88,10 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
                                                    "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}},
     "qwen3_next": {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 16, "experts_implementation": "eager"},
     "olmo_hybrid": {**LINEAR, "linear_allow_neg_eigval": True},
+    "kimi_linear": {
+        **LATENT, **ROUTED, "linear_num_heads": 4, "linear_head_dim": 6, "linear_conv_kernel_dim": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
     "bamba": {**SCANS, "attn_layer_indices": [1]},
     "granitemoehybrid": {
         **SCANS, **EXPERTS, "shared_intermediate_size": 16, "experts_implementation": "eager",
