@@ -30,6 +30,7 @@ ZERO3 = (
     "idefics, perceiver, norms",
     "open_flamingo, immediate",
     "llava",
+    "qwen-vl",
     "qwen2.5-vl",
     "qwen3-vl-moe",
     *(family for family in FAMILIES if family.endswith("omni")),

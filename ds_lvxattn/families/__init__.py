@@ -27,6 +27,7 @@ from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.molmo2 import Molmo2
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
 from ds_lvxattn.families.paligemma import PaliGemma
+from ds_lvxattn.families.qwen1.family import QwenVL
 from ds_lvxattn.families.qwen2_5_omni import Qwen25Omni
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.families.qwen2_vl import Qwen2VL
@@ -47,6 +48,7 @@ FAMILIES: tuple[type[Family], ...] = (
     Idefics3,
     SmolVLM,
     Aria,
+    QwenVL,
     Qwen2VL,
     Qwen25VL,
     Qwen3VL,
@@ -69,9 +71,8 @@ FAMILIES: tuple[type[Family], ...] = (
 
 # Models that none of them can take, by the type of their config, and why.
 REFUSED = {
-    "qwen": "Qwen and Qwen-VL run on code of their own, for transformers 4, which computes its scores itself, counts "
-    "positions from the first token that a rank has, and opens the image files that the text names; train Qwen2-VL, "
-    "Qwen2.5-VL or Qwen3-VL (docs/adapters.md divides Qwen-VL's Resampler alone)",
+    "qwen": "Qwen of text alone (no 'visual' in its config) runs on code of its own, for transformers 4, which "
+    "computes its scores itself and counts positions from the first token that a rank has; train Qwen2 or a later one",
 }
 
 __all__ = ["FAMILIES", "REFUSED", "Family", "VisualFamily", "family_of", "family_of_config", "unwrapped"]

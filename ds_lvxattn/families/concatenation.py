@@ -32,12 +32,14 @@ class Concatenation(VisualFamily):
     model gets embeddings in the place of token ids and pixels.
 
     Attributes:
+        inner: name of the module inside the model for conditional generation, whose ``inputs_embeds`` the rows are.
         pixel_arguments: names of the model's pixel arguments.
         trained: what trains by default (``trainable_by_default``), beside a head of its own.
     """
 
     attention_config = "text_config"
     keys_in_text = True
+    inner = "model"
     pixel_arguments: tuple[str, ...] = ("pixel_values",)
     trained: tuple[str, ...] = ("*language_model.*", "*multi_modal_projector.*")
 
@@ -119,7 +121,7 @@ class Concatenation(VisualFamily):
                 module.use_head = False
         hand_down(model, self.role_of)
         hook = functools.partial(embed_rows, self, recomputation)
-        model.get_submodule("model").register_forward_pre_hook(hook, with_kwargs=True)
+        model.get_submodule(self.inner).register_forward_pre_hook(hook, with_kwargs=True)
 
     def trainable_by_default(self) -> tuple[str, ...]:
         # A head that shares the weights of the embedding is no parameter of its own.

@@ -44,6 +44,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "idefics2": functools.partial(small_models.idefics2, TINY, latents=3),
     # torch's grouped products of the experts have no float64.
     "aria": functools.partial(small_models.aria, TINY, queries=3, experts_implementation="eager"),
+    "qwen-vl": functools.partial(small_models.qwen1_vl, TINY, queries=9),
     "qwen2-vl": functools.partial(small_models.qwen2_vl, TINY),
     "qwen2.5-vl": functools.partial(small_models.qwen2_5_vl, TINY),
     "qwen3-vl": functools.partial(small_models.qwen3_vl, TINY),

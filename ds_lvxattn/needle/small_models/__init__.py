@@ -37,6 +37,7 @@ from ds_lvxattn.needle.small_models.own_processors import OWN_PROCESSORS, model_
 from ds_lvxattn.needle.small_models.qwen import (
     cohere_compass,
     cosmos3_omni,
+    qwen1_vl,
     qwen2_5_omni,
     qwen2_5_vl,
     qwen2_vl,
@@ -75,6 +76,7 @@ __all__ = [
     "mplug_owl3",
     "open_flamingo",
     "paligemma",
+    "qwen1_vl",
     "qwen2_5_omni",
     "qwen2_5_vl",
     "qwen2_vl",
@@ -122,6 +124,10 @@ SMALL_MODELS: dict[str, tuple[Callable[[Scale], PreTrainedModel], Callable[[], A
         ),
     ),
     "small-aria": (aria, lambda: AriaImageProcessorPil(max_image_size=490, **PIXELS)),
+    "small-qwen-vl": (
+        qwen1_vl,
+        lambda: CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE, do_center_crop=False, **PIXELS),
+    ),
     "small-qwen2-vl": (qwen2_vl, lambda: qwen_vl_processor("Qwen2VLVideoProcessor", 16 * SIZE**2)),
     "small-qwen2.5-vl": (qwen2_5_vl, lambda: qwen_vl_processor("Qwen2VLVideoProcessor", 16 * SIZE**2)),
     "small-qwen3-vl": (qwen3_vl, lambda: qwen_vl_processor("Qwen3VLVideoProcessor", 64 * SIZE**2)),

@@ -30,8 +30,11 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ds_lvxattn.families.processors import ImagesAndVideos
+from ds_lvxattn.families.qwen1.config import QWenConfig
+from ds_lvxattn.families.qwen1.model import QWenLMHeadModel
 from ds_lvxattn.families.videos import VideoProcessor
-from ds_lvxattn.needle.small_models.scale import HEADS, IMAGE_ID, PIXELS, SIZE, SQUARE, Scale
+from ds_lvxattn.needle.small_models.scale import HEADS, IMAGE_ID, PIXELS, SIZE, SQUARE, TOKENS, Scale
+from ds_lvxattn.needle.task import VOCABULARY
 
 # Their models look for it, and the needle task has no such token.
 NO_START: dict[str, Any] = {"vision_start_token_id": -1}
@@ -43,6 +46,22 @@ def qwen_vl_text(scale: Scale) -> dict[str, Any]:
     section = [scale.width // HEADS // 2 - 2 * third, third, third]
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}
     return {**scale.text, "rope_parameters": rope}
+
+
+def qwen1_vl(scale: Scale, queries: int = 4) -> PreTrainedModel:
+    """The first Qwen-VL: a resampler makes ``queries`` visual tokens of a frame, a square number."""
+    visual = {
+        "image_size": SIZE, "patch_size": SIZE // 4, "width": scale.vision_width, "layers": 2,
+        "heads": scale.vision_heads, "mlp_ratio": 2.0, "output_dim": scale.width, "n_queries": queries,
+        "image_start_id": IMAGE_ID - 2,
+    }  # fmt: skip
+    config = QWenConfig(
+        vocab_size=len(VOCABULARY), hidden_size=scale.width, intermediate_size=4 * scale.width,
+        num_hidden_layers=scale.layers, num_attention_heads=HEADS, kv_channels=scale.width // HEADS,
+        initializer_range=scale.spread, max_position_embeddings=scale.positions, seq_length=scale.positions,
+        visual=visual, **TOKENS,
+    )  # fmt: skip
+    return QWenLMHeadModel(config)
 
 
 def qwen2_vl(scale: Scale) -> PreTrainedModel:
