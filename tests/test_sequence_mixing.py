@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -257,6 +259,27 @@ def test_fewer_heads_than_ranks_are_refused() -> None:
     [message, *_] = run(4, too_few_heads)
     assert "layers.0.linear_attn (Qwen3NextGatedDeltaNet) has 2 heads" in message
     assert "set it to 2 or less" in message
+
+
+def with_another_forward() -> str:
+    samples, model = samples_of(("tttatta",)), text_model("qwen3_next")
+    batches = attach(model, dist.get_world_size(), MODES[1], samples)
+    loss_of(model, samples, batches)
+    module: Any = model.get_submodule("model.layers.2.linear_attn")
+    own = module.forward
+    module.forward = functools.wraps(own)(lambda *args, **kwargs: own(*args, **kwargs))  # as accelerate does
+    loss_of(model, samples, batches)
+    module.forward = types.MethodType(type(module).forward, module)  # as kernels of the hub are taken back
+    try:
+        loss_of(model, samples, batches)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_forward_that_was_put_in_the_place_of_a_divided_one_is_refused() -> None:
+    for message in run(2, with_another_forward):
+        assert message.startswith("the forward of model.layers.2.linear_attn (Qwen3NextGatedDeltaNet) was replaced")
 
 
 def sizes_counted() -> list[tuple[str, int, int]]:

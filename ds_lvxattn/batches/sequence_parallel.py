@@ -31,6 +31,7 @@ from ds_lvxattn.runtime.registration import (
     IMPLEMENTATION,
     refuse_other_arguments,
     refuse_other_masks,
+    refuse_replaced,
     register_with_transformers,
 )
 from ds_lvxattn.runtime.temperature import set_temperature_apart
@@ -100,6 +101,11 @@ class SequenceParallel:
         fuse_norms(model)
         fuse_patches(model)
         self.family.reach_attention(model)
+        divided = {layer.name: (module, module.forward) for module, layer in self.mixers.items()}
+        for part in self._around_exchanged if divided else ():
+            # Ahead of the others, which mark the batch as looked at.
+            hook = functools.partial(refuse_replaced, divided)
+            part.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
         self.recomputation = Recomputation(
             model,
             self.family.recomputed(self.layers),

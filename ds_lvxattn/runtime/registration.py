@@ -174,6 +174,37 @@ def refuse_other_masks(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str
             raise ValueError(f"{name} was given beside sequence_parallel: {_OTHERWISE[name]}")
 
 
+def refuse_replaced(
+    divided: Mapping[str, tuple[nn.Module, Callable[..., Any]]],
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Before a forward with ``sequence_parallel``: modules that mix tokens otherwise still take divided text.
+
+    Args:
+        divided: by name, those modules and what takes it, their ``forward`` or what that wraps.
+
+    Raises:
+        ValueError: naming the first module whose forward is another one.
+    """
+    batch = kwargs.get("sequence_parallel")
+    if not isinstance(batch, SequenceParallelBatch) or batch.checked:
+        return
+    for name, (module, forward) in divided.items():
+        if not _is_or_wraps(module.forward, forward):
+            raise ValueError(
+                f"the forward of {name} ({type(module).__name__}) was replaced after the model was attached, and would "
+                "mix this rank's part of the text alone: load the model without use_kernels, and attach it as the last"
+            )
+
+
+def _is_or_wraps(found: Any, wanted: Callable[..., Any]) -> bool:
+    while found is not None and found is not wanted:
+        found = getattr(found, "__wrapped__", None)
+    return found is wanted
+
+
 def refuse_other_arguments(
     config: Any, registered: bool, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
