@@ -104,7 +104,7 @@ def _take(frames: np.ndarray, wanted: Sequence[int]) -> list[np.ndarray]:
     return [frames[index] for index in wanted]
 
 
-def build(name: str, head_size: int, device: torch.device) -> nn.Module:
+def build(name: str, head_size: int, device: torch.device, seed: int = 1) -> nn.Module:
     """The small model ``name``, float32, with gates, norms and embeddings at random too."""
     width = HEADS * head_size
     scale = Scale(width=width, layers=4, vision_width=width, spread=width**-0.5, positions=1024)
@@ -118,7 +118,7 @@ def build(name: str, head_size: int, device: torch.device) -> nn.Module:
                     parameter.fill_(0.7)  # a gate that lets frames through
         return model
 
-    return random(made, 1).to(device).eval()
+    return random(made, seed).to(device).eval()
 
 
 def batches_of(model: nn.Module, name: str, device: torch.device, parallel: SequenceParallel | None) -> Batches:
@@ -178,8 +178,8 @@ def shortfall(model: nn.Module, batches: Batches, prompt: Sample, tokens: list[i
     return ((logits.max(1).values - chosen).max() / logits[logits.isfinite()].std()).item()
 
 
-def measure(name: str, head_size: int, device: torch.device, groups: SequenceParallelGroups) -> Figure:
-    model = build(name, head_size, device)
+def measure(name: str, head_size: int, device: torch.device, groups: SequenceParallelGroups, seed: int = 1) -> Figure:
+    model = build(name, head_size, device, seed)
     exact = gradients(model, batches_of(model, name, device, None))
     small = model.to(torch.bfloat16)
     unmodified = batches_of(small, name, device, None)
@@ -239,6 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(SMALL_MODELS), help="small models (default: all)")
     parser.add_argument("--head-sizes", default="64,80,128", help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of the weights (%(default)s)")
     parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     args = parser.parse_args()
     on_gpu = torch.cuda.is_available()
@@ -251,6 +252,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "ranks": dist.get_world_size(),
         "torch": torch.__version__,
+        "seed": args.seed,
     }
     here = dist.get_rank() == 0
     if here:
@@ -260,7 +262,7 @@ def main() -> None:
     for name in args.models.split(","):
         for head_size in map(int, args.head_sizes.split(",")):
             try:
-                figures.append(measure(name, head_size, device, groups))
+                figures.append(measure(name, head_size, device, groups, args.seed))
             except ConfigError as missing:  # on every rank alike: a package that the model needs
                 if here:
                     print(f"{name} is left out: {missing}")

@@ -15,10 +15,14 @@ from ds_lvxattn.kernels.pattern import GROWING, UNKNOWN
 MANY_KEYS = 1 << 16
 
 
-@torch.compiler.assume_constant_result  # torch.compile does not trace what looks for modules
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile does not trace what looks for modules, nor looks at caches
 def installed() -> bool:
     """Whether the extra ``fa4`` is installed."""
+    return _installed()
+
+
+@functools.cache
+def _installed() -> bool:
     try:
         return all(importlib.util.find_spec(name) is not None for name in ("cutlass", "flash_attn.cute"))
     except ModuleNotFoundError:  # no ``flash_attn`` at all
