@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import re
+import warnings
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,9 @@ from torch.nn.functional import cross_entropy
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from ds_lvxattn.batches.generation import generate
-from ds_lvxattn.data.sample import IGNORE, FrameSize, Part, Sample, in_one_row
+from ds_lvxattn.data.chat import NO_VIDEOS
+from ds_lvxattn.data.model_text import ModelText
+from ds_lvxattn.data.sample import IGNORE, FrameSize, Part, Sample, SampleError, in_one_row
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import VisualFamily, family_of, family_of_config, image_features
 from ds_lvxattn.families.family import ANY_SIZE
@@ -23,7 +27,7 @@ from ds_lvxattn.families.image_features import ImageFeatures
 from ds_lvxattn.families.processors import ChannelsLast
 from ds_lvxattn.needle.small_models.own_processors import molmo2
 from ds_lvxattn.needle.task import IMAGE
-from ds_lvxattn.training.dataset import load_sources
+from ds_lvxattn.training.dataset import load_sources, text_of_family, text_of_model
 from ds_lvxattn.training.loading import load_model
 from ds_lvxattn.training.settings import FinetuningConfig
 from tests.support.distributed import run
@@ -239,3 +243,31 @@ def test_rows_of_the_needle_task_have_what_the_processor_writes_around_an_image(
     images = [at for at, word in enumerate(words) if word == IMAGE]
     start, end = AROUND["glm4v"]
     assert images and all(words[at - 1 : at + 2] == [start, IMAGE, end] for at in images)
+
+
+VIDEO: Any = SimpleNamespace(is_video=True)
+
+
+@pytest.mark.parametrize("kind", ["glm4v", "qwen2_vl"])
+def test_videos_that_go_in_as_images_are_said_to(kind: str) -> None:
+    if kind == "glm4v":
+        model, said = image_model(kind), "Glm4vForConditionalGeneration of transformers takes them as such"
+        text = text_of_family(family_of(model), model.own_processor.tokenizer, model.own_processor)
+    else:
+        small = load_model("small-qwen2-vl", {}, seed=1)
+        text, said = text_of_model(small), "the tokenizer lacks a token of"
+    with pytest.warns(UserWarning, match=f"^videos go in as images, frame by frame; {re.escape(said)}"):
+        assert text.videos_of([VIDEO]) is NO_VIDEOS
+    image: Any = SimpleNamespace(is_video=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert text.videos_of([image]) is NO_VIDEOS
+
+
+def test_videos_for_an_encoder_that_does_not_train_are_refused() -> None:
+    family = family_of_config(CONFIG_MAPPING["video_llava"]())
+    assert isinstance(family, VisualFamily)
+    text = ModelText("<image>", refuses_videos=family.refuses_videos())
+    with pytest.raises(SampleError, match="encoder of its own for videos .'video_tower'.*give the frames as images"):
+        text.videos_of([VIDEO])
+    assert image_model("llava_next").config.model_type and not family_of(image_model("llava_next")).refuses_videos()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ class ModelText:
         frame_text: how a frame is written, with that token in it; empty: by the token alone.
         frame_tokens: rows that the model makes of each image token of a frame, by the size of its picture.
         videos: how it has videos in its text; None: frame by frame.
+        otherwise: what the model makes of videos itself, where that is not frame by frame; empty: nothing else.
+        refuses_videos: why no video may go in; empty: it may.
         write: what its processor makes of a rendered conversation, by the sizes of its frames.
         embeddings: tokens that it has an embedding of; None: all of the tokenizer's.
     """
@@ -30,6 +33,8 @@ class ModelText:
     frame_text: str = ""
     frame_tokens: Callable[[FrameSize], Sequence[int]] = one_row
     videos: VideoText | None = None
+    otherwise: str = ""
+    refuses_videos: str = ""
     write: Callable[[str, Sequence[FrameSize]], str] = as_it_is
     embeddings: int | None = None
 
@@ -53,8 +58,17 @@ class ModelText:
         return [rows for size in sizes for rows in self.frame_tokens(size)]
 
     def videos_of(self, media: Sequence[Media]) -> WrittenVideos:
-        """The text of the videos among ``media``; none where they go in frame by frame."""
+        """The text of the videos among ``media``; none where they go in frame by frame.
+
+        Raises:
+            SampleError: there are some, and none may go in.
+        """
         if self.videos is None:
+            if any(medium.is_video for medium in media):
+                if self.refuses_videos:
+                    raise SampleError(f"a video: {self.refuses_videos}")
+                if self.otherwise:  # once, as Python has it
+                    warnings.warn(f"videos go in as images, frame by frame; {self.otherwise}", stacklevel=2)
             return NO_VIDEOS
         order = [medium.is_video for medium in media for _ in range(1 if medium.is_video else len(medium.frames))]
         return self.videos.of([(medium.part_times, medium.seconds) for medium in media if medium.is_video], order)

@@ -385,6 +385,14 @@ class VisualFamily(Family):
         """
         raise NotImplementedError
 
+    def videos_otherwise(self) -> str:
+        """What the model makes of a video itself, where its frames go in as images and that is another way."""
+        return ""
+
+    def refuses_videos(self) -> str:
+        """Why no video may go in, and what to do; empty: it may."""
+        return ""
+
     def tokens_of_videos(self, tokenizer: Any) -> tuple[str, ...]:
         """Tokens without which a tokenizer writes no video, whose frames then go in one by one."""
         return self.token_of(tokenizer), self.video_token

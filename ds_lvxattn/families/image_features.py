@@ -247,6 +247,35 @@ class ImageFeatures(Concatenation):
         told.image_processor = limited_to(limits.image_tiles, images)
         return told
 
+    # Videos
+
+    def videos_otherwise(self) -> str:
+        if self.video_token or not self._encodes_videos:
+            return ""
+        return (
+            f"{_class_of(self.config).__name__} of transformers takes them as such ('pixel_values_videos'), with other "
+            "tokens and times: serve what was trained so with frames as images too"
+        )
+
+    def refuses_videos(self) -> str:
+        if self.video_token or not self._encodes_videos or "video_tower" not in self._inner_parts:
+            return ""
+        return (
+            f"{_class_of(self.config).__name__} has an encoder of its own for videos ('video_tower'), which does not "
+            "train here; give the frames as images, which its encoder of images takes"
+        )
+
+    @functools.cached_property
+    def _inner_parts(self) -> tuple[str, ...]:
+        with torch.device("meta"):
+            inner = inner_of(_class_of(self.config)(self.config))
+        return tuple(name for name, _ in inner.named_children())
+
+    @property
+    def _encodes_videos(self) -> bool:
+        taken = inspect.signature(_class_of(self.config).forward).parameters
+        return "pixel_values_videos" in taken
+
     # Pixels
 
     def load_processor(self, name: str) -> Any:

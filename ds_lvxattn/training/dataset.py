@@ -120,11 +120,16 @@ def text_of_model(loaded: LoadedModel, limits: FrameLimits = ANY_SIZE) -> ModelT
 
 def text_of_family(family: VisualFamily, tokenizer: Any, processor: Any, limits: FrameLimits = ANY_SIZE) -> ModelText:
     """How the text of the models of a family has frames and videos."""
+    videos, otherwise = videos_in_text(family, tokenizer), family.videos_otherwise()
+    if family.video_token and videos is None:
+        otherwise = f"the tokenizer lacks a token of {family.tokens_of_videos(tokenizer)}, which stand for one"
     return ModelText(
         image_token=family.token_of(tokenizer),
         frame_text=family.frame_text,
         frame_tokens=rows_of_frames(family, processor, limits),
-        videos=videos_in_text(family, tokenizer),
+        videos=videos,
+        otherwise=otherwise,
+        refuses_videos=family.refuses_videos(),
         write=functools.partial(family.write, processor=processor, limits=limits),
     )
 
