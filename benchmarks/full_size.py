@@ -85,7 +85,7 @@ def main() -> None:
     dtype = model_dtype(ds_config)
 
     torch.manual_seed(0)
-    with deepspeed.zero.Init(config_dict_or_path=ds_config, dtype=dtype):
+    with deepspeed.zero.Init(config_dict_or_path=ds_config):  # whose dtype is that of the settings
         model = MllamaForConditionalGeneration(sizes)
     for name, parameter in model.named_parameters():
         if name.endswith("_gate"):  # as after some training: at 0 the cross-attention would not count

@@ -261,10 +261,10 @@ def _random_model(
     """Random weights, the same in every stage of ZeRO, with gates that let frames through as after some training."""
     torch.set_default_dtype(dtype)
     if settings["zero_optimization"]["stage"] == 3:
+        # Its dtype is that of the settings: one that is given DeepSpeed 0.19.8 drops where a device has no fp16.
         with deepspeed.zero.Init(
-            data_parallel_group=groups.get_sequence_data_parallel_group(), config_dict_or_path=settings, dtype=dtype,
-            mpu=groups,
-        ):  # fmt: skip
+            data_parallel_group=groups.get_sequence_data_parallel_group(), config_dict_or_path=settings, mpu=groups
+        ):
             model = MllamaForConditionalGeneration(sizes)
     else:
         with device:

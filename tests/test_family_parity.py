@@ -98,7 +98,8 @@ def test_loss_and_gradients_in_float32_with_recomputation(family: str) -> None:
     batches = batches_of(family)
     policy = "kv" if "cross" in roles_of(family) else "layer"
     for patterns, got in zip(batches, run(2, in_modes, family, batches, torch.float32, policy)[0], strict=True):
-        loss, gradient = largest_differences(got, on_one_rank(family, patterns, torch.float32))
+        # One rank's own rounding in float32 differs from machine to machine.
+        loss, gradient = largest_differences(got, on_one_rank(family, patterns, torch.float64))
         assert loss < 1e-5 and gradient < 1e-4, (patterns, loss, gradient)
 
 
