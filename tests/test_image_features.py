@@ -229,6 +229,7 @@ def test_models_that_would_be_wrong_are_refused_by_reason(kind: str, others: dic
 
 
 def test_a_processor_that_would_fail_at_its_first_image_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers.models.molmo2")
     config, processor = molmo2(TINY)
     monkeypatch.setattr(image_features.AutoProcessor, "from_pretrained", lambda *args, **kwargs: processor)
     monkeypatch.setattr(image_features, "is_torchvision_available", lambda: False)
@@ -265,7 +266,10 @@ def test_videos_that_go_in_as_images_are_said_to(kind: str) -> None:
 
 
 def test_videos_for_an_encoder_that_does_not_train_are_refused() -> None:
-    family = family_of_config(CONFIG_MAPPING["video_llava"]())
+    try:
+        family = family_of_config(CONFIG_MAPPING["video_llava"]())
+    except ConfigError:
+        pytest.skip("this release of transformers has another Video-LLaVA, which is refused")
     assert isinstance(family, VisualFamily)
     text = ModelText("<image>", refuses_videos=family.refuses_videos())
     with pytest.raises(SampleError, match="encoder of its own for videos .'video_tower'.*give the frames as images"):
