@@ -31,6 +31,7 @@ from ds_lvxattn.training.check_data import encode_for
 from ds_lvxattn.training.dataset import text_of_model
 from ds_lvxattn.training.loading import load_model
 from tests.support import qwen_vl_resampler
+from tests.support.parity import norms_in_float64
 from tests.support.tiny_families import tiny
 
 # Parameters of a published checkpoint, of its first layers, with their sizes.
@@ -132,7 +133,7 @@ def logits_of(model: Any, ids: Tensor, scaled: bool) -> Tensor:
 @pytest.mark.parametrize("trains", [True, False])
 def test_logits_are_those_of_the_plain_formulas(trains: bool) -> None:
     """Outside training, queries behind the longest text of the training are scaled."""
-    model: Any = tiny("qwen-vl", torch.float64).train(trains)
+    model: Any = norms_in_float64(tiny("qwen-vl", torch.float64).train(trains))
     model.config.seq_length, model.config.use_dynamic_ntk = 5, False
     ids = torch.randint(model.config.vocab_size - 3, (11,), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(ids[None]).logits[0], logits_of(model, ids, scaled=not trains))

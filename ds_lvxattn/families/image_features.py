@@ -204,11 +204,15 @@ class ImageFeatures(Concatenation):
     @functools.cached_property
     def _rope_index(self) -> Any:
         """``get_rope_index`` of the model, which gives the positions of a text and its images; None: it has none."""
-        model_class = _class_of(self.config)
-        if "image_grid_thw" not in inspect.signature(model_class.forward).parameters:
+        if "image_grid_thw" not in inspect.signature(_class_of(self.config).forward).parameters:
             return None
+        return getattr(self._inner, "get_rope_index", None)
+
+    @functools.cached_property
+    def _inner(self) -> Any:
+        """See ``inner_of``; without memory for its weights."""
         with torch.device("meta"):
-            return getattr(inner_of(model_class(self.config)), "get_rope_index", None)
+            return inner_of(_class_of(self.config)(self.config))
 
     def looked_at(self, size: FrameSize | None, processor: Any, limits: FrameLimits) -> tuple[FrameShape, str]:
         """The shape of a picture, and how the processor writes it."""
@@ -258,18 +262,12 @@ class ImageFeatures(Concatenation):
         )
 
     def refuses_videos(self) -> str:
-        if self.video_token or not self._encodes_videos or "video_tower" not in self._inner_parts:
+        if self.video_token or not self._encodes_videos or not hasattr(self._inner, "video_tower"):
             return ""
         return (
             f"{_class_of(self.config).__name__} has an encoder of its own for videos ('video_tower'), which does not "
             "train here; give the frames as images, which its encoder of images takes"
         )
-
-    @functools.cached_property
-    def _inner_parts(self) -> tuple[str, ...]:
-        with torch.device("meta"):
-            inner = inner_of(_class_of(self.config)(self.config))
-        return tuple(name for name, _ in inner.named_children())
 
     @property
     def _encodes_videos(self) -> bool:
@@ -289,10 +287,7 @@ class ImageFeatures(Concatenation):
             found = without_video_processor(name, self.config, self.video_settings)
         if found is None:
             raise ConfigError(f"its processor does not load here: {reason}")
-        images = _whole(found).image_processor
-        if isinstance(images, TorchvisionBackend) and not is_torchvision_available():
-            # It loads, and fails at the first image.
-            raise ConfigError(f"its {type(images).__name__} needs torchvision: pip install torchvision")
+        check_runs(_whole(found).image_processor)
         return found
 
     def video_settings(self, images: Any) -> dict[str, Any]:
@@ -362,6 +357,16 @@ class ImageFeatures(Concatenation):
 
     def pad_tiles(self, pixels: Mapping[str, Any]) -> Mapping[str, Tensor]:
         return {key: torch.as_tensor(x[0]) for key, x in pixels.items()}
+
+
+def check_runs(images: Any) -> None:
+    """Refuse an image processor that loads here, and fails at its first image.
+
+    Raises:
+        ConfigError: saying what it needs.
+    """
+    if isinstance(images, TorchvisionBackend) and not is_torchvision_available():
+        raise ConfigError(f"its {type(images).__name__} needs torchvision: pip install torchvision")
 
 
 def _ties(config: Any) -> bool:

@@ -22,40 +22,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
+from ds_lvxattn.families.owl.hyper_qwen2 import rotary, rotate
 from ds_lvxattn.families.qwen1.config import QWenConfig
 from ds_lvxattn.families.qwen1.vision import PoolAttention, VisionResampler, VisionTransformer
-
-
-class RMSNorm(nn.Module):
-    """``x`` over its root mean square, computed in float32 at least."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
-
-
-def rotary(position_ids: Tensor, config: QWenConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary embedding at ``position_ids [B, S]``, ``[B, 1, S, D]`` each, float32 at least."""
-    wide = torch.promote_types(dtype, torch.float32)
-    size = config.kv_channels
-    steps = torch.arange(0, size, 2, device=position_ids.device, dtype=wide) / size
-    angles = position_ids[:, None, :, None].to(wide) / config.rotary_emb_base**steps
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x`` with its rotary embedding, computed in the dtype of ``cos``."""
-    wide = x.to(cos.dtype)
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 def query_scales(position_ids: Tensor, seq_length: int, dtype: torch.dtype) -> Tensor:
@@ -70,7 +41,7 @@ class QWenAttention(nn.Module):
     def __init__(self, config: QWenConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.head_dim = config.kv_channels
+        self.head_dim, self.rope_theta = config.kv_channels, config.rotary_emb_base
         self.num_key_value_groups, self.is_causal = 1, True
         self.scaling = self.head_dim**-0.5
         width = self.head_dim * config.num_attention_heads
@@ -86,10 +57,11 @@ class QWenAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """``hidden_states [B, S, d]``; ``position_embeddings`` as of ``rotary``, ``scales`` of ``query_scales``."""
+        """``hidden_states [B, S, d]``; cosine and sine ``[B, 1, S, D]``, float32 at least; see ``query_scales``."""
         projected = self.c_attn(hidden_states).chunk(3, dim=-1)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in projected)
-        q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
+        cos, sin = position_embeddings
+        q, k = (rotate(x.to(cos.dtype), cos, sin).to(x.dtype) for x in (q, k))
         if scales is not None:
             q = q * scales
         if past_key_values is not None:
@@ -120,9 +92,9 @@ class QWenBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: QWenConfig, layer_idx: int) -> None:
         super().__init__()
-        self.ln_1 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.ln_1 = Qwen2RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.attn = QWenAttention(config, layer_idx)
-        self.ln_2 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.ln_2 = Qwen2RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mlp = QWenMLP(config)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
@@ -149,9 +121,7 @@ class QWenPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, PoolAttention):
+        if isinstance(module, PoolAttention):
             init.normal_(module.in_proj_weight, std=std)
         elif isinstance(module, VisionResampler):
             init.normal_(module.query, std=std)
@@ -173,7 +143,7 @@ class QWenModel(QWenPreTrainedModel):
             raise ValueError(f"the config has {', '.join(others)}; choose a checkpoint without")
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         self.h = nn.ModuleList([QWenBlock(config, number) for number in range(config.num_hidden_layers)])
-        self.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.ln_f = Qwen2RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         if config.visual is not None:
             self.visual = VisionTransformer(config.visual)
         self.post_init()
@@ -216,13 +186,14 @@ class QWenModel(QWenPreTrainedModel):
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
             past_key_values=past_key_values, position_ids=position_ids,
         )  # fmt: skip
-        angles, scales = rotary(position_ids, self.config, inputs_embeds.dtype), None
+        cos, sin = (x[:, None] for x in rotary(position_ids, self.h[0].attn, inputs_embeds.dtype))
+        scales = None
         if self.config.use_logn_attn and not self.training:
             scales = query_scales(position_ids, self.config.seq_length, inputs_embeds.dtype)
         hidden_states = inputs_embeds
         for layer in self.h:
             hidden_states = layer(
-                hidden_states, position_embeddings=angles, scales=scales, attention_mask=mask,
+                hidden_states, position_embeddings=(cos, sin), scales=scales, attention_mask=mask,
                 past_key_values=past_key_values, position_ids=position_ids, **kwargs,
             )  # fmt: skip
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values)

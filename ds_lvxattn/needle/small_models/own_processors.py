@@ -32,11 +32,10 @@ from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProce
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
-from transformers.utils import is_torchvision_available
 
 from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import family_of_config
-from ds_lvxattn.families.image_features import ImageFeatures
+from ds_lvxattn.families.image_features import ImageFeatures, check_runs
 from ds_lvxattn.families.processors import OwnVideos
 from ds_lvxattn.families.videos import VideoProcessor
 from ds_lvxattn.needle.small_models.qwen import qwen_vl_text
@@ -269,7 +268,6 @@ OWN_PROCESSORS: dict[str, Callable[[Scale], tuple[Any, Any]]] = {
     "gemma4": gemma4,
     "molmo2": molmo2,
 }
-WITH_TORCHVISION = ("molmo2",)  # whose image processor loads without it, and fails at the first image
 
 
 def with_own_processor(kind: str, scale: Scale) -> tuple[Any, Any]:
@@ -278,12 +276,12 @@ def with_own_processor(kind: str, scale: Scale) -> tuple[Any, Any]:
     Raises:
         ConfigError: they need what is not installed.
     """
-    if kind in WITH_TORCHVISION and not is_torchvision_available():
-        raise ConfigError(f"the image processor of a small {kind} needs torchvision: pip install torchvision")
     try:
-        return OWN_PROCESSORS[kind](scale)
+        config, processor = OWN_PROCESSORS[kind](scale)
     except ImportError as error:
         raise ConfigError(f"the processor of a small {kind} does not load here: {error}") from error
+    check_runs(processor.image_processor)
+    return config, processor
 
 
 def model_with_processor(kind: str, scale: Scale) -> PreTrainedModel:
