@@ -24,7 +24,7 @@ from ds_lvxattn.errors import ConfigError
 from ds_lvxattn.families import family_of
 from ds_lvxattn.families.qwen1 import vision
 from ds_lvxattn.families.qwen1.config import QWenConfig
-from ds_lvxattn.families.qwen1.family import QwenVL
+from ds_lvxattn.families.qwen1.family import Qwen1VL
 from ds_lvxattn.families.qwen1.model import QWenLMHeadModel
 from ds_lvxattn.families.qwen1.tokenizer import PATTERN, SPECIAL, QWenTokenizer, byte_level_tokenizer, read_ranks
 from ds_lvxattn.training.check_data import encode_for
@@ -250,7 +250,7 @@ def test_a_published_checkpoint_loads_and_an_export_loads_again(tmp_path: Path) 
     (tmp_path / "published").mkdir()
     model = publish(tmp_path / "published")
     loaded = load_model(str(tmp_path / "published"), {}, seed=1)
-    assert isinstance(loaded.model, QWenLMHeadModel) and isinstance(family_of(loaded.model), QwenVL)
+    assert isinstance(loaded.model, QWenLMHeadModel) and isinstance(family_of(loaded.model), Qwen1VL)
     for name, parameter in loaded.model.named_parameters():
         torch.testing.assert_close(parameter, dict(model.named_parameters())[name])
     assert loaded.image_id == model.config.image_token_id

@@ -27,7 +27,7 @@ from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.molmo2 import Molmo2
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
 from ds_lvxattn.families.paligemma import PaliGemma
-from ds_lvxattn.families.qwen1.family import QwenVL
+from ds_lvxattn.families.qwen1.family import Qwen1VL
 from ds_lvxattn.families.qwen2_5_omni import Qwen25Omni
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.families.qwen2_vl import Qwen2VL
@@ -48,7 +48,7 @@ FAMILIES: tuple[type[Family], ...] = (
     Idefics3,
     SmolVLM,
     Aria,
-    QwenVL,
+    Qwen1VL,
     Qwen2VL,
     Qwen25VL,
     Qwen3VL,

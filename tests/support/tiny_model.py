@@ -41,7 +41,7 @@ from ds_lvxattn.families.llava import Llava
 from ds_lvxattn.families.mllama import Mllama
 from ds_lvxattn.families.owl.mplug_owl3 import MPlugOwl3
 from ds_lvxattn.families.paligemma import PaliGemma
-from ds_lvxattn.families.qwen1.family import QwenVL
+from ds_lvxattn.families.qwen1.family import Qwen1VL
 from ds_lvxattn.families.qwen2_5_omni import Qwen25Omni
 from ds_lvxattn.families.qwen2_5_vl import Qwen25VL
 from ds_lvxattn.families.qwen2_vl import Qwen2VL
@@ -169,7 +169,7 @@ PROCESSORS: dict[type, str] = {
     Idefics3: "small-idefics3",
     SmolVLM: "small-smolvlm",
     Aria: "small-aria",
-    QwenVL: "small-qwen-vl",
+    Qwen1VL: "small-qwen-vl",
     Qwen2VL: "small-qwen2-vl",
     Gemma3: "small-gemma3",
     PaliGemma: "small-paligemma",

@@ -31,7 +31,7 @@ from ds_lvxattn.runtime.recompute import Recomputation
 START, END, TOKEN = tokenizer.SPECIAL[-3:]
 
 
-class QwenVL(Concatenation):
+class Qwen1VL(Concatenation):
     """The family of the first Qwen-VL; see ``VisualFamily``."""
 
     name = "Qwen-VL"
